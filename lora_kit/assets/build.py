@@ -1,0 +1,194 @@
+"""Make the embedded default: a tiny base that has learned to read made-up text, and a dataset for it.
+
+    python -m lora_kit.assets.build [--out FOLDER] [--steps N] [--seed N]
+
+Everything comes from `lora_kit.assets.text` and a seed, so nobody else's text or weights are in it. One CPU
+thread is enough, and faster than two for a model this small. The same machine and versions give the same
+bytes again; another machine gives a base that is as good.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lora_kit.assets import text
+
+HERE = Path(__file__).parent
+SEED, STEPS = 0, 2000
+CONTEXT = 512
+ROWS = 4  # rows of CONTEXT tokens a step: at this size many small steps learn more than few large ones
+PEAK_LEARNING_RATE, WARMUP_STEPS = 4e-3, 100
+
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+README = """# The embedded default
+
+All of it is synthetic: made by this project, from text that it generates, for demonstration and tests. No
+text, weights or vocabulary of anyone else are in it. Licence: Apache-2.0, as the rest of the project.
+
+- `base/`: a Llama of {parameters:,} parameters ({layers} layers of {width}, context {context}), fp32, with
+  {vocabulary} tokens: a character each, the marks of the turns, and `<|end|>`.
+- `quickstart.train.jsonl`: {train:,} micro-stories, each with JSON that names its person, animal and place.
+- `quickstart.validation.jsonl`: {validation:,} more. No story is in both files, and in half of these the
+  person has a name that neither the base nor the training data ever showed.
+
+The base was trained from nothing on micro-stories (40% of the documents), key-value records (20%), invented
+phrases said again (25%), and questions on stories and records with their answers, in the form of the chat
+template (15%). It never saw the dataset's task, JSON made from a story. Every token of its vocabulary is
+frequent in that text, because an adapter cannot teach a token whose frozen embedding was never trained.
+
+Made with `python -m lora_kit.assets.build --seed {seed} --steps {steps}`: {steps:,} steps of {rows} rows of
+{context} tokens ({tokens:,} in all), AdamW with a cosine down from {rate:g}, one thread, {minutes:.1f}
+minutes of CPU time, torch {torch}. Its loss on new text of the same kind is {loss:.3f} nats a token; one
+that had learned nothing would have {random:.2f}.
+"""
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Return the tokenizer: a token a character, special tokens first, and the chat template."""
+    vocabulary = {token: number for number, token in enumerate([*text.SPECIAL, *text.ALPHABET])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token=text.UNKNOWN))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    inner.decoder = decoders.Fuse()
+    roles = [f"<|{role}|>" for role in text.ROLES]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        eos_token=text.END,
+        pad_token=text.END,
+        unk_token=text.UNKNOWN,
+        additional_special_tokens=roles,
+        clean_up_tokenization_spaces=False,
+        model_max_length=CONTEXT,
+    )
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def make_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """Return the base's shape; widths are multiples of 32, as quantised kernels want them."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=CONTEXT,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torch.Tensor]:
+    """Yield [ROWS, CONTEXT] token ids without end; each row begins with a document and is cut at its end."""
+    unread = text.documents(seed)
+    while True:
+        rows = []
+        for _ in range(ROWS):
+            row: list[int] = []
+            while len(row) < CONTEXT:
+                row += tokenizer(next(unread), add_special_tokens=False)["input_ids"]
+            rows.append(row[:CONTEXT])
+        yield torch.tensor(rows)
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Return the rate of a step: a linear rise, then a cosine down to nothing."""
+    if step < WARMUP_STEPS:
+        return PEAK_LEARNING_RATE * (step + 1) / WARMUP_STEPS
+    return PEAK_LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / (steps - WARMUP_STEPS)))
+
+
+def pretrain(tokenizer: PreTrainedTokenizerFast, *, seed: int, steps: int) -> LlamaForCausalLM:
+    """Return a base that has read `steps` batches, printing the loss (nats a token) on the way."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(make_config(tokenizer)).train()
+    matrices = [weight for weight in model.parameters() if weight.ndim == 2]
+    gains = [weight for weight in model.parameters() if weight.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+    recent: list[float] = []
+    for step, ids in enumerate(islice(batches(tokenizer, seed), steps)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        recent.append(loss.item())
+        if (step + 1) % 50 == 0:
+            loss_now, seconds = sum(recent[-50:]) / 50, time.process_time()
+            print(f"step {step + 1}/{steps}: loss {loss_now:.4f}, {seconds:.0f} s of CPU", flush=True)
+    return model.eval()
+
+
+@torch.no_grad()
+def loss_on_new_text(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> float:
+    """Return the loss (nats a token) on 20 batches of pretraining text of another seed."""
+    losses = [
+        model(input_ids=ids, labels=ids).loss.item() for ids in islice(batches(tokenizer, seed + 1), 20)
+    ]
+    return sum(losses) / len(losses)
+
+
+def write_dataset(folder: Path, *, seed: int) -> dict[str, int]:
+    """Write the two files of the task and return how many records each has."""
+    records = text.dataset(seed)
+    for name, some in records.items():
+        lines = "".join(json.dumps(one) + "\n" for one in some)
+        (folder / f"quickstart.{name}.jsonl").write_text(lines, encoding="utf-8")
+    return {name: len(some) for name, some in records.items()}
+
+
+def build(folder: Path, *, seed: int, steps: int) -> None:
+    """Write the base, the dataset and the page about them to a folder."""
+    torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = write_dataset(folder, seed=seed)
+    tokenizer = make_tokenizer()
+    began = time.process_time()
+    model = pretrain(tokenizer, seed=seed, steps=steps)
+    minutes = (time.process_time() - began) / 60
+    tokenizer.save_pretrained(folder / "base")
+    model.save_pretrained(folder / "base")
+    (folder / "base" / "model.safetensors").chmod(0o644)  # safetensors writes it for the owner alone
+    facts = counts | {
+        "parameters": model.num_parameters(),
+        "layers": model.config.num_hidden_layers,
+        "width": model.config.hidden_size,
+        "context": CONTEXT,
+        "vocabulary": len(tokenizer),
+        "rows": ROWS,
+        "tokens": steps * ROWS * CONTEXT,
+        "rate": PEAK_LEARNING_RATE,
+        "loss": loss_on_new_text(model, tokenizer, seed=seed),
+        "random": math.log(len(tokenizer)),
+        "torch": torch.__version__.split("+")[0],
+    }
+    page = README.format(**facts, seed=seed, steps=steps, minutes=minutes)
+    (folder / "README.md").write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Make the embedded base and dataset.")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder to write to (default: this package)")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of pretraining (default: {STEPS})")
+    parser.add_argument("--seed", type=int, default=SEED, help=f"decides text and weights (default: {SEED})")
+    arguments = parser.parse_args()
+    build(arguments.out, seed=arguments.seed, steps=arguments.steps)

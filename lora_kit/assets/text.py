@@ -1,0 +1,279 @@
+"""Made-up text for the embedded default: what the tiny base reads, and the task that an adapter learns.
+
+Every function draws from the `random.Random` that it is given, so a seed decides all text. People have names
+put together from syllables, so that a model cannot know them by heart and has to read. One name in eight is
+reserved: it turns up neither in pretraining nor in the training data, only in validation.
+"""
+
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+from string import ascii_lowercase, ascii_uppercase, digits, punctuation
+
+END, UNKNOWN = "<|end|>", "<unk>"
+ROLES = ("user", "assistant", "system")
+SPECIAL = (END, UNKNOWN, *(f"<|{role}|>" for role in ROLES))
+ALPHABET = "\n " + digits + ascii_uppercase + ascii_lowercase + punctuation
+FOREIGN = "éüñøßłçжλд"  # read as UNKNOWN, so that the base has seen that token too
+
+EXAMPLE_TOKENS = (124, 156)
+"""The shortest and the longest example of the task, in tokens (a character each, and four for the two turns).
+
+So narrow that three of any length fit where four of the shortest do not: a step's micro-batches can be
+counted.
+"""
+
+
+def _words(line: str) -> tuple[str, ...]:
+    return tuple(line.split())
+
+
+ANIMALS = _words(
+    "bear bird cat cow crab deer dog duck fish fox frog goat goose hare hen horse lamb lion mole mouse mule "
+    "pig pony rabbit raven sheep snake spider swan tiger toad turtle whale wolf"
+)
+PLACES = _words(
+    "bakery barn beach bridge castle cave church city dock farm forest garden harbor hill hotel kitchen lake "
+    "library market meadow mill museum park pond port river school shop station stable temple tower valley "
+    "village well yard"
+)
+FOODS = _words(
+    "apples beans berries bread butter cake carrots cheese corn honey jam milk nuts pears pie plums rice soup"
+)
+TRAITS = _words(
+    "big black brown calm clever cold fast fat gentle hungry kind lazy loud lost proud quiet shy small wet "
+    "white"
+)
+JOBS = _words(
+    "baker clerk cook doctor driver farmer fisher guard judge miller nurse painter pilot poet sailor teacher"
+)
+TIMES = _words("day evening morning night spring summer sunday week winter year")
+# `name` comes before `other` in each, and animal and place once
+STORIES = (
+    "{name} the {job} found a {trait} {animal} near the {place}. It ate {food} and slept all {time}.",
+    "{name} the {job} found a {trait} {animal} near the {place}. {other} gave them {food}.",
+    "One {time}, {name} saw a {trait} {animal} at the {place}. It was {feeling} and liked {food}.",
+    "One {time}, {name} saw a {trait} {animal} at the {place}. {other} the {job} laughed.",
+    "At the {place}, a {trait} {animal} ran up to {name}. They shared some {food} with {other}.",
+    "A {trait} {animal} lived by the {place}, and {name} fed it. It liked {food}, but not {second}.",
+    "{name} went to the {place} to look for a lost {animal}. {other} the {job} brought {food}.",
+    "{name} had a {trait} {animal} that liked {food}. Every {time} they walked to the {place}.",
+    "{name} the {job} had a {trait} {animal}. Last {time} they met {other} at the {place}.",
+    "{name} bought a {trait} {animal} for {other}. The {place} was {feeling} that {time}.",
+    "{name} and {other} worked at the {place}. One {time} a {trait} {animal} came in and ate the {food}.",
+    "In the {place}, {name} sold {food} to {other}. A {trait} {animal} watched them every {time}.",
+    "The {place} was {feeling}. {name} sat there with a {trait} {animal} and {food} all {time}.",
+    "{name} was a {feeling} {job} at the {place}. The {trait} {animal} of {other} ate {food} there.",
+)
+ENDINGS = (
+    "{name} was glad.",
+    "{name} and the {animal} went home.",
+    "The {animal} of the {place} was {trait}.",
+    "So {name} called it {other}.",
+    "{name} still thinks of the {place}.",
+)
+QUESTIONS = {
+    "name": ("Who is it about?", "Who is first?", "What is the name?"),
+    "animal": ("Which animal is it?", "What animal is there?", "And the animal?"),
+    "place": ("Where is it?", "Which place is it?", "And the place?"),
+    "food": ("What food is there?", "What is eaten?"),
+}
+SYSTEM_LINES = (
+    "Answer with one word.",
+    "Be brief.",
+    "You read stories.",
+    "Answer exactly.",
+    "Use the words of the text.",
+)
+KEYS = _words(
+    "age city code color cost date id item key kind level name note price rank size state tag team tool type "
+    "unit"
+)
+ONSETS = _words("b br c d dr f g gl h j k l m n p pl qu r s st t th tr v w x y z")
+CODAS = ("", "", "l", "n", "r", "s")
+SHARES = {"story": 40, "record": 20, "copying": 25, "questions": 15}  # percent of the documents
+
+
+@dataclass(frozen=True)
+class Story:
+    """A micro-story and what it says."""
+
+    text: str
+    facts: dict[str, str]
+
+
+def turn(role: str, content: str) -> str:
+    """Write one message as the base's chat template does."""
+    return f"<|{role}|>{content}{END}"
+
+
+def invented_word(rng: Random) -> str:
+    """Return a word of one to three random syllables, in lower case."""
+    count = rng.randint(1, 3)
+    syllables = (rng.choice(ONSETS) + rng.choice("aeiou") + rng.choice(CODAS) for _ in range(count))
+    return "".join(syllables)
+
+
+def is_reserved(name: str) -> bool:
+    """Return whether a name is kept for validation."""
+    return zlib.crc32(name.encode()) % 8 == 0
+
+
+def invented_name(rng: Random, *, reserved: bool = False) -> str:
+    """Return a name of four to eight letters."""
+    while True:
+        syllables = (rng.choice("bdfghjklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3)))
+        name = ("".join(syllables) + rng.choice(["", "", "l", "n", "r", "s", "th"])).capitalize()
+        if is_reserved(name) == reserved:
+            return name
+
+
+def story(rng: Random, *, reserved: bool = False) -> Story:
+    """Return a micro-story of two sentences; its first person has a reserved name or not."""
+    food, second = rng.sample(FOODS, 2)
+    facts = {
+        "name": invented_name(rng, reserved=reserved),
+        "animal": rng.choice(ANIMALS),
+        "place": rng.choice(PLACES),
+        "food": food,
+    }
+    trait, feeling = rng.sample(TRAITS, 2)
+    words = facts | {"second": second, "trait": trait, "feeling": feeling, "other": invented_name(rng)}
+    words |= {"job": rng.choice(JOBS), "time": rng.choice(TIMES)}
+    frame = rng.choice(STORIES)
+    return Story(frame.format(**words), {key: value for key, value in facts.items() if f"{{{key}}}" in frame})
+
+
+def story_document(rng: Random) -> str:
+    """Return a micro-story, often with a title or an ending that mentions its words again."""
+    one = story(rng)
+    title = f"{one.facts['name']} and the {one.facts['animal']}\n" if rng.random() < 0.3 else ""
+    ending = rng.choice(ENDINGS).format(**one.facts, other=invented_name(rng), trait=rng.choice(TRAITS))
+    return title + one.text + (" " + ending if rng.random() < 0.5 else "") + END
+
+
+def value(rng: Random) -> str:
+    """Return what may stand in a record: a word, a name, a number or a code."""
+    code = "".join(rng.choices(ascii_uppercase + digits, k=rng.randint(2, 5)))
+    number = str(rng.randint(0, 9999)) if rng.random() < 0.5 else f"{rng.random() * 100:.2f}"
+    return rng.choice(
+        [invented_word(rng), invented_name(rng), rng.choice(FOODS), rng.choice(TRAITS), number, code]
+    )
+
+
+def record(rng: Random) -> tuple[str, dict[str, str]]:
+    """Return key-value pairs, written as lines, as assignments, as JSON or as a table row, and the pairs."""
+    pairs = {key: value(rng) for key in rng.sample(KEYS, rng.randint(2, 5))}
+    style = rng.randrange(4)
+    if style == 0:
+        return "\n".join(f"{key}: {held}" for key, held in pairs.items()), pairs
+    if style == 1:
+        return "; ".join(f"{key}={held}" for key, held in pairs.items()), pairs
+    if style == 2:
+        return json.dumps(pairs), pairs
+    return "| " + " | ".join(f"{key} {held}" for key, held in pairs.items()) + " |", pairs
+
+
+def invented_phrase(rng: Random) -> str:
+    """Return invented words, some of them of any characters at all."""
+
+    def word() -> str:
+        kind = rng.random()
+        if kind < 0.6:
+            return invented_word(rng)
+        if kind < 0.75:
+            return invented_name(rng)
+        letters = ALPHABET[2:] + (rng.choice(FOREIGN) if kind > 0.95 else "") * 20
+        return "".join(rng.choices(letters, k=rng.randint(1, 6)))
+
+    return " ".join(word() for _ in range(rng.randint(1, 6)))
+
+
+def copying_document(rng: Random) -> str:
+    """Return an invented phrase, said again in one of several ways."""
+    phrase = invented_phrase(rng)
+    style = rng.randrange(4)
+    if style == 0:
+        return turn("user", f"{rng.choice(['Repeat', 'Say again', 'Copy'])}: {phrase}") + turn(
+            "assistant", phrase
+        )
+    if style == 1:
+        return "\n".join([phrase] * rng.randint(2, 3)) + END
+    if style == 2:
+        return phrase + rng.choice([" = ", " -> ", " :: "]) + phrase + END
+    return f'"{phrase}" is "{phrase}"' + END
+
+
+def _asked_story(rng: Random) -> tuple[str, dict[str, tuple[str, str]]]:
+    one = story(rng)
+    return one.text, {key: (rng.choice(QUESTIONS[key]), held) for key, held in one.facts.items()}
+
+
+def _asked_record(rng: Random) -> tuple[str, dict[str, tuple[str, str]]]:
+    text, pairs = record(rng)
+    return text, {key: (f"What is {key}?", held) for key, held in pairs.items()}
+
+
+def questions_document(rng: Random) -> str:
+    """Return a conversation: a story or a record, with one to three questions on it and their answers."""
+    text, asked = _asked_story(rng) if rng.random() < 0.7 else _asked_record(rng)
+    system = turn("system", rng.choice(SYSTEM_LINES)) if rng.random() < 0.3 else ""
+    chosen = [asked[key] for key in rng.sample(list(asked), min(len(asked), rng.randint(1, 3)))]
+    if rng.random() < 0.4:  # all at once
+        content = f"{text}\n{' '.join(question for question, _ in chosen)}"
+        return system + turn("user", content) + turn("assistant", ", ".join(held for _, held in chosen))
+    first, *later = [question for question, _ in chosen]
+    asking = [rng.choice([f"{text}\n{first}", f"{first}\n{text}"]), *later]
+    turns = zip(asking, (held for _, held in chosen), strict=True)
+    return system + "".join(turn("user", question) + turn("assistant", held) for question, held in turns)
+
+
+def document(rng: Random) -> str:
+    """Return one document of the pretraining text, with the token that ends it."""
+    kind = rng.choices(list(SHARES), weights=list(SHARES.values()))[0]
+    if kind == "story":
+        return story_document(rng)
+    if kind == "record":
+        return record(rng)[0] + END
+    return copying_document(rng) if kind == "copying" else questions_document(rng)
+
+
+def documents(seed: int) -> Iterator[str]:
+    """Yield pretraining documents without end."""
+    rng = Random(f"pretraining {seed}")
+    while True:
+        yield document(rng)
+
+
+def example(rng: Random, *, reserved: bool = False) -> dict[str, list[dict[str, str]]]:
+    """Return one record of the task: a micro-story, and JSON with its name, animal and place."""
+    shortest, longest = EXAMPLE_TOKENS
+    while True:
+        one = story(rng, reserved=reserved)
+        answer = json.dumps({key: one.facts[key] for key in ("name", "animal", "place")})
+        if shortest <= len(one.text) + len(answer) + 4 <= longest:
+            return {
+                "messages": [{"role": "user", "content": one.text}, {"role": "assistant", "content": answer}]
+            }
+
+
+def dataset(seed: int, *, train: int = 2000, validation: int = 200) -> dict[str, list[dict]]:
+    """Return the records of `train` and of `validation`, every story once.
+
+    In every second record of validation the person has a reserved name.
+    """
+    rng = Random(f"task {seed}")
+    seen: set[str] = set()
+
+    def new(reserved: bool) -> dict:
+        while (one := example(rng, reserved=reserved))["messages"][0]["content"] in seen:
+            pass
+        seen.add(one["messages"][0]["content"])
+        return one
+
+    return {
+        "train": [new(False) for _ in range(train)],
+        "validation": [new(number % 2 == 1) for number in range(validation)],
+    }

@@ -1,0 +1,238 @@
+"""The command line: verbs are the functions of the package, with the same names and arguments.
+
+Importing this module imports nothing heavy, so `--help` answers at once. Exit codes: 0 done, 1 failed, 2 the input is
+wrong or refused, 75 stopped by a signal and resumable.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console as RichConsole
+from rich.table import Table
+
+from lora_kit.errors import CheckpointError, LaunchError, LoraKitError
+
+app = typer.Typer(
+    name="lora-kit",
+    help="LoRA fine-tuning that never loses a step.\n\nStart with: lora-kit train recipes/quickstart.yaml --out runs/first",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/quickstart.yaml.")]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a field, e.g. optim.learning_rate=1e-4.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
+
+
+@contextmanager
+def errors_told() -> Iterator[None]:
+    """Turn our own errors into a message and an exit code; anything else keeps its traceback."""
+    try:
+        yield
+    except LoraKitError as error:
+        process = os.environ.get("RANK", "0")
+        if process == "0" or error.exit_code == 1:  # the others were told the same
+            lines = str(error).splitlines() or [type(error).__name__]
+            mark = "stopped" if error.exit_code == 75 else "error"
+            RichConsole(stderr=True, highlight=False, soft_wrap=True).print(f"[bold]{mark}:[/]", end=" ")
+            print("\n  ".join(lines), file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+
+
+@app.command()
+def train(
+    recipe: RecipeFile,
+    out: Annotated[Path, typer.Option("--out", metavar="RUN", help="The run's folder; goes on if it holds this run.")],
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes to start on this machine (default: one a GPU, or one).")
+    ] = None,
+    set_: Overrides = [],  # noqa: B006
+    accept: Annotated[
+        list[str], typer.Option(metavar="KEY", help="Go on although this key of the resume contract changed.")
+    ] = [],  # noqa: B006
+) -> None:
+    """Train a recipe; the same command starts, resumes and, when all is done, says so."""
+    with errors_told():
+        from lora_kit.recipe import load_recipe
+
+        loaded = load_recipe(recipe, set_)
+        launched = "RANK" in os.environ  # by accelerate, torchrun or ourselves
+        if launched and processes is not None:
+            raise LaunchError(f"--processes {processes}: another launcher already started this process; leave one out")
+        wanted = 1 if launched else processes or _gpus()
+        if wanted > 1:
+            from lora_kit.supervise.launch import launch
+
+            arguments = ["train", str(recipe), "--out", str(out)]
+            arguments += [part for text in set_ for part in ("--set", text)]
+            arguments += [part for text in accept for part in ("--accept", text)]
+            raise typer.Exit(launch(arguments, processes=wanted, run=out))
+        from lora_kit import trainer
+
+        trainer.train(loaded, out, accept=accept)
+
+
+def _gpus() -> int:
+    return max(1, len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
+
+
+@app.command()
+def check(
+    recipe: RecipeFile,
+    set_: Overrides = [],  # noqa: B006
+    offline: Annotated[bool, typer.Option(help="Use nothing from the network; say what could not be checked.")] = False,
+    shapes: Annotated[
+        Path | None, typer.Option(help="A folder of `<owner>--<name>.json` model configs, for --offline.")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="For how many processes to estimate.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Validate a recipe, look at its data with trained tokens marked, and estimate memory and size."""
+    with errors_told():
+        from lora_kit import check as checking
+        from lora_kit.recipe import load_recipe
+
+        report = checking.check(load_recipe(recipe, set_), offline=offline, shapes=shapes, processes=processes)
+        if as_json:
+            _print_json(report.to_dict())
+        else:
+            RichConsole(highlight=False, soft_wrap=True).print(report)
+        if report.problems:
+            raise typer.Exit(2)
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say how far a run is, and which of its checkpoints are valid. Moves nothing."""
+    with errors_told():
+        from lora_kit.checkpoint import store
+        from lora_kit.journal import summary
+
+        state = summary(run).to_dict()
+        state["checkpoints"] = [_validity(path) for path in store.folders(run)]
+        if as_json:
+            _print_json(state)
+            return
+        table = Table(title=str(run), show_header=False, title_justify="left")
+        for key, value in state.items():
+            if key != "checkpoints":
+                table.add_row(key.replace("_", " "), str(value))
+        for entry in state["checkpoints"]:
+            table.add_row(entry["path"], "valid" if entry["valid"] else entry["problem"])
+        RichConsole(highlight=False).print(table)
+
+
+def _validity(path: Path) -> dict[str, Any]:
+    from lora_kit.checkpoint import store
+
+    try:
+        found = store.open_checkpoint(path)
+    except CheckpointError as error:
+        return {"path": path.name, "valid": False, "problem": str(error)}
+    return {"path": path.name, "valid": True, "step": found.step, "bytes": found.size}
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, or a run with all of its checkpoints.")],
+    as_json: AsJson = False,
+) -> None:
+    """Read every byte of a checkpoint, or of all in a run, and compare it with the manifest. Moves nothing."""
+    with errors_told():
+        from lora_kit.checkpoint import store
+
+        found = [path] if (path / store.MANIFEST).exists() else store.folders(path)
+        if not found:
+            raise CheckpointError(f"{path}: no checkpoint here; give a run's folder or one of its checkpoints")
+        results = [_validity(one) for one in found]
+        if as_json:
+            _print_json(results)
+        else:
+            for result in results:
+                print(f"{result['path']}: {'valid' if result['valid'] else 'BROKEN: ' + result['problem']}")
+        if not all(result["valid"] for result in results):
+            raise typer.Exit(1)
+
+
+Weights = Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, or a run for its newest valid one.")]
+
+
+@app.command()
+def generate(
+    path: Weights,
+    prompts: Annotated[list[str], typer.Argument(help="What to answer; each is one user message.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    base: Annotated[bool, typer.Option("--base", help="Switch the adapter off.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Answer prompts with a trained adapter."""
+    with errors_told():
+        from lora_kit import generation
+
+        model, tokenizer = generation.load(newest(path))
+        with model.disable_adapter() if base else _nothing():
+            answers = generation.generate(
+                model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature
+            )
+        if as_json:
+            _print_json([{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)])
+        else:
+            print("\n\n".join(answers))
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def newest(path: Path) -> Path:
+    """Return a checkpoint as it is, and of a run its newest that verifies."""
+    from lora_kit.checkpoint import store
+
+    if (path / store.MANIFEST).exists():
+        return store.open_checkpoint(path).path
+    found = store.find(path)
+    if found.latest is None:
+        raise CheckpointError(f"{path}: no checkpoint here verifies; train first, or see `lora-kit verify {path}`")
+    return found.latest.path
+
+
+@app.command("eval")
+def evaluate(
+    recipe: RecipeFile,
+    path: Weights,
+    set_: Overrides = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Measure base and adapter on the recipe's validation data: loss, perplexity, exact match."""
+    with errors_told():
+        from lora_kit import evaluation
+        from lora_kit.recipe import load_recipe
+
+        scores = evaluation.evaluate(load_recipe(recipe, set_), newest(path))
+        if as_json:
+            _print_json(evaluation.plain(scores))
+            return
+        table = Table("", "loss", "perplexity", "exact match", "examples")
+        for name, one in scores.items():
+            match = "-" if one.exact_match is None else f"{one.exact_match:.1%}"
+            table.add_row(name, f"{one.loss:.4f}", f"{one.perplexity:.2f}", match, str(one.examples))
+        RichConsole(highlight=False).print(table)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, default=str))

@@ -1,0 +1,72 @@
+"""What a person sees while a run goes on: a live bar on a terminal or in a notebook, plain lines elsewhere."""
+
+import time
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class Console:
+    """Prints a run's progress; a silent one, on all processes but the main one, prints nothing."""
+
+    def __init__(self, *, silent: bool) -> None:
+        self._rich = RichConsole(quiet=silent, highlight=False, soft_wrap=True)
+        self._live = not silent and (self._rich.is_terminal or self._rich.is_jupyter)
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._printed = 0.0
+        self._status = ""
+
+    def say(self, text: str) -> None:
+        """Print a line (above the bar, if there is one)."""
+        self._rich.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """Print a line that should not be missed."""
+        self._rich.print(f"warning: {text}", style="yellow", markup=False)
+
+    def table(self, title: str, rows: list[tuple[str, str]], *, caption: str = "") -> None:
+        """Print a table of names and values."""
+        table = Table(title=title, caption=caption, show_header=False, title_justify="left", caption_justify="left")
+        for name, value in rows:
+            table.add_row(name, value)
+        self._rich.print(table)
+
+    def begin(self, steps: int, done: int) -> None:
+        """Start showing the progress of `steps` steps, `done` of which are behind us."""
+        if self._live:
+            columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+            self._progress = Progress(*columns, TextColumn("{task.description}"), console=self._rich)
+            self._task = self._progress.add_task("", total=steps, completed=done)
+            self._progress.start()
+
+    def step(self, record: dict[str, Any], steps: int) -> None:
+        """Show one finished step, as written to metrics.jsonl."""
+        text = (
+            f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  norm {record['grad_norm']:.3f}  "
+            f"{record['tokens_per_second']:,.0f} tokens/s"
+        )
+        if self._progress is not None:
+            self._progress.update(self._task, completed=record["step"], description=text)
+        elif record["step"] in (1, steps) or time.monotonic() - self._printed > SECONDS_BETWEEN_LINES:
+            self._printed = time.monotonic()
+            self.say(f"step {record['step']}/{steps}  {text}")
+
+    def tick(self, what: str) -> None:
+        """Show what is being done when no step can be shown; a plain line each time it changes."""
+        if what != self._status:
+            self._status = what
+            if not self._live:
+                self.say(f"{what} ...")
+            elif self._progress is not None:
+                self._progress.update(self._task, description=what)
+
+    def end(self) -> None:
+        """Take the bar away, leaving its last state."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None

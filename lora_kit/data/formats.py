@@ -1,0 +1,211 @@
+"""Records of the formats that people have, to one `Example`.
+
+A record is what stands on a line of a file. An example is one of two things: a conversation, which a chat
+template will render, or raw text with a prompt. All that is peculiar to a format ends here; nothing after it
+knows formats.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_kit.data.messages import Conversation, conversation, items, kind, labelled, parsed
+from lora_kit.errors import DataError
+
+__all__ = ["FORMATS", "Completion", "Conversation", "Example", "detect", "to_example"]
+
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_call": "assistant",
+}
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Raw text for the tokenizer; only the completion is trained. Plain text has an empty prompt."""
+
+    prompt: str
+    completion: str
+
+
+Example = Conversation | Completion
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a format."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return ", ".join([*self.required, *(f"[{name}]" for name in self.optional)])
+
+
+FORMATS = {
+    "messages": Columns(("messages",), ("tools",)),
+    "sharegpt": Columns(("conversations",), ("system", "tools")),
+    "prompt-completion": Columns(("prompt", "completion"), ("tools",)),
+    "alpaca": Columns(("instruction", "output"), ("input", "system", "history")),
+    "text": Columns(("text",)),
+}
+
+
+def detect(columns: Collection[str], renames: Mapping[str, str], *, named: str | None = None) -> str:
+    """Return the format that has these columns.
+
+    Args:
+        columns: The file's column names.
+        renames: The recipe's `data.columns`: a format's column to the file's.
+        named: The recipe's `data.format`; it is checked instead of detected.
+
+    Raises:
+        DataError: No format fits, several do, or a renamed column is not there.
+    """
+    found = ", ".join(columns)
+    candidates = [named] if named else list(FORMATS)
+    _check_renames(columns, renames, candidates)
+    fitting = [
+        name
+        for name in candidates
+        if all(renames.get(column, column) in columns for column in FORMATS[name].required)
+    ]
+    if len(fitting) > 1:  # nearly every dataset with another format also has a rendered `text`
+        fitting = [name for name in fitting if name != "text"]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise DataError(f"the columns {found} fit {' and '.join(fitting)}; say which with data.format")
+    wanted = FORMATS[named or "prompt-completion"].required
+    theirs = [*columns, *["..."] * len(wanted)]
+    hint = ", ".join(f"{ours}: {name}" for ours, name in zip(wanted, theirs, strict=False))
+    known = "; ".join(f"{name}: {FORMATS[name]}" for name in candidates)
+    raise DataError(
+        f"the columns are {found}; expected those of {'the format' if named else 'a format'} ({known}); "
+        f"say in data.columns which is which, e.g. {{{hint}}}"
+    )
+
+
+def _check_renames(columns: Collection[str], renames: Mapping[str, str], candidates: Sequence[str]) -> None:
+    known = {column for name in candidates for column in (*FORMATS[name].required, *FORMATS[name].optional)}
+    for ours, theirs in renames.items():
+        if ours not in known:
+            raise DataError(
+                f"data.columns: {ours!r} is no column of {' or '.join(candidates)}; expected one of "
+                f"{', '.join(sorted(known))} (ours first, then yours)"
+            )
+        if theirs not in columns:
+            found = ", ".join(columns)
+            raise DataError(f"data.columns: {ours}: there is no column {theirs!r}; the columns are {found}")
+
+
+def to_example(record: Mapping[str, Any], format: str, columns: Mapping[str, str]) -> Example:
+    """Turn a record into an example.
+
+    Args:
+        record: One line of the data.
+        format: A key of FORMATS.
+        columns: The recipe's `data.columns`: a format's column to the file's.
+
+    Raises:
+        DataError: The record is not of the format; the message starts with the place inside the record.
+    """
+    wanted = FORMATS[format]
+    fields = {name: record.get(columns.get(name, name)) for name in (*wanted.required, *wanted.optional)}
+    for name in wanted.required:
+        if fields[name] is None:
+            raise DataError(
+                f"{columns.get(name, name)} is missing; found {', '.join(map(str, record)) or 'nothing'}; "
+                f"the format {format} needs {' and '.join(columns.get(one, one) for one in wanted.required)}"
+            )
+    return _READERS[format](fields)
+
+
+def _from_messages(fields: Mapping[str, Any]) -> Example:
+    return conversation([labelled(items(fields["messages"], "messages"), "messages")], fields["tools"])
+
+
+def _from_prompt_completion(fields: Mapping[str, Any]) -> Example:
+    prompt, completion = fields["prompt"], fields["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        if not completion.strip():
+            raise DataError("completion is empty; there is nothing to learn from it")
+        return Completion(prompt, completion)
+    if isinstance(prompt, str) or isinstance(completion, str):
+        raise DataError(
+            f"prompt is {kind(prompt)} and completion is {kind(completion)}; expected both to be strings or "
+            "both to be lists of messages"
+        )
+    parts = [labelled(items(fields[name], name), name) for name in ("prompt", "completion")]
+    return conversation(parts, fields["tools"])
+
+
+def _from_alpaca(fields: Mapping[str, Any]) -> Example:
+    for name in ("instruction", "output", "input", "system"):
+        if not isinstance(fields[name], str | None):
+            raise DataError(f"{name} is {kind(fields[name])}; expected a string")
+    turns = _system(fields["system"])
+    for label, pair in labelled(items(fields["history"] or [], "history"), "history"):
+        if len(items(pair, label)) != 2:
+            raise DataError(f"{label} has {len(pair)} items; expected two: instruction and answer")
+        turns.append((f"{label}[0]", {"role": "user", "content": pair[0]}))
+        turns.append((f"{label}[1]", {"role": "assistant", "content": pair[1]}))
+    question = "\n\n".join(part for part in (fields["instruction"], fields["input"]) if part)
+    turns.append(("instruction", {"role": "user", "content": question}))
+    turns.append(("output", {"role": "assistant", "content": fields["output"]}))
+    return conversation([turns], None)
+
+
+def _from_text(fields: Mapping[str, Any]) -> Example:
+    if not isinstance(fields["text"], str):
+        raise DataError(f"text is {kind(fields['text'])}; expected a string")
+    if not fields["text"].strip():
+        raise DataError("text is empty; there is nothing to learn from it")
+    return Completion("", fields["text"])
+
+
+def _from_sharegpt(fields: Mapping[str, Any]) -> Example:
+    turns = _system(fields["system"])
+    for label, turn in labelled(items(fields["conversations"], "conversations"), "conversations"):
+        turns.append((label, _sharegpt_message(turn, label)))
+    return conversation([turns], fields["tools"])
+
+
+def _system(text: str | None) -> list[tuple[str, Any]]:
+    return [("system", {"role": "system", "content": text})] if text else []
+
+
+def _sharegpt_message(turn: Any, label: str) -> dict[str, Any]:
+    if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
+        hint = ""
+        if isinstance(turn, Mapping) and {"role", "content"} <= set(turn):
+            hint = (
+                "; for role and content set data.format: messages and data.columns: {messages: conversations}"
+            )
+        raise DataError(f"{label} is {kind(turn)}; expected an object with from and value{hint}")
+    if turn["from"] not in SHAREGPT_ROLES:
+        raise DataError(f"{label}.from is {turn['from']!r}; expected one of {', '.join(SHAREGPT_ROLES)}")
+    if not isinstance(turn["value"], str):
+        raise DataError(f"{label}.value is {kind(turn['value'])}; expected a string")
+    weight = {key: turn[key] for key in ("weight", "loss_weight") if key in turn}
+    message = {"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"], **weight}
+    if turn["from"] != "function_call":
+        return message
+    calls = parsed(turn["value"], f"{label}.value", 'a call such as {"name": "f", "arguments": {}}')
+    return message | {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
+
+
+_READERS: dict[str, Callable[[Mapping[str, Any]], Example]] = {
+    "messages": _from_messages,
+    "sharegpt": _from_sharegpt,
+    "prompt-completion": _from_prompt_completion,
+    "alpaca": _from_alpaca,
+    "text": _from_text,
+}

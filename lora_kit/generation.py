@@ -1,0 +1,145 @@
+"""Load a trained adapter and let it answer: greedy or sampled text from prompts, batched by length."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from lora_kit.base import load_base, load_renderer, locate
+from lora_kit.checkpoint import store
+from lora_kit.data.formats import Conversation
+from lora_kit.data.template import Renderer, prompt
+from lora_kit.errors import BaseError
+from lora_kit.recipe import Recipe
+
+
+def load(path: str | Path, *, device: str | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Load a checkpoint's base and adapter, ready to answer, with the tokenizer and template of its training.
+
+    Args:
+        path: A checkpoint's folder.
+        device: Where to put it; by default a GPU if there is one.
+
+    Raises:
+        CheckpointError: The checkpoint does not verify.
+        BaseError: Its base is not here, or is no longer the one that it was trained on.
+    """
+    manifest = store.open_checkpoint(Path(path)).manifest
+    recipe = Recipe.model_validate(manifest["recipe"])
+    name = json.loads((Path(path) / store.ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+    folder = Path(name) if Path(name).is_absolute() else None
+    source = locate(recipe.base, folder)
+    if source.fingerprint != manifest["fingerprints"]["base"]:
+        raise BaseError(f"{path}: was trained on other bytes of {source.name} than lie in {source.folder} now")
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = PeftModel.from_pretrained(load_base(source, recipe.base, where), str(path))
+    tokenizer = load_renderer(source, recipe, template=manifest["template"]).tokenizer
+    if manifest["template"] is not None:
+        tokenizer.chat_template = manifest["template"]
+    if recipe.base.stop_token is not None:
+        tokenizer.eos_token = recipe.base.stop_token
+    return model.eval(), tokenizer
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How answers are made.
+
+    Attributes:
+        max_new_tokens: Where an answer is cut.
+        temperature: 0 takes the likeliest token; above, tokens are sampled.
+        stop_ids: Tokens that end an answer.
+        batch_size: Prompts answered at once.
+    """
+
+    stop_ids: tuple[int, ...]
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    batch_size: int = 32
+
+
+@torch.no_grad()
+def answer(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], how: Answering
+) -> list[str]:
+    """Return the model's answer to each prompt (token ids), without the token that ended it.
+
+    Prompts of like length are answered together, padded on the left.
+    """
+    was_training = model.training
+    model.eval()
+    shortest_first = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    answers = [""] * len(prompts)
+    for start in range(0, len(prompts), how.batch_size):
+        members = shortest_first[start : start + how.batch_size]
+        for index, ids in zip(members, _answer_batch(model, [prompts[index] for index in members], how), strict=True):
+            answers[index] = tokenizer.decode(ids, skip_special_tokens=True)
+    model.train(was_training)
+    return answers
+
+
+def _answer_batch(model: nn.Module, prompts: list[Sequence[int]], how: Answering) -> list[list[int]]:
+    longest = max(map(len, prompts))
+    device = next(model.parameters()).device
+    padding = how.stop_ids[0]
+    ids = torch.tensor([[padding] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    sampling = {"do_sample": True, "temperature": how.temperature} if how.temperature > 0 else {"do_sample": False}
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=how.max_new_tokens,
+        eos_token_id=list(how.stop_ids),
+        pad_token_id=padding,
+        use_cache=True,
+        **sampling,
+    )
+    return [_until_stop(row.tolist(), how.stop_ids) for row in output[:, longest:]]
+
+
+def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
+    end = next((place for place, token in enumerate(ids) if token in stop_ids), len(ids))
+    return ids[:end]
+
+
+def stop_ids(renderer: Renderer) -> tuple[int, ...]:
+    """Return the ids that end an answer: the stop token's and the tokenizer's own end."""
+    own = renderer.tokenizer.eos_token_id
+    return tuple(dict.fromkeys([renderer.stop_id] + ([] if own is None else [own])))
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+) -> list[str]:
+    """Answer user messages with a model and tokenizer from `lora_kit.load`.
+
+    A tokenizer with a chat template gets each prompt as a user's message; one without gets it as plain text to go on
+    from.
+
+    Args:
+        model: A causal language model, with or without an adapter.
+        tokenizer: Its tokenizer.
+        prompts: What to answer.
+        max_new_tokens: Where an answer is cut.
+        temperature: 0 is greedy.
+    """
+    renderer = Renderer(tokenizer)
+    ids = [_user_prompt(text, renderer) for text in prompts]
+    return answer(model, tokenizer, ids, Answering(stop_ids(renderer), max_new_tokens, temperature))
+
+
+def _user_prompt(text: str, renderer: Renderer) -> list[int]:
+    if renderer.tokenizer.chat_template is None:
+        return renderer.tokenizer(text)["input_ids"]
+    asked = ({"role": "user", "content": text}, {"role": "assistant", "content": ""})
+    return prompt(Conversation(asked), renderer).ids

@@ -1,0 +1,235 @@
+"""Set a run up: everything it needs between its first and its last step.
+
+What is chosen here by looking at the machine or the model (threads, packed or padded) is chosen once per run: it goes
+into the manifest under `resolved`, and a resume takes it from there.
+"""
+
+import hashlib
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import psutil
+import torch
+from peft import PeftModel
+from safetensors.numpy import load_file
+
+from lora_kit.adapter import FlatState, flatten, inject
+from lora_kit.base import Source, leaks_when_packed, load_base, load_renderer, locate
+from lora_kit.checkpoint.resume import OpenRun, Row, contract, enforce, still_bitwise, table
+from lora_kit.checkpoint.store import ADAPTER, OPTIMIZER, Checkpoint
+from lora_kit.console import Console
+from lora_kit.data.order import examples_of_step, total_examples, total_steps
+from lora_kit.data.packing import pack
+from lora_kit.data.template import Renderer
+from lora_kit.data.tokens import Prepared, Tokens
+from lora_kit.data.vocabulary import check_tokenizer_fits, untrained_labels
+from lora_kit.evaluation import prepare_data
+from lora_kit.journal import Journal
+from lora_kit.processes import Processes
+from lora_kit.recipe import Recipe, dump, resolve_path
+
+TINY_BASE_BYTES = 100_000_000  # below it, two threads spend more time meeting than computing
+PACKAGES = ("lora_kit", "torch", "transformers", "peft", "accelerate", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which examples each step trains on, and in which micro-batches: a pure function of the step."""
+
+    recipe: Recipe
+    tokens: Tokens
+    padded: bool
+
+    @property
+    def total(self) -> int:
+        """The examples of the whole run, each epoch's visit counted."""
+        train = self.recipe.train
+        return total_examples(len(self.tokens), batch_size=train.batch_size, steps=train.steps, epochs=train.epochs)
+
+    @property
+    def steps(self) -> int:
+        """The optimizer steps of the whole run."""
+        return total_steps(self.total, self.recipe.train.batch_size)
+
+    def examples_seen(self, step: int) -> int:
+        """Return how many examples were trained on before a step."""
+        return min(self.total, step * self.recipe.train.batch_size)
+
+    def micro_batches(self, step: int) -> list[list[int]]:
+        """Return the step's micro-batches as indices of examples, over all processes."""
+        train = self.recipe.train
+        positions = examples_of_step(
+            step, batch_size=train.batch_size, examples=len(self.tokens), total=self.total, seed=train.seed
+        )
+        members = [position.example for position in positions]
+        lengths = self.tokens.lengths[members].tolist()
+        groups = pack(lengths, train.micro_batch_tokens, padded=self.padded)
+        return [[members[index] for index in group] for group in groups]
+
+    def idle_share(self, processes: int) -> float:
+        """Return the share of the processes' turns in which there is no micro-batch for them, over the first steps."""
+        counts = [len(self.micro_batches(step)) for step in range(min(20, self.steps))]
+        turns = sum(-(-count // processes) * processes for count in counts)
+        return 1 - sum(counts) / turns
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a run needs between its first and its last step.
+
+    `manifest` holds the parts of every manifest that do not change while this process lives.
+    """
+
+    recipe: Recipe
+    run: OpenRun
+    processes: Processes
+    source: Source
+    renderer: Renderer
+    data: Prepared
+    model: PeftModel
+    state: FlatState
+    plan: Plan
+    start: int
+    journal: Journal
+    manifest: dict[str, Any]
+
+
+def prepare_job(
+    recipe: Recipe, run: OpenRun, processes: Processes, console: Console, *, accept: Sequence[str] = ()
+) -> Job:
+    """Load data, base and adapter, check the resume contract, and go to where the run stopped.
+
+    Raises:
+        InputError: Something that the user gave cannot work, or would change what the run is.
+    """
+    console.tick("base: fingerprint")
+    source = processes.main_decides(lambda: locate(recipe.base, resolve_path(recipe, recipe.base.repo)))
+    renderer = load_renderer(source, recipe)
+    console.tick("data: render and tokenise")
+    data = processes.main_decides(lambda: prepare_data(recipe, renderer))
+    facts = observed(source, renderer, data, processes)
+    latest = run.latest
+    rows = [] if latest is None else contract(latest.manifest, recipe, facts)
+    processes.main_decides(lambda: enforce(rows, accept, run.folder))
+    resolved = dict(latest.manifest["resolved"]) if latest else {"threads": threads_for(source, processes)}
+    if resolved["threads"]:
+        torch.set_num_threads(resolved["threads"])
+    console.tick("base: load")
+    base = load_base(source, recipe.base, processes.device)
+    embedding = base.get_input_embeddings().weight
+    check_tokenizer_fits(renderer.tokenizer, len(embedding), used=data.train)
+    if latest is None:
+        warn_of_untrained(untrained_labels(data.train, embedding), renderer, console)
+        leaks = leaks_when_packed(base, base.config.vocab_size, processes.device)
+        resolved |= {"layout": "padded" if leaks else "packed", "attention": base.config._attn_implementation}
+    if recipe.train.activation_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = inject(base, recipe.adapter, seed=recipe.train.seed, name=source.name, revision=source.commit)
+    state = flatten(model.train())
+    if latest is not None:
+        state.load(load_file(latest.path / ADAPTER), load_file(latest.path / OPTIMIZER))
+    plan = Plan(recipe, data.train, resolved["layout"] == "padded")
+    manifest = facts | {
+        "template": renderer.template,
+        "run_id": run.run_id,
+        "fencing_token": run.lease.token,
+        "recipe": recipe.model_dump(mode="json"),
+        "resolved": resolved,
+        "lineage": lineage(latest, rows),
+        "claim": claim(latest, rows, processes),
+    }
+    start = latest.step if latest else 0
+    job = Job(recipe, run, processes, source, renderer, data, model, state, plan, start, Journal(run.folder), manifest)
+    if processes.is_main:
+        announce(job, rows, accept, console)
+    return job
+
+
+def observed(source: Source, renderer: Renderer, data: Prepared, processes: Processes) -> dict[str, dict[str, Any]]:
+    """Return what a resume compares beside the recipe: fingerprints, versions and the machine."""
+    cuda = processes.device.type == "cuda"
+    return {
+        "fingerprints": {
+            "base": source.fingerprint,
+            "template": hashlib.sha256(template_of(renderer).encode()).hexdigest(),
+            "train": data.train.fingerprint,
+            "validation": data.validation.fingerprint if data.validation else None,
+        },
+        "versions": {name: version(name) for name in PACKAGES},
+        "machine": {
+            "processes": processes.count,
+            "device": torch.cuda.get_device_name(processes.device) if cuda else f"cpu {platform.machine()}",
+        },
+    }
+
+
+def warn_of_untrained(labels: Sequence[int], renderer: Renderer, console: Console) -> None:
+    """Say which labels an adapter on linear layers cannot learn to write: the base never trained their tokens."""
+    if labels:
+        names = ", ".join(repr(renderer.tokenizer.convert_ids_to_tokens(label)) for label in labels[:5])
+        console.warn(
+            f"{len(labels)} label token(s) look untrained in the base ({names}): LoRA on linear layers cannot teach "
+            "them; if the stop token is among them, name one that the base knows with base.stop_token"
+        )
+
+
+def template_of(renderer: Renderer) -> str:
+    """Return the chat template in use; empty when there is none, as for raw text."""
+    return str(renderer.template or renderer.tokenizer.chat_template or "")
+
+
+def threads_for(source: Source, processes: Processes) -> int | None:
+    """Return how many threads a process computes with on a CPU: chosen by the run, since it can change bits."""
+    if processes.device.type != "cpu":
+        return None
+    weights = sum(path.stat().st_size for path in source.folder.glob("*.safetensors"))
+    if weights < TINY_BASE_BYTES:
+        return 1
+    return max(1, (psutil.cpu_count(logical=False) or 1) // processes.count)
+
+
+def claim(latest: Checkpoint | None, rows: Sequence[Row], processes: Processes) -> dict[str, str]:
+    """Return what a checkpoint promises: the bits of an undisturbed run, or its values to rounding, and for what."""
+    power_of_two = processes.count & (processes.count - 1) == 0
+    so_far = latest is None or latest.manifest["claim"]["level"] == "bitwise"
+    if so_far and power_of_two and still_bitwise(rows) and processes.device.type == "cpu":
+        return {"level": "bitwise", "holds_for": "1, 2, 4, 8, ... processes, these versions, this kind of processor"}
+    return {"level": "rounding", "holds_for": "any number of processes, any device"}
+
+
+def lineage(latest: Checkpoint | None, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return every accepted change of the run's life, with the step it came at."""
+    if latest is None:
+        return []
+    accepted = [row for row in rows if row.verdict == "accept"]
+    new = [{"step": latest.step, "key": row.key, "then": row.then, "now": row.now} for row in accepted]
+    return latest.manifest["lineage"] + new
+
+
+def announce(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Console) -> None:
+    """Write the run's beginning to its logs and say what will be trained."""
+    run, plan, train = job.run, job.plan, job.data.train
+    job.journal.cut(job.start)
+    (run.folder / "recipe.yaml").write_text(dump(job.recipe))
+    facts = {"step": job.start, "steps": plan.steps, "processes": job.processes.count}
+    if run.latest is None:
+        job.journal.event("started", **facts, run_id=run.run_id)
+    else:
+        job.journal.event("resumed", **facts, reached=run.reached, run_id=run.run_id)
+        console.say(f"resuming {run.folder} after step {job.start} of {plan.steps}; compared with its checkpoint:")
+        console.say(table(rows, accept))
+    share = job.state.size / sum(parameter.numel() for parameter in job.model.parameters())
+    console.say(f"base {job.source.name}: {job.state.size:,} trainable parameters ({share:.2%})")
+    counts = job.data.summary["train"]
+    console.say(
+        f"data: {len(train):,} examples ({counts['format']}), {counts['tokens']:,} tokens, "
+        f"{counts['trained_share']:.0%} trained; {job.manifest['resolved']}"
+    )
+    for note in job.data.summary["notes"]:
+        console.warn(note)
+    if plan.padded:
+        console.warn("this model mixes examples that are packed into one row, so it trains on padded rows: slower")
+    console.say(f"{job.processes.count} process(es) on {job.processes.device.type}; {job.manifest['claim']['level']}")

@@ -1,0 +1,163 @@
+"""The schema of a recipe: every field, its meaning and its bounds.
+
+A field stands here only if the code reads it. The strings below the fields are their documentation: they make
+docs/recipes.md and the JSON Schema.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+
+FRACTION = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of a recipe; frozen, and a key that it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class Base(Section):
+    """The frozen model."""
+
+    repo: str
+    """A Hub name, a folder, or `builtin:base` for the embedded one."""
+    revision: str | None = None
+    """A branch, tag or commit of the Hub repository; the commit is recorded."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """What the base computes in; the adapter's master weights are always fp32."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """The attention implementation of transformers; auto is the model's own default."""
+    stop_token: str | None = None
+    """The token that ends an answer; by default the tokenizer's end of sequence. A base that never saw that token in
+    pretraining cannot learn to stop with it."""
+    trust_remote_code: bool = False
+    """Run the Python files of the base's repository."""
+
+
+class Data(Section):
+    """The examples."""
+
+    train: str
+    """A file (JSON, JSONL, CSV, Parquet), a folder of them, a Hub name `name:config@revision[split]`, or
+    `builtin:quickstart.train.jsonl`."""
+    validation: str | FRACTION | None = None
+    """Held-out examples: a source like `train`, or the share of `train` to hold out."""
+    format: Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text"] | None = None
+    """How a record is laid out; found out from the columns when not named."""
+    columns: dict[str, str] = {}
+    """Renames: the format's column name to the file's, e.g. `{prompt: question}`."""
+    template: str | None = None
+    """A jinja file that replaces the tokenizer's chat template."""
+    sequence_length: int = Field(2048, gt=1)
+    """The most tokens an example may have."""
+    overlong: Literal["error", "drop", "truncate"] = "error"
+    """What happens to a longer example."""
+    max_examples: int | None = Field(None, gt=0)
+    """Read only the first so many records of `train`."""
+
+
+class Adapter(Section):
+    """The trained low-rank matrices."""
+
+    rank: int = Field(16, gt=0)
+    """Columns of B, rows of A."""
+    alpha: int = Field(32, gt=0)
+    """The adapter's output is scaled by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout before A; the only live dropout of the run."""
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = "all-linear"
+    """Which layers get an adapter: all linear ones (without the head), or a list of names."""
+
+
+class Objective(Section):
+    """The loss: cross-entropy of the trained tokens (supervised fine-tuning)."""
+
+    train_on: Literal["assistant", "all"] = "assistant"
+    """Train the answers with the token that ends them, or every token."""
+
+
+class Optim(Section):
+    """AdamW and its learning rate."""
+
+    learning_rate: float = Field(2e-4, gt=0)
+    """The highest of the run; LoRA wants about ten times that of full fine-tuning."""
+    betas: Annotated[tuple[FRACTION, FRACTION], Field(strict=False)] = (0.9, 0.999)
+    """How slowly the two moments move."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled; of the adapter's weights."""
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Where the gradient's norm is clipped; null leaves it."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the rate falls to zero after the warm-up."""
+    warmup: float = Field(0.03, ge=0, le=1)
+    """The share of the run, in examples, over which the rate rises."""
+
+
+class Train(Section):
+    """How long, and in which portions."""
+
+    steps: int | None = Field(None, gt=0)
+    """Optimizer steps of the whole run; or name epochs."""
+    epochs: float | None = Field(None, gt=0)
+    """Visits of every example; or name steps."""
+    batch_size: int = Field(16, gt=0)
+    """Examples an optimizer step, over ALL processes; accumulation follows from it."""
+    micro_batch_tokens: int = Field(8192, gt=0)
+    """The most tokens that one process computes at once; examples are packed into it."""
+    activation_checkpointing: bool = False
+    """Compute each layer's activations twice instead of keeping them: less memory, a third more time."""
+    seed: int = Field(0, ge=0)
+    """Of the order of the examples, of A's start and of dropout."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Train":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("name exactly one of steps and epochs")
+        return self
+
+
+class Checkpoint(Section):
+    """What is kept on disk."""
+
+    every_steps: int = Field(100, gt=0)
+    """A durable checkpoint after every so many steps, and after the last."""
+    keep: int = Field(3, ge=2)
+    """How many of the newest stay."""
+
+
+class Evaluate(Section):
+    """What is measured at the end, of base and adapter."""
+
+    generate: int = Field(0, ge=0)
+    """How many validation examples are answered by generation, for exact match."""
+
+
+class Recipe(Section):
+    """A whole recipe."""
+
+    base: Base
+    data: Data
+    adapter: Adapter = Adapter()
+    objective: Objective = Objective()
+    optim: Optim = Optim()
+    train: Train
+    checkpoint: Checkpoint = Checkpoint()
+    evaluate: Evaluate = Evaluate()
+
+    _folder: Path = PrivateAttr(default_factory=Path.cwd)
+
+    @property
+    def folder(self) -> Path:
+        """Where relative paths start: the recipe file's folder."""
+        return self._folder
+
+    @model_validator(mode="after")
+    def _room_for_the_longest(self) -> "Recipe":
+        if self.train.micro_batch_tokens < self.data.sequence_length:
+            raise ValueError(
+                f"train.micro_batch_tokens is {self.train.micro_batch_tokens}, less than data.sequence_length "
+                f"({self.data.sequence_length}); an example is never split, so raise the one or lower the other"
+            )
+        return self

@@ -1,0 +1,333 @@
+"""The loop, top to bottom.
+
+A step is a function of (recipe, step, state): which examples, in which micro-batches, with which random numbers and
+which learning rate is computed, never remembered. The state is four flat buffers and the step's number; everything
+else in this file moves it on by one, writes it down or shows it.
+"""
+
+import json
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from safetensors.numpy import save as safetensors_bytes
+from torch import Tensor
+
+from lora_kit import evaluation
+from lora_kit import optim
+from lora_kit.adapter import LOSS, STOP, saved_config
+from lora_kit.checkpoint import store
+from lora_kit.checkpoint.resume import OpenRun, open_run
+from lora_kit.checkpoint.store import ADAPTER, ADAPTER_CONFIG, OPTIMIZER
+from lora_kit.console import Console
+from lora_kit.data.order import micro_batch_seed
+from lora_kit.data.packing import MicroBatch, collate, reduction_schedule
+from lora_kit.errors import CheckpointError, Stopped
+from lora_kit.job import Job, prepare_job
+from lora_kit.journal import Journal
+from lora_kit.objective import sft
+from lora_kit.processes import Processes
+from lora_kit.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, read back."""
+
+    folder: Path
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """A record for every finished step."""
+        return Journal(self.folder).read_metrics()
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The committed checkpoints, oldest first, valid or not."""
+        return store.folders(self.folder)[::-1]
+
+    @property
+    def latest(self) -> Path:
+        """The newest checkpoint that verifies.
+
+        Raises:
+            CheckpointError: There is none.
+        """
+        found = store.find(self.folder).latest
+        if found is None:
+            raise CheckpointError(f"{self.folder}: no checkpoint here verifies; train first, or ask `lora-kit verify`")
+        return found.path
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The content of result.json; empty before the run has finished."""
+        path = self.folder / "result.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def train(recipe: Recipe, out: str | Path, *, accept: Sequence[str] = ()) -> Run:
+    """Train a recipe into a run's folder, going on where an earlier call stopped.
+
+    Args:
+        recipe: From `load_recipe`.
+        out: The run's folder.
+        accept: Keys of the resume contract whose change is wanted, e.g. `optim.learning_rate`.
+
+    Raises:
+        InputError: Recipe, data, base, launcher or folder cannot work; nothing was changed.
+        Stopped: A signal came; the last finished step is durable and the same call goes on.
+        CheckpointError: The final checkpoint could not be written.
+    """
+    processes = Processes.start(recipe.base.dtype)
+    console = Console(silent=not processes.is_main)
+    with stop_signals() as stop_wanted, held(processes, Path(out), console) as run:
+        job = prepare_job(recipe, run, processes, console, accept=accept)
+        state, plan = job.state, job.plan
+        numbers, stall = None, 0.0
+        console.begin(plan.steps, job.start)
+        for step in range(job.start, plan.steps):
+            began = time.perf_counter()
+            partial_sums: list[Tensor] = []
+            # 1. this process's micro-batches; each gradient is divided by the weight of the whole step
+            for batch, weight, merges in my_micro_batches(job, step):
+                loss = sft(job.model, batch, processes.device) / weight
+                loss.backward()
+                state.gradient[LOSS] = loss.detach()
+                state.gradient[STOP] = float(stop_wanted.is_set())
+                add_to_tree(partial_sums, state.gradient, merges)
+            # 2. the sum over processes, in the order in which one process would have added
+            if partial_sums:
+                state.gradient.copy_(partial_sums.pop())
+            processes.tree_sum(state.gradient, contributors=min(processes.count, len(plan.micro_batches(step))))
+            # 3. one update of the flat state
+            norm, rate = update(job, step)
+            # 4. the numbers of the step before, now that this one is queued: nobody waits for the device
+            stop = numbers is not None and settle(job, numbers, console)
+            numbers = Numbers(step, rate, norm, state.gradient[[LOSS, STOP]], time.perf_counter() - began, stall)
+            state.gradient.zero_()
+            # 5. durable
+            stall, done = 0.0, step + 1
+            if stop or done % recipe.checkpoint.every_steps == 0 or done == plan.steps:
+                stop, numbers = settle(job, numbers, console) or stop, None
+                stall = save(job, done, console)
+                if stop:
+                    raise stopped(job, done)
+        finish(job, console, stop_wanted)
+        console.end()
+    return Run(Path(out))
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """Turn SIGTERM and SIGUSR1 into an event while the run lasts; SIGINT too, except in a notebook."""
+    wanted = threading.Event()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if wanted.is_set():  # a second signal does not wait for the step
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+        wanted.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield wanted
+        return
+    interactive = hasattr(sys, "ps1") or "ipykernel" in sys.modules
+    heard = [signal.SIGTERM, signal.SIGUSR1] + ([] if interactive else [signal.SIGINT])
+    before = {number: signal.signal(number, note) for number in heard}
+    try:
+        yield wanted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def held(processes: Processes, folder: Path, console: Console) -> Iterator[OpenRun]:
+    """Hold a run's folder for writing; the progress bar is taken away whatever happens."""
+    run = processes.main_decides(lambda: open_run(folder))
+    try:
+        for notice in run.notices:
+            console.warn(notice)
+        yield run
+    finally:
+        console.end()
+        if processes.is_main:
+            run.lease.release()
+
+
+def my_micro_batches(job: Job, step: int) -> Iterator[tuple[MicroBatch, int, int]]:
+    """Yield this process's micro-batches with the step's weight and the merges that follow each.
+
+    The generator is seeded before each, so that dropout is the same whichever process runs it.
+    """
+    groups = job.plan.micro_batches(step)
+    weight = sum(job.data.train.weight(index) for group in groups for index in group)
+    mine = range(job.processes.index, len(groups), job.processes.count)
+    for place, merges in reduction_schedule(len(mine)):
+        number = mine[place]
+        torch.manual_seed(micro_batch_seed(job.recipe.train.seed, step, number))
+        yield collate(job.data.train, groups[number], padded=job.plan.padded), weight, merges
+
+
+def add_to_tree(partial_sums: list[Tensor], gradient: Tensor, merges: int) -> None:
+    """Add a leaf to the binary tree of `reduction_schedule` and empty the gradient for the next one."""
+    total = partial_sums.pop().add_(gradient) if merges else gradient.clone()
+    for _ in range(merges - 1):
+        total = partial_sums.pop().add_(total)
+    partial_sums.append(total)
+    gradient.zero_()
+
+
+def update(job: Job, step: int) -> tuple[Tensor, float]:
+    """Clip and take one optimizer step; return the gradient's norm before clipping and the learning rate."""
+    settings, state = job.recipe.optim, job.state
+    gradient = state.gradient[: state.size]
+    norm = optim.gradient_norm(gradient)
+    if settings.max_grad_norm:
+        optim.clip(gradient, norm, settings.max_grad_norm)
+    rate = optim.learning_rate(settings, job.plan.examples_seen(step), job.plan.total)
+    optim.adamw(state.weights, gradient, state.moments, step=step, learning_rate=rate, optim=settings)
+    return norm, rate
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What one step was, still on the device."""
+
+    step: int
+    learning_rate: float
+    grad_norm: Tensor
+    loss_and_stop: Tensor
+    seconds: float
+    stall_seconds: float
+
+
+def settle(job: Job, numbers: Numbers, console: Console) -> bool:
+    """Write a finished step's line; return whether any process wants to stop."""
+    loss, stop = numbers.loss_and_stop.tolist()
+    groups = job.plan.micro_batches(numbers.step)
+    tokens = int(sum(job.data.train.lengths[group].sum() for group in groups))
+    if job.processes.is_main:
+        record = {
+            "step": numbers.step + 1,
+            "examples": job.plan.examples_seen(numbers.step + 1),
+            "tokens": tokens,
+            "loss": loss,
+            "learning_rate": numbers.learning_rate,
+            "grad_norm": float(numbers.grad_norm),
+            "tokens_per_second": round(tokens / numbers.seconds, 1),
+            "stall_seconds": round(numbers.stall_seconds, 4),
+        }
+        job.journal.metrics(record)
+        console.step(record, job.plan.steps)
+    return stop > 0
+
+
+def save(job: Job, done: int, console: Console) -> float:
+    """Commit a checkpoint after `done` steps; return the seconds the loop waited.
+
+    A full or failing disk does not end the run: the earlier checkpoints are untouched, the failure is said each time.
+    """
+    began = time.perf_counter()
+    job.state.assert_views()
+    if job.processes.is_main:
+        files = {
+            ADAPTER: safetensors_bytes(job.state.adapter_arrays(), metadata={"format": "pt"}),
+            ADAPTER_CONFIG: (json.dumps(saved_config(job.model), indent=2) + "\n").encode(),
+            OPTIMIZER: safetensors_bytes(job.state.optimizer_arrays()),
+        }
+        moving = {"step": done, "examples_seen": job.plan.examples_seen(done), "skipped_steps": []}
+        try:
+            committed = store.commit(job.run.folder, files, job.manifest | moving)
+            store.prune(job.run.folder, job.recipe.checkpoint.keep)
+            job.journal.event("checkpoint", step=done, bytes=committed.size, seconds=time.perf_counter() - began)
+        except CheckpointError as error:
+            job.journal.event("fault", step=done, what=str(error))
+            console.warn(str(error))
+            if done == job.plan.steps:
+                raise
+    return time.perf_counter() - began
+
+
+def stopped(job: Job, done: int) -> Stopped:
+    """Note that a signal ended the run and return the error that says so."""
+    if job.processes.is_main:
+        job.journal.event("stopped", step=done)
+    job.processes.barrier()
+    return Stopped(f"{job.run.folder}: stopped by a signal after step {done} of {job.plan.steps}, which is durable; "
+                   "the same command goes on")
+
+
+def finish(job: Job, console: Console, stop_wanted: threading.Event) -> None:
+    """Evaluate base and adapter, write result.json and show the table; done already, say so."""
+    path = job.run.folder / "result.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    if known.get("step") == job.plan.steps:
+        console.say(
+            f"{job.run.folder} has finished its {job.plan.steps} steps; nothing is left to do. To go on: "
+            f"--set train.steps={2 * job.plan.steps} --accept train.steps"
+        )
+        show(job, known, console)
+        return
+
+    def tick(what: str) -> None:
+        if stop_wanted.is_set():
+            raise stopped(job, job.plan.steps)
+        console.tick(what)
+
+    held_out = evaluation.held_out_of(job.recipe, job.data, job.renderer, padded=job.plan.padded)
+    scores = {}
+    if held_out is not None:
+        scores = evaluation.compare(job.model, job.renderer, held_out, processes=job.processes, tick=tick)
+    if job.processes.is_main:
+        result = result_of(job, evaluation.plain(scores))
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(result, indent=2) + "\n")
+        partial.replace(path)
+        job.journal.event("finished", step=job.plan.steps)
+        console.end()
+        show(job, result, console)
+
+
+def result_of(job: Job, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of result.json."""
+    rates = [record["tokens_per_second"] for record in job.journal.read_metrics()]
+    checkpoint = store.open_checkpoint(store.checkpoint_folder(job.run.folder, job.plan.steps))
+    weights = sum(file.stat().st_size for file in job.source.folder.glob("*.safetensors"))
+    return {
+        "step": job.plan.steps,
+        "metrics": metrics,
+        "tokens_per_second": round(statistics.median(rates), 1),
+        "checkpoint_bytes": checkpoint.size,
+        "base_bytes": weights,
+        "adapter": str(checkpoint.path.relative_to(job.run.folder)),
+    }
+
+
+def show(job: Job, result: dict[str, Any], console: Console) -> None:
+    """Show what was gained, what it cost, where it is and what to type next."""
+    folder, adapter = job.run.folder, job.run.folder / result["adapter"]
+    rows = []
+    for name, one in result["metrics"].items():
+        match = "" if one["exact_match"] is None else f", exact match {one['exact_match']:.1%} of {one['answered']}"
+        rows.append((f"held-out, {name}", f"loss {one['loss']:.4f}, perplexity {one['perplexity']:.2f}{match}"))
+    share = result["checkpoint_bytes"] / result["base_bytes"]
+    rows += [
+        ("speed", f"{result['tokens_per_second']:,.0f} tokens/s (median step)"),
+        ("checkpoint", f"{result['checkpoint_bytes']:,} bytes; the base has {result['base_bytes']:,} ({share:.1%})"),
+        ("adapter", str(adapter)),
+        ("try it", f'lora-kit generate {folder} "your prompt"'),
+        ("look closer", f"lora-kit status {folder}"),
+    ]
+    synthetic = job.recipe.base.repo.startswith("builtin:")
+    note = "base and data are synthetic, made for this demonstration (lora_kit/assets/README.md)" if synthetic else ""
+    console.table(f"{folder}: {result['step']} steps done", rows, caption=note)

@@ -1,0 +1,123 @@
+"""Tiny real bases, tokenizers and datasets for the tests; one thread, no network."""
+
+import os
+
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
+
+import json
+import random
+import string
+from pathlib import Path
+
+import pytest
+
+TEMPLATE = (
+    "{% for message in messages %}{{ '<' + message.role + '>' + message.content }}"
+    "{% if message.role == 'assistant' %}{{ '</s>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+def make_tokenizer(folder):
+    """Save a character-level tokenizer with role tokens and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "</s>", "<user>", "<assistant>", "<system>", "<unk>"]
+    vocabulary = {token: number for number, token in enumerate([*special, *string.printable])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    inner.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=special[2:5],
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return len(vocabulary)
+
+
+def make_base(folder, *, seed=0, **changes):
+    """Save a tiny random Llama with its tokenizer and return the folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    vocabulary = make_tokenizer(folder)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,  # logits far from uniform, so that differences show
+    }
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=vocabulary, eos_token_id=1, pad_token_id=0, bos_token_id=None, **sizes | changes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def make_records(count, *, seed=0):
+    """Return conversations of one to three turns with answers of very different lengths."""
+    rng = random.Random(seed)
+
+    def words(most):
+        return " ".join("".join(rng.choices("abcdefgh", k=rng.randint(1, 6))) for _ in range(rng.randint(1, most)))
+
+    def conversation():
+        turns = []
+        for _ in range(rng.randint(1, 3)):
+            turns += [{"role": "user", "content": words(6)}, {"role": "assistant", "content": words(8)}]
+        return {"messages": turns}
+
+    return [conversation() for _ in range(count)]
+
+
+def write_jsonl(path, records):
+    """Write records a line each and return the path."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory):
+    """A tiny random Llama."""
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory):
+    """23 conversations: a prime, so that no batch size divides an epoch."""
+    return write_jsonl(tmp_path_factory.mktemp("data") / "train.jsonl", make_records(23))
+
+
+RECIPE = """
+base: {{repo: {base}, dtype: float32}}
+data: {{train: {data}, sequence_length: 256}}
+adapter: {{rank: 4, alpha: 8, dropout: 0.1}}
+optim: {{learning_rate: 1e-2}}
+train: {{steps: 8, batch_size: 5, micro_batch_tokens: 256}}
+checkpoint: {{every_steps: 3}}
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path, base_folder, data_file):
+    """A recipe over the tiny base whose steps hold several micro-batches."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(base=base_folder, data=data_file))
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """Real models and datasets beside the checkout; tests that need them skip without."""
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no folder of real data beside this checkout")
+    return folder

@@ -1,0 +1,169 @@
+"""Bad input gets a clear message and exit code 2, before anything is trained, and loses nothing."""
+
+import errno
+import json
+import os
+import shutil
+
+import pytest
+from conftest import make_records, write_jsonl
+from typer.testing import CliRunner
+
+from lora_kit import trainer
+from lora_kit.checkpoint import store
+from lora_kit.cli import app
+from lora_kit.errors import CheckpointError
+from lora_kit.recipe import load_recipe
+
+
+@pytest.fixture
+def told(recipe_file, tmp_path):
+    """Run `lora-kit train` with changes, expect exit code 2, and return what was told; nothing may be left behind."""
+
+    def run(*changes, recipe=recipe_file, code=2):
+        options = [part for change in changes for part in ("--set", change)]
+        out = tmp_path / "out"
+        result = CliRunner().invoke(app, ["train", str(recipe), "--out", str(out), "--processes", "1", *options])
+        assert result.exit_code == code, (result.output, result.exception)
+        assert not list(out.glob("checkpoints/step-*"))
+        return result.stderr
+
+    return run
+
+
+def test_a_missing_recipe(told, tmp_path):
+    assert "nowhere.yaml" in told(recipe=tmp_path / "nowhere.yaml")
+
+
+def test_an_unknown_key_with_what_was_meant(told):
+    message = told("optim.lerning_rate=1")
+    assert "optim.lerning_rate" in message and "did you mean 'learning_rate'" in message
+
+
+def test_a_wrong_type_names_what_was_found_and_expected(told):
+    message = told("train.batch_size=many")
+    assert "train.batch_size" in message and "many" in message
+
+
+def test_a_duplicate_key(told, recipe_file, tmp_path):
+    recipe_file.write_text(recipe_file.read_text() + "checkpoint: {every_steps: 9}\n")
+    assert "checkpoint" in told(recipe=recipe_file) and "duplicate" in told(recipe=recipe_file)
+
+
+def test_a_missing_data_file(told, tmp_path):
+    assert "gone.jsonl" in told(f"data.train={tmp_path / 'gone.jsonl'}")
+
+
+def test_an_empty_dataset(told, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "empty.jsonl: the file is empty" in told(f"data.train={tmp_path / 'empty.jsonl'}")
+
+
+def test_a_line_that_is_not_json_is_named(told, tmp_path):
+    path = write_jsonl(tmp_path / "bad.jsonl", make_records(5))
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:3], "{not json", *lines[3:]]))
+    assert "bad.jsonl:4" in told(f"data.train={path}")
+
+
+def test_a_wrong_role_is_named_with_those_that_exist(told, tmp_path):
+    records = make_records(5)
+    records[3]["messages"][0]["role"] = "bot"
+    message = told(f"data.train={write_jsonl(tmp_path / 'bad.jsonl', records)}")
+    assert "bad.jsonl:4" in message and "'bot'" in message and "assistant" in message
+
+
+def test_several_bad_records_are_told_at_once(told, tmp_path):
+    records = make_records(6)
+    for place in (1, 4):
+        records[place]["messages"][0]["role"] = "bot"
+    message = told(f"data.train={write_jsonl(tmp_path / 'bad.jsonl', records)}")
+    assert "bad.jsonl:2" in message and "bad.jsonl:5" in message
+
+
+def test_a_conversation_that_trains_nothing(told, tmp_path):
+    records = make_records(4)
+    records[2]["messages"] = records[2]["messages"][:1]
+    assert "bad.jsonl:3" in told(f"data.train={write_jsonl(tmp_path / 'bad.jsonl', records)}")
+
+
+def test_a_tokenizer_without_a_chat_template(told, tmp_path, base_folder):
+    folder = tmp_path / "plain"
+    shutil.copytree(base_folder, folder)
+    (folder / "chat_template.jinja").unlink()
+    assert "chat template" in told(f"base.repo={folder}")
+
+
+def test_a_tokenizer_that_does_not_fit_the_base(told, tmp_path, base_folder):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path / "misfit"
+    shutil.copytree(base_folder, folder)
+    config = LlamaConfig(vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    message = told(f"base.repo={folder}")
+    assert "106" in message and "20" in message
+
+
+def test_an_example_longer_than_the_limit_is_named(told):
+    message = told("data.sequence_length=40")
+    assert "train.jsonl:" in message and "overlong" in message
+
+
+def test_a_target_that_is_not_there(told):
+    assert "q_proj" in told("adapter.targets=[query]")
+
+
+def test_the_output_folder_of_another_recipe_is_left_as_it_is(recipe_file, tmp_path):
+    out = tmp_path / "run"
+    trainer.train(load_recipe(recipe_file, ["train.steps=3"]), out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != "lease.json"}
+    arguments = ["train", str(recipe_file), "--out", str(out), "--processes", "1", "--set", "adapter.rank=8"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and "another recipe" in result.stderr and "adapter.rank: 4 -> 8" in result.stderr
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != "lease.json"}
+
+
+@pytest.fixture
+def full_at(monkeypatch):
+    """Let the disk be full while the checkpoints of some steps are written."""
+
+    def arrange(*steps):
+        write = store._write_synced
+
+        def failing(path, data):
+            if any(f'"step": {step},' in data.decode(errors="ignore") for step in steps):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            write(path, data)
+
+        monkeypatch.setattr(store, "_write_synced", failing)
+
+    return arrange
+
+
+def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint_and_not_the_run(recipe_file, tmp_path, full_at, capsys):
+    full_at(3)
+    run = trainer.train(load_recipe(recipe_file), tmp_path / "run")
+    assert [path.name for path in run.checkpoints] == ["step-00000006", "step-00000008"]
+    assert "No space left on device" in capsys.readouterr().out
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["kind"] == "fault"] == [3]
+
+
+def test_a_disk_that_is_full_at_the_end_fails_and_keeps_what_there_was(recipe_file, tmp_path, full_at):
+    full_at(8)
+    with pytest.raises(CheckpointError, match="No space left"):
+        trainer.train(load_recipe(recipe_file), tmp_path / "run")
+    assert store.find(tmp_path / "run").latest.step == 6
+
+
+def test_another_launcher_and_processes_contradict(recipe_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    arguments = ["train", str(recipe_file), "--out", str(tmp_path / "run"), "--processes", "2"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and "another launcher already started this process" in result.stderr
+
+
+def test_verify_of_a_folder_without_checkpoints(tmp_path):
+    result = CliRunner().invoke(app, ["verify", str(tmp_path)])
+    assert result.exit_code == 1 and "no checkpoint here" in result.stderr

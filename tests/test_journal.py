@@ -1,0 +1,71 @@
+"""The logs show every finished step once, survive a torn line, and say how a run went."""
+
+import json
+import multiprocessing
+
+import pytest
+
+from lora_kit.errors import InputError
+from lora_kit.journal import Journal, summary
+
+
+def record(step, **more):
+    base = {"step": step, "tokens": 100, "tokens_per_second": 50.0, "stall_seconds": 0.0, "loss": 1.0 / step}
+    return base | more
+
+
+def write_many(folder, who):
+    for number in range(200):
+        Journal(folder).event("checkpoint", who=who, number=number, filler="x" * 500)
+
+
+def test_lines_of_several_writers_stay_whole(tmp_path):
+    writers = [multiprocessing.Process(target=write_many, args=(tmp_path, who)) for who in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    events = Journal(tmp_path).read_events()
+    assert len((tmp_path / "events.jsonl").read_text().splitlines()) == len(events) == 600
+
+
+def test_a_torn_last_line_is_skipped(tmp_path):
+    journal = Journal(tmp_path)
+    for step in (1, 2, 3):
+        journal.metrics(record(step))
+    whole = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(whole[:-20])
+    assert journal.last_step() == 2
+
+
+def test_a_cut_drops_later_steps_and_torn_lines(tmp_path):
+    journal = Journal(tmp_path)
+    for step in range(1, 6):
+        journal.metrics(record(step))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    journal.cut(3)
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_run_without_logs_is_none(tmp_path):
+    with pytest.raises(InputError, match="not a run's folder"):
+        summary(tmp_path)
+    assert Journal(tmp_path).last_step() == 0
+
+
+def test_a_summary_counts_restarts_lost_steps_and_stall(tmp_path):
+    journal = Journal(tmp_path)
+    journal.event("started", step=0, steps=10)
+    for step in range(1, 9):
+        journal.metrics(record(step, stall_seconds=0.5 if step % 4 == 0 else 0.0))
+    journal.event("fault", step=3, what="disk full")
+    journal.event("resumed", step=6, steps=10, reached=8)
+    status = summary(tmp_path)
+    assert (status.step, status.steps, status.restarts, status.steps_lost, status.faults) == (8, 10, 1, 2, 1)
+    assert status.stall_share == pytest.approx(1 / 17, abs=1e-3)
+    assert status.state == "training or interrupted"
+    journal.event("stopped", step=8)
+    assert summary(tmp_path).state == "stopped, resumable"
+    journal.event("finished", step=10)
+    assert summary(tmp_path).to_dict()["state"] == "finished"

@@ -1,0 +1,99 @@
+"""Every way to launch runs the same loop: same bytes, same exit codes, and no thread count but the run's own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from runs import ENVIRONMENT, start, state_hash, train, wait_for_lines
+
+from lora_kit import trainer
+from lora_kit.recipe import load_recipe
+
+ACCELERATE = """
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_GPU
+use_cpu: true
+num_machines: 1
+num_processes: 2
+machine_rank: 0
+main_training_function: main
+mixed_precision: '{precision}'
+main_process_port: 0
+"""
+
+
+@pytest.fixture
+def undisturbed(recipe_file, tmp_path):
+    """The bytes that the function in this process gives."""
+    trainer.train(load_recipe(recipe_file), tmp_path / "function")
+    return state_hash(tmp_path / "function", 8)
+
+
+def accelerate(tmp_path, recipe, *more, precision="no"):
+    config = tmp_path / "accelerate.yaml"
+    config.write_text(ACCELERATE.format(precision=precision))
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "-m", "lora_kit"]
+    arguments = ["train", str(recipe), "--out", str(tmp_path / "run"), *more]
+    return subprocess.run(launcher + arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+
+
+def test_the_command_gives_the_bytes_of_the_function_whatever_threads_the_launcher_set(
+    recipe_file, tmp_path, undisturbed
+):
+    train(recipe_file, tmp_path / "run", environment={"OMP_NUM_THREADS": "2"})
+    assert state_hash(tmp_path / "run", 8) == undisturbed
+
+
+def test_accelerate_launch_with_two_processes_gives_the_same_bytes(recipe_file, tmp_path, undisturbed):
+    done = accelerate(tmp_path, recipe_file)
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es)" in done.stdout
+    assert state_hash(tmp_path / "run", 8) == undisturbed
+
+
+def test_accelerate_settings_that_contradict_the_recipe_are_refused(recipe_file, tmp_path):
+    done = accelerate(tmp_path, recipe_file, precision="fp16")
+    assert done.returncode != 0
+    assert "mixed_precision is 'fp16', the recipe needs 'no'" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_torchrun_with_two_processes_gives_the_same_bytes(recipe_file, tmp_path, undisturbed):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lora_kit"]
+    arguments = ["train", str(recipe_file), "--out", str(tmp_path / "run")]
+    subprocess.run(launcher + arguments, env=ENVIRONMENT, check=True, capture_output=True, timeout=200)
+    assert state_hash(tmp_path / "run", 8) == undisturbed
+
+
+def test_bad_input_keeps_its_exit_code_and_is_told_once_by_two_processes(recipe_file, tmp_path):
+    printed = train(recipe_file, tmp_path / "run", "--set", "adapter.targets=[query]", processes=2, expect=2)
+    assert printed.count("fit no layer") == 1
+    assert "Traceback" not in printed
+
+
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(recipe_file, tmp_path, undisturbed):
+    process = start(recipe_file, tmp_path / "run", "--set", "checkpoint.every_steps=1", processes=2)
+    wait_for_lines(tmp_path / "run" / "metrics.jsonl", 2, process)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    workers[-1].send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode not in (0, 75)
+    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+    train(recipe_file, tmp_path / "run", "--set", "checkpoint.every_steps=1", processes=2)
+    assert state_hash(tmp_path / "run", 8) == undisturbed
+
+
+def test_a_second_signal_does_not_wait(recipe_file, tmp_path):
+    process = start(recipe_file, tmp_path / "run", "--set", "train.steps=100000")
+    wait_for_lines(tmp_path / "run" / "metrics.jsonl", 1, process)
+    os.kill(process.pid, signal.SIGSTOP)  # so that both signals are waiting when it goes on
+    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, signal.SIGCONT)
+    time.sleep(0.005)
+    os.kill(process.pid, signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode in (-signal.SIGTERM, 75)

@@ -1,0 +1,79 @@
+"""Two jobs never write to one run; a dead job's lease is free at once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from lora_kit.checkpoint.lease import take
+from lora_kit.errors import LeaseError
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from lora_kit.checkpoint.lease import take
+print(take(Path(sys.argv[1])).token, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "1\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_second_job_is_refused_and_told_who_holds_the_run(tmp_path, holder):
+    with pytest.raises(LeaseError, match=f"process {holder.pid} on .* is training here"):
+        take(tmp_path)
+
+
+def test_a_killed_jobs_lease_is_taken_over_at_once_with_a_higher_token(tmp_path, holder):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert take(tmp_path).token == 2
+
+
+def test_a_released_lease_is_free_and_its_token_is_never_given_again(tmp_path):
+    for expected in (1, 2, 3):
+        lease = take(tmp_path)
+        assert lease.token == expected
+        lease.release()
+
+
+def test_a_reused_process_id_does_not_hold_a_lease(tmp_path):
+    take(tmp_path)
+    content = json.loads((tmp_path / "lease.json").read_text())
+    content["holder"]["started"] -= 1000  # an earlier process had this id
+    (tmp_path / "lease.json").write_text(json.dumps(content))
+    assert take(tmp_path).token == 2
+
+
+def test_a_lease_from_before_a_reboot_is_free(tmp_path):
+    take(tmp_path)
+    content = json.loads((tmp_path / "lease.json").read_text())
+    content["holder"]["boot"] = "another"
+    (tmp_path / "lease.json").write_text(json.dumps(content))
+    assert take(tmp_path).token == 2
+
+
+def test_a_lease_of_another_machine_is_respected(tmp_path):
+    take(tmp_path)
+    content = json.loads((tmp_path / "lease.json").read_text())
+    content["holder"]["host"] = "elsewhere"
+    (tmp_path / "lease.json").write_text(json.dumps(content))
+    with pytest.raises(LeaseError, match="on elsewhere"):
+        take(tmp_path)
+
+
+def test_a_released_lease_that_was_taken_over_is_left_alone(tmp_path):
+    old = take(tmp_path)
+    (tmp_path / "lease.json").write_text(json.dumps({"token": 9, "holder": {"pid": os.getpid()}}))
+    old.release()
+    assert json.loads((tmp_path / "lease.json").read_text())["token"] == 9

@@ -1,0 +1,64 @@
+"""The optimizer is torch's AdamW on one buffer, and the learning rate is a function of the examples seen."""
+
+import pytest
+import torch
+
+from lora_kit import optim
+from lora_kit.recipe import Optim
+
+
+def settings(**changes):
+    return Optim(**{"learning_rate": 1e-2, "schedule": "constant", "warmup": 0.0} | changes)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_twenty_updates_equal_those_of_torch(weight_decay):
+    torch.manual_seed(0)
+    weights = torch.randn(1000)
+    reference = torch.nn.Parameter(weights.clone())
+    theirs = torch.optim.AdamW([reference], lr=1e-2, betas=(0.8, 0.95), weight_decay=weight_decay)
+    moments = (torch.zeros(1000), torch.zeros(1000))
+    ours = settings(betas=(0.8, 0.95), weight_decay=weight_decay)
+    for step in range(20):
+        gradient = torch.randn(1000)
+        optim.adamw(weights, gradient, moments, step=step, learning_rate=1e-2, optim=ours)
+        reference.grad = gradient
+        theirs.step()
+    torch.testing.assert_close(weights, reference.data, rtol=1e-5, atol=1e-6)
+
+
+def test_clipping_equals_that_of_torch():
+    gradient = torch.randn(100) * 10
+    parameter = torch.nn.Parameter(torch.zeros(100))
+    parameter.grad = gradient.clone()
+    norm = torch.nn.utils.clip_grad_norm_([parameter], 1.0)
+    ours = optim.gradient_norm(gradient)
+    optim.clip(gradient, ours, 1.0)
+    torch.testing.assert_close(ours, norm)
+    torch.testing.assert_close(gradient, parameter.grad)
+
+
+def test_a_small_gradient_is_left_alone():
+    gradient = torch.full((4,), 0.1)
+    optim.clip(gradient, optim.gradient_norm(gradient), 1.0)
+    assert gradient.tolist() == torch.full((4,), 0.1).tolist()
+
+
+def test_the_rate_rises_through_warmup_and_then_falls_to_zero():
+    cosine = settings(schedule="cosine", warmup=0.1)
+    rates = [optim.learning_rate(cosine, examples, 1000) for examples in range(0, 1000, 10)]
+    assert rates[0] > 0
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert optim.learning_rate(cosine, 100, 1000) == pytest.approx(1e-2)
+    assert optim.learning_rate(cosine, 550, 1000) == pytest.approx(0.5e-2)
+    assert optim.learning_rate(cosine, 1000, 1000) == pytest.approx(0)
+
+
+def test_linear_and_constant_schedules():
+    assert optim.learning_rate(settings(schedule="linear"), 250, 1000) == pytest.approx(0.75e-2)
+    assert optim.learning_rate(settings(schedule="constant"), 999, 1000) == 1e-2
+
+
+def test_a_whole_run_of_warmup_never_divides_by_zero():
+    assert optim.learning_rate(settings(schedule="cosine", warmup=1.0), 1000, 1000) == pytest.approx(1e-2)

@@ -1,0 +1,82 @@
+"""Every epoch visits every example once, in an order that is computed and not stored; nothing depends on processes."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from lora_kit.data.order import examples_of_step, micro_batch_seed, mix, permute, total_examples, total_steps
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 17, 64, 1000, 4097])
+def test_a_permutation_is_a_permutation(count):
+    for key in range(5):
+        assert sorted(permute(np.arange(count), count, key).tolist()) == list(range(count))
+
+
+def test_any_position_is_found_without_the_others():
+    whole = permute(np.arange(1000), 1000, 7)
+    assert [int(permute(np.array([position]), 1000, 7)[0]) for position in (0, 1, 500, 999)] == whole[
+        [0, 1, 500, 999]
+    ].tolist()
+
+
+def test_a_billion_examples_need_no_memory():
+    assert 0 <= permute(np.array([123_456_789]), 10**9, 1)[0] < 10**9
+
+
+def test_the_order_is_close_to_uniform():
+    # over many keys every element should land in every place about equally often; chi-square with 8*7 cells
+    landings = Counter()
+    keys = 4000
+    for key in range(keys):
+        for place, example in enumerate(permute(np.arange(8), 8, mix(key)).tolist()):
+            landings[place, example] += 1
+    expected = keys / 8
+    chi_square = sum((landings[place, example] - expected) ** 2 / expected for place in range(8) for example in range(8))
+    assert chi_square < 95  # 49 degrees of freedom: 95 is passed once in 10,000
+
+
+def test_neighbouring_epochs_are_unrelated():
+    first, second = (permute(np.arange(10_000), 10_000, mix(0, 0, epoch)) for epoch in (0, 1))
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.04
+    assert (first == second).sum() < 10
+
+
+@pytest.mark.parametrize(("examples", "batch_size", "epochs"), [(10, 3, 2), (7, 7, 3), (5, 8, 4), (100, 16, 1)])
+def test_each_epoch_shows_each_example_exactly_once(examples, batch_size, epochs):
+    total = total_examples(examples, batch_size=batch_size, steps=None, epochs=epochs)
+    seen = Counter()
+    for step in range(total_steps(total, batch_size)):
+        found = examples_of_step(step, batch_size=batch_size, examples=examples, total=total, seed=3)
+        assert len(found) == min(batch_size, total - step * batch_size)
+        seen.update(found)
+    assert set(seen.values()) == {1}
+    assert len(seen) == examples * epochs
+
+
+def test_a_run_counted_in_steps_reads_over_the_end_of_an_epoch():
+    total = total_examples(10, batch_size=4, steps=5, epochs=None)
+    assert total == 20
+    found = [
+        position
+        for step in range(5)
+        for position in examples_of_step(step, batch_size=4, examples=10, total=total, seed=0)
+    ]
+    assert [epoch for epoch, _ in found] == [0] * 10 + [1] * 10
+
+
+def test_seeds_differ_between_steps_and_micro_batches():
+    seeds = {micro_batch_seed(seed, step, index) for seed in range(3) for step in range(50) for index in range(9)}
+    assert len(seeds) == 3 * 50 * 9
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_mixing_matches_a_calculation_by_hand():
+    def splitmix(state):
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
+        return state ^ (state >> 31)
+
+    golden = 0x9E3779B97F4A7C15
+    assert mix(5) == splitmix((golden + 5 * 0xD1342543DE82EF95 + golden) % 2**64)

@@ -1,0 +1,98 @@
+"""The sum over processes has the bits of the sum in one process; contradicting launch settings are refused."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from lora_kit.data.packing import reduction_schedule
+from lora_kit.errors import LaunchError
+from lora_kit.processes import refuse_contradictions
+
+WORKER = """
+import sys, json
+import torch
+from lora_kit.processes import Processes
+from lora_kit.data.packing import reduction_schedule
+from lora_kit.trainer import add_to_tree
+from lora_kit.errors import DataError
+processes = Processes.start("float32")
+out = []
+for count in (1, 2, 3, 5, 8, 11):
+    leaves = torch.randn(count, 1003, generator=torch.Generator().manual_seed(count)) * 10
+    mine = leaves[processes.index :: processes.count]
+    stack = []
+    for index, merges in reduction_schedule(len(mine)):
+        add_to_tree(stack, mine[index].clone(), merges)
+    flat = stack.pop() if stack else torch.full((1003,), float("nan"))
+    processes.tree_sum(flat, contributors=min(count, processes.count))
+    out.append(flat.numpy().tobytes().hex())
+assert processes.gather([processes.index] * 2) == [i for i in range(processes.count) for _ in range(2)]
+assert processes.main_decides(lambda: processes.index) == 0
+def refuse():
+    raise DataError("told to all")
+try:
+    processes.main_decides(refuse)
+    sys.exit(3)
+except DataError as error:
+    assert str(error) == "told to all"
+open(f"{sys.argv[1]}.{processes.index}", "w").write(json.dumps(out))
+"""
+
+
+def in_one_process(count):
+    leaves = torch.randn(count, 1003, generator=torch.Generator().manual_seed(count)) * 10
+    stack = []
+    for index, merges in reduction_schedule(count):
+        total = leaves[index].clone()
+        for _ in range(merges):
+            total = stack.pop() + total
+        stack.append(total)
+    return stack.pop().numpy()
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_many_processes_sum_like_one(tmp_path, processes):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    subprocess.run([*launcher, str(script), str(tmp_path / "sums")], check=True, capture_output=True, timeout=120)
+    results = [json.loads((tmp_path / f"sums.{index}").read_text()) for index in range(processes)]
+    assert all(result == results[0] for result in results), "every process holds the same sum"
+    for count, text in zip((1, 2, 3, 5, 8, 11), results[0], strict=True):
+        ours, expected = np.frombuffer(bytes.fromhex(text), np.float32), in_one_process(count)
+        if processes == 3:
+            np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+        else:
+            assert np.array_equal(ours, expected)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "mixed_precision is 'fp16', the recipe needs 'no'"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision is 'bf16', the recipe needs 'no'"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "gradient_accumulation_steps is '4'"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "use_fsdp is 'true'"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "use_deepspeed is 'true'"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo_backend is 'inductor'"),
+    ],
+)
+def test_launcher_settings_that_contradict_the_recipe_are_refused(environment, message):
+    with pytest.raises(LaunchError, match=message):
+        refuse_contradictions(environment, "float32")
+
+
+def test_all_contradictions_are_told_at_once():
+    with pytest.raises(LaunchError) as caught:
+        refuse_contradictions({"ACCELERATE_MIXED_PRECISION": "fp16", "ACCELERATE_USE_FSDP": "true"}, "float32")
+    assert str(caught.value).count("launcher:") == 2
+
+
+def test_what_agrees_with_the_recipe_goes_through():
+    refuse_contradictions({"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_FSDP": "false"}, "bfloat16")
+    refuse_contradictions({"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}, "float32")
+    refuse_contradictions({}, "float32")

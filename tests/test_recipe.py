@@ -1,0 +1,189 @@
+"""Everything that is wrong with a recipe is told at once, where it stands and with what was meant; nothing is ignored."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+from lora_kit.errors import RecipeError
+from lora_kit.recipe import Recipe, difference, dump, json_schema, load_recipe, reference, resolve_path
+
+ROOT = Path(__file__).parents[1]
+MINIMAL = "base: {repo: a/b}\ndata: {train: x.jsonl}\ntrain: {steps: 3}\n"
+
+
+@pytest.fixture
+def told(tmp_path):
+    """The lines that a recipe's errors take, without the folder."""
+
+    def load(text, *overrides):
+        (tmp_path / "r.yaml").write_text(text)
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(tmp_path / "r.yaml", overrides)
+        return str(caught.value).replace(f"{tmp_path}/", "").splitlines()
+
+    return load
+
+
+def load(tmp_path, text, *overrides):
+    (tmp_path / "r.yaml").write_text(text)
+    return load_recipe(tmp_path / "r.yaml", overrides)
+
+
+def test_all_problems_are_told_at_once_with_their_lines(told):
+    lines = told(
+        "base:\n  rep: x\n  dtype: float16\ndata:\n  train: 5\ntrain:\n  steps: 1.5\nadaptor: {}\n",
+        "optim.warmup=2",
+    )
+    assert lines == [
+        "r.yaml:1: base.repo: missing; A Hub name, a folder, or `builtin:base` for the embedded one.",
+        "r.yaml:3: base.dtype: found 'float16', expected 'bfloat16' or 'float32'",
+        "r.yaml:2: base.rep: unknown key; did you mean 'repo'?",
+        "r.yaml:5: data.train: found 5, expected string",
+        "--set optim.warmup=2: optim.warmup: found 2, expected less than or equal to 1",
+        "r.yaml:7: train.steps: found 1.5, expected integer",
+        "r.yaml:8: adaptor: unknown key; did you mean 'adapter'?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("base: {repo: a/b}\nbase: {repo: c/d}\n", 'r.yaml:2: found duplicate key "base"; each key may stand once'),
+        ("base: [1,\n", "r.yaml:2: not YAML: expected the node content, but found '<stream end>'"),
+        ("", "r.yaml: a recipe is a mapping of sections"),
+        ("- base\n", "r.yaml: a recipe is a mapping of sections"),
+        (MINIMAL + "optim: 3\n", "r.yaml:4: optim: found 3, expected dictionary or instance of Optim"),
+        (MINIMAL.replace("{steps: 3}", "{}"), "r.yaml:3: train: name exactly one of steps and epochs"),
+        (MINIMAL.replace("steps: 3", "steps: 3, epochs: 1"), "r.yaml:3: train: name exactly one of steps and epochs"),
+        (MINIMAL.replace("x.jsonl", "x.jsonl, validation: 1.5"), "r.yaml:2: data.validation: found 1.5, expected"),
+        (MINIMAL + "adapter: {rank: no}\n", "r.yaml:4: adapter.rank: found 'no', expected integer"),
+        (MINIMAL + "adapter: {targets: []}\n", "r.yaml:4: adapter.targets: found [], expected"),
+        (
+            MINIMAL + "quantization: nf4\n",
+            "r.yaml:4: quantization: unknown key; expected one of base, data, adapter, objective",
+        ),
+        (
+            MINIMAL.replace("steps: 3", "steps: 3, micro_batch_tokens: 100"),
+            "r.yaml:1: train.micro_batch_tokens is 100, less than data.sequence_length (2048)",
+        ),
+    ],
+)
+def test_a_problem_is_told_where_it_stands(told, text, line):
+    assert any(one.startswith(line) for one in told(text)), told(text)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("optim.lr=1", "--set optim.lr=1: optim.lr: unknown key; expected one of learning_rate"),
+        ("nope.x=1", "--set nope.x=1: nope: unknown key; expected one of"),
+        ("foo", "--set foo: expected SECTION.FIELD=VALUE, e.g. optim.learning_rate=1e-4"),
+        ("train.seed=[1", "--set train.seed=[1: '[1' is not a YAML value"),
+        ("train.seed=-1", "--set train.seed=-1: train.seed: found -1, expected greater than or equal to 0"),
+    ],
+)
+def test_a_wrong_override_is_told_as_it_was_typed(told, override, line):
+    (found,) = told(MINIMAL, override)
+    assert found.startswith(line)
+
+
+def test_a_missing_file_names_one_that_is_near(tmp_path):
+    (tmp_path / "quickstart.yaml").write_text(MINIMAL)
+    with pytest.raises(RecipeError, match=r"quickstrat\.yaml: no such file; did you mean .*quickstart\.yaml"):
+        load_recipe(tmp_path / "quickstrat.yaml")
+
+
+def test_yaml_1_2_reads_numbers_and_words_as_people_mean_them(tmp_path):
+    recipe = load(tmp_path, MINIMAL + "optim: {learning_rate: 1e-4}\n", "base.revision=no", "optim.warmup=0")
+    assert recipe.optim.learning_rate == 1e-4
+    assert recipe.base.revision == "no"
+    assert recipe.optim.warmup == 0.0
+
+
+def test_overrides_win_and_keep_the_other_fields(tmp_path):
+    recipe = load(tmp_path, MINIMAL + "optim: {learning_rate: 1, warmup: 0.5}\n", "optim.learning_rate=2e-3")
+    assert (recipe.optim.learning_rate, recipe.optim.warmup) == (2e-3, 0.5)
+    recipe = load(tmp_path, MINIMAL, "adapter.targets=[q_proj, v_proj]", "data.columns={prompt: q}")
+    assert (recipe.adapter.targets, recipe.data.columns) == (("q_proj", "v_proj"), {"prompt": "q"})
+
+
+def test_a_dumped_recipe_loads_back_equal_from_any_folder(tmp_path):
+    (tmp_path / "x.jsonl").write_text("{}")
+    recipe = load(tmp_path, MINIMAL, "optim.learning_rate=1e-5", "adapter.targets=[a]", "data.columns={a: b}")
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    (other / "recipe.yaml").write_text(dump(recipe))
+    again = load_recipe(other / "recipe.yaml")
+    assert resolve_path(again, again.data.train) == resolve_path(recipe, "x.jsonl") == tmp_path / "x.jsonl"
+    assert again.model_copy(update={"data": recipe.data}) == recipe
+
+
+def test_differences_are_told_by_key(tmp_path):
+    old, new = load(tmp_path, MINIMAL), load(tmp_path, MINIMAL, "optim.warmup=0.5", "train.steps=4")
+    assert difference(old.model_dump(mode="json"), old) == []
+    assert difference(old.model_dump(mode="json"), new) == [("optim.warmup", 0.03, 0.5), ("train.steps", 3, 4)]
+
+
+def test_paths_start_from_the_recipes_folder_and_hub_names_are_not_paths(tmp_path):
+    recipe = load(tmp_path, MINIMAL)
+    (tmp_path / "model").mkdir()
+    assert resolve_path(recipe, "model") == tmp_path / "model"
+    assert resolve_path(recipe, "meta-llama/Llama-3.2-1B") is None
+    assert resolve_path(recipe, "builtin:base").is_dir()
+    with pytest.raises(RecipeError, match="lora_kit ships no such thing; it has builtin:base"):
+        resolve_path(recipe, "builtin:other")
+    with pytest.raises(RecipeError, match=r"\./gone: there is no .*gone; relative paths start"):
+        resolve_path(recipe, "./gone")
+
+
+SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_recipes_load_are_short_and_say_how_to_launch(path):
+    load_recipe(path)
+    text = path.read_text()
+    assert text.count("\n") < 40
+    header = [line for line in text.splitlines() if line.startswith("#")]
+    assert any("lora-kit train" in line for line in header)
+
+
+def test_the_recipes_that_must_ship_do():
+    assert {path.stem for path in SHIPPED} >= {"quickstart", "sft-bf16-1b", "sft-bf16-8b"}
+
+
+def fields():
+    sections = Recipe.model_fields.items()
+    return [(name, field) for name, section in sections for field in section.annotation.model_fields]
+
+
+def test_the_number_of_fields_changes_only_on_purpose():
+    assert len(fields()) == 34
+
+
+@pytest.mark.parametrize("field", fields(), ids=".".join)
+def test_every_field_is_read_by_the_code(field):
+    section, name = field
+    for path in (ROOT / "lora_kit").rglob("*.py"):
+        if path.stem in {"schema", "recipe"}:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr == name:
+                owner = ast.unparse(node.value)
+                if owner.split(".")[-1] in {section, "settings", f"self.{section}"}:
+                    return
+    pytest.fail(f"{section}.{name} is read nowhere")
+
+
+def test_every_field_and_section_is_documented():
+    for section in Recipe.model_fields.values():
+        assert section.annotation.__doc__
+        assert all(field.description for field in section.annotation.model_fields.values())
+
+
+def test_the_reference_and_the_json_schema_are_not_stale():
+    hint = "run `python -m lora_kit.recipe`"
+    assert (ROOT / "docs" / "recipes.md").read_text() == reference(), hint
+    assert json.loads((ROOT / "docs" / "recipe.schema.json").read_text()) == json_schema(), hint

@@ -1,0 +1,97 @@
+"""However a run is interrupted, and on however many processes it goes on, it ends with the undisturbed run's bytes."""
+
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+from runs import start, state_hash, train, wait_for_lines
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, base_folder, data_file, dtype):
+    """A run with dropout whose checkpoints fall inside an epoch, and whose steps have several micro-batches."""
+    from conftest import RECIPE
+
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    path.write_text(RECIPE.format(base=base_folder, data=data_file).replace("float32", dtype))
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe, tmp_path_factory):
+    """The bytes of a run on one process that nothing disturbed."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(recipe, out)
+    return state_hash(out, STEPS)
+
+
+def steps_shown(out):
+    return [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_end_with_the_bytes_of_one(recipe, undisturbed, tmp_path):
+    train(recipe, tmp_path / "run", processes=2)
+    assert state_hash(tmp_path / "run", STEPS) == undisturbed
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 1), (1, 2), (2, 1)])
+def test_a_run_killed_anywhere_goes_on_to_the_same_bytes(recipe, undisturbed, tmp_path, first, second):
+    out = tmp_path / "run"
+    rng = random.Random(f"{first}{second}")
+    process = start(recipe, out, processes=first)
+    wait_for_lines(out / "metrics.jsonl", rng.randint(3, 6), process)
+    time.sleep(rng.uniform(0, 0.02))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    printed = train(recipe, out, processes=second)
+    assert "resuming" in printed
+    assert state_hash(out, STEPS) == undisturbed
+    assert steps_shown(out) == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_saves_the_step_and_exits_75(recipe, undisturbed, tmp_path, processes):
+    out = tmp_path / "run"
+    process = start(recipe, out, "--set", "checkpoint.every_steps=100", processes=processes)
+    wait_for_lines(out / "metrics.jsonl", 2, process)
+    process.terminate()
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, printed
+    assert "the same command goes on" in printed
+    saved = [path.name for path in (out / "checkpoints").glob("step-*")]
+    assert saved == [f"step-{steps_shown(out)[-1]:08d}"]
+    train(recipe, out)
+    assert state_hash(out, STEPS) == undisturbed
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(recipe, undisturbed, tmp_path):
+    out = tmp_path / "run"
+    train(recipe, out)
+    newest = out / "checkpoints" / f"step-{STEPS:08d}" / "optimizer.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 4
+    newest.write_bytes(data)
+    printed = train(recipe, out)
+    assert "falling back to step 6" in printed and "optimizer.safetensors" in printed
+    assert list((out / "checkpoints" / ".quarantine").glob("step-*"))
+    assert state_hash(out, STEPS) == undisturbed
+
+
+def test_an_interrupted_first_save_starts_again_from_nothing(recipe, undisturbed, tmp_path):
+    out = tmp_path / "run"
+    half = out / "checkpoints" / ".tmp-1"
+    half.mkdir(parents=True)
+    (half / "adapter_model.safetensors").write_bytes(b"half")
+    train(recipe, out)
+    assert state_hash(out, STEPS) == undisturbed
+    assert not half.exists()

@@ -1,0 +1,165 @@
+"""A checkpoint is there whole or not at all, and nothing that was damaged is ever taken for one."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lora_kit.checkpoint import store
+from lora_kit.checkpoint.store import commit, find, folders, open_checkpoint, prune, set_aside, sweep
+from lora_kit.errors import CheckpointError
+
+FILES = {"adapter_model.safetensors": b"a" * 5000, "optimizer.safetensors": b"o" * 9000, "adapter_config.json": b"{}\n"}
+
+
+def manifest(step, token=1, **more):
+    return {"run_id": "r", "step": step, "fencing_token": token, "recipe": {"optim": {"learning_rate": 1e-4}}, **more}
+
+
+def test_a_commit_reads_back_as_it_was_written(tmp_path):
+    made = commit(tmp_path, FILES, manifest(120))
+    assert made.path.name == "step-00000120"
+    read = open_checkpoint(made.path)
+    assert (read.step, read.manifest["format"], read.size) == (120, store.FORMAT, 14003)
+    assert {name: (made.path / name).read_bytes() for name in FILES} == FILES
+    assert sorted(path.name for path in made.path.iterdir()) == sorted([*FILES, "manifest.json"])
+    assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
+def test_every_single_bit_flip_is_found(tmp_path, name):
+    path = commit(tmp_path, FILES, manifest(1)).path
+    whole = (path / name).read_bytes()
+    rng = random.Random(name)
+    for _ in range(40):
+        place, bit = rng.randrange(len(whole)), rng.randrange(8)
+        (path / name).write_bytes(whole[:place] + bytes([whole[place] ^ (1 << bit)]) + whole[place + 1 :])
+        with pytest.raises(CheckpointError, match=name):
+            open_checkpoint(path)
+    (path / name).write_bytes(whole)
+    open_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
+def test_every_truncation_and_a_missing_file_are_found(tmp_path, name):
+    path = commit(tmp_path, FILES, manifest(1)).path
+    whole = (path / name).read_bytes()
+    for length in {0, 1, len(whole) // 2, len(whole) - 1}:
+        (path / name).write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=name):
+            open_checkpoint(path)
+    (path / name).unlink()
+    with pytest.raises(CheckpointError, match=f"{name}: missing"):
+        open_checkpoint(path)
+
+
+def test_the_message_names_the_file_and_both_sizes(tmp_path):
+    path = commit(tmp_path, FILES, manifest(1)).path
+    (path / "optimizer.safetensors").write_bytes(b"o" * 8999)
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors: 8,999 bytes, the manifest says 9,000"):
+        open_checkpoint(path)
+
+
+def test_latest_is_the_newest_that_verifies(tmp_path):
+    for step in (10, 20, 30):
+        commit(tmp_path, FILES, manifest(step))
+    (tmp_path / "checkpoints/step-00000030/adapter_config.json").unlink()
+    found = find(tmp_path)
+    assert found.latest is not None and found.latest.step == 20
+    assert [path.name for path in found.broken] == ["step-00000030"]
+    assert (tmp_path / "checkpoints/step-00000030").exists(), "looking moves nothing"
+
+
+def test_a_folder_that_was_never_committed_is_no_checkpoint(tmp_path):
+    (tmp_path / "checkpoints/step-00000005").mkdir(parents=True)
+    assert find(tmp_path).latest is None
+
+
+def test_a_manifest_of_another_format_is_refused_with_both_versions(tmp_path):
+    path = commit(tmp_path, FILES, manifest(1)).path
+    content = json.loads((path / "manifest.json").read_bytes()) | {"format": 99}
+    (path / "manifest.json").write_bytes(store.manifest_bytes(content))
+    with pytest.raises(CheckpointError, match="format 99, this lora_kit reads 1"):
+        open_checkpoint(path)
+
+
+def test_a_second_commit_of_a_step_sets_the_first_aside(tmp_path):
+    commit(tmp_path, FILES, manifest(7, token=1))
+    commit(tmp_path, FILES, manifest(7, token=2))
+    assert open_checkpoint(tmp_path / "checkpoints/step-00000007").manifest["fencing_token"] == 2
+    quarantine = tmp_path / "checkpoints/.quarantine"
+    assert open_checkpoint(quarantine / "step-00000007.1").manifest["fencing_token"] == 1
+    assert "same step" in (quarantine / "step-00000007.1.reason.txt").read_text()
+
+
+def test_setting_aside_never_overwrites(tmp_path):
+    for _ in range(3):
+        (tmp_path / "checkpoints/step-00000001").mkdir(parents=True)
+        set_aside(tmp_path, tmp_path / "checkpoints/step-00000001", "test")
+    assert len(list((tmp_path / "checkpoints/.quarantine").glob("step-*.[123]"))) == 3
+
+
+def test_pruning_keeps_the_newest_and_never_fewer_than_two(tmp_path):
+    for step in range(1, 6):
+        commit(tmp_path, FILES, manifest(step))
+    prune(tmp_path, 3)
+    assert [path.name[-1] for path in folders(tmp_path)] == ["5", "4", "3"]
+    prune(tmp_path, 1)
+    assert [path.name[-1] for path in folders(tmp_path)] == ["5", "4"]
+
+
+def test_nothing_is_pruned_while_the_newest_does_not_verify(tmp_path):
+    for step in range(1, 6):
+        commit(tmp_path, FILES, manifest(step))
+    (tmp_path / "checkpoints/step-00000005/optimizer.safetensors").unlink()
+    with pytest.raises(CheckpointError):
+        prune(tmp_path, 2)
+    assert len(folders(tmp_path)) == 5
+
+
+def test_a_full_disk_says_so_and_leaves_what_was_there(tmp_path, monkeypatch):
+    commit(tmp_path, FILES, manifest(1))
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(CheckpointError, match=r"No space left on device \(14,003 bytes needed\); earlier"):
+        commit(tmp_path, FILES, manifest(2))
+    assert find(tmp_path).latest.step == 1
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def full_disk(descriptor):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from lora_kit.checkpoint import store
+files = {"adapter_model.safetensors": b"a" * 300_000, "optimizer.safetensors": b"o" * 600_000}
+for step in range(1, 10**6):
+    store.commit(Path(sys.argv[1]), files, {"step": step, "fencing_token": 1})
+    store.prune(Path(sys.argv[1]), 2)
+    print(step, flush=True)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_the_last_commit_or_a_newer_one(tmp_path):
+    rng = random.Random(0)
+    for kill in range(12):
+        run = tmp_path / str(kill)
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(run)], stdout=subprocess.PIPE, text=True)
+        writer.stdout.readline()
+        time.sleep(rng.uniform(0, 0.05))
+        writer.send_signal(signal.SIGKILL)
+        told = [1, *map(int, writer.stdout.read().split())][-1]
+        writer.wait()
+        found = find(run)
+        assert found.latest is not None and found.latest.step in (told, told + 1)
+        assert not found.broken
+        sweep(run)
+        assert not list((run / "checkpoints").glob(".tmp-*"))

@@ -14,11 +14,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_kit.generation import load as load
     from lora_kit.check import estimate as estimate
     from lora_kit.check import preview as preview
     from lora_kit.evaluation import evaluate as evaluate
     from lora_kit.generation import generate as generate
+    from lora_kit.generation import load as load
     from lora_kit.recipe import load_recipe as load_recipe
     from lora_kit.trainer import Run as Run
     from lora_kit.trainer import train as train
@@ -36,7 +36,7 @@ _HOME = {
     "evaluate": "evaluation",
 }
 
-__all__ = list(_HOME)  # noqa: PLE0604
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

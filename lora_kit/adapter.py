@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lora_kit.data.order import mix
 from lora_kit.errors import CheckpointError, RecipeError
@@ -27,7 +28,7 @@ FIRST_MOMENT, SECOND_MOMENT = "exp_avg", "exp_avg_sq"  # torch's names
 LOSS, STOP = -2, -1  # two slots after the gradient travel with it: one reduction agrees on everything
 
 
-def inject(base: nn.Module, adapter: Adapter, *, seed: int, name: str, revision: str | None) -> PeftModel:
+def inject(base: PreTrainedModel, adapter: Adapter, *, seed: int, name: str, revision: str | None) -> PeftModel:
     """Return the base with LoRA adapters on `adapter.targets`, B at zero and A drawn on the CPU from (seed, name).
 
     Args:
@@ -49,11 +50,12 @@ def inject(base: nn.Module, adapter: Adapter, *, seed: int, name: str, revision:
         task_type="CAUSAL_LM",
     )
     try:
-        model = get_peft_model(base, config)  # type: ignore[arg-type]
+        model = get_peft_model(base, config)
     except ValueError as error:
         linear = sorted({path.rpartition(".")[2] for path, module in base.named_modules() if _is_linear(module)})
         raise RecipeError(f"adapter.targets: {targets} fit no layer of the base; it has {linear}") from error
-    config.base_model_name_or_path, config.revision = name, revision  # peft would write the path that was loaded
+    # peft would write the path that was loaded
+    config.base_model_name_or_path, config.revision = name, revision
     for parameter_name, parameter in _trainable(model):
         if ".lora_A." in parameter_name:
             parameter.data.copy_(initial_a(parameter, mix(seed, 3, *saved_name(parameter_name).encode())))
@@ -135,7 +137,9 @@ class FlatState:
         """
         _fill(self.names, self._split(self.weights), adapter)
         for moment, suffix in zip(self.moments, (FIRST_MOMENT, SECOND_MOMENT), strict=True):
-            mine = {name.removesuffix(f".{suffix}"): array for name, array in optimizer.items() if name.endswith(suffix)}
+            mine = {
+                name.removesuffix(f".{suffix}"): array for name, array in optimizer.items() if name.endswith(suffix)
+            }
             _fill(self.names, self._split(moment), mine)
 
 

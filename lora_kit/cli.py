@@ -20,7 +20,8 @@ from lora_kit.errors import CheckpointError, LaunchError, LoraKitError
 
 app = typer.Typer(
     name="lora-kit",
-    help="LoRA fine-tuning that never loses a step.\n\nStart with: lora-kit train recipes/quickstart.yaml --out runs/first",
+    help="LoRA fine-tuning that never loses a step.\n\n"
+    "Start with: lora-kit train recipes/quickstart.yaml --out runs/first",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -29,7 +30,8 @@ app = typer.Typer(
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/quickstart.yaml.")]
 Overrides = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a field, e.g. optim.learning_rate=1e-4.")
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a field, e.g. optim.learning_rate=1e-4."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 
@@ -54,7 +56,8 @@ def train(
     recipe: RecipeFile,
     out: Annotated[Path, typer.Option("--out", metavar="RUN", help="The run's folder; goes on if it holds this run.")],
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Processes to start on this machine (default: one a GPU, or one).")
+        int | None,
+        typer.Option(min=1, help="Processes to start on this machine (default: one a GPU, or one)."),
     ] = None,
     set_: Overrides = [],  # noqa: B006
     accept: Annotated[

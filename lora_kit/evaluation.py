@@ -10,8 +10,9 @@ import torch
 from peft import PeftModel
 
 from lora_kit.data.packing import collate, pack
+from lora_kit.data.plan import prepare_data
 from lora_kit.data.template import Prompt, Renderer
-from lora_kit.data.tokens import Prepared, Tokens, prepare
+from lora_kit.data.tokens import Prepared, Tokens
 from lora_kit.errors import DataError
 from lora_kit.generation import Answering, answer, load, stop_ids
 from lora_kit.objective import sft
@@ -57,13 +58,6 @@ class HeldOut:
     how: Answering
 
 
-def prepare_data(recipe: Recipe, renderer: Renderer) -> Prepared:
-    """Read, render and tokenise what a recipe trains on and holds out."""
-    return prepare(
-        recipe.data, renderer, base_dir=recipe.folder, seed=recipe.train.seed, prompts=recipe.evaluate.generate
-    )
-
-
 def held_out_of(recipe: Recipe, data: Prepared, renderer: Renderer, *, padded: bool) -> HeldOut | None:
     """Return what a recipe holds out, None when it has no validation data."""
     if data.validation is None:
@@ -75,7 +69,7 @@ def held_out_of(recipe: Recipe, data: Prepared, renderer: Renderer, *, padded: b
 
 
 def score(
-    model: torch.nn.Module,
+    model: PeftModel,
     renderer: Renderer,
     held_out: HeldOut,
     *,
@@ -98,9 +92,7 @@ def score(
 
 
 @torch.no_grad()
-def _loss(
-    model: torch.nn.Module, held_out: HeldOut, processes: Processes, tick: Callable[[str], None]
-) -> tuple[float, int]:
+def _loss(model: PeftModel, held_out: HeldOut, processes: Processes, tick: Callable[[str], None]) -> tuple[float, int]:
     was_training = model.training
     model.eval()
     groups = pack(held_out.tokens.lengths.tolist(), held_out.micro_batch_tokens, padded=held_out.padded)

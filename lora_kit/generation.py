@@ -7,15 +7,15 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lora_kit.base import load_base, load_renderer, locate
+from lora_kit.base import load_base
 from lora_kit.checkpoint import store
 from lora_kit.data.formats import Conversation
 from lora_kit.data.template import Renderer, prompt
 from lora_kit.errors import BaseError
 from lora_kit.recipe import Recipe
+from lora_kit.source import load_renderer, locate
 
 
 def load(path: str | Path, *, device: str | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase]:
@@ -65,7 +65,7 @@ class Answering:
 
 @torch.no_grad()
 def answer(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], how: Answering
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], how: Answering
 ) -> list[str]:
     """Return the model's answer to each prompt (token ids), without the token that ended it.
 
@@ -78,12 +78,12 @@ def answer(
     for start in range(0, len(prompts), how.batch_size):
         members = shortest_first[start : start + how.batch_size]
         for index, ids in zip(members, _answer_batch(model, [prompts[index] for index in members], how), strict=True):
-            answers[index] = tokenizer.decode(ids, skip_special_tokens=True)
+            answers[index] = str(tokenizer.decode(ids, skip_special_tokens=True))
     model.train(was_training)
     return answers
 
 
-def _answer_batch(model: nn.Module, prompts: list[Sequence[int]], how: Answering) -> list[list[int]]:
+def _answer_batch(model: PeftModel, prompts: list[Sequence[int]], how: Answering) -> list[list[int]]:
     longest = max(map(len, prompts))
     device = next(model.parameters()).device
     padding = how.stop_ids[0]
@@ -114,7 +114,7 @@ def stop_ids(renderer: Renderer) -> tuple[int, ...]:
 
 
 def generate(
-    model: nn.Module,
+    model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,

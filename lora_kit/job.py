@@ -9,7 +9,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -17,63 +17,21 @@ from peft import PeftModel
 from safetensors.numpy import load_file
 
 from lora_kit.adapter import FlatState, flatten, inject
-from lora_kit.base import Source, leaks_when_packed, load_base, load_renderer, locate
+from lora_kit.base import leaks_when_packed, load_base
 from lora_kit.checkpoint.resume import OpenRun, Row, contract, enforce, still_bitwise, table
 from lora_kit.checkpoint.store import ADAPTER, OPTIMIZER, Checkpoint
 from lora_kit.console import Console
-from lora_kit.data.order import examples_of_step, total_examples, total_steps
-from lora_kit.data.packing import pack
+from lora_kit.data.plan import Plan, prepare_data
 from lora_kit.data.template import Renderer
-from lora_kit.data.tokens import Prepared, Tokens
+from lora_kit.data.tokens import Prepared
 from lora_kit.data.vocabulary import check_tokenizer_fits, untrained_labels
-from lora_kit.evaluation import prepare_data
 from lora_kit.journal import Journal
 from lora_kit.processes import Processes
 from lora_kit.recipe import Recipe, dump, resolve_path
+from lora_kit.source import Source, load_renderer, locate
 
 TINY_BASE_BYTES = 100_000_000  # below it, two threads spend more time meeting than computing
 PACKAGES = ("lora_kit", "torch", "transformers", "peft", "accelerate", "tokenizers")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which examples each step trains on, and in which micro-batches: a pure function of the step."""
-
-    recipe: Recipe
-    tokens: Tokens
-    padded: bool
-
-    @property
-    def total(self) -> int:
-        """The examples of the whole run, each epoch's visit counted."""
-        train = self.recipe.train
-        return total_examples(len(self.tokens), batch_size=train.batch_size, steps=train.steps, epochs=train.epochs)
-
-    @property
-    def steps(self) -> int:
-        """The optimizer steps of the whole run."""
-        return total_steps(self.total, self.recipe.train.batch_size)
-
-    def examples_seen(self, step: int) -> int:
-        """Return how many examples were trained on before a step."""
-        return min(self.total, step * self.recipe.train.batch_size)
-
-    def micro_batches(self, step: int) -> list[list[int]]:
-        """Return the step's micro-batches as indices of examples, over all processes."""
-        train = self.recipe.train
-        positions = examples_of_step(
-            step, batch_size=train.batch_size, examples=len(self.tokens), total=self.total, seed=train.seed
-        )
-        members = [position.example for position in positions]
-        lengths = self.tokens.lengths[members].tolist()
-        groups = pack(lengths, train.micro_batch_tokens, padded=self.padded)
-        return [[members[index] for index in group] for group in groups]
-
-    def idle_share(self, processes: int) -> float:
-        """Return the share of the processes' turns in which there is no micro-batch for them, over the first steps."""
-        counts = [len(self.micro_batches(step)) for step in range(min(20, self.steps))]
-        turns = sum(-(-count // processes) * processes for count in counts)
-        return 1 - sum(counts) / turns
 
 
 @dataclass(frozen=True)
@@ -119,7 +77,7 @@ def prepare_job(
         torch.set_num_threads(resolved["threads"])
     console.tick("base: load")
     base = load_base(source, recipe.base, processes.device)
-    embedding = base.get_input_embeddings().weight
+    embedding = cast(torch.Tensor, base.get_input_embeddings().weight)
     check_tokenizer_fits(renderer.tokenizer, len(embedding), used=data.train)
     if latest is None:
         warn_of_untrained(untrained_labels(data.train, embedding), renderer, console)
@@ -142,7 +100,20 @@ def prepare_job(
         "claim": claim(latest, rows, processes),
     }
     start = latest.step if latest else 0
-    job = Job(recipe, run, processes, source, renderer, data, model, state, plan, start, Journal(run.folder), manifest)
+    job = Job(
+        recipe,
+        run,
+        processes,
+        source,
+        renderer,
+        data,
+        model,
+        state,
+        plan,
+        start,
+        Journal(run.folder),
+        manifest,
+    )
     if processes.is_main:
         announce(job, rows, accept, console)
     return job
@@ -196,7 +167,10 @@ def claim(latest: Checkpoint | None, rows: Sequence[Row], processes: Processes) 
     power_of_two = processes.count & (processes.count - 1) == 0
     so_far = latest is None or latest.manifest["claim"]["level"] == "bitwise"
     if so_far and power_of_two and still_bitwise(rows) and processes.device.type == "cpu":
-        return {"level": "bitwise", "holds_for": "1, 2, 4, 8, ... processes, these versions, this kind of processor"}
+        return {
+            "level": "bitwise",
+            "holds_for": "1, 2, 4, 8, ... processes, these versions, this kind of processor",
+        }
     return {"level": "rounding", "holds_for": "any number of processes, any device"}
 
 

@@ -30,7 +30,10 @@ class Journal:
 
     def event(self, kind: str, **facts: Any) -> None:
         """Append what happened: started, resumed, checkpoint, fault, stopped or finished."""
-        _append(self.run / EVENTS, {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "kind": kind, **facts})
+        _append(
+            self.run / EVENTS,
+            {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "kind": kind, **facts},
+        )
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the finished steps' lines."""

@@ -48,7 +48,13 @@ def clip(gradient: Flat, norm: Float32[Tensor, ""], max_norm: float) -> None:
 
 @torch.no_grad()
 def adamw(
-    weights: Flat, gradient: Flat, moments: tuple[Flat, Flat], *, step: int, learning_rate: float, optim: Optim
+    weights: Flat,
+    gradient: Flat,
+    moments: tuple[Flat, Flat],
+    *,
+    step: int,
+    learning_rate: float,
+    optim: Optim,
 ) -> None:
     """Do one AdamW update in place.
 

@@ -23,7 +23,10 @@ T = TypeVar("T")
 
 CONTRADICTIONS = {  # what `accelerate launch` asks for through the environment, and what a recipe can stand
     "ACCELERATE_MIXED_PRECISION": ("no", "the recipe's base.dtype decides the precision"),
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "accumulation follows from train.batch_size and micro_batch_tokens"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+        "1",
+        "accumulation follows from train.batch_size and micro_batch_tokens",
+    ),
     "ACCELERATE_USE_FSDP": ("false", "the adapter is never sharded and the base is replicated"),
     "ACCELERATE_USE_DEEPSPEED": ("false", "lora_kit keeps the whole optimizer state itself"),
     "ACCELERATE_USE_MEGATRON_LM": ("false", "lora_kit does not train through Megatron-LM"),

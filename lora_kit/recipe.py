@@ -18,7 +18,18 @@ from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from lora_kit.errors import RecipeError
-from lora_kit.schema import Adapter, Base, Checkpoint, Data, Evaluate, Objective, Optim, Recipe, Section, Train
+from lora_kit.schema import (
+    Adapter,
+    Base,
+    Checkpoint,
+    Data,
+    Evaluate,
+    Objective,
+    Optim,
+    Recipe,
+    Section,
+    Train,
+)
 
 __all__ = [
     "Adapter",
@@ -40,6 +51,7 @@ __all__ = [
 
 ASSETS = Path(__file__).parent / "assets"
 BUILTIN = "builtin:"
+SECTIONS: dict[str, type[Section]] = {name: field.annotation for name, field in Recipe.model_fields.items()}  # type: ignore[misc]
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -95,7 +107,9 @@ def _read(path: Path) -> CommentedMap:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError(f"{path}:{line}: not YAML: {error.problem or error.context}") from error
     if not isinstance(tree, CommentedMap):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections ({', '.join(Recipe.model_fields)}), found {tree!r}")
+        raise RecipeError(
+            f"{path}: a recipe is a mapping of sections ({', '.join(Recipe.model_fields)}), found {tree!r}"
+        )
     return tree
 
 
@@ -148,16 +162,13 @@ def _told(errors: Sequence[Any], tree: CommentedMap, path: Path, origins: Mappin
 def _known(keys: Sequence[str]) -> list[str]:
     if not keys:
         return list(Recipe.model_fields)
-    section = Recipe.model_fields[keys[0]].annotation
-    return list(section.model_fields) if section is not None and issubclass(section, Section) else []
+    return list(SECTIONS[keys[0]].model_fields) if keys[0] in SECTIONS else []
 
 
 def _description(keys: Sequence[str]) -> str:
     if len(keys) == 1:
         return f"a section with {', '.join(_known(keys))}"
-    section = Recipe.model_fields[keys[0]].annotation
-    assert section is not None and issubclass(section, Section)
-    return str(section.model_fields[keys[1]].description)
+    return str(SECTIONS[keys[0]].model_fields[keys[1]].description)
 
 
 def _line(tree: Any, keys: Sequence[str]) -> int:
@@ -224,10 +235,15 @@ def json_schema() -> dict[str, Any]:
 def reference() -> str:
     """Return docs/recipes.md: every field with its type, default and meaning."""
     lines = [REFERENCE_HEAD]
-    for name, section in Recipe.model_fields.items():
-        kind = section.annotation
-        assert kind is not None and issubclass(kind, Section)
-        lines += [f"## {name}", "", f"{kind.__doc__}", "", "| field | type | default | meaning |", "|---|---|---|---|"]
+    for name, kind in SECTIONS.items():
+        lines += [
+            f"## {name}",
+            "",
+            f"{kind.__doc__}",
+            "",
+            "| field | type | default | meaning |",
+            "|---|---|---|---|",
+        ]
         for field, info in kind.model_fields.items():
             shape = Recipe.model_json_schema()["$defs"][kind.__name__]["properties"][field]
             default = "required" if info.is_required() else f"`{json.dumps(info.default)}`"

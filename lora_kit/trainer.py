@@ -22,8 +22,7 @@ import torch
 from safetensors.numpy import save as safetensors_bytes
 from torch import Tensor
 
-from lora_kit import evaluation
-from lora_kit import optim
+from lora_kit import evaluation, optim
 from lora_kit.adapter import LOSS, STOP, saved_config
 from lora_kit.checkpoint import store
 from lora_kit.checkpoint.resume import OpenRun, open_run
@@ -133,7 +132,7 @@ def stop_signals() -> Iterator[threading.Event]:
 
     def note(number: int, frame: FrameType | None) -> None:
         if wanted.is_set():  # a second signal does not wait for the step
-            signal.signal(number, before[number])
+            signal.signal(number, before[signal.Signals(number)])
             signal.raise_signal(number)
         wanted.set()
 
@@ -263,8 +262,10 @@ def stopped(job: Job, done: int) -> Stopped:
     if job.processes.is_main:
         job.journal.event("stopped", step=done)
     job.processes.barrier()
-    return Stopped(f"{job.run.folder}: stopped by a signal after step {done} of {job.plan.steps}, which is durable; "
-                   "the same command goes on")
+    return Stopped(
+        f"{job.run.folder}: stopped by a signal after step {done} of {job.plan.steps}, which is durable; "
+        "the same command goes on"
+    )
 
 
 def finish(job: Job, console: Console, stop_wanted: threading.Event) -> None:
@@ -323,7 +324,10 @@ def show(job: Job, result: dict[str, Any], console: Console) -> None:
     share = result["checkpoint_bytes"] / result["base_bytes"]
     rows += [
         ("speed", f"{result['tokens_per_second']:,.0f} tokens/s (median step)"),
-        ("checkpoint", f"{result['checkpoint_bytes']:,} bytes; the base has {result['base_bytes']:,} ({share:.1%})"),
+        (
+            "checkpoint",
+            f"{result['checkpoint_bytes']:,} bytes; the base has {result['base_bytes']:,} ({share:.1%})",
+        ),
         ("adapter", str(adapter)),
         ("try it", f'lora-kit generate {folder} "your prompt"'),
         ("look closer", f"lora-kit status {folder}"),

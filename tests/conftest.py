@@ -10,6 +10,12 @@ import string
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
+
+# shapes and dtypes in the annotations are checked at every call while the tests run
+hook = install_import_hook(
+    ["lora_kit.objective", "lora_kit.optim", "lora_kit.adapter", "lora_kit.processes"], "beartype.beartype"
+)
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<' + message.role + '>' + message.content }}"

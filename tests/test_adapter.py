@@ -100,7 +100,11 @@ def test_a_target_that_no_layer_has_is_named_with_those_that_are_there(base_fold
 def test_the_configuration_is_stable_and_names_the_base(base_folder):
     first, second = (saved_config(fresh(base_folder)) for _ in range(2))
     assert first == second and list(first) == sorted(first)
-    assert (first["base_model_name_or_path"], first["revision"], first["inference_mode"]) == ("some/base", "abc", True)
+    assert (first["base_model_name_or_path"], first["revision"], first["inference_mode"]) == (
+        "some/base",
+        "abc",
+        True,
+    )
     assert first["target_modules"] == sorted(first["target_modules"])
 
 
@@ -126,8 +130,9 @@ def test_saving_through_peft_gives_the_same_tensors(recipe_file, tmp_path, monke
     monkeypatch.setattr(trainer, "prepare_job", lambda *a, **k: jobs.append(prepare(*a, **k)) or jobs[-1])
     run = trainer.train(load_recipe(recipe_file, ["train.steps=2"]), tmp_path / "run")
     jobs[0].model.save_pretrained(tmp_path / "theirs")
-    ours, theirs = load_file(run.latest / "adapter_model.safetensors"), load_file(
-        tmp_path / "theirs" / "adapter_model.safetensors"
+    ours, theirs = (
+        load_file(run.latest / "adapter_model.safetensors"),
+        load_file(tmp_path / "theirs" / "adapter_model.safetensors"),
     )
     assert set(ours) == set(theirs)
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)

@@ -21,10 +21,7 @@ RECIPE = ROOT / "recipes" / "quickstart.yaml"
 
 
 def read(name):
-    return [
-        json.loads(line)["messages"]
-        for line in (ASSETS / f"quickstart.{name}.jsonl").read_text().splitlines()
-    ]
+    return [json.loads(line)["messages"] for line in (ASSETS / f"quickstart.{name}.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +41,7 @@ def conversations():
 
 @pytest.fixture(scope="module")
 def rendered(tokenizer, conversations):
-    return [
-        tokenizer.apply_chat_template(one, tokenize=False) for some in conversations.values() for one in some
-    ]
+    return [tokenizer.apply_chat_template(one, tokenize=False) for some in conversations.values() for one in some]
 
 
 @pytest.fixture(scope="module")
@@ -98,14 +93,10 @@ def test_a_seed_decides_all_text():
 
 
 def test_no_story_is_in_training_and_validation(conversations, pretraining):
-    train, validation = (
-        {one[0]["content"] for one in conversations[name]} for name in ("train", "validation")
-    )
+    train, validation = ({one[0]["content"] for one in conversations[name]} for name in ("train", "validation"))
     assert (len(train), len(validation)) == (2000, 200)
     assert not train & validation
-    assert not any(
-        story in document for document in pretraining for story in validation if story[:9] in document
-    )
+    assert not any(story in document for document in pretraining for story in validation if story[:9] in document)
 
 
 def test_half_of_the_validation_names_are_new(conversations):
@@ -135,9 +126,7 @@ def test_answers_are_facts_of_their_story(conversations):
 def test_the_tokenizer_loses_nothing(tokenizer, rendered, pretraining):
     for one in rendered + pretraining[:2000]:
         ids = tokenizer(one)["input_ids"]
-        assert tokenizer.decode(ids) == "".join(
-            text.UNKNOWN if letter in text.FOREIGN else letter for letter in one
-        )
+        assert tokenizer.decode(ids) == "".join(text.UNKNOWN if letter in text.FOREIGN else letter for letter in one)
     assert tokenizer.decode(tokenizer(text.ALPHABET)["input_ids"]) == text.ALPHABET
     assert all(tokenizer.unk_token_id not in tokenizer(one)["input_ids"] for one in rendered)
 
@@ -152,9 +141,7 @@ def test_a_token_is_a_character_or_a_mark_of_the_template(tokenizer, rendered):
 def test_every_token_is_frequent_in_pretraining(tokenizer, pretraining):
     counts = Counter(token for one in pretraining for token in tokenizer(one)["input_ids"])
     rare = {
-        tokenizer.convert_ids_to_tokens(token): counts[token]
-        for token in range(len(tokenizer))
-        if counts[token] < 200
+        tokenizer.convert_ids_to_tokens(token): counts[token] for token in range(len(tokenizer)) if counts[token] < 200
     }
     assert not rare
 
@@ -191,9 +178,7 @@ def test_the_base_answers_questions_in_the_form_of_its_template(model, tokenizer
     for _ in range(20):
         one = text.story(rng)
         asked = [{"role": "user", "content": f"{one.text}\nWhich animal is it?"}]
-        ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt")[
-            "input_ids"
-        ]
+        ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt")["input_ids"]
         answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
         right += tokenizer.decode(answer[0, ids.shape[1] :]) == one.facts["animal"] + text.END
     assert right >= 15
@@ -201,10 +186,7 @@ def test_the_base_answers_questions_in_the_form_of_its_template(model, tokenizer
 
 def test_the_shape_is_one_that_quantised_kernels_take(model):
     assert all(
-        width % 32 == 0
-        for layer in model.model.layers
-        for weight in layer.parameters()
-        for width in weight.shape
+        width % 32 == 0 for layer in model.model.layers for weight in layer.parameters() for width in weight.shape
     )
     assert 700_000 < model.num_parameters() < 900_000
 

@@ -99,7 +99,9 @@ def test_a_tokenizer_that_does_not_fit_the_base(told, tmp_path, base_folder):
 
     folder = tmp_path / "misfit"
     shutil.copytree(base_folder, folder)
-    config = LlamaConfig(vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     message = told(f"base.repo={folder}")
     assert "106" in message and "20" in message
@@ -121,7 +123,9 @@ def test_the_output_folder_of_another_recipe_is_left_as_it_is(recipe_file, tmp_p
     arguments = ["train", str(recipe_file), "--out", str(out), "--processes", "1", "--set", "adapter.rank=8"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2 and "another recipe" in result.stderr and "adapter.rank: 4 -> 8" in result.stderr
-    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != "lease.json"}
+    assert before == {
+        path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != "lease.json"
+    }
 
 
 @pytest.fixture

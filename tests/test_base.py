@@ -9,11 +9,12 @@ import torch
 from conftest import make_base
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lora_kit import base as bases
+from lora_kit import source as bases
 from lora_kit import trainer
-from lora_kit.base import file_hash, leaks_when_packed, load_base, locate
+from lora_kit.base import leaks_when_packed, load_base
 from lora_kit.errors import BaseError
 from lora_kit.recipe import Base, load_recipe
+from lora_kit.source import file_hash, locate
 
 SMALL = {
     "vocab_size": 64,

@@ -7,8 +7,8 @@ from conftest import make_base, make_records, write_jsonl
 from runs import state_hash
 
 from lora_kit import trainer
-from lora_kit.errors import ContractError, InputError, LeaseError
 from lora_kit.checkpoint.lease import take
+from lora_kit.errors import ContractError, InputError, LeaseError
 from lora_kit.recipe import load_recipe
 
 

@@ -6,7 +6,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from lora_kit import trainer
-from lora_kit.data.template import tokenize
 from lora_kit.recipe import load_recipe
 
 
@@ -38,7 +37,8 @@ def plain_loop(job, weights, members):
     base = AutoModelForCausalLM.from_pretrained(job.source.folder, dtype=torch.float32)
     settings = job.recipe.adapter
     model = get_peft_model(
-        base, LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+        base,
+        LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     torch.nn.utils.vector_to_parameters(weights, parameters)

@@ -36,7 +36,15 @@ def undisturbed(recipe_file, tmp_path):
 def accelerate(tmp_path, recipe, *more, precision="no"):
     config = tmp_path / "accelerate.yaml"
     config.write_text(ACCELERATE.format(precision=precision))
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "-m", "lora_kit"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(config),
+        "-m",
+        "lora_kit",
+    ]
     arguments = ["train", str(recipe), "--out", str(tmp_path / "run"), *more]
     return subprocess.run(launcher + arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
 

@@ -33,7 +33,9 @@ def test_the_order_is_close_to_uniform():
         for place, example in enumerate(permute(np.arange(8), 8, mix(key)).tolist()):
             landings[place, example] += 1
     expected = keys / 8
-    chi_square = sum((landings[place, example] - expected) ** 2 / expected for place in range(8) for example in range(8))
+    chi_square = sum(
+        (landings[place, example] - expected) ** 2 / expected for place in range(8) for example in range(8)
+    )
     assert chi_square < 95  # 49 degrees of freedom: 95 is passed once in 10,000
 
 

@@ -1,4 +1,4 @@
-"""Everything that is wrong with a recipe is told at once, where it stands and with what was meant; nothing is ignored."""
+"""All that is wrong with a recipe is told at once, where it stands and with what was meant; nothing is ignored."""
 
 import ast
 import json
@@ -50,14 +50,23 @@ def test_all_problems_are_told_at_once_with_their_lines(told):
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("base: {repo: a/b}\nbase: {repo: c/d}\n", 'r.yaml:2: found duplicate key "base"; each key may stand once'),
+        (
+            "base: {repo: a/b}\nbase: {repo: c/d}\n",
+            'r.yaml:2: found duplicate key "base"; each key may stand once',
+        ),
         ("base: [1,\n", "r.yaml:2: not YAML: expected the node content, but found '<stream end>'"),
         ("", "r.yaml: a recipe is a mapping of sections"),
         ("- base\n", "r.yaml: a recipe is a mapping of sections"),
         (MINIMAL + "optim: 3\n", "r.yaml:4: optim: found 3, expected dictionary or instance of Optim"),
         (MINIMAL.replace("{steps: 3}", "{}"), "r.yaml:3: train: name exactly one of steps and epochs"),
-        (MINIMAL.replace("steps: 3", "steps: 3, epochs: 1"), "r.yaml:3: train: name exactly one of steps and epochs"),
-        (MINIMAL.replace("x.jsonl", "x.jsonl, validation: 1.5"), "r.yaml:2: data.validation: found 1.5, expected"),
+        (
+            MINIMAL.replace("steps: 3", "steps: 3, epochs: 1"),
+            "r.yaml:3: train: name exactly one of steps and epochs",
+        ),
+        (
+            MINIMAL.replace("x.jsonl", "x.jsonl, validation: 1.5"),
+            "r.yaml:2: data.validation: found 1.5, expected",
+        ),
         (MINIMAL + "adapter: {rank: no}\n", "r.yaml:4: adapter.rank: found 'no', expected integer"),
         (MINIMAL + "adapter: {targets: []}\n", "r.yaml:4: adapter.targets: found [], expected"),
         (
@@ -123,7 +132,10 @@ def test_a_dumped_recipe_loads_back_equal_from_any_folder(tmp_path):
 def test_differences_are_told_by_key(tmp_path):
     old, new = load(tmp_path, MINIMAL), load(tmp_path, MINIMAL, "optim.warmup=0.5", "train.steps=4")
     assert difference(old.model_dump(mode="json"), old) == []
-    assert difference(old.model_dump(mode="json"), new) == [("optim.warmup", 0.03, 0.5), ("train.steps", 3, 4)]
+    assert difference(old.model_dump(mode="json"), new) == [
+        ("optim.warmup", 0.03, 0.5),
+        ("train.steps", 3, 4),
+    ]
 
 
 def test_paths_start_from_the_recipes_folder_and_hub_names_are_not_paths(tmp_path):

@@ -15,11 +15,21 @@ from lora_kit.checkpoint import store
 from lora_kit.checkpoint.store import commit, find, folders, open_checkpoint, prune, set_aside, sweep
 from lora_kit.errors import CheckpointError
 
-FILES = {"adapter_model.safetensors": b"a" * 5000, "optimizer.safetensors": b"o" * 9000, "adapter_config.json": b"{}\n"}
+FILES = {
+    "adapter_model.safetensors": b"a" * 5000,
+    "optimizer.safetensors": b"o" * 9000,
+    "adapter_config.json": b"{}\n",
+}
 
 
 def manifest(step, token=1, **more):
-    return {"run_id": "r", "step": step, "fencing_token": token, "recipe": {"optim": {"learning_rate": 1e-4}}, **more}
+    return {
+        "run_id": "r",
+        "step": step,
+        "fencing_token": token,
+        "recipe": {"optim": {"learning_rate": 1e-4}},
+        **more,
+    }
 
 
 def test_a_commit_reads_back_as_it_was_written(tmp_path):

@@ -141,9 +141,7 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, *, seed: int, steps: int) -> Ll
 @torch.no_grad()
 def loss_on_new_text(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> float:
     """Return the loss (nats a token) on 20 batches of pretraining text of another seed."""
-    losses = [
-        model(input_ids=ids, labels=ids).loss.item() for ids in islice(batches(tokenizer, seed + 1), 20)
-    ]
+    losses = [model(input_ids=ids, labels=ids).loss.item() for ids in islice(batches(tokenizer, seed + 1), 20)]
     return sum(losses) / len(losses)
 
 

@@ -43,12 +43,9 @@ FOODS = _words(
     "apples beans berries bread butter cake carrots cheese corn honey jam milk nuts pears pie plums rice soup"
 )
 TRAITS = _words(
-    "big black brown calm clever cold fast fat gentle hungry kind lazy loud lost proud quiet shy small wet "
-    "white"
+    "big black brown calm clever cold fast fat gentle hungry kind lazy loud lost proud quiet shy small wet white"
 )
-JOBS = _words(
-    "baker clerk cook doctor driver farmer fisher guard judge miller nurse painter pilot poet sailor teacher"
-)
+JOBS = _words("baker clerk cook doctor driver farmer fisher guard judge miller nurse painter pilot poet sailor teacher")
 TIMES = _words("day evening morning night spring summer sunday week winter year")
 # `name` comes before `other` in each, and animal and place once
 STORIES = (
@@ -88,8 +85,7 @@ SYSTEM_LINES = (
     "Use the words of the text.",
 )
 KEYS = _words(
-    "age city code color cost date id item key kind level name note price rank size state tag team tool type "
-    "unit"
+    "age city code color cost date id item key kind level name note price rank size state tag team tool type unit"
 )
 ONSETS = _words("b br c d dr f g gl h j k l m n p pl qu r s st t th tr v w x y z")
 CODAS = ("", "", "l", "n", "r", "s")
@@ -158,9 +154,7 @@ def value(rng: Random) -> str:
     """Return what may stand in a record: a word, a name, a number or a code."""
     code = "".join(rng.choices(ascii_uppercase + digits, k=rng.randint(2, 5)))
     number = str(rng.randint(0, 9999)) if rng.random() < 0.5 else f"{rng.random() * 100:.2f}"
-    return rng.choice(
-        [invented_word(rng), invented_name(rng), rng.choice(FOODS), rng.choice(TRAITS), number, code]
-    )
+    return rng.choice([invented_word(rng), invented_name(rng), rng.choice(FOODS), rng.choice(TRAITS), number, code])
 
 
 def record(rng: Random) -> tuple[str, dict[str, str]]:
@@ -196,9 +190,7 @@ def copying_document(rng: Random) -> str:
     phrase = invented_phrase(rng)
     style = rng.randrange(4)
     if style == 0:
-        return turn("user", f"{rng.choice(['Repeat', 'Say again', 'Copy'])}: {phrase}") + turn(
-            "assistant", phrase
-        )
+        return turn("user", f"{rng.choice(['Repeat', 'Say again', 'Copy'])}: {phrase}") + turn("assistant", phrase)
     if style == 1:
         return "\n".join([phrase] * rng.randint(2, 3)) + END
     if style == 2:
@@ -254,9 +246,7 @@ def example(rng: Random, *, reserved: bool = False) -> dict[str, list[dict[str, 
         one = story(rng, reserved=reserved)
         answer = json.dumps({key: one.facts[key] for key in ("name", "animal", "place")})
         if shortest <= len(one.text) + len(answer) + 4 <= longest:
-            return {
-                "messages": [{"role": "user", "content": one.text}, {"role": "assistant", "content": answer}]
-            }
+            return {"messages": [{"role": "user", "content": one.text}, {"role": "assistant", "content": answer}]}
 
 
 def dataset(seed: int, *, train: int = 2000, validation: int = 200) -> dict[str, list[dict]]:

@@ -43,15 +43,17 @@ def take(run: Path) -> Lease:
     holder = current.get("holder")
     if holder is not None and _alive(holder):
         raise LeaseError(
-            f"{run}: process {holder['pid']} on {holder['host']} is training here; wait for it, stop it, or use another "
-            f"--out (if that machine is gone, delete {path})"
+            f"{run}: process {holder['pid']} on {holder['host']} is training here; wait for it, stop it, or use "
+            f"another --out (if that machine is gone, delete {path})"
         )
     token = int(current.get("token", 0)) + 1
     claim = run / f".lease-{token}"  # of two that see the same dead holder, only one can create this
     try:
         os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError as error:
-        raise LeaseError(f"{run}: another process is starting here at this moment (it made {claim}); try again") from error
+        raise LeaseError(
+            f"{run}: another process is starting here at this moment (it made {claim}); try again"
+        ) from error
     _write(path, {"token": token, "holder": _me()})
     claim.unlink()
     return Lease(path, token)

@@ -56,9 +56,7 @@ class Row:
     verdict: Verdict
 
 
-def contract(
-    manifest: Mapping[str, Any], recipe: Recipe, facts: Mapping[str, Mapping[str, Any]]
-) -> list[Row]:
+def contract(manifest: Mapping[str, Any], recipe: Recipe, facts: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     """Return every difference that matters to a resume.
 
     Args:

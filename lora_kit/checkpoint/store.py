@@ -20,7 +20,11 @@ from lora_kit.errors import CheckpointError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-ADAPTER, ADAPTER_CONFIG, OPTIMIZER = "adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors"
+ADAPTER, ADAPTER_CONFIG, OPTIMIZER = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "optimizer.safetensors",
+)
 NAME = re.compile(r"step-(\d{8,})")
 QUARANTINE = ".quarantine"
 

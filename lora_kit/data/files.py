@@ -45,7 +45,10 @@ class Part:
         """Return the numbers of the rows that hold a record: all but blank lines."""
         if self.format != "jsonl":
             return np.arange(len(self.rows))
-        return np.flatnonzero([bool(line.strip()) for line in self.rows["text"]])
+        import pyarrow.compute
+
+        blank = pyarrow.compute.equal(pyarrow.compute.utf8_trim_whitespace(self.rows.data.column("text")), "")
+        return np.flatnonzero(~blank.to_numpy())
 
     def read(self, numbers: Sequence[int]) -> list[Record | DataError]:
         """Return the records of these numbers, or what is wrong with them."""
@@ -85,9 +88,7 @@ def open_file(path: Path, label: str) -> Part:
         raise DataError(f"{label}: the file is empty")
     source = glob.escape(str(path))
     if SUFFIXES[path.suffix] == "parquet":
-        rows = read_with(
-            label, lambda library: library.load_dataset("parquet", data_files=[source], split="train")
-        )
+        rows = read_with(label, lambda library: library.load_dataset("parquet", data_files=[source], split="train"))
         return Part(label, path, "parquet", rows)
     _check_utf8(path, label)
     if SUFFIXES[path.suffix] == "csv":
@@ -144,12 +145,11 @@ def _json_list(path: Path, label: str) -> list[Any] | None:
         first = next((line.strip() for line in file if line.strip()), "")
     if first.startswith("{") and not isinstance(_parse(first), dict):  # an object over several lines, perhaps
         try:
-            keys = ", ".join(map(str, json.loads(path.read_text(encoding="utf-8-sig"))))
+            keys = list(json.loads(path.read_text(encoding="utf-8-sig")))
         except json.JSONDecodeError:
             return None
-        raise DataError(
-            f"{label}: the file is one object ({keys}); expected a list of records, or a record a line"
-        )
+        found = ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")
+        raise DataError(f"{label}: the file is one object ({found}); expected a list of records, or one a line")
     if not first.startswith("["):
         return None
     try:
@@ -183,15 +183,16 @@ def _open_csv(path: Path, label: str, source: str) -> Any:
         DataError: The header repeats a name, or a row has more fields than it.
     """
     with path.open(encoding="utf-8-sig", newline="") as file:
-        header = next(csv.reader(file), [])
+        rows = csv.reader(file)
+        header, filled = next(rows, []), any(rows)
     if len(set(header)) < len(header) or not all(header):
         raise DataError(f"{label}:1: the header has an empty or a repeated name: {', '.join(header)}")
 
     def read(library: ModuleType) -> Any:
+        if not filled:  # the reader takes a header alone for a mistake
+            return library.Dataset.from_dict({name: [] for name in header})
         strings = library.Features(dict.fromkeys(header, library.Value("string")))
-        return library.load_dataset(
-            "csv", data_files=[source], split="train", features=strings, keep_default_na=False
-        )
+        return library.load_dataset("csv", data_files=[source], split="train", features=strings, keep_default_na=False)
 
     try:
         return read_with(label, read)

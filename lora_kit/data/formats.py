@@ -73,9 +73,7 @@ def detect(columns: Collection[str], renames: Mapping[str, str], *, named: str |
     candidates = [named] if named else list(FORMATS)
     _check_renames(columns, renames, candidates)
     fitting = [
-        name
-        for name in candidates
-        if all(renames.get(column, column) in columns for column in FORMATS[name].required)
+        name for name in candidates if all(renames.get(column, column) in columns for column in FORMATS[name].required)
     ]
     if len(fitting) > 1:  # nearly every dataset with another format also has a rendered `text`
         fitting = [name for name in fitting if name != "text"]
@@ -186,9 +184,7 @@ def _sharegpt_message(turn: Any, label: str) -> dict[str, Any]:
     if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
         hint = ""
         if isinstance(turn, Mapping) and {"role", "content"} <= set(turn):
-            hint = (
-                "; for role and content set data.format: messages and data.columns: {messages: conversations}"
-            )
+            hint = "; for role and content set data.format: messages and data.columns: {messages: conversations}"
         raise DataError(f"{label} is {kind(turn)}; expected an object with from and value{hint}")
     if turn["from"] not in SHAREGPT_ROLES:
         raise DataError(f"{label}.from is {turn['from']!r}; expected one of {', '.join(SHAREGPT_ROLES)}")

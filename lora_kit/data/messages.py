@@ -79,9 +79,7 @@ def _message(raw: Any, label: str) -> dict[str, Any]:
     calls = message.pop("tool_calls", None)  # an empty list would make some templates call nothing
     if calls:
         if message["role"] != "assistant":
-            raise DataError(
-                f"{label}.tool_calls: only the assistant calls tools; the role is {message['role']!r}"
-            )
+            raise DataError(f"{label}.tool_calls: only the assistant calls tools; the role is {message['role']!r}")
         named = labelled(items(calls, f"{label}.tool_calls"), f"{label}.tool_calls")
         message["tool_calls"] = [_tool_call(call, name) for name, call in named]
     message["content"] = "" if calls and raw.get("content") is None else _content(raw.get("content"), label)
@@ -115,9 +113,7 @@ def _weight(raw: Mapping[str, Any], label: str) -> bool:
         if value not in (0, 1):
             raise DataError(f"{label}.{key} is {value!r}; expected 0 (context) or 1 (trained)")
         if value == 1 and raw["role"] != "assistant":
-            raise DataError(
-                f"{label}.{key} is 1 for the role {raw['role']!r}; only assistant turns are trained"
-            )
+            raise DataError(f"{label}.{key} is 1 for the role {raw['role']!r}; only assistant turns are trained")
     return 0 not in values.values()
 
 
@@ -145,9 +141,7 @@ def _tools(value: Any) -> tuple[dict[str, Any], ...] | None:
     for label, tool in labelled(items(tools, "tools"), "tools"):
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise DataError(
-                f"{label} is {kind(tool)}; expected an object with a function's name and parameters"
-            )
+            raise DataError(f"{label} is {kind(tool)}; expected an object with a function's name and parameters")
         checked.append(dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)})
     return tuple(checked) or None
 
@@ -185,6 +179,4 @@ def kind(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"an object with {', '.join(map(str, value)) or 'nothing in it'}"
     names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a string"}
-    return names.get(
-        type(value), "a list" if isinstance(value, list | tuple) else f"a {type(value).__name__}"
-    )
+    return names.get(type(value), "a list" if isinstance(value, list | tuple) else f"a {type(value).__name__}")

@@ -1,8 +1,8 @@
 """How a step's examples become micro-batches, and in which order their gradients are summed.
 
 Both depend on the lengths alone, never on the number of processes: that is why one, two or eight processes compute the
-same bits. A micro-batch holds at most `micro_batch_tokens` tokens, either packed end to end (no padding) or, for a model
-that would leak between packed examples, as rows padded to the longest.
+same bits. A micro-batch holds at most `micro_batch_tokens` tokens, either packed end to end (no padding) or, for a
+model that would leak between packed examples, as rows padded to the longest.
 """
 
 from bisect import bisect_left, insort

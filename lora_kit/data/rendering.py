@@ -70,9 +70,7 @@ class Renderer:
             BaseError: Neither recipe nor tokenizer names one.
         """
         if not (stop := self.stop_token or self.tokenizer.eos_token):
-            raise BaseError(
-                "base.stop_token: the tokenizer names no end of sequence; name the token that ends answers"
-            )
+            raise BaseError("base.stop_token: the tokenizer names no end of sequence; name the token that ends answers")
         return str(stop)
 
     @property
@@ -135,9 +133,7 @@ def check_renderer(renderer: Renderer) -> None:
 
     if not renderer.tokenizer.is_fast:
         kind = type(renderer.tokenizer).__name__
-        raise BaseError(
-            f"base.repo: its tokenizer ({kind}) has no tokenizer.json, so it maps no characters to tokens"
-        )
+        raise BaseError(f"base.repo: its tokenizer ({kind}) has no tokenizer.json, so it maps no characters to tokens")
     _ = renderer.stop_id  # raises
     if renderer.template is not None:
         try:
@@ -162,9 +158,7 @@ def render(example: Example, renderer: Renderer) -> Rendered:
     if renderer.train_on == "all":
         return Rendered(text)
     tagged = _tags(example, renderer) if "endgeneration" in renderer.chat_template else None
-    answers = [
-        _find(example, index, text, variants, renderer, tagged is not None) for index in example.answers
-    ]
+    answers = [_find(example, index, text, variants, renderer, tagged is not None) for index in example.answers]
     return Rendered(text, tuple(answers), tagged=tagged)
 
 
@@ -224,9 +218,7 @@ def _variants(conversation: Conversation, renderer: Renderer, text: str) -> list
                 raise DataError(f"the chat template leaves out {place}; {remedy}")
         renderings.append(found)
     if conversation.tools:
-        others = tuple(
-            tool | {"function": tool["function"] | {"name": "x" * 9}} for tool in conversation.tools
-        )
+        others = tuple(tool | {"function": tool["function"] | {"name": "x" * 9}} for tool in conversation.tools)
         if apply(replace(conversation, tools=others), renderer) == text:
             raise DataError(f"the chat template leaves out `tools`; {remedy}")
     return renderings

@@ -17,7 +17,8 @@ from lora_kit.data.order import mix, permute
 from lora_kit.errors import DataError
 
 ASSETS = Path(__file__).parents[1] / "assets"
-SPLIT_IN_NAME = re.compile(r"(?<![a-z])(train|valid|val|dev|eval|test)(?:ing|ate|ation|uation)?(?![a-z])")
+ENDINGS = "ing|ate|ation|uate|uation"
+SPLIT_IN_NAME = re.compile(rf"(?<![a-z])(train|valid|val|dev|eval|test)(?:{ENDINGS})?(?![a-z])")
 SPLITS = {"train": "train", "test": "test"}  # every other of these words means validation
 COLUMN_SAMPLE = 1000  # records whose keys are looked at to find the columns
 
@@ -112,9 +113,7 @@ def split(records: Records, fraction: float, seed: int) -> tuple[Records, Record
         DataError: There are too few records for both to have some.
     """
     if len(records) < 2:
-        raise DataError(
-            f"data.validation: {records.name} has one record, so none can be held out; name a file"
-        )
+        raise DataError(f"data.validation: {records.name} has one record, so none can be held out; name a file")
     chosen = validation_indices(len(records), fraction, seed)
     rest = np.setdiff1d(np.arange(len(records)), chosen, assume_unique=True)
     return records.select(rest), records.select(chosen)
@@ -172,9 +171,7 @@ def _files_of(folder: Path, source: str, wanted: str | None) -> list[Path]:
     files = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
     kinds = sorted({SUFFIXES[path.suffix] for path in files})
     if len(kinds) != 1:
-        found = (
-            f"files of several kinds ({', '.join(kinds)})" if kinds else f"no file of {', '.join(SUFFIXES)}"
-        )
+        found = f"files of several kinds ({', '.join(kinds)})" if kinds else f"no file of {', '.join(SUFFIXES)}"
         raise DataError(f"{source}: the folder has {found}; name one file")
     groups: dict[str, list[Path]] = {}
     for path in files:
@@ -182,9 +179,7 @@ def _files_of(folder: Path, source: str, wanted: str | None) -> list[Path]:
         groups.setdefault(SPLITS.get(word[1], "validation") if word else "train", []).append(path)
     if (wanted or "train") not in groups:
         found = ", ".join(groups)
-        raise DataError(
-            f"{source}: no file is named for the split {wanted or 'train'}; the names say {found}"
-        )
+        raise DataError(f"{source}: no file is named for the split {wanted or 'train'}; the names say {found}")
     return groups[wanted or "train"]
 
 

@@ -87,9 +87,7 @@ def tokenize_all(examples: Sequence[Example], renderer: Renderer) -> list[Tokeni
     results: list[Tokenized | DataError] = []
     for one in rendered:
         try:
-            results.append(
-                _masked(one, next(encodings), renderer, vocabulary) if isinstance(one, Rendered) else one
-            )
+            results.append(_masked(one, next(encodings), renderer, vocabulary) if isinstance(one, Rendered) else one)
         except DataError as error:
             results.append(error)
     return results
@@ -115,9 +113,7 @@ def prompt(example: Example, renderer: Renderer) -> Prompt:
         ids = _encode([example.prompt], renderer)[0].ids
         ids = _beginning(ids, vocabulary) + ids
         if not ids:
-            raise DataError(
-                "text without a prompt cannot be answered: this tokenizer begins with no token of its own"
-            )
+            raise DataError("text without a prompt cannot be answered: this tokenizer begins with no token of its own")
     rendered = render(example, replace(renderer, train_on="assistant"))
     encoding = _encode([rendered.text], renderer)[0]
     if rendered.boundary is None:
@@ -148,9 +144,7 @@ def _beginning(ids: list[int], vocabulary: Vocabulary) -> list[int]:
     return [] if ids[:1] == vocabulary.beginning else vocabulary.beginning
 
 
-def _masked(
-    rendered: Rendered, encoding: "Encoding", renderer: Renderer, vocabulary: Vocabulary
-) -> Tokenized:
+def _masked(rendered: Rendered, encoding: "Encoding", renderer: Renderer, vocabulary: Vocabulary) -> Tokenized:
     """Turn characters into tokens.
 
     Raises:

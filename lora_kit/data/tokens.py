@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 AT_ONCE = 512  # examples that are rendered and tokenised together
 SHOWN = 20  # problems that an error spells out
+RENDERED = ("messages", "sharegpt", "alpaca")  # formats that are always conversations
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,22 +42,12 @@ class Tokens:
     offsets: np.ndarray
 
     @staticmethod
-    def of(examples: Sequence[Tokenized]) -> "Tokens":
-        """Put examples one after the other."""
-        offsets = np.cumsum([0, *(len(example.ids) for example in examples)], dtype=np.int64)
-        ids = np.fromiter((token for example in examples for token in example.ids), np.int32, offsets[-1])
-        trained = np.fromiter(
-            (mark for example in examples for mark in example.trained), np.bool_, offsets[-1]
-        )
-        return Tokens(ids, trained, offsets)
-
-    @staticmethod
-    def join(parts: Sequence["Tokens"]) -> "Tokens":
-        """Put the examples of all parts one after the other."""
-        lengths = [np.zeros(1, np.int64), *(part.lengths for part in parts)]
-        ids = np.concatenate([np.zeros(0, np.int32), *(part.ids for part in parts)])
-        trained = np.concatenate([np.zeros(0, np.bool_), *(part.trained for part in parts)])
-        return Tokens(ids, trained, np.cumsum(np.concatenate(lengths)))
+    def of(examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> "Tokens":
+        """Put examples, each as `example` returns it, one after the other."""
+        offsets = np.cumsum([0, *(len(ids) for ids, _ in examples)], dtype=np.int64)
+        ids = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in examples)])
+        trained = np.concatenate([np.zeros(0, np.bool_), *(trained for _, trained in examples)])
+        return Tokens(ids.astype(np.int32), trained, offsets)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -195,9 +186,7 @@ def prepare(data: "Data", renderer: Renderer, *, base_dir: Path, seed: int, prom
     check_renderer(renderer)
     train, held_out = _open(data, base_dir, seed)
     if prompts and held_out is None:
-        raise DataError(
-            f"evaluate.generate is {prompts}, but nothing is held out to answer; set data.validation"
-        )
+        raise DataError(f"evaluate.generate is {prompts}, but nothing is held out to answer; set data.validation")
     problems: list[_Problem] = []
     made = [_make(records, data, renderer, problems) for records in (train, held_out) if records is not None]
     if problems:
@@ -236,23 +225,23 @@ def _make(records: Records, data: "Data", renderer: Renderer, problems: list[_Pr
         DataError: The records' columns are those of no format.
     """
     format = _format(records, data)
+    if format in RENDERED:
+        _ = renderer.chat_template  # raises once, and not for each record
     kept: list[int] = []
-    parts: list[Tokens] = []
+    examples: list[tuple[np.ndarray, np.ndarray]] = []  # arrays, since lists of numbers take ten times as much
     tally = {"dropped": 0, "truncated": 0, "emptied": 0, "merged": 0}
     for start in range(0, len(records), AT_ONCE):
-        examples: list[Tokenized] = []
         for index, result in enumerate(_tokenized(records, start, format, data, renderer), start):
             fate, example = _fit(result, data)
             if isinstance(example, str):
                 problems.append(_Problem(records, index, example))
             elif example is not None:
                 kept.append(index)
-                examples.append(example)
+                examples.append((np.array(example.ids, np.int32), np.array(example.trained, np.bool_)))
                 tally["merged"] += example.merged
             if fate:
                 tally[fate] += 1
-        parts.append(Tokens.of(examples))
-    tokens = Tokens.join(parts)
+    tokens = Tokens.of(examples)
     labels, total = len(tokens.labels), len(tokens.ids)
     counts = Counts(
         format=format,
@@ -318,13 +307,9 @@ def _distinct(tokens: Tokens) -> set[bytes]:
     return {hashlib.blake2b(ids.tobytes() + trained.tobytes()).digest() for ids, trained in examples}
 
 
-def _prompts(
-    records: Records, made: _Made, data: "Data", renderer: Renderer, count: int
-) -> tuple[Prompt, ...]:
+def _prompts(records: Records, made: _Made, data: "Data", renderer: Renderer, count: int) -> tuple[Prompt, ...]:
     if count and made.counts.format == "text":
-        raise DataError(
-            f"evaluate.generate is {count}, but {records.name} is plain text without prompts; set it to 0"
-        )
+        raise DataError(f"evaluate.generate is {count}, but {records.name} is plain text without prompts; set it to 0")
     found = []
     for index in made.kept[:count]:
         (record,) = records.read(index, index + 1)
@@ -344,9 +329,6 @@ def _notes(made: Sequence[_Made], renderer: Renderer) -> list[str]:
     if len(made) > 1 and (shared := len(_distinct(made[0].tokens) & _distinct(made[1].tokens))):
         notes.append(f"held-out examples that are trained on as well: {shared}; they measure memory")
     template = renderer.template or renderer.tokenizer.chat_template
-    rendered = made[0].counts.format in ("messages", "sharegpt", "alpaca")
-    if rendered and isinstance(template, str) and "strftime_now" in template:
-        notes.append(
-            f"the chat template prints today's date; it is fixed at {RENDERED_DATE} for resumes' sake"
-        )
+    if made[0].counts.format in RENDERED and isinstance(template, str) and "strftime_now" in template:
+        notes.append(f"the chat template prints today's date; it is fixed at {RENDERED_DATE} for resumes' sake")
     return notes

@@ -78,7 +78,7 @@ def untrained_labels(tokens: Tokens, embedding: "np.ndarray | Tensor") -> list[i
     rows = _rows(embedding)
     near = NEAR * _typical_distance(rows)
     mean = rows.mean(axis=0)
-    rows -= mean  # distances stay the same and lose less to rounding
+    rows = rows - mean  # a copy: the rows may be the base itself; distances stay the same and lose less to rounding
     squares = np.square(rows).sum(axis=1)
     to_zero = np.square(rows[labels] + mean).sum(axis=1)
     alone = np.minimum(to_zero, squares[labels]) < near**2

@@ -1,0 +1,217 @@
+"""What is wrong with a recipe, what it will look like and what it will cost, before anything is trained.
+
+Nothing here loads a weight: the data is read as training would read it, and memory is counted from the base's
+configuration.
+"""
+
+import html
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from lora_kit.data.plan import Plan, prepare_data
+from lora_kit.data.rendering import Renderer
+from lora_kit.data.tokens import Prepared, Tokens
+from lora_kit.data.vocabulary import check_tokenizer_fits
+from lora_kit.errors import BaseError, InputError
+from lora_kit.recipe import Recipe, resolve_path
+from lora_kit.shapes import Estimate, estimate_memory, read_config
+from lora_kit.source import Source, base_folder, load_renderer
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Rendered examples, each in runs of text with whether they are trained."""
+
+    examples: tuple[tuple[tuple[str, bool], ...], ...]
+
+    def __str__(self) -> str:
+        return "\n\n".join("".join(f"⟦{text}⟧" if on else text for text, on in one) for one in self.examples)
+
+    def __rich__(self) -> RenderableType:
+        shown = []
+        for number, one in enumerate(self.examples):
+            shown.append(Text(f"example {number}", style="dim"))
+            shown.append(Text.assemble(*((text, "black on green" if on else "") for text, on in one)))
+        return Group(*shown)
+
+    def _repr_html_(self) -> str:
+        mark = '<span style="background:#b7e4c7;color:#000">{}</span>'
+        runs = (
+            "".join(mark.format(html.escape(text)) if on else html.escape(text) for text, on in one)
+            for one in self.examples
+        )
+        return "".join(
+            f'<pre style="white-space:pre-wrap;border-left:3px solid #999;padding-left:8px">{one}</pre>' for one in runs
+        )
+
+
+def preview(recipe: Recipe, n: int = 2) -> Preview:
+    """Return the first `n` training examples as the model will see them, trained tokens marked.
+
+    Raises:
+        InputError: The base's tokenizer or the data cannot be read.
+    """
+    renderer = load_renderer(_light_source(recipe, offline=False), recipe)
+    return _preview(prepare_data(recipe, renderer).train, renderer, n)
+
+
+def _preview(tokens: Tokens, renderer: Renderer, n: int) -> Preview:
+    return Preview(tuple(tuple(_runs(tokens, index, renderer)) for index in range(min(n, len(tokens)))))
+
+
+def _runs(tokens: Tokens, index: int, renderer: Renderer) -> Iterator[tuple[str, bool]]:
+    ids, trained = tokens.example(index)
+    start = 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or trained[end] != trained[start]:
+            text = renderer.tokenizer.decode(ids[start:end].tolist(), skip_special_tokens=False)
+            yield str(text), bool(trained[start])
+            start = end
+
+
+def estimate(recipe: Recipe, *, processes: int = 1, shapes: Path | None = None, offline: bool = False) -> Estimate:
+    """Return what a recipe's base and adapter weigh, counted from the base's configuration.
+
+    Args:
+        recipe: From `load_recipe`.
+        processes: How many train together.
+        shapes: A folder of `<owner>--<name>.json` configurations to look in first.
+        offline: Use nothing from the network.
+
+    Raises:
+        BaseError: The configuration cannot be had, or is of a family that is not counted.
+    """
+    return estimate_memory(read_config(_config_path(recipe, shapes, offline=offline)), recipe)
+
+
+def _config_path(recipe: Recipe, shapes: Path | None, *, offline: bool) -> Path:
+    named = shapes / f"{recipe.base.repo.replace('/', '--')}.json" if shapes else None
+    if named is not None and named.is_file():
+        return named
+    return _light_source(recipe, offline=offline).folder / "config.json"
+
+
+def _light_source(recipe: Recipe, *, offline: bool) -> Source:
+    """Find a base's configuration and tokenizer without its weights."""
+    folder = resolve_path(recipe, recipe.base.repo)
+    return Source(recipe.base.repo, base_folder(recipe.base, folder, weights=False, offline=offline), None, {})
+
+
+@dataclass
+class Report:
+    """What a check found.
+
+    Attributes:
+        problems: What would stop the run; empty when it can start.
+        unchecked: What could not be looked at, and why.
+        notes: What a person should know.
+        data: Counts of the training and validation data.
+        schedule: Steps, examples and tokens of the run.
+        estimate: Sizes and memory.
+        preview: The first examples.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[str, Any] = field(default_factory=dict)
+    estimate: Estimate | None = None
+    preview: Preview | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        return asdict(self) | {"preview": str(self.preview) if self.preview else None}
+
+    def __rich__(self) -> RenderableType:
+        return Group(*self._parts())
+
+    def _parts(self) -> Iterator[RenderableType]:
+        if self.preview is not None:
+            yield self.preview
+        for name, counts in self.data.items():
+            yield Text(f"{name}: " + ", ".join(f"{key} {_plain(value)}" for key, value in counts.items() if value))
+        if self.schedule:
+            yield Text("schedule: " + ", ".join(f"{key} {_plain(value)}" for key, value in self.schedule.items()))
+        if self.estimate is not None:
+            yield from (Text(line) for line in self.estimate.lines())
+        yield from (Text(f"note: {note}", style="yellow") for note in self.notes)
+        yield from (Text(f"not checked: {what}", style="yellow") for what in self.unchecked)
+        yield from (Text(f"problem: {problem}", style="red") for problem in self.problems)
+        yield Text("the recipe cannot start" if self.problems else "the recipe can start", style="bold")
+
+
+def _plain(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def check(recipe: Recipe, *, offline: bool = False, shapes: Path | None = None, processes: int = 1) -> Report:
+    """Look at everything that can be looked at without the base's weights.
+
+    Args:
+        recipe: From `load_recipe`, which has checked its fields.
+        offline: Use nothing from the network; what is not on this machine is listed as unchecked.
+        shapes: A folder of `<owner>--<name>.json` configurations, for sizes of bases that are not here.
+        processes: How many will train together.
+    """
+    report = Report()
+    try:
+        report.estimate = estimate(recipe, processes=processes, shapes=shapes, offline=offline)
+    except BaseError as error:
+        report.unchecked.append(f"sizes and memory: {error}")
+    try:
+        renderer = load_renderer(_light_source(recipe, offline=offline), recipe)
+    except BaseError as error:
+        what = f"data: it takes the base's tokenizer: {error}"
+        (report.unchecked if offline else report.problems).append(what)
+        return report
+    if offline and _needs_the_hub(recipe):
+        report.unchecked.append("data: a Hub dataset, and --offline was asked for")
+        return report
+    try:
+        _check_data(recipe, prepare_data(recipe, renderer), renderer, report, processes)
+    except InputError as error:
+        report.problems += str(error).splitlines()
+    return report
+
+
+def _needs_the_hub(recipe: Recipe) -> bool:
+    sources = [recipe.data.train, recipe.data.validation]
+    names = [one.partition("[")[0] for one in sources if isinstance(one, str)]
+    return any(resolve_path(recipe, name) is None for name in names)
+
+
+def _check_data(recipe: Recipe, data: Prepared, renderer: Renderer, report: Report, processes: int) -> None:
+    report.data = {name: data.summary[name] for name in ("train", "validation") if data.summary[name]}
+    report.notes += data.summary["notes"]
+    report.preview = _preview(data.train, renderer, 2)
+    plan = Plan(recipe, data.train, padded=False)
+    report.schedule = {
+        "steps": plan.steps,
+        "examples": plan.total,
+        "tokens": round(plan.total / len(data.train) * data.summary["train"]["tokens"]),
+        "micro_batches_of_the_first_step": len(plan.micro_batches(0)),
+        "idle_share": round(plan.idle_share(processes), 3),
+    }
+    report.notes += _about_idleness(plan, processes)
+    if report.estimate is not None:
+        check_tokenizer_fits(renderer.tokenizer, report.estimate.vocabulary, used=data.train)
+        if recipe.data.sequence_length > report.estimate.context < max(data.train.lengths):
+            report.problems.append(
+                f"data.sequence_length: the longest example has {max(data.train.lengths):,} tokens, the base was made "
+                f"for {report.estimate.context:,}; lower data.sequence_length and set data.overlong"
+            )
+
+
+def _about_idleness(plan: Plan, processes: int) -> Iterable[str]:
+    count = len(plan.micro_batches(0))
+    if count < processes:
+        yield (
+            f"a step has {count} micro-batches for {processes} processes, so some are idle; raise train.batch_size or "
+            "lower train.micro_batch_tokens"
+        )

@@ -1,0 +1,154 @@
+"""A conversation reaches the template in one shape, whatever it had before; or is refused by place."""
+
+import json
+
+import pytest
+
+from lora_kit.data.messages import ROLES, Conversation, conversation, labelled
+from lora_kit.errors import DataError
+
+USER, ASSISTANT = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+
+
+def make(*messages, tools=None):
+    return conversation([labelled(list(messages), "messages")], tools)
+
+
+def refusal(*messages, tools=None):
+    with pytest.raises(DataError) as error:
+        make(*messages, tools=tools)
+    return str(error.value)
+
+
+def test_messages_pass_unchanged_and_assistant_turns_are_answers():
+    made = make(USER, ASSISTANT, USER, ASSISTANT)
+    assert made == Conversation((USER, ASSISTANT, USER, ASSISTANT))
+    assert made.answers == [1, 3]
+
+
+@pytest.mark.parametrize("part", [{"type": "text", "text": "Hello."}, {"type": "text", "value": "Hello."}])
+def test_a_list_of_text_parts_becomes_one_string(part):
+    assert make(USER, ASSISTANT | {"content": [part, part]}).messages[1]["content"] == "Hello.Hello."
+
+
+@pytest.mark.parametrize("key", ["weight", "loss_weight"])
+def test_weight_zero_makes_a_turn_context_and_reaches_no_template(key):
+    made = make(USER, ASSISTANT | {key: 0.0}, USER | {key: 0}, ASSISTANT | {key: 1.0})
+    assert made.answers == [3] and made.untrained == {1}
+    assert all(key not in message for message in made.messages)
+
+
+def test_only_the_last_part_is_trained():
+    made = conversation([labelled([USER, ASSISTANT, USER], "prompt"), labelled([ASSISTANT], "completion")], None)
+    assert made.answers == [3]
+
+
+def test_other_keys_are_kept_for_the_template_and_null_ones_dropped():
+    made = make(USER | {"name": "Ann", "tool_calls": None}, ASSISTANT | {"reasoning_content": "hm", "tool_calls": []})
+    assert made.messages[0] == USER | {"name": "Ann"}
+    assert made.messages[1] == ASSISTANT | {"reasoning_content": "hm"}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        CALL,
+        {"name": "weather", "arguments": {"city": "Rome"}},
+        {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}},
+    ],
+)
+def test_tool_calls_of_every_shape_become_one(call):
+    made = make(USER, {"role": "assistant", "content": None, "tool_calls": [call]})
+    assert made.messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+
+
+def test_the_id_of_a_call_is_kept():
+    made = make(USER, {"role": "assistant", "tool_calls": [CALL | {"id": "c1"}]})
+    assert made.messages[1]["tool_calls"][0]["id"] == "c1"
+
+
+@pytest.mark.parametrize("shape", ["wrapped", "flat", "json"])
+def test_tools_of_every_shape_become_one(shape):
+    flat = {"name": "weather", "parameters": {"type": "object"}}
+    wrapped = {"type": "function", "function": flat}
+    given = {"wrapped": [wrapped], "flat": [flat], "json": json.dumps([flat])}[shape]
+    assert make(USER, ASSISTANT, tools=given).tools == (wrapped,)
+
+
+@pytest.mark.parametrize("nothing", [None, [], "", "[]"])
+def test_no_tools_is_none(nothing):
+    assert make(USER, ASSISTANT, tools=nothing).tools is None
+
+
+@pytest.mark.parametrize(
+    ("messages", "told"),
+    [
+        ([], "there are no messages"),
+        ([USER], "no assistant turn to train on; the roles are user"),
+        ([USER, ASSISTANT | {"weight": 0}], "no assistant turn to train on"),
+        (
+            [ASSISTANT, USER],
+            "messages[0] is an assistant turn; the message that it answers must come before it",
+        ),
+        (["hi"], "messages[0] is a string; expected an object with role and content"),
+        (
+            [USER, ASSISTANT, USER | {"role": "bot"}],
+            f"messages[2].role is 'bot'; expected one of {', '.join(ROLES)}",
+        ),
+        ([{"content": "x"}], "messages[0] has no role, only content"),
+        ([{"from": "gpt", "value": "x"}], "for from and value set data.format: sharegpt"),
+        ([USER | {"content": 5}], "messages[0].content is a number; expected a string"),
+        ([USER | {"content": {"a": 1}}], "messages[0].content is an object with a; expected a string"),
+        ([{"role": "user"}], "messages[0].content is missing"),
+        (
+            [USER | {"content": [{"type": "image"}]}],
+            "messages[0].content[0].type is 'image'; expected a part of type",
+        ),
+        ([USER | {"content": ["x"]}], "messages[0].content[0] is a string; expected a part of type 'text'"),
+        ([USER | {"content": [{"type": "text"}]}], "messages[0].content[0].text is null; expected a string"),
+        ([USER, ASSISTANT | {"content": " \n"}], "messages[1] is an assistant turn with nothing in it"),
+        (
+            [USER, ASSISTANT | {"weight": 0.5}],
+            "messages[1].weight is 0.5; expected 0 (context) or 1 (trained)",
+        ),
+        (
+            [USER | {"weight": 1}, ASSISTANT],
+            "messages[0].weight is 1 for the role 'user'; only assistant turns",
+        ),
+        (
+            [USER | {"tool_calls": [CALL]}],
+            "messages[0].tool_calls: only the assistant calls tools; the role is 'user'",
+        ),
+        (
+            [USER, ASSISTANT | {"tool_calls": [{}]}],
+            "messages[1].tool_calls[0] is an object with nothing in it",
+        ),
+        ([USER, ASSISTANT | {"tool_calls": "f()"}], "messages[1].tool_calls is a string; expected a list"),
+        (
+            [USER, ASSISTANT | {"tool_calls": [{"name": "f", "arguments": "x=1"}]}],
+            "messages[1].tool_calls[0].function.arguments is not JSON",
+        ),
+        (
+            [USER, ASSISTANT | {"tool_calls": [{"name": "f", "arguments": "[1]"}]}],
+            "messages[1].tool_calls[0].function.arguments is a list; expected an object",
+        ),
+    ],
+)
+def test_a_wrong_message_is_refused_with_its_place(messages, told):
+    assert told in refusal(*messages)
+
+
+@pytest.mark.parametrize(
+    ("tools", "told"),
+    [
+        ("weather", "tools is not JSON"),
+        ({"name": "weather"}, "tools is an object with name; expected a list"),
+        (
+            [{"parameters": {}}],
+            "tools[0] is an object with parameters; expected an object with a function's name",
+        ),
+    ],
+)
+def test_wrong_tools_are_refused_with_their_place(tools, told):
+    assert told in refusal(USER, ASSISTANT, tools=tools)

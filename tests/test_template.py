@@ -1,0 +1,474 @@
+"""Exactly the answers and the tokens that end them are trained, with every real chat template at hand.
+
+The oracle writes each template's conversation by hand, as pieces of text that are trained or not.
+"""
+
+import json
+import random
+from dataclasses import dataclass, replace
+
+import pytest
+from conftest import make_tokenizer
+from transformers import AutoTokenizer
+
+from lora_kit.data.formats import Completion, Conversation
+from lora_kit.data.template import Renderer, prompt, tokenize, tokenize_all
+from lora_kit.errors import DataError
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+TOOL = {"name": "weather", "description": "Weather.", "parameters": {"type": "object", "properties": {}}}
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+def tool(text):
+    return {"role": "tool", "content": text}
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+QUESTION, ANSWER = user("Hi?"), assistant("Hello \u00e9\U0001f44d there.")
+SINGLE = Conversation((QUESTION, ANSWER))
+MULTI = Conversation((QUESTION, ANSWER, user("And?"), assistant("Bye."), user("Bye."), assistant("Bye.")))
+WITH_SYSTEM = Conversation((SYSTEM, *MULTI.messages))
+CALLING = Conversation(
+    (user("Sun?"), assistant("", tool_calls=[CALL]), tool("sunny"), assistant("Yes.")),
+    ({"type": "function", "function": TOOL},),
+)
+CONTEXT = replace(MULTI, untrained=frozenset({1, 3}))
+FORGED = Conversation((user("<|im_end|>\n<|end|>"), assistant("a<|im_end|><|end|><end_of_turn>b"), *MULTI.messages))
+
+
+# The oracle: for each family a list of (text, trained), written by hand.
+
+
+def chatml(conversation, *, head="", thought=""):
+    parts = [(head, False)]
+    for index, message in enumerate(conversation.messages):
+        last = index == len(conversation.messages) - 1
+        parts.append((f"<|im_start|>{message['role']}\n", False))
+        text = (thought if last else "") * (message["role"] == "assistant") + message["content"] + "<|im_end|>"
+        parts += [(text, index in conversation.answers), ("\n", False)]
+    return parts
+
+
+def qwen2_5(conversation):
+    own = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+    return chatml(conversation, head="" if conversation.messages[0]["role"] == "system" else own)
+
+
+def qwen3(conversation):
+    return chatml(conversation, thought="<think>\n\n</think>\n\n")
+
+
+def phi4(conversation, *, head="", system=True):
+    parts = [(head, False)]
+    for index, message in enumerate(conversation.messages):
+        if message["role"] != "system" or system:
+            parts += [
+                (f"<|{message['role']}|>", False),
+                (message["content"] + "<|end|>", index in conversation.answers),
+            ]
+    return [*parts, ("<|end|>", False)]  # the template writes the tokenizer's end, which the test sets to <|end|>
+
+
+def phi4_reasoning(conversation):
+    system = [message["content"] for message in conversation.messages if message["role"] == "system"]
+    head = "<|system|>Your name is Phi, an AI math expert developed by Microsoft." + "".join(f" {s}" for s in system)
+    return phi4(conversation, head=head + "<|end|>", system=False)
+
+
+def gemma3(conversation, *, turn=("<start_of_turn>", "<end_of_turn>")):
+    messages, first = conversation.messages, ""
+    if messages[0]["role"] == "system":
+        first = messages[0]["content"] + "\n\n"
+    parts = [("<bos>", False)]
+    for index, message in enumerate(messages):
+        if message["role"] == "system":
+            continue
+        role = {"assistant": "model"}.get(message["role"], message["role"])
+        parts.append((f"{turn[0]}{role}\n{first}", False))
+        parts += [(message["content"] + turn[1], index in conversation.answers), ("\n", False)]
+        first = ""
+    return parts
+
+
+def gemma4(conversation):
+    messages, head = conversation.messages, ""
+    if messages[0]["role"] == "system":
+        head, messages = f"<|turn>system\n{messages[0]['content']}<turn|>\n", messages[1:]
+    skipped = len(conversation.messages) - len(messages)
+    rest = Conversation(messages, None, frozenset(index - skipped for index in conversation.untrained))
+    parts = gemma3(rest, turn=("<|turn>", "<turn|>"))
+    return [parts[0], (head, False), *parts[1:]]
+
+
+def gpt_oss(conversation):
+    system = "You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06\n"
+    system += "Current date: 2025-01-01\n\nreasoning: medium\n\n# Valid channels: analysis, commentary, final. Channel "
+    system += (
+        "must be included for every message.\nCalls to these tools must go to the commentary channel: 'functions'."
+    )
+    parts = [(f"<|start|>system<|message|>{system}<|end|>", False)]
+    for index, message in enumerate(conversation.messages):
+        if message["role"] == "system":
+            parts.append((f"<|start|>developer<|message|># Instructions\n\n{message['content']}<|end|>", False))
+            continue
+        parts.append((f"<|start|>{message['role']}", False))
+        parts.append((f"<|message|>{message['content']}<|end|>", index in conversation.answers))
+    return parts
+
+
+def smollm3(conversation):
+    head = "<|im_start|>system\n## Metadata\n\nKnowledge Cutoff Date: June 2025\nToday Date: 01 January 2025\n"
+    head += "Reasoning Mode: /no_think\n\n## Custom Instructions\n\n"
+    messages, own = conversation.messages, "You are a helpful AI assistant named SmolLM, trained by Hugging Face."
+    if messages[0]["role"] == "system":
+        own, messages = messages[0]["content"].replace("/no_think", "").rstrip(), messages[1:]
+    skipped = len(conversation.messages) - len(messages)
+    answers = {index - skipped for index in conversation.answers}
+    parts = [(f"{head}{own}\n\n", False)]
+    for index, message in enumerate(messages):
+        parts.append((f"<|im_start|>{message['role']}\n", False))
+        parts.append(("<think>\n\n</think>\n" * (message["role"] == "assistant"), False))
+        parts += [(message["content"] + "<|im_end|>", index in answers), ("\n", False)]
+    return parts
+
+
+@dataclass(frozen=True)
+class Family:
+    file: str
+    oracle: object
+    stop: str
+    markers: tuple[str, ...] = ()
+
+
+FAMILIES = {
+    "qwen2.5": Family("qwen2.5__tokenizer_config.json", qwen2_5, "<|im_end|>"),
+    "qwen3": Family("qwen3__tokenizer_config.json", qwen3, "<|im_end|>"),
+    "qwen2.5-synthetic": Family("v5__qwen2.5-synthetic__chat_template.jinja", chatml, "<|im_end|>", ("<|im_start|>",)),
+    "phi-4-mini": Family("phi-4-mini__tokenizer_config.json", phi4, "<|end|>"),
+    "phi-4-mini-reasoning": Family("phi-4-mini-reasoning__chat_template.jinja", phi4_reasoning, "<|end|>"),
+    "gemma-3": Family("gemma-3-chat__chat_template.json", gemma3, "<end_of_turn>", ("<start_of_turn>",)),
+    "gemma-4": Family("models__gemma-4__chat_template.jinja", gemma4, "<turn|>", ("<|turn>",)),
+    "gpt-oss": Family("gpt-oss__chat_template.jinja", gpt_oss, "<|end|>", ("<|start|>", "<|message|>")),
+    "smollm3": Family("v5__smollm3__chat_template.jinja", smollm3, "<|im_end|>", ("<|im_start|>",)),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request, shared_data):
+    """A real template on the tokenizer of GPT-2 with the family's markers, and its oracle."""
+    return load_family(request.param, shared_data)
+
+
+def load_family(name, shared_data):
+    chosen = FAMILIES[name]
+    text = (shared_data / "chat-templates" / chosen.file).read_text()
+    config = json.loads(text) if chosen.file.endswith(".json") else {"chat_template": text}
+    tokenizer = AutoTokenizer.from_pretrained(shared_data / "tok-gpt2")
+    added = config.get("added_tokens_decoder", {}).values()
+    tokenizer.add_tokens([token["content"] for token in added if not token["special"]])
+    special = [token["content"] for token in added if token["special"]]
+    tokenizer.add_special_tokens({"additional_special_tokens": [*special, *chosen.markers, chosen.stop, "<bos>"]})
+    tokenizer.bos_token, tokenizer.eos_token = "<bos>", chosen.stop
+    template = config["chat_template"]
+    if name == "smollm3":  # its thinking mode differs in the system message alone, which is long
+        template = "{% set enable_thinking = false %}" + template
+    return Renderer(tokenizer, template), chosen.oracle
+
+
+def runs(ids, trained, tokenizer):
+    """Neighbouring tokens that are trained alike, decoded."""
+    found = []
+    for token, mark in zip(ids, trained, strict=True):
+        if found and found[-1][1] == mark:
+            found[-1][0].append(token)
+        else:
+            found.append(([token], mark))
+    return [(tokenizer.decode(tokens), mark) for tokens, mark in found]
+
+
+def expected(parts):
+    """The oracle's pieces with neighbours of the same kind joined."""
+    found = []
+    for text, mark in parts:
+        if text and found and found[-1][1] == mark:
+            found[-1] = (found[-1][0] + text, mark)
+        elif text:
+            found.append((text, mark))
+    return found
+
+
+@pytest.mark.parametrize("example", [SINGLE, MULTI, WITH_SYSTEM, CONTEXT, FORGED],
+                         ids=["single", "multi", "system", "context", "forged"])  # fmt: skip
+def test_answers_and_their_ends_are_trained_and_nothing_else(family, example):
+    renderer, oracle = family
+    made = tokenize(example, renderer)
+    assert runs(made.ids, made.trained, renderer.tokenizer) == expected(oracle(example))
+
+
+def test_the_tokens_are_those_of_transformers(family):
+    renderer, _ = family
+    made = tokenize(WITH_SYSTEM, renderer)
+    output = renderer.tokenizer.apply_chat_template(
+        list(WITH_SYSTEM.messages), chat_template=renderer.chat_template, return_dict=True
+    )
+    assert made.ids == output["input_ids"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_conversations_are_as_the_oracle_says(family, seed):
+    renderer, oracle = family
+    rng = random.Random(seed)
+
+    def text():
+        letters = [
+            "a",
+            " b",
+            "\n",
+            "x",
+            "y",
+            "<",
+            "|",
+            "end",
+            "</s>",
+            "\u00e9",
+            "\U0001f44d",
+            "1",
+            "assistant",
+            "think",
+        ]
+        return "a" + "".join(rng.choices(letters, k=rng.randint(0, 20))) + "z"
+
+    turns = [turn(text()) for _ in range(rng.randint(1, 4)) for turn in (user, assistant)]
+    example = Conversation(tuple(turns))
+    made = tokenize(example, renderer)
+    assert runs(made.ids, made.trained, renderer.tokenizer) == expected(oracle(example))
+
+
+def test_a_prompt_and_its_answer_are_the_training_text(family):
+    renderer, oracle = family
+    ids, answer = prompt(WITH_SYSTEM, renderer)
+    made = tokenize(WITH_SYSTEM, renderer)
+    start = len(ids)
+    assert made.ids[:start] == ids and made.trained[start] and not made.trained[start - 1]
+    stop = made.ids.index(renderer.stop_id, start)
+    assert answer == renderer.tokenizer.decode(made.ids[start:stop], skip_special_tokens=True)
+    assert answer.endswith("Bye.")
+
+
+TOOL_CALLS = {
+    "qwen2.5": ['<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>', "Yes.<|im_end|>"],
+    "qwen3": [
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>',
+        "<think>\n\n</think>\n\nYes.<|im_end|>",
+    ],
+    "qwen2.5-synthetic": "leaves out messages[1].tool_calls[0]",
+    "phi-4-mini": "leaves out messages[1].tool_calls[0]",
+    "phi-4-mini-reasoning": "leaves out messages[1].tool_calls[0]",
+    "gemma-3": "cannot render user, assistant, tool, assistant: Conversation roles must alternate",
+    "gemma-4": "the chat template ends messages[1] with",
+    "gpt-oss": "cannot render user, assistant, tool, assistant: 'dict object' has no attribute 'name'",
+    "smollm3": "leaves out messages[1].tool_calls[0]",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tool_calls_are_trained_or_refused_with_the_reason(name, shared_data):
+    renderer, _ = load_family(name, shared_data)
+    if isinstance(TOOL_CALLS[name], str):
+        with pytest.raises(DataError) as error:
+            tokenize(CALLING, renderer)
+        assert TOOL_CALLS[name] in str(error.value)
+    else:
+        made = tokenize(CALLING, renderer)
+        trained = [text for text, mark in runs(made.ids, made.trained, renderer.tokenizer) if mark]
+        assert trained == TOOL_CALLS[name]
+
+
+def test_a_thought_in_an_earlier_answer_is_trained_only_if_the_template_keeps_it(shared_data):
+    thoughts = Conversation(
+        (QUESTION, assistant("<think>\nhm\n</think>\n\nA."), user("?"), assistant("<think>\nso\n</think>\n\nB."))
+    )
+    answers = {}
+    for name in ("qwen2.5", "qwen3"):
+        renderer, _ = load_family(name, shared_data)
+        made = tokenize(thoughts, renderer)
+        answers[name] = [text for text, mark in runs(made.ids, made.trained, renderer.tokenizer) if mark]
+    last = "<think>\nso\n</think>\n\nB.<|im_end|>"
+    assert answers["qwen2.5"] == ["<think>\nhm\n</think>\n\nA.<|im_end|>", last]
+    assert answers["qwen3"] == ["A.<|im_end|>", last]
+
+
+def test_markers_that_take_in_the_blanks_around_them(shared_data):
+    """Phi-3's own tokenizer: `<|assistant|>` swallows the newline and an answer's leading blanks."""
+    tokenizer = AutoTokenizer.from_pretrained(shared_data / "tok-phi3-mini")
+    renderer = Renderer(tokenizer, stop_token="<|end|>")
+    made = tokenize(Conversation((QUESTION, assistant("  Hello.\n"), user("?"), assistant("Bye."))), renderer)
+    tokens = tokenizer.convert_ids_to_tokens([i for i, mark in zip(made.ids, made.trained, strict=True) if mark])
+    assert tokens == ["Hello", ".", "<0x0A>", "<|end|>", "B", "ye", ".", "<|end|>"]
+
+
+def test_a_template_that_ends_answers_with_another_token_names_it(shared_data):
+    renderer = Renderer(AutoTokenizer.from_pretrained(shared_data / "tok-phi3-mini"))  # its end is <|endoftext|>
+    with pytest.raises(DataError) as error:
+        tokenize(SINGLE, renderer)
+    assert str(error.value) == (
+        "the chat template ends messages[1] with '<|end|>\\n<|', without the stop token '<|endoftext|>', so the model "
+        "would not learn to stop; set base.stop_token: '<|end|>'"
+    )
+
+
+# Without real data: a character tokenizer, where token and character are the same.
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(folder)
+    return Renderer(AutoTokenizer.from_pretrained(folder))
+
+
+ASCII = Conversation((QUESTION, assistant("Hello."), user("And?"), assistant("Bye.")))
+
+
+def trained_text(example, renderer):
+    made = tokenize(example, renderer)
+    return [text for text, mark in runs(made.ids, made.trained, renderer.tokenizer) if mark]
+
+
+def test_answers_of_a_character_model(plain):
+    assert trained_text(ASCII, plain) == ["Hello.</s>", "Bye.</s>"]
+    assert prompt(ASCII, plain) == (
+        plain.tokenizer.encode("<user>Hi?<assistant>Hello.</s><user>And?<assistant>"),
+        "Bye.",
+    )
+
+
+def test_all_trains_every_token_but_the_first(plain):
+    made = tokenize(ASCII, replace(plain, train_on="all"))
+    assert made.trained == [False] + [True] * (len(made.ids) - 1)
+
+
+def test_a_question_alone_is_all_prompt(plain):
+    ids, answer = prompt(Conversation((QUESTION,)), plain)
+    assert (plain.tokenizer.decode(ids), answer) == ("<user>Hi?<assistant>", "")
+
+
+TAGGED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}BEFORE{{ m.content }}AFTER"
+    "{% else %}{{ '<user>' + m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("<assistant>{% generation %}", "</s>{% endgeneration %}\n"),
+        ("<assistant>{% generation %}", "{% endgeneration %}</s>\n"),  # the end is trained although it is outside
+        ("{% generation %}<assistant>", "</s>\n{% endgeneration %}"),  # header and newline are not, although inside
+    ],
+)
+def test_generation_tags_mark_the_answers(plain, before, after):
+    renderer = replace(plain, template=TAGGED.replace("BEFORE", before).replace("AFTER", after))
+    assert trained_text(ASCII, renderer) == ["Hello.</s>", "Bye.</s>"]
+    assert trained_text(replace(ASCII, untrained=frozenset({1})), renderer) == ["Bye.</s>"]
+
+
+def test_generation_tags_settle_what_rendering_cannot(plain):
+    """The prompt asks for a thought that the rendered answers do not have."""
+    template = TAGGED.replace("BEFORE", "<assistant>{% generation %}").replace("AFTER", "</s>{% endgeneration %}")
+    template = template.replace("<assistant>{% endif %}", "<assistant>(think){% endif %}")
+    renderer = replace(plain, template=template)
+    assert trained_text(ASCII, renderer) == ["Hello.</s>", "Bye.</s>"]
+    assert trained_text(replace(ASCII, untrained=frozenset({1})), renderer) == ["Bye.</s>"]
+
+
+def test_generation_tags_around_some_answers_train_only_those(plain):
+    template = TAGGED.replace("BEFORE", "<assistant>{% if loop.last %}{% generation %}")
+    template = template.replace("AFTER", "{% endgeneration %}{% else %}{{ m.content }}{% endif %}</s>")
+    assert trained_text(ASCII, replace(plain, template=template)) == ["Bye.</s>"]
+
+
+def test_generation_tags_around_nothing_are_refused(plain):
+    template = TAGGED.replace("BEFORE", "<assistant>").replace("AFTER", "</s>") + "{% generation %}{% endgeneration %}"
+    with pytest.raises(DataError, match="no token of this example is trained"):
+        tokenize(ASCII, replace(plain, template=template))
+
+
+def test_an_answer_without_an_end_is_refused(plain):
+    template = "{% for m in messages %}{{ '<' + m.role + '>' + m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    with pytest.raises(DataError) as error:
+        tokenize(ASCII, replace(plain, template=template))
+    assert str(error.value) == (
+        "the chat template ends messages[1] with '<user>', without the stop token '</s>', so the model would not learn "
+        "to stop; set base.stop_token: '<user>'"
+    )
+
+
+def test_an_end_without_a_token_asks_for_another_template(plain):
+    template = "{% for m in messages %}{{ m.role + ':' + m.content + '\n' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant:{% endif %}"
+    with pytest.raises(DataError, match=r"learn to stop; bring one that does \(data\.template\)"):
+        tokenize(ASCII, replace(plain, template=template))
+    assert trained_text(ASCII, replace(plain, template=template, stop_token="\n")) == ["Hello.\n", "Bye.\n"]
+
+
+def test_a_bad_example_spoils_no_other(plain):
+    bad = Conversation((QUESTION, assistant("", tool_calls=[CALL])))
+    first, second, third = tokenize_all([SINGLE, bad, SINGLE], plain)
+    assert first == third == tokenize(SINGLE, plain) and isinstance(second, DataError)
+
+
+# Raw text.
+
+
+def test_a_completion_is_trained_with_the_stop_token(plain):
+    made = tokenize(Completion("1+1=", "2"), plain)
+    assert made.ids == plain.tokenizer.encode("1+1=2</s>")
+    assert made.trained == [False] * 4 + [True] * 2
+    assert prompt(Completion("1+1=", "2"), plain) == (plain.tokenizer.encode("1+1="), "2")
+
+
+def test_plain_text_is_trained_from_its_second_token(plain):
+    made = tokenize(Completion("", "ab"), plain)
+    assert made.ids == plain.tokenizer.encode("ab</s>") and made.trained == [False, True, True]
+
+
+def test_a_stop_token_that_the_text_brings_is_not_doubled(plain):
+    assert tokenize(Completion("a", "b</s>"), plain) == tokenize(Completion("a", "b"), plain)
+
+
+def test_text_without_prompt_or_bos_cannot_be_answered(plain):
+    with pytest.raises(DataError, match="text without a prompt cannot be answered"):
+        prompt(Completion("", "ab"), plain)
+
+
+@pytest.fixture
+def llama(shared_data):
+    return Renderer(AutoTokenizer.from_pretrained(shared_data / "tok-llama2-hf"))
+
+
+def test_a_tokenizer_s_bos_begins_raw_text_once(llama):
+    made = tokenize(Completion("Once", " upon"), llama)
+    assert made.ids == llama.tokenizer("Once upon").input_ids + [2] and made.trained == [False, False, True, True]
+    assert tokenize(Completion("<s>Once", " upon"), llama).ids[:2] != [1, 1]
+    assert prompt(Completion("", "Once"), llama) == ([1], "Once")
+
+
+@pytest.mark.parametrize("which", ["tok-llama2-hf", "tok-gpt2", "tok-neox", "tok-mistral-v3-hf"])
+def test_a_prompt_that_ends_in_the_answer_s_first_token_trains_it_and_says_so(shared_data, which):
+    tokenizer = AutoTokenizer.from_pretrained(shared_data / which)
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    renderer = Renderer(tokenizer)
+    joined, apart = tokenize(Completion("A: ", "yes"), renderer), tokenize(Completion("A:", " yes"), renderer)
+    assert joined.merged and not apart.merged
+    assert (joined.ids, joined.trained) == (apart.ids, apart.trained)
+    assert trained_text(Completion("A: ", "yes"), renderer)[0].strip() == "yes</s>"

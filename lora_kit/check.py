@@ -5,6 +5,7 @@ configuration.
 """
 
 import html
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,13 +14,14 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from lora_kit.data.files import SUFFIXES
 from lora_kit.data.plan import Plan, prepare_data
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.tokens import Prepared, Tokens
 from lora_kit.data.vocabulary import check_tokenizer_fits
-from lora_kit.errors import BaseError, InputError
+from lora_kit.errors import BaseError, InputError, RecipeError
 from lora_kit.recipe import Recipe, resolve_path
-from lora_kit.shapes import Estimate, estimate_memory, read_config
+from lora_kit.shapes import Estimate, Shape, estimate_memory, read_config
 from lora_kit.source import Source, base_folder, load_renderer
 
 
@@ -86,7 +88,17 @@ def estimate(recipe: Recipe, *, processes: int = 1, shapes: Path | None = None, 
     Raises:
         BaseError: The configuration cannot be had, or is of a family that is not counted.
     """
-    return estimate_memory(read_config(_config_path(recipe, shapes, offline=offline)), recipe)
+    return estimate_memory(_shape(recipe, shapes, offline=offline), recipe)
+
+
+def _shape(recipe: Recipe, shapes: Path | None, *, offline: bool) -> Shape:
+    path = _config_path(recipe, shapes, offline=offline)
+    try:
+        return read_config(path)
+    except KeyError as error:
+        raise BaseError(f"{path}: it leaves out {error}, so that nothing can be counted") from error
+    except ValueError as error:
+        raise BaseError(f"{path}: not JSON: {error}") from error
 
 
 def _config_path(recipe: Recipe, shapes: Path | None, *, offline: bool) -> Path:
@@ -126,7 +138,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values."""
-        return asdict(self) | {"preview": str(self.preview) if self.preview else None}
+        sizes = asdict(self.estimate) | {"device_bytes": self.estimate.device_bytes} if self.estimate else None
+        return asdict(self) | {"estimate": sizes, "preview": str(self.preview) if self.preview else None}
 
     def __rich__(self) -> RenderableType:
         return Group(*self._parts())
@@ -161,29 +174,59 @@ def check(recipe: Recipe, *, offline: bool = False, shapes: Path | None = None, 
     """
     report = Report()
     try:
-        report.estimate = estimate(recipe, processes=processes, shapes=shapes, offline=offline)
-    except BaseError as error:
+        shape = _shape(recipe, shapes, offline=offline)
+        report.estimate = estimate_memory(shape, recipe)
+        _check_targets(shape, recipe, report)
+    except InputError as error:
         report.unchecked.append(f"sizes and memory: {error}")
     try:
-        renderer = load_renderer(_light_source(recipe, offline=offline), recipe)
-    except BaseError as error:
+        source = _light_source(recipe, offline=offline)
+    except InputError as error:
+        absent = offline and _on_the_hub(recipe, recipe.base.repo)
         what = f"data: it takes the base's tokenizer: {error}"
-        (report.unchecked if offline else report.problems).append(what)
+        (report.unchecked if absent else report.problems).append(what)
         return report
-    if offline and _needs_the_hub(recipe):
-        report.unchecked.append("data: a Hub dataset, and --offline was asked for")
-        return report
+    report.problems += _wrong_files(source, local=not _on_the_hub(recipe, recipe.base.repo))
     try:
-        _check_data(recipe, prepare_data(recipe, renderer), renderer, report, processes)
+        renderer = load_renderer(source, recipe)
+        if offline and any(_on_the_hub(recipe, one) for one in (recipe.data.train, recipe.data.validation)):
+            report.unchecked.append("data: a Hub dataset, and --offline was asked for")
+        else:
+            _check_data(recipe, prepare_data(recipe, renderer), renderer, report, processes)
     except InputError as error:
         report.problems += str(error).splitlines()
     return report
 
 
-def _needs_the_hub(recipe: Recipe) -> bool:
-    sources = [recipe.data.train, recipe.data.validation]
-    names = [one.partition("[")[0] for one in sources if isinstance(one, str)]
-    return any(resolve_path(recipe, name) is None for name in names)
+def _check_targets(shape: Shape, recipe: Recipe, report: Report) -> None:
+    names, targets = [one.name for one in shape.linears], recipe.adapter.targets
+    unknown = [] if isinstance(targets, str) else [target for target in targets if target not in names]
+    told = f"adapter.targets: {', '.join(unknown)} not among the layers that are counted: {', '.join(names)}"
+    if unknown and len(unknown) == len(targets) and not any("." in name or name == "lm_head" for name in unknown):
+        report.problems.append(told)
+    elif unknown:
+        report.notes.append(f"{told}; a name that the base does not have is not trained")
+
+
+def _wrong_files(source: Source, *, local: bool) -> Iterator[str]:
+    """Say what keeps a base that is here from being loaded, as far as its files show it."""
+    try:
+        json.loads((source.folder / "config.json").read_text())
+    except ValueError as error:
+        yield f"base.repo: {source.folder / 'config.json'} is not JSON: {error}; fetch the base again"
+    if local and not any(source.folder.glob("*.safetensors")):
+        yield f"base.repo: {source.name} has no .safetensors weights; lora_kit opens no pickled ones"
+
+
+def _on_the_hub(recipe: Recipe, source: str | float | None) -> bool:
+    """Return whether a source can only be a Hub name; a missing file is none, so that reading it tells."""
+    if not isinstance(source, str):
+        return False
+    name = source.partition("[")[0]
+    try:
+        return resolve_path(recipe, name) is None and Path(name).suffix not in SUFFIXES
+    except RecipeError:
+        return False
 
 
 def _check_data(recipe: Recipe, data: Prepared, renderer: Renderer, report: Report, processes: int) -> None:

@@ -7,7 +7,7 @@ skipped. A resume cuts the metrics back to its checkpoint, so that no step stand
 import json
 import os
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,16 +48,22 @@ class Journal:
         return max((record["step"] for record in _lines(self.run / METRICS)), default=0)
 
     def cut(self, step: int) -> None:
-        """Drop the lines of all steps after `step`, in one rename."""
-        path = self.run / METRICS
-        kept = [record for record in _lines(path) if record["step"] <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(_text(record) for record in kept))
-        partial.replace(path)
+        """Drop the metrics of all steps after `step`, and torn lines of both logs; each log in one rename.
+
+        A torn event must go too: the next one would be written onto its line and be lost with it.
+        """
+        _rewrite(self.run / METRICS, [record for record in _lines(self.run / METRICS) if record["step"] <= step])
+        _rewrite(self.run / EVENTS, list(_lines(self.run / EVENTS)))
 
 
 def _text(record: Mapping[str, Any]) -> str:
     return json.dumps(record) + "\n"
+
+
+def _rewrite(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(_text(record) for record in records))
+    partial.replace(path)
 
 
 def _append(path: Path, record: Mapping[str, Any]) -> None:

@@ -209,12 +209,21 @@ def dump(recipe: Recipe) -> str:
     content = recipe.model_dump(mode="json")
     for section, field in (("base", "repo"), ("data", "train"), ("data", "validation"), ("data", "template")):
         value = content[section][field]
-        if isinstance(value, str) and not value.startswith(BUILTIN) and (recipe.folder / value).exists():
-            content[section][field] = str((recipe.folder / value).resolve())
+        if isinstance(value, str) and not value.startswith(BUILTIN):
+            content[section][field] = _absolute(recipe.folder, value)
     yaml, text = YAML(), StringIO()
     yaml.default_flow_style = False
     yaml.dump(content, text)
     return text.getvalue()
+
+
+def _absolute(folder: Path, text: str) -> str:
+    """Return an existing path, also one with a `[split]`, as absolute; anything else as it is."""
+    name, bracket, split = text.partition("[")
+    for path, rest in ((folder / text, ""), (folder / name, bracket + split)):
+        if path.exists():
+            return f"{path.resolve()}{rest}"
+    return text
 
 
 def difference(old: Mapping[str, Any], new: Recipe) -> list[tuple[str, Any, Any]]:

@@ -2,6 +2,9 @@
 
 import html
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,12 +121,7 @@ def test_problems_of_the_data_are_all_listed_and_the_exit_code_is_2(recipe_file,
 
 
 def test_examples_beyond_the_bases_context_are_a_problem(recipe_file, tmp_path, base_folder):
-    content = json.loads((base_folder / "config.json").read_text()) | {"max_position_embeddings": 100}
-    folder = tmp_path / "short"
-    folder.mkdir()
-    for path in base_folder.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    (folder / "config.json").write_text(json.dumps(content))
+    folder = copy_base(base_folder, tmp_path, {"max_position_embeddings": 100})
     report = check(load_recipe(recipe_file, [f"base.repo={folder}"]))
     assert any("the base was made for 100" in problem for problem in report.problems)
 
@@ -137,3 +135,85 @@ def test_a_family_that_is_not_counted_says_so(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     with pytest.raises(checking.BaseError, match="family 'mamba' are not counted"):
         read_config(tmp_path / "config.json")
+
+
+def test_a_family_that_is_not_counted_can_be_trained_all_the_same(recipe_file, tmp_path, base_folder):
+    folder = copy_base(base_folder, tmp_path, {"model_type": "gpt_neox"})
+    report = check(load_recipe(recipe_file, [f"base.repo={folder}"]))
+    assert not report.problems
+    assert any("'gpt_neox' are not counted" in what for what in report.unchecked)
+
+
+def test_a_configuration_that_leaves_its_sizes_to_defaults_is_not_counted(recipe_file, tmp_path, base_folder):
+    folder = copy_base(base_folder, tmp_path, {"num_attention_heads": None})
+    report = check(load_recipe(recipe_file, [f"base.repo={folder}"]))
+    assert not report.problems
+    assert any("leaves out 'num_attention_heads'" in what for what in report.unchecked)
+
+
+def copy_base(base_folder, tmp_path, changes):
+    """Copy a base, with some keys of its configuration changed or, at None, left out."""
+    folder = tmp_path / "changed"
+    shutil.copytree(base_folder, folder)
+    content = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({key: one for key, one in content.items() if one is not None}))
+    return folder
+
+
+@pytest.mark.parametrize("offline", [False, True])
+@pytest.mark.parametrize("name", ["gone.jsonl", "./gone.jsonl", "a/b/gone.jsonl"])
+def test_a_missing_file_is_a_problem_and_no_hub_dataset(recipe_file, name, offline):
+    report = check(load_recipe(recipe_file, [f"data.train={name}"]), offline=offline)
+    assert not report.unchecked
+    assert len(report.problems) == 1 and f"{name}: there is no" in report.problems[0]
+
+
+def test_offline_leaves_hub_data_unchecked(recipe_file):
+    report = check(load_recipe(recipe_file, ["data.validation=owner/name:config@v1.0[test]"]), offline=True)
+    assert not report.problems
+    assert report.unchecked == ["data: a Hub dataset, and --offline was asked for"]
+
+
+@pytest.mark.parametrize("offline", [False, True])
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("config.json", None, "has no config.json"),
+        ("config.json", "{nope", "config.json is not JSON"),
+        ("model.safetensors", None, "has no .safetensors weights"),
+    ],
+)
+def test_a_broken_base_that_is_here_is_a_problem_with_and_without_network(
+    recipe_file, tmp_path, base_folder, file, content, told, offline
+):
+    folder = copy_base(base_folder, tmp_path, {})
+    (folder / file).unlink() if content is None else (folder / file).write_text(content)
+    report = check(load_recipe(recipe_file, [f"base.repo={folder}"]), offline=offline)
+    assert any(told in problem for problem in report.problems)
+
+
+def test_a_base_at_a_path_with_nothing_there_is_a_problem(recipe_file):
+    report = check(load_recipe(recipe_file, ["base.repo=./gone"]), offline=True)
+    assert any("./gone: there is no" in problem for problem in report.problems)
+
+
+def test_a_missing_template_is_a_problem(recipe_file):
+    report = check(load_recipe(recipe_file, ["data.template=gone.jinja"]))
+    assert report.problems == ["data.template: no file gone.jinja; expected a jinja file beside the recipe"]
+
+
+def test_targets_that_the_base_does_not_have_are_told(recipe_file):
+    (problem,) = check(load_recipe(recipe_file, ["adapter.targets=[query]"])).problems
+    assert problem.startswith("adapter.targets: query not among the layers that are counted: q_proj, k_proj")
+    report = check(load_recipe(recipe_file, ["adapter.targets=[q_proj, query]"]))
+    assert not report.problems
+    assert any(note.startswith("adapter.targets: query not among") for note in report.notes)
+
+
+def test_a_check_imports_no_peft_and_takes_4_seconds_of_cpu_at_most(recipe_file):
+    code = (
+        "import sys, time\nfrom lora_kit.cli import app\n"
+        "try: app(['check', sys.argv[1]])\nexcept SystemExit as left: assert not left.code, left.code\n"
+        "sys.exit('peft' in sys.modules or (f'{time.process_time():.2f} s' if time.process_time() > 4 else 0))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(recipe_file)], check=True, stdout=subprocess.DEVNULL)

@@ -38,6 +38,16 @@ def test_a_torn_last_line_is_skipped(tmp_path):
     assert journal.last_step() == 2
 
 
+def test_after_a_cut_an_event_is_not_lost_with_the_torn_one_before_it(tmp_path):
+    journal = Journal(tmp_path)
+    journal.event("started", step=0)
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"time": "2026-01-01", "ki')
+    journal.cut(0)
+    journal.event("resumed", step=0)
+    assert [event["kind"] for event in journal.read_events()] == ["started", "resumed"]
+
+
 def test_a_cut_drops_later_steps_and_torn_lines(tmp_path):
     journal = Journal(tmp_path)
     for step in range(1, 6):

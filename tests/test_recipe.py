@@ -126,7 +126,15 @@ def test_a_dumped_recipe_loads_back_equal_from_any_folder(tmp_path):
     (other / "recipe.yaml").write_text(dump(recipe))
     again = load_recipe(other / "recipe.yaml")
     assert resolve_path(again, again.data.train) == resolve_path(recipe, "x.jsonl") == tmp_path / "x.jsonl"
-    assert again.model_copy(update={"data": recipe.data}) == recipe
+    assert again.model_copy(update={"data": recipe.data}).model_dump() == recipe.model_dump()
+
+
+def test_a_dumped_split_of_a_folder_is_still_found(tmp_path):
+    (tmp_path / "chats").mkdir()
+    recipe = load(tmp_path, MINIMAL, "data.train=chats[train]", "data.validation=a/b[test]")
+    (tmp_path / "recipe.yaml").write_text(dump(recipe))
+    again = load_recipe(tmp_path / "recipe.yaml").data
+    assert (again.train, again.validation) == (f"{tmp_path / 'chats'}[train]", "a/b[test]")
 
 
 def test_differences_are_told_by_key(tmp_path):

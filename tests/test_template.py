@@ -1,13 +1,13 @@
 """Exactly the answers and the tokens that end them are trained, with every real chat template at hand.
 
-The oracle writes each template's conversation by hand, as pieces of text that are trained or not.
+The oracle (chat_oracle.py) writes each template's conversation by hand, as pieces that are trained or not.
 """
 
-import json
 import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
+from chat_oracle import FAMILIES, expected, load_family, runs
 from conftest import make_tokenizer
 from transformers import AutoTokenizer
 
@@ -44,165 +44,10 @@ CONTEXT = replace(MULTI, untrained=frozenset({1, 3}))
 FORGED = Conversation((user("<|im_end|>\n<|end|>"), assistant("a<|im_end|><|end|><end_of_turn>b"), *MULTI.messages))
 
 
-# The oracle: for each family a list of (text, trained), written by hand.
-
-
-def chatml(conversation, *, head="", thought=""):
-    parts = [(head, False)]
-    for index, message in enumerate(conversation.messages):
-        last = index == len(conversation.messages) - 1
-        parts.append((f"<|im_start|>{message['role']}\n", False))
-        text = (thought if last else "") * (message["role"] == "assistant") + message["content"] + "<|im_end|>"
-        parts += [(text, index in conversation.answers), ("\n", False)]
-    return parts
-
-
-def qwen2_5(conversation):
-    own = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
-    return chatml(conversation, head="" if conversation.messages[0]["role"] == "system" else own)
-
-
-def qwen3(conversation):
-    return chatml(conversation, thought="<think>\n\n</think>\n\n")
-
-
-def phi4(conversation, *, head="", system=True):
-    parts = [(head, False)]
-    for index, message in enumerate(conversation.messages):
-        if message["role"] != "system" or system:
-            parts += [
-                (f"<|{message['role']}|>", False),
-                (message["content"] + "<|end|>", index in conversation.answers),
-            ]
-    return [*parts, ("<|end|>", False)]  # the template writes the tokenizer's end, which the test sets to <|end|>
-
-
-def phi4_reasoning(conversation):
-    system = [message["content"] for message in conversation.messages if message["role"] == "system"]
-    head = "<|system|>Your name is Phi, an AI math expert developed by Microsoft." + "".join(f" {s}" for s in system)
-    return phi4(conversation, head=head + "<|end|>", system=False)
-
-
-def gemma3(conversation, *, turn=("<start_of_turn>", "<end_of_turn>")):
-    messages, first = conversation.messages, ""
-    if messages[0]["role"] == "system":
-        first = messages[0]["content"] + "\n\n"
-    parts = [("<bos>", False)]
-    for index, message in enumerate(messages):
-        if message["role"] == "system":
-            continue
-        role = {"assistant": "model"}.get(message["role"], message["role"])
-        parts.append((f"{turn[0]}{role}\n{first}", False))
-        parts += [(message["content"] + turn[1], index in conversation.answers), ("\n", False)]
-        first = ""
-    return parts
-
-
-def gemma4(conversation):
-    messages, head = conversation.messages, ""
-    if messages[0]["role"] == "system":
-        head, messages = f"<|turn>system\n{messages[0]['content']}<turn|>\n", messages[1:]
-    skipped = len(conversation.messages) - len(messages)
-    rest = Conversation(messages, None, frozenset(index - skipped for index in conversation.untrained))
-    parts = gemma3(rest, turn=("<|turn>", "<turn|>"))
-    return [parts[0], (head, False), *parts[1:]]
-
-
-def gpt_oss(conversation):
-    system = "You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06\n"
-    system += "Current date: 2025-01-01\n\nreasoning: medium\n\n# Valid channels: analysis, commentary, final. Channel "
-    system += (
-        "must be included for every message.\nCalls to these tools must go to the commentary channel: 'functions'."
-    )
-    parts = [(f"<|start|>system<|message|>{system}<|end|>", False)]
-    for index, message in enumerate(conversation.messages):
-        if message["role"] == "system":
-            parts.append((f"<|start|>developer<|message|># Instructions\n\n{message['content']}<|end|>", False))
-            continue
-        parts.append((f"<|start|>{message['role']}", False))
-        parts.append((f"<|message|>{message['content']}<|end|>", index in conversation.answers))
-    return parts
-
-
-def smollm3(conversation):
-    head = "<|im_start|>system\n## Metadata\n\nKnowledge Cutoff Date: June 2025\nToday Date: 01 January 2025\n"
-    head += "Reasoning Mode: /no_think\n\n## Custom Instructions\n\n"
-    messages, own = conversation.messages, "You are a helpful AI assistant named SmolLM, trained by Hugging Face."
-    if messages[0]["role"] == "system":
-        own, messages = messages[0]["content"].replace("/no_think", "").rstrip(), messages[1:]
-    skipped = len(conversation.messages) - len(messages)
-    answers = {index - skipped for index in conversation.answers}
-    parts = [(f"{head}{own}\n\n", False)]
-    for index, message in enumerate(messages):
-        parts.append((f"<|im_start|>{message['role']}\n", False))
-        parts.append(("<think>\n\n</think>\n" * (message["role"] == "assistant"), False))
-        parts += [(message["content"] + "<|im_end|>", index in answers), ("\n", False)]
-    return parts
-
-
-@dataclass(frozen=True)
-class Family:
-    file: str
-    oracle: object
-    stop: str
-    markers: tuple[str, ...] = ()
-
-
-FAMILIES = {
-    "qwen2.5": Family("qwen2.5__tokenizer_config.json", qwen2_5, "<|im_end|>"),
-    "qwen3": Family("qwen3__tokenizer_config.json", qwen3, "<|im_end|>"),
-    "qwen2.5-synthetic": Family("v5__qwen2.5-synthetic__chat_template.jinja", chatml, "<|im_end|>", ("<|im_start|>",)),
-    "phi-4-mini": Family("phi-4-mini__tokenizer_config.json", phi4, "<|end|>"),
-    "phi-4-mini-reasoning": Family("phi-4-mini-reasoning__chat_template.jinja", phi4_reasoning, "<|end|>"),
-    "gemma-3": Family("gemma-3-chat__chat_template.json", gemma3, "<end_of_turn>", ("<start_of_turn>",)),
-    "gemma-4": Family("models__gemma-4__chat_template.jinja", gemma4, "<turn|>", ("<|turn>",)),
-    "gpt-oss": Family("gpt-oss__chat_template.jinja", gpt_oss, "<|end|>", ("<|start|>", "<|message|>")),
-    "smollm3": Family("v5__smollm3__chat_template.jinja", smollm3, "<|im_end|>", ("<|im_start|>",)),
-}
-
-
 @pytest.fixture(params=FAMILIES)
 def family(request, shared_data):
     """A real template on the tokenizer of GPT-2 with the family's markers, and its oracle."""
     return load_family(request.param, shared_data)
-
-
-def load_family(name, shared_data):
-    chosen = FAMILIES[name]
-    text = (shared_data / "chat-templates" / chosen.file).read_text()
-    config = json.loads(text) if chosen.file.endswith(".json") else {"chat_template": text}
-    tokenizer = AutoTokenizer.from_pretrained(shared_data / "tok-gpt2")
-    added = config.get("added_tokens_decoder", {}).values()
-    tokenizer.add_tokens([token["content"] for token in added if not token["special"]])
-    special = [token["content"] for token in added if token["special"]]
-    tokenizer.add_special_tokens({"additional_special_tokens": [*special, *chosen.markers, chosen.stop, "<bos>"]})
-    tokenizer.bos_token, tokenizer.eos_token = "<bos>", chosen.stop
-    template = config["chat_template"]
-    if name == "smollm3":  # its thinking mode differs in the system message alone, which is long
-        template = "{% set enable_thinking = false %}" + template
-    return Renderer(tokenizer, template), chosen.oracle
-
-
-def runs(ids, trained, tokenizer):
-    """Neighbouring tokens that are trained alike, decoded."""
-    found = []
-    for token, mark in zip(ids, trained, strict=True):
-        if found and found[-1][1] == mark:
-            found[-1][0].append(token)
-        else:
-            found.append(([token], mark))
-    return [(tokenizer.decode(tokens), mark) for tokens, mark in found]
-
-
-def expected(parts):
-    """The oracle's pieces with neighbours of the same kind joined."""
-    found = []
-    for text, mark in parts:
-        if text and found and found[-1][1] == mark:
-            found[-1] = (found[-1][0] + text, mark)
-        elif text:
-            found.append((text, mark))
-    return found
 
 
 @pytest.mark.parametrize("example", [SINGLE, MULTI, WITH_SYSTEM, CONTEXT, FORGED],
@@ -253,7 +98,7 @@ def test_random_conversations_are_as_the_oracle_says(family, seed):
 
 
 def test_a_prompt_and_its_answer_are_the_training_text(family):
-    renderer, oracle = family
+    renderer, _ = family
     ids, answer = prompt(WITH_SYSTEM, renderer)
     made = tokenize(WITH_SYSTEM, renderer)
     start = len(ids)
@@ -312,7 +157,7 @@ def test_markers_that_take_in_the_blanks_around_them(shared_data):
     renderer = Renderer(tokenizer, stop_token="<|end|>")
     made = tokenize(Conversation((QUESTION, assistant("  Hello.\n"), user("?"), assistant("Bye."))), renderer)
     tokens = tokenizer.convert_ids_to_tokens([i for i, mark in zip(made.ids, made.trained, strict=True) if mark])
-    assert tokens == ["Hello", ".", "<0x0A>", "<|end|>", "B", "ye", ".", "<|end|>"]
+    assert tokens == ["Hello", ".", "<0x0A>", "<|end|>", "By", "e", ".", "<|end|>"]
 
 
 def test_a_template_that_ends_answers_with_another_token_names_it(shared_data):
@@ -416,7 +261,7 @@ def test_an_answer_without_an_end_is_refused(plain):
 def test_an_end_without_a_token_asks_for_another_template(plain):
     template = "{% for m in messages %}{{ m.role + ':' + m.content + '\n' }}{% endfor %}"
     template += "{% if add_generation_prompt %}assistant:{% endif %}"
-    with pytest.raises(DataError, match=r"learn to stop; bring one that does \(data\.template\)"):
+    with pytest.raises(DataError, match=r"learn to stop; bring a template that ends them with it \(data\.template\)"):
         tokenize(ASCII, replace(plain, template=template))
     assert trained_text(ASCII, replace(plain, template=template, stop_token="\n")) == ["Hello.\n", "Bye.\n"]
 
@@ -458,7 +303,7 @@ def llama(shared_data):
 
 def test_a_tokenizer_s_bos_begins_raw_text_once(llama):
     made = tokenize(Completion("Once", " upon"), llama)
-    assert made.ids == llama.tokenizer("Once upon").input_ids + [2] and made.trained == [False, False, True, True]
+    assert made.ids == [*llama.tokenizer("Once upon").input_ids, 2] and made.trained == [False, False, True, True]
     assert tokenize(Completion("<s>Once", " upon"), llama).ids[:2] != [1, 1]
     assert prompt(Completion("", "Once"), llama) == ([1], "Once")
 

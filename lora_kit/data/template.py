@@ -196,7 +196,11 @@ def _span(
         name = vocabulary.markers.get(ids[token], renderer.stop)
         if end - begin >= len(name):
             markers.append(name)
-    remedy = f"set base.stop_token: {markers[-1]!r}" if markers else "bring one that does (data.template)"
+    remedy = (
+        f"set base.stop_token: {markers[-1]!r}"
+        if markers
+        else "bring a template that ends them with it (data.template)"
+    )
     raise DataError(
         f"the chat template ends {answer.label} with {text[answer.end : answer.limit]!r}, without the stop "
         f"token {renderer.stop!r}, so the model would not learn to stop; {remedy}"

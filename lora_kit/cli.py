@@ -132,7 +132,7 @@ def status(
         table = Table(title=str(run), show_header=False, title_justify="left")
         for key, value in state.items():
             if key != "checkpoints":
-                table.add_row(key.replace("_", " "), str(value))
+                table.add_row(key.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else str(value))
         for entry in state["checkpoints"]:
             table.add_row(entry["path"], "valid" if entry["valid"] else entry["problem"])
         RichConsole(highlight=False).print(table)

@@ -200,10 +200,15 @@ def announce(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Cons
     counts = job.data.summary["train"]
     console.say(
         f"data: {len(train):,} examples ({counts['format']}), {counts['tokens']:,} tokens, "
-        f"{counts['trained_share']:.0%} trained; {job.manifest['resolved']}"
+        f"{counts['trained_share']:.0%} of them trained"
     )
     for note in job.data.summary["notes"]:
         console.warn(note)
     if plan.padded:
         console.warn("this model mixes examples that are packed into one row, so it trains on padded rows: slower")
-    console.say(f"{job.processes.count} process(es) on {job.processes.device.type}; {job.manifest['claim']['level']}")
+    resolved, exact = job.manifest["resolved"], job.manifest["claim"]["level"] == "bitwise"
+    threads = f", {resolved['threads']} thread(s) each" if resolved["threads"] else ""
+    console.say(
+        f"{job.processes.count} process(es) on {job.processes.device.type}{threads}; {resolved['layout']} rows, "
+        f"{resolved['attention']} attention; a resume is exact {'to the bit' if exact else 'to rounding'}"
+    )

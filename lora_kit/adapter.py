@@ -49,11 +49,12 @@ def inject(base: PreTrainedModel, adapter: Adapter, *, seed: int, name: str, rev
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    try:
-        model = get_peft_model(base, config)
-    except ValueError as error:
-        linear = sorted({path.rpartition(".")[2] for path, module in base.named_modules() if _is_linear(module)})
-        raise RecipeError(f"adapter.targets: {targets} fit no layer of the base; it has {linear}") from error
+    paths = [path for path, _ in base.named_modules()]
+    for target in [] if isinstance(targets, str) else targets:
+        if not any(path == target or path.endswith(f".{target}") for path in paths):
+            linear = sorted({path.rpartition(".")[2] for path, module in base.named_modules() if _is_linear(module)})
+            raise RecipeError(f"adapter.targets: {target!r} is no layer of the base; it has {', '.join(linear)}")
+    model = get_peft_model(base, config)
     # peft would write the path that was loaded
     config.base_model_name_or_path, config.revision = name, revision
     for parameter_name, parameter in _trainable(model):

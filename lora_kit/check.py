@@ -77,12 +77,11 @@ def _runs(tokens: Tokens, index: int, renderer: Renderer) -> Iterator[tuple[str,
             start, shown = end, text
 
 
-def estimate(recipe: Recipe, *, processes: int = 1, shapes: Path | None = None, offline: bool = False) -> Estimate:
+def estimate(recipe: Recipe, *, shapes: Path | None = None, offline: bool = False) -> Estimate:
     """Return what a recipe's base and adapter weigh, counted from the base's configuration.
 
     Args:
         recipe: From `load_recipe`.
-        processes: How many train together.
         shapes: A folder of `<owner>--<name>.json` configurations to look in first.
         offline: Use nothing from the network.
 

@@ -46,16 +46,15 @@ class Console:
     def begin(self, steps: int, done: int) -> None:
         """Start showing the progress of `steps` steps, `done` of which are behind us."""
         if self._live:
-            whole = {
-                "table_column": Column(no_wrap=True, overflow="ignore")
-            }  # a narrow terminal shortens the bar alone
-            columns = (
+            whole = Column(no_wrap=True, overflow="ignore")  # a narrow terminal shortens the bar alone
+            self._progress = Progress(
                 BarColumn(),
-                MofNCompleteColumn(**whole),
-                TimeElapsedColumn(**whole),
-                TimeRemainingColumn(**whole),
+                MofNCompleteColumn(table_column=whole),
+                TimeElapsedColumn(table_column=whole.copy()),
+                TimeRemainingColumn(table_column=whole.copy()),
+                TextColumn("{task.description}", table_column=whole.copy()),
+                console=self._rich,
             )
-            self._progress = Progress(*columns, TextColumn("{task.description}", **whole), console=self._rich)
             self._task = self._progress.add_task("", total=steps, completed=done)
             self._progress.start()
 
@@ -72,6 +71,8 @@ class Console:
                 f"step {record['step']}/{steps}  loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  "
                 f"norm {record['grad_norm']:.3f}  {speed}"
             )
+        if "held_out_loss" in record:
+            self.say(f"step {record['step']}/{steps}  held-out loss {record['held_out_loss']:.4f}")
 
     def tick(self, what: str) -> None:
         """Show what is being done when no step can be shown; a plain line each time it changes."""

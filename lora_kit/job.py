@@ -15,6 +15,7 @@ import psutil
 import torch
 from peft import PeftModel
 from safetensors.numpy import load_file
+from transformers import PretrainedConfig
 
 from lora_kit.adapter import FlatState, flatten, inject
 from lora_kit.base import leaks_when_packed, load_base
@@ -25,6 +26,7 @@ from lora_kit.data.plan import Plan, prepare_data
 from lora_kit.data.template import Renderer
 from lora_kit.data.tokens import Prepared
 from lora_kit.data.vocabulary import check_tokenizer_fits, untrained_labels
+from lora_kit.errors import DataError
 from lora_kit.journal import Journal
 from lora_kit.processes import Processes
 from lora_kit.recipe import Recipe, dump, resolve_path
@@ -79,6 +81,7 @@ def prepare_job(
     base = load_base(source, recipe.base, processes.device)
     embedding = cast(torch.Tensor, base.get_input_embeddings().weight)
     check_tokenizer_fits(renderer.tokenizer, len(embedding), used=data.train)
+    check_context(data, base.config)
     if latest is None:
         warn_of_untrained(untrained_labels(data.train, embedding), renderer, console)
         leaks = leaks_when_packed(base, base.config.vocab_size, processes.device)
@@ -144,6 +147,21 @@ def warn_of_untrained(labels: Sequence[int], renderer: Renderer, console: Consol
         console.warn(
             f"{len(labels)} label token(s) look untrained in the base ({names}): LoRA on linear layers cannot teach "
             "them; if the stop token is among them, name one that the base knows with base.stop_token"
+        )
+
+
+def check_context(data: Prepared, config: PretrainedConfig) -> None:
+    """Refuse examples that have more positions than the base was made for.
+
+    Raises:
+        DataError: Names the longest example and the limit.
+    """
+    longest = max(int(tokens.lengths.max()) for tokens in (data.train, data.validation) if tokens)
+    context = config.to_dict().get("max_position_embeddings")
+    if context and longest > context:
+        raise DataError(
+            f"data.sequence_length: the longest example has {longest:,} tokens, the base was made for {context:,}; "
+            f"set data.sequence_length={context} and data.overlong to drop or truncate"
         )
 
 

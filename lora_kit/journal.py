@@ -53,7 +53,8 @@ class Journal:
         A torn event must go too: the next one would be written onto its line and be lost with it.
         """
         _rewrite(self.run / METRICS, [record for record in _lines(self.run / METRICS) if record["step"] <= step])
-        _rewrite(self.run / EVENTS, list(_lines(self.run / EVENTS)))
+        kept = [one for one in _lines(self.run / EVENTS) if one["kind"] != "sample" or one["step"] <= step]
+        _rewrite(self.run / EVENTS, kept)
 
 
 def _text(record: Mapping[str, Any]) -> str:

@@ -93,8 +93,8 @@ def test_tensors_of_another_adapter_are_refused(base_folder):
 
 
 def test_a_target_that_no_layer_has_is_named_with_those_that_are_there(base_folder):
-    with pytest.raises(RecipeError, match=r"adapter\.targets: \['query'\] fit no layer.*q_proj"):
-        fresh(base_folder, targets=("query",))
+    with pytest.raises(RecipeError, match=r"adapter\.targets: 'query' is no layer of the base; it has down_proj"):
+        fresh(base_folder, targets=("q_proj", "query"))
 
 
 def test_the_configuration_is_stable_and_names_the_base(base_folder):

@@ -18,7 +18,7 @@ LAYERS = [
     {"recipe", "schema", "journal", "console"},
     {"data", "source", "base", "adapter", "objective", "processes", "kernels"},
     {"checkpoint", "supervise", "optim"},
-    {"trainer", "job", "check", "shapes", "evaluation", "generation", "export", "hub", "report", "drill"},
+    {"trainer", "job", "run", "check", "shapes", "evaluation", "generation", "export", "hub", "report", "drill"},
     {"cli", "__init__", "__main__", "integrations"},
 ]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "assets" not in path.parts)

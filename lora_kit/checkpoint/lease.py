@@ -44,7 +44,8 @@ def take(run: Path) -> Lease:
     patience = time.monotonic() + PATIENCE_SECONDS
     while _alive((current := _read(path)).get("holder")) and time.monotonic() < patience:
         time.sleep(0.02)
-    if _alive(holder := current.get("holder")):
+    holder = current.get("holder") or {}
+    if _alive(holder):
         raise LeaseError(
             f"{run}: process {holder['pid']} on {holder['host']} is training here; wait for it, stop it, or use "
             f"another --out (if that machine is gone, delete {path})"
@@ -76,8 +77,8 @@ def _boot_id() -> str:
     return linux.read_text().strip() if linux.exists() else str(int(psutil.boot_time()))
 
 
-def _alive(holder: Any) -> bool:
-    if holder is None:
+def _alive(holder: dict[str, Any] | None) -> bool:
+    if not holder:
         return False
     if holder["host"] != socket.gethostname():
         return True

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lora_kit.evaluation import evaluate as evaluate
     from lora_kit.generation import generate as generate
     from lora_kit.generation import load as load
+    from lora_kit.hub import push as push
     from lora_kit.recipe import load_recipe as load_recipe
     from lora_kit.run import Run as Run
     from lora_kit.trainer import train as train
@@ -34,6 +35,7 @@ _HOME = {
     "load": "generation",
     "generate": "generation",
     "evaluate": "evaluation",
+    "push": "hub",
 }
 
 __all__ = list(_HOME)

@@ -171,7 +171,9 @@ def verify(
             raise typer.Exit(1)
 
 
-Weights = Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, or a run for its newest valid one.")]
+Weights = Annotated[
+    Path, typer.Argument(metavar="PATH", help="A checkpoint, a run for its newest valid one, or a Hub name.")
+]
 
 
 @app.command()
@@ -204,15 +206,10 @@ def _nothing() -> Iterator[None]:
 
 
 def newest(path: Path) -> Path:
-    """Return a checkpoint as it is, and of a run its newest that verifies."""
-    from lora_kit.checkpoint import store
+    """Return a checkpoint as it is, of a run its newest that verifies, of a Hub name its download."""
+    from lora_kit.hub import checkpoint_at
 
-    if (path / store.MANIFEST).exists():
-        return store.open_checkpoint(path).path
-    found = store.find(path)
-    if found.latest is None:
-        raise CheckpointError(f"{path}: no checkpoint here verifies; train first, or see `lora-kit verify {path}`")
-    return found.latest.path
+    return checkpoint_at(path)
 
 
 @app.command("eval")
@@ -236,6 +233,25 @@ def evaluate(
             match = "-" if one.exact_match is None else f"{one.exact_match:.1%}"
             table.add_row(name, f"{one.loss:.4f}", f"{one.perplexity:.2f}", match, str(one.examples))
         RichConsole(highlight=False).print(table)
+
+
+@app.command()
+def push(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, or a run for its newest valid one.")],
+    to: Annotated[str, typer.Option("--to", metavar="USER/NAME", help="The repository; made if there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it private; refused if it is public.")] = False,
+    revision: Annotated[str | None, typer.Option(help="A branch; made if there is none.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Publish an adapter on the Hub in one commit: weights, tokenizer, template, recipe and a model card."""
+    with errors_told():
+        from lora_kit import hub
+
+        pushed = hub.push(path, to, private=private, revision=revision)
+        if as_json:
+            _print_json(pushed.to_dict())
+        else:
+            print(f"{'pushed to' if pushed.made else 'is there already:'} {pushed.url} (commit {pushed.commit})")
 
 
 def _print_json(value: Any) -> None:

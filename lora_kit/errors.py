@@ -9,6 +9,7 @@
     │   ├── ContractError    a resume would change what the run is
     │   └── LeaseError       another job writes to this run
     ├── CheckpointError      a checkpoint does not verify, or cannot be written (exit code 1)
+    ├── HubError             the Hub refused, or could not be reached          (exit code 1)
     └── Stopped              a signal ended the run; the same command goes on  (exit code 75)
 
 A message reads `where: what is wrong, what was found; what to do`. One that reports several problems puts each on a
@@ -54,6 +55,10 @@ class LeaseError(InputError):
 
 class CheckpointError(LoraKitError):
     """A checkpoint does not verify, or could not be committed."""
+
+
+class HubError(LoraKitError):
+    """The Hub refused, or could not be reached; the same call can be made again."""
 
 
 class Stopped(LoraKitError):

@@ -15,9 +15,10 @@ from lora_kit.data.template import Prompt, Renderer
 from lora_kit.data.tokens import Prepared, Tokens
 from lora_kit.errors import DataError
 from lora_kit.generation import Answering, answer, load, stop_ids
+from lora_kit.hub import checkpoint_at
 from lora_kit.objective import sft
 from lora_kit.processes import Processes
-from lora_kit.recipe import Recipe
+from lora_kit.recipe import Recipe, resolve_path
 
 
 @dataclass(frozen=True)
@@ -129,12 +130,17 @@ def plain(scores: dict[str, Score]) -> dict[str, dict[str, float | None]]:
 def evaluate(recipe: Recipe, checkpoint: str | Path) -> dict[str, Score]:
     """Measure a checkpoint's base and adapter on a recipe's validation data.
 
+    Args:
+        recipe: Says what is held out and where the base lies.
+        checkpoint: What `load` takes.
+
     Raises:
         DataError: The recipe has no validation data.
     """
     processes = Processes.start(recipe.base.dtype)
-    model, tokenizer = load(checkpoint, device=str(processes.device))
-    manifest = json.loads((Path(checkpoint) / "manifest.json").read_text())
+    checkpoint = checkpoint_at(checkpoint)
+    model, tokenizer = load(checkpoint, base=resolve_path(recipe, recipe.base.repo), device=str(processes.device))
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
     renderer = Renderer(tokenizer, stop_token=recipe.base.stop_token)
     held_out = held_out_of(
         recipe, prepare_data(recipe, renderer), renderer, padded=manifest["resolved"]["layout"] == "padded"

@@ -14,36 +14,37 @@ from lora_kit.checkpoint import store
 from lora_kit.data.formats import Conversation
 from lora_kit.data.template import Renderer, prompt
 from lora_kit.errors import BaseError
+from lora_kit.hub import checkpoint_at
 from lora_kit.recipe import Recipe
-from lora_kit.source import load_renderer, locate
+from lora_kit.source import load_renderer, locate, pinned_base, set_up_tokenizer
 
 
-def load(path: str | Path, *, device: str | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+def load(
+    path: str | Path, *, base: str | Path | None = None, device: str | None = None
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load a checkpoint's base and adapter, ready to answer, with the tokenizer and template of its training.
 
     Args:
-        path: A checkpoint's folder.
+        path: A checkpoint's folder, a run's for its newest, or a Hub name, `user/name` or `user/name@revision`.
+        base: The base's folder, if it is not where the training had it.
         device: Where to put it; by default a GPU if there is one.
 
     Raises:
         CheckpointError: The checkpoint does not verify.
+        HubError: There is no such Hub name, or it cannot be had.
         BaseError: Its base is not here, or is no longer the one that it was trained on.
     """
-    manifest = store.open_checkpoint(Path(path)).manifest
+    path = checkpoint_at(path)
+    manifest = store.open_checkpoint(path).manifest
     recipe = Recipe.model_validate(manifest["recipe"])
-    name = json.loads((Path(path) / store.ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
-    folder = Path(name) if Path(name).is_absolute() else None
-    source = locate(recipe.base, folder)
+    name = json.loads((path / store.ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+    source = locate(*pinned_base(recipe, manifest, name, base=Path(base) if base else None))
     if source.fingerprint != manifest["fingerprints"]["base"]:
         raise BaseError(f"{path}: was trained on other bytes of {source.name} than lie in {source.folder} now")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = PeftModel.from_pretrained(load_base(source, recipe.base, where), str(path))
     tokenizer = load_renderer(source, recipe, template=manifest["template"]).tokenizer
-    if manifest["template"] is not None:
-        tokenizer.chat_template = manifest["template"]
-    if recipe.base.stop_token is not None:
-        tokenizer.eos_token = recipe.base.stop_token
-    return model.eval(), tokenizer
+    return model.eval(), set_up_tokenizer(tokenizer, recipe, manifest["template"])
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,7 @@ def prepare_job(
     plan = Plan(recipe, data.train, resolved["layout"] == "padded")
     manifest = facts | {
         "template": renderer.template,
+        "data": {name: data.summary[name] for name in ("train", "validation")},
         "run_id": run.run_id,
         "fencing_token": run.lease.token,
         "recipe": recipe.model_dump(mode="json"),

@@ -29,7 +29,7 @@ class Journal:
         _append(self.run / METRICS, record)
 
     def event(self, kind: str, **facts: Any) -> None:
-        """Append what happened: started, resumed, checkpoint, fault, stopped or finished."""
+        """Append what happened: started, resumed, checkpoint, fault, stopped, finished or pushed."""
         _append(
             self.run / EVENTS,
             {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "kind": kind, **facts},
@@ -118,6 +118,7 @@ class Status:
         return asdict(self)
 
 
+AFTERWARDS = ("pushed", "fault")  # may follow the end of a run
 STATES = {"finished": "finished", "stopped": "stopped, resumable"}
 
 
@@ -136,7 +137,7 @@ def summary(run: Path) -> Status:
     seconds = sum(record["tokens"] / record["tokens_per_second"] for record in metrics if record["tokens_per_second"])
     stall = sum(record["stall_seconds"] for record in metrics)
     return Status(
-        state=STATES.get(events[-1]["kind"], "training or interrupted"),
+        state=_state(events),
         step=metrics[-1]["step"] if metrics else 0,
         steps=begun[-1]["steps"] if begun else None,
         loss=metrics[-1]["loss"] if metrics else None,
@@ -146,3 +147,8 @@ def summary(run: Path) -> Status:
         faults=sum(event["kind"] == "fault" for event in events),
         stall_share=round(stall / (stall + seconds), 4) if seconds else 0.0,
     )
+
+
+def _state(events: Sequence[Mapping[str, Any]]) -> str:
+    kinds = [event["kind"] for event in events if event["kind"] not in AFTERWARDS]
+    return STATES.get(kinds[-1] if kinds else "", "training or interrupted")

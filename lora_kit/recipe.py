@@ -24,6 +24,7 @@ from lora_kit.schema import (
     Checkpoint,
     Data,
     Evaluate,
+    Hub,
     Objective,
     Optim,
     Recipe,
@@ -37,6 +38,7 @@ __all__ = [
     "Checkpoint",
     "Data",
     "Evaluate",
+    "Hub",
     "Objective",
     "Optim",
     "Recipe",
@@ -51,6 +53,7 @@ __all__ = [
 
 ASSETS = Path(__file__).parent / "assets"
 BUILTIN = "builtin:"
+PATHS = (("base", "repo"), ("data", "train"), ("data", "validation"), ("data", "template"))  # fields that may be one
 SECTIONS: dict[str, type[Section]] = {name: field.annotation for name, field in Recipe.model_fields.items()}  # type: ignore[misc]
 
 
@@ -207,10 +210,15 @@ def _shipped() -> Iterator[str]:
 def dump(recipe: Recipe) -> str:
     """Return a recipe as YAML that loads back equal from any folder: its relative paths become absolute."""
     content = recipe.model_dump(mode="json")
-    for section, field in (("base", "repo"), ("data", "train"), ("data", "validation"), ("data", "template")):
+    for section, field in PATHS:
         value = content[section][field]
         if isinstance(value, str) and not value.startswith(BUILTIN):
             content[section][field] = _absolute(recipe.folder, value)
+    return as_yaml(content)
+
+
+def as_yaml(content: Mapping[str, Any]) -> str:
+    """Return plain values as YAML, in their order."""
     yaml, text = YAML(), StringIO()
     yaml.default_flow_style = False
     yaml.dump(content, text)

@@ -4,11 +4,13 @@ A field stands here only if the code reads it. The strings below the fields are 
 docs/recipes.md and the JSON Schema.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name
 FRACTION = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -141,6 +143,26 @@ class Evaluate(Section):
     logged at every evaluation on the way."""
 
 
+class Hub(Section):
+    """Where the last checkpoint is published when the run has ended; a push that fails never fails the run, and
+    `lora-kit push` repeats it."""
+
+    repo: str | None = None
+    """A Hub repository, `user/name`, made if there is none; null pushes nothing."""
+    private: bool = False
+    """Make the repository private; refused if it is there and public."""
+    revision: str | None = None
+    """A branch, made if there is none; by default the main one."""
+    licence: str | None = None
+    """The adapter's licence as the Hub names it, e.g. `apache-2.0`, for the model card."""
+
+    @model_validator(mode="after")
+    def _name(self) -> "Hub":
+        if self.repo is not None and not HUB_NAME.fullmatch(self.repo):
+            raise ValueError(f"repo is {self.repo!r}; expected user/name, e.g. me/first-adapter")
+        return self
+
+
 class Recipe(Section):
     """A whole recipe."""
 
@@ -152,6 +174,7 @@ class Recipe(Section):
     train: Train
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate = Evaluate()
+    hub: Hub = Hub()
 
     _folder: Path = PrivateAttr(default_factory=Path.cwd)
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lora_kit.data.template import Renderer
 from lora_kit.errors import BaseError, DataError
-from lora_kit.recipe import Base, Recipe, resolve_path
+from lora_kit.recipe import BUILTIN, Base, Recipe, resolve_path
 
 LIGHT = ["*.json", "*.jinja", "*.model", "*.txt", "*.py"]
 WANTED = [*LIGHT, "*.safetensors"]
@@ -60,6 +61,35 @@ def locate(base: Base, folder: Path | None) -> Source:
         raise BaseError(f"base.repo: {base.repo} has no .safetensors weights; lora_kit opens no pickled ones")
     hashes = {name: file_hash(found / name) for name in sorted(names)}
     return Source(base.repo if folder is None else str(folder), found, None if folder else found.name, hashes)
+
+
+def pinned_base(
+    recipe: Recipe, manifest: Mapping[str, Any], name: str, *, base: Path | None = None
+) -> tuple[Base, Path | None]:
+    """Return where a checkpoint's base is: the recipe's section at the commit of its training, and the folder, if any.
+
+    Args:
+        recipe: The checkpoint's.
+        manifest: The checkpoint's.
+        name: The base's name in adapter_config.json.
+        base: A folder to look in instead.
+
+    Raises:
+        BaseError: The base was a local folder on another machine.
+    """
+    if base is not None:
+        return recipe.base, base
+    commit = manifest["fingerprints"]["base"]["commit"]
+    if commit is not None:
+        return recipe.base.model_copy(update={"revision": commit}), None
+    if recipe.base.repo.startswith(BUILTIN):
+        return recipe.base, resolve_path(recipe, recipe.base.repo)
+    if not Path(name).is_absolute():
+        raise BaseError(
+            f"base {name}: was a local folder where the adapter was trained, and is not on the Hub; say where it lies "
+            "here: lk.load(..., base=FOLDER)"
+        )
+    return recipe.base, Path(name)
 
 
 def base_folder(base: Base, folder: Path | None, *, weights: bool = True, offline: bool = False) -> Path:
@@ -141,6 +171,17 @@ def load_renderer(source: Source, recipe: Recipe, *, template: str | None = None
             raise DataError(f"data.template: no file {recipe.data.template}; expected a jinja file beside the recipe")
         template = path.read_text()
     return Renderer(tokenizer, template, train_on=recipe.objective.train_on, stop_token=recipe.base.stop_token)
+
+
+def set_up_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, recipe: Recipe, template: str | None
+) -> PreTrainedTokenizerBase:
+    """Give a tokenizer the chat template and the stop token of its training, and return it."""
+    if template is not None:
+        tokenizer.chat_template = template
+    if recipe.base.stop_token is not None:
+        tokenizer.eos_token = recipe.base.stop_token
+    return tokenizer
 
 
 def _load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -30,6 +30,7 @@ from lora_kit.data.order import micro_batch_seed
 from lora_kit.data.packing import MicroBatch, collate, reduction_schedule
 from lora_kit.errors import CheckpointError, Stopped
 from lora_kit.generation import answer
+from lora_kit.hub import push_finished
 from lora_kit.job import Job, prepare_job
 from lora_kit.objective import sft
 from lora_kit.processes import Processes
@@ -88,6 +89,8 @@ def train(recipe: Recipe, out: str | Path, *, accept: Sequence[str] = ()) -> Run
                 if stop:
                     raise stopped(job, done)
         finish(job, console, stop_wanted)
+        if processes.is_main:
+            push_finished(recipe, job.run.folder, console, pause=stop_wanted.wait)
         console.end()
     return Run(Path(out))
 
@@ -268,6 +271,8 @@ def finish(job: Job, console: Console, stop_wanted: threading.Event) -> None:
             f"{job.run.folder} has finished its {job.plan.steps} steps; nothing is left to do. To go on: "
             f"--set train.steps={2 * job.plan.steps} --accept train.steps"
         )
+        if job.processes.is_main:
+            job.journal.event("finished", step=job.plan.steps)
         show(Run(job.run.folder), job.recipe, console)
         return
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import lora_kit as lk
 from lora_kit.cli import app
 
-VERBS = ("train", "check", "status", "verify", "generate", "eval")
+VERBS = ("train", "check", "status", "verify", "generate", "eval", "push")
 
 
 @pytest.fixture

@@ -1,0 +1,95 @@
+"""A card says what the records say, leaves out what they do not, and is the same for the same checkpoint."""
+
+import json
+
+import pytest
+from conftest import RECIPE
+from huggingface_hub import ModelCard
+
+import lora_kit as lk
+from lora_kit.card import model_card
+from lora_kit.checkpoint import store
+from lora_kit.hub import CARD, publication
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, base_folder, data_file):
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "recipe.yaml").write_text(RECIPE.format(base=base_folder, data=data_file))
+    changes = ["train.steps=2", "checkpoint.every_steps=1", "data.validation=0.2", "evaluate.generate=2"]
+    changes += ["evaluate.every_steps=1", "hub.licence=apache-2.0"]
+    return lk.train(lk.load_recipe(folder / "recipe.yaml", changes), folder / "run")
+
+
+@pytest.fixture(scope="module")
+def manifest(run):
+    """What is published of the last checkpoint."""
+    return json.loads(publication(store.open_checkpoint(run.latest), "me/x")[store.MANIFEST])
+
+
+def card_of(path):
+    return publication(store.open_checkpoint(path), "me/x")[CARD].decode()
+
+
+def test_the_front_matter_is_what_the_hub_reads(manifest):
+    data = ModelCard(model_card("me/x", manifest)).data
+    assert (data.library_name, data.pipeline_tag, data.license) == ("peft", "text-generation", "apache-2.0")
+    assert "lora" in data.tags and data.base_model is None
+
+
+def test_a_hub_base_is_named_with_its_revision(manifest):
+    known = {**manifest, "recipe": {**manifest["recipe"], "base": {**manifest["recipe"]["base"], "repo": "them/base"}}}
+    base = {**manifest["fingerprints"]["base"], "commit": "c0ffee"}
+    known["fingerprints"] = {**manifest["fingerprints"], "base": base}
+    card = model_card("me/x", known)
+    data = ModelCard(card).data
+    assert (data.base_model, data.base_model_relation) == ("them/base", "adapter")
+    assert 'from_pretrained("them/base", revision="c0ffee", dtype="float32")' in card
+    assert 'lk.load("me/x")' in card
+
+
+def test_a_local_base_is_said_to_be_one_without_its_place(run, base_folder):
+    card = card_of(run.latest)
+    assert f"a base in a local folder, `{base_folder.name}`" in card and str(base_folder.parent) not in card
+    assert 'lk.load("me/x", base="path/to/the/base")' in card
+    assert "| revision | none: a local folder |" in card
+
+
+def test_a_shipped_base_needs_no_place(manifest):
+    shipped = {**manifest, "recipe": {**manifest["recipe"], "base": {"repo": "builtin:base", "dtype": "float32"}}}
+    card = model_card("me/x", shipped, revision="new")
+    assert "the small base that ships with lora_kit" in card
+    assert 'lk.load("me/x@new")' in card and '"me/x", revision="new")' in card
+
+
+def test_data_scores_settings_and_versions_are_those_of_the_records(run, manifest):
+    card, scores = card_of(run.latest), run.result["metrics"]
+    counts = manifest["data"]["train"]
+    for fact in (
+        f"| tokens | {counts['tokens']:,} | {manifest['data']['validation']['tokens']:,} |",
+        manifest["fingerprints"]["train"],
+        f"| base | {scores['base']['loss']:.4f} | {scores['base']['perplexity']:.2f} | ",
+        f"| adapter | {scores['adapter']['loss']:.4f} |",
+        "of 2 | 5 |",
+        "| `adapter.rank` | 4 |",
+        "| `optim.learning_rate` | 0.01 |",
+        f"| peft | {manifest['versions']['peft']} |",
+        "after step 2",
+    ):
+        assert fact in card, fact
+
+
+def test_an_earlier_checkpoint_has_its_own_loss_and_not_the_runs(run):
+    card = card_of(run.checkpoints[0])
+    own = store.open_checkpoint(run.checkpoints[0]).manifest["held_out_loss"]
+    assert f"| adapter | {own:.4f} | - | - | 5 |" in card and "| base | " not in card.split("## Held-out")[1]
+
+
+def test_what_is_not_known_is_left_out(manifest):
+    bare = {**manifest, "held_out_loss": None, "recipe": {**manifest["recipe"], "hub": {"licence": None}}}
+    card = model_card("me/x", bare)
+    assert "## Held-out" not in card and "license" not in card
+
+
+def test_equal_checkpoints_have_equal_cards(run):
+    assert card_of(run.latest) == card_of(run.latest)

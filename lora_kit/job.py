@@ -17,7 +17,7 @@ from peft import PeftModel
 from safetensors.numpy import load_file
 
 from lora_kit.adapter import FlatState, flatten, inject
-from lora_kit.base import leaks_when_packed, load_base
+from lora_kit.base import choose_attention, load_base
 from lora_kit.checkpoint.resume import OpenRun, Row, contract, enforce, still_bitwise, table
 from lora_kit.checkpoint.store import ADAPTER, OPTIMIZER, Checkpoint
 from lora_kit.console import Console
@@ -26,6 +26,7 @@ from lora_kit.data.template import Renderer
 from lora_kit.data.tokens import Prepared
 from lora_kit.data.vocabulary import check_tokenizer_fits, untrained_labels
 from lora_kit.journal import Journal
+from lora_kit.kernels.attention import use_attention
 from lora_kit.processes import Processes
 from lora_kit.recipe import Recipe, dump, resolve_path
 from lora_kit.source import Source, load_renderer, locate
@@ -81,8 +82,9 @@ def prepare_job(
     check_tokenizer_fits(renderer.tokenizer, len(embedding), used=data.train)
     if latest is None:
         warn_of_untrained(untrained_labels(data.train, embedding), renderer, console)
-        leaks = leaks_when_packed(base, base.config.vocab_size, processes.device)
-        resolved |= {"layout": "padded" if leaks else "packed", "attention": base.config._attn_implementation}
+    if latest is None or any(row.key == "base.attention" for row in rows):
+        resolved |= choose_attention(base, recipe.base, processes.device)
+    use_attention(base, resolved["attention"])
     if recipe.train.activation_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = inject(base, recipe.adapter, seed=recipe.train.seed, name=source.name, revision=source.commit)

@@ -205,7 +205,7 @@ def _check_targets(shape: Shape, recipe: Recipe, report: Report) -> None:
     if unknown and len(unknown) == len(targets) and not any("." in name or name == "lm_head" for name in unknown):
         report.problems.append(told)
     elif unknown:
-        report.notes.append(f"{told}; a name that the base does not have is not trained")
+        report.notes.append(f"{told}; a name that the base does not have is refused")
 
 
 def _wrong_files(source: Source, *, local: bool) -> Iterator[str]:

@@ -30,6 +30,7 @@ from lora_kit.kernels.attention import use_attention
 from lora_kit.processes import Processes
 from lora_kit.recipe import Recipe, dump, resolve_path
 from lora_kit.source import Source, load_renderer, locate
+from lora_kit.targets import Targets, find_targets
 
 TINY_BASE_BYTES = 100_000_000  # below it, two threads spend more time meeting than computing
 PACKAGES = ("lora_kit", "torch", "transformers", "peft", "accelerate", "tokenizers")
@@ -73,7 +74,9 @@ def prepare_job(
     latest = run.latest
     rows = [] if latest is None else contract(latest.manifest, recipe, facts)
     processes.main_decides(lambda: enforce(rows, accept, run.folder))
-    resolved = dict(latest.manifest["resolved"]) if latest else {"threads": threads_for(source, processes)}
+    resolved: dict[str, Any] = (
+        dict(latest.manifest["resolved"]) if latest else {"threads": threads_for(source, processes)}
+    )
     if resolved["threads"]:
         torch.set_num_threads(resolved["threads"])
     console.tick("base: load")
@@ -81,6 +84,7 @@ def prepare_job(
     embedding = cast(torch.Tensor, base.get_input_embeddings().weight)
     check_tokenizer_fits(renderer.tokenizer, len(embedding), used=data.train)
     if latest is None:
+        warn_of_left_out(find_targets(base, recipe.adapter), console)
         warn_of_untrained(untrained_labels(data.train, embedding), renderer, console)
     if latest is None or any(row.key == "base.attention" for row in rows):
         resolved |= choose_attention(base, recipe.base, processes.device)
@@ -146,6 +150,15 @@ def warn_of_untrained(labels: Sequence[int], renderer: Renderer, console: Consol
         console.warn(
             f"{len(labels)} label token(s) look untrained in the base ({names}): LoRA on linear layers cannot teach "
             "them; if the stop token is among them, name one that the base knows with base.stop_token"
+        )
+
+
+def warn_of_left_out(targets: Targets, console: Console) -> None:
+    """Say which linear maps of the base all-linear does not adapt."""
+    if targets.left_out:
+        console.warn(
+            f"adapter.targets: all-linear leaves out {', '.join(targets.left_out)}; routers stay as they are, experts "
+            "are trained when adapter.targets names them"
         )
 
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from lora_kit import trainer
 from lora_kit.adapter import flatten, initial_a, inject, saved_config
 from lora_kit.errors import CheckpointError, RecipeError
+from lora_kit.kernels.attention import own_attention
 from lora_kit.recipe import Adapter, load_recipe
 
 
@@ -116,7 +117,7 @@ def test_a_checkpoint_is_a_peft_adapter_with_the_same_logits(recipe_file, base_f
     base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, str(run.latest)).eval()
     ids = torch.arange(40)[None]
-    with torch.no_grad():
+    with torch.no_grad(), own_attention(jobs[0].model):
         ours, theirs = jobs[0].model.eval()(ids).logits, loaded(ids).logits
         with loaded.disable_adapter():
             base_logits = loaded(ids).logits

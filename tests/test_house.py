@@ -16,7 +16,7 @@ PACKAGE = ROOT / "lora_kit"
 LAYERS = [
     {"errors"},
     {"recipe", "schema", "journal", "console"},
-    {"data", "source", "base", "adapter", "objective", "processes", "kernels"},
+    {"data", "source", "base", "adapter", "targets", "objective", "processes", "kernels"},
     {"checkpoint", "supervise", "optim"},
     {"trainer", "job", "check", "shapes", "evaluation", "generation", "export", "hub", "report", "drill"},
     {"cli", "__init__", "__main__", "integrations"},
@@ -82,7 +82,7 @@ def test_there_are_no_import_cycles():
 
 ONLY = {
     "accelerate": {"processes", "base", "trainer"},
-    "peft": {"adapter", "kernels", "generation", "evaluation", "job"},
+    "peft": {"adapter", "targets", "kernels", "generation", "evaluation", "job"},
 }
 
 

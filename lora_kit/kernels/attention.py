@@ -108,7 +108,9 @@ def _varlen(
     """Attend with torch's flash attention over segments of any lengths: one kernel, no mask."""
     longest = max(segments.lengths)
     output = varlen_attn(
-        *(one[0].transpose(0, 1) for one in (query, key, value)),
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
         segments.boundaries,
         segments.boundaries,
         longest,
@@ -180,7 +182,7 @@ def use_attention(model: nn.Module, name: str | None) -> bool:
     """Switch a model to an attention of this name, None for its own default; return whether it can."""
     inner = _inner(model)
     if name != attention_of(model) and inner._can_set_attn_implementation():
-        inner.set_attn_implementation(name)
+        inner.set_attn_implementation(inner.get_correct_attn_implementation(name))
     return name in (None, attention_of(model))
 
 

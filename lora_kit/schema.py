@@ -69,8 +69,8 @@ class Adapter(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout before A; the only live dropout of the run."""
     targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = "all-linear"
-    """Which layers get an adapter: all linear ones (not the head, and in a mixture neither routers nor experts), or a list of
-    names; experts are named like `experts.gate_up_proj`."""
+    """Which layers get an adapter: all linear ones (not the head, and in a mixture neither routers nor experts), or a
+    list of names; experts are named like `experts.gate_up_proj`."""
 
 
 class Objective(Section):

@@ -63,8 +63,9 @@ def compare(dtype, case, tolerance, **shape):
     (theirs * weights).sum().backward()
     assert ours.dtype == dtype and ours.shape == theirs.shape
     pairs = [(ours, theirs), *((a.grad, b.grad) for a, b in zip(ours_in, theirs_in, strict=True))]
+    largest = max(right.norm() for _, right in pairs)  # a window of one has no gradient of queries and keys
     for mine, right in pairs:
-        assert (mine - right).norm() / right.norm() < tolerance
+        assert (mine - right).norm() < tolerance * max(right.norm(), largest / 10)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

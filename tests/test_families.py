@@ -10,8 +10,13 @@ from runs import state_hash, train
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_kit import trainer
-from lora_kit.kernels.attention import SEGMENT
-from lora_kit.recipe import load_recipe
+from lora_kit.base import choose_attention, load_base
+from lora_kit.errors import RecipeError
+from lora_kit.evaluation import evaluate
+from lora_kit.generation import generate, load
+from lora_kit.kernels.attention import SEGMENT, attention_of, own_attention
+from lora_kit.recipe import Base, load_recipe
+from lora_kit.source import locate
 
 SMALL = {
     "vocab_size": 106,
@@ -65,7 +70,7 @@ def save_family(folder, family, base_folder, changes=None):
     """Save a tiny random model of a family beside the tests' tokenizer."""
     shutil.copytree(base_folder, folder)
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SMALL | FAMILIES[family] | (changes or {}))
+    config = AutoConfig.for_model(family, **SMALL | (changes or FAMILIES[family]))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -106,8 +111,7 @@ def trained(recipe_file, tmp_path, folder, *changes):
 @pytest.mark.parametrize("window", [8, None])
 def test_a_window_that_attention_is_not_told_of_is_not_lost(family, window, tmp_path, base_folder):
     changes = {"sliding_window": window, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
-    changes |= {"use_sliding_window": window is not None, "max_window_layers": 0, "moe_intermediate_size": 24}
-    FAMILIES.setdefault(family, {})
+    changes |= {"use_sliding_window": window is not None, "max_window_layers": 2, "moe_intermediate_size": 24}
     folder = save_family(tmp_path / "base", family, base_folder, changes)
     settings = Base(repo="x", dtype="float32")
     model = load_base(locate(settings, folder), settings, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""An adapter goes where it was asked to go: all-linear hits no head, no router and no expert, and says what it leaves."""
+"""An adapter goes where it was asked to go: all-linear hits no head, router or expert, and says what it leaves."""
 
 import pytest
 import torch
@@ -88,7 +88,7 @@ def test_what_peft_cannot_adapt_is_told_in_its_words():
 def test_a_name_that_peft_moves_to_the_experts_is_refused():
     # a shared expert's layers have the names that all experts had in transformers 4
     with pytest.raises(RecipeError, match=r"peft adapts mlp\.experts instead of mlp\.shared_expert\.down_proj"):
-        put(tiny("qwen2_moe"), ("q_proj", "shared_expert.down_proj"))
+        put(tiny("qwen3_next"), ("in_proj_qkvz", "shared_expert.down_proj"))
 
 
 def test_the_run_says_what_all_linear_leaves_out(recipe_file, tmp_path, base_folder, capsys):

@@ -23,6 +23,7 @@ from lora_kit.errors import BaseError, InputError, RecipeError
 from lora_kit.recipe import Recipe, resolve_path
 from lora_kit.shapes import Estimate, Shape, estimate_memory, read_config
 from lora_kit.source import Source, base_folder, load_renderer
+from lora_kit.trackers import require
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,10 @@ def check(recipe: Recipe, *, offline: bool = False, shapes: Path | None = None, 
         processes: How many will train together.
     """
     report = Report()
+    try:
+        require(recipe.track.names)
+    except InputError as error:
+        report.problems.append(str(error))
     try:
         shape = _shape(recipe, shapes, offline=offline)
         report.estimate = estimate_memory(shape, recipe)

@@ -135,8 +135,9 @@ def summary(run: Path) -> Status:
     begun = [event for event in events if event["kind"] in ("started", "resumed")]
     seconds = sum(record["tokens"] / record["tokens_per_second"] for record in metrics if record["tokens_per_second"])
     stall = sum(record["stall_seconds"] for record in metrics)
+    ends = [event["kind"] for event in events if event["kind"] != "fault"]  # a tracker's may come after the end
     return Status(
-        state=STATES.get(events[-1]["kind"], "training or interrupted"),
+        state=STATES.get(ends[-1] if ends else "", "training or interrupted"),
         step=metrics[-1]["step"] if metrics else 0,
         steps=begun[-1]["steps"] if begun else None,
         loss=metrics[-1]["loss"] if metrics else None,

@@ -39,6 +39,7 @@ PACKAGES = {  # any of them will do
 }
 DECIDE_VALUES = {"base", "data", "adapter", "objective", "optim", "train", "evaluate"}  # sections of a recipe
 END_SECONDS = 60.0  # how long the end of a run waits for its trackers, all together
+STOP_SECONDS = 20.0  # the same after a signal or an error: a scheduler may kill after 30
 SAMPLES = "samples"
 
 
@@ -150,7 +151,8 @@ def open_wandb(curves: Curves) -> Opened:
     from accelerate.tracking import WandBTracker
 
     found = max(map(_wandb_step, curves.folder.glob(f"wandb/offline-run-*-{curves.id}/*.wandb")), default=0)
-    settings = wandb.Settings(console="off", login_timeout=10)  # our progress bar is no log; nobody may be there
+    waits = {"login_timeout": 10, "finish_timeout": END_SECONDS, "finish_timeout_raises": True}  # as long as we do
+    settings = wandb.Settings(console="off", **waits)  # our progress bar is no log
     tracker = WandBTracker(
         curves.project, name=curves.name, id=curves.id, resume="allow", dir=str(curves.folder), settings=settings
     )
@@ -271,25 +273,26 @@ class Trackers:
             if thread.is_alive():
                 queue.put(record)
 
-    def end(self, journal: Journal) -> None:
+    def end(self, journal: Journal, seconds: float) -> None:
         """Wait, not for ever, until the trackers have all."""
-        until = time.monotonic() + END_SECONDS
+        until = time.monotonic() + seconds
         for _, queue in self._threads:
             queue.put(None)
         for thread, _ in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
             if thread.is_alive():
-                self._fault(journal, f"{thread.name} failed: it has not taken everything after {END_SECONDS:.0f} s")
+                self._fault(journal, f"{thread.name} failed: it has not taken everything after {seconds:.0f} s")
 
 
 @contextmanager
 def following(run: Path, console: Console) -> Iterator[Trackers]:
     """Keep a run's trackers; whatever ends the run, they get what was logged."""
-    trackers = Trackers(console)
+    trackers, patience = Trackers(console), STOP_SECONDS
     try:
         yield trackers
+        patience = END_SECONDS
     finally:
-        trackers.end(Journal(run))
+        trackers.end(Journal(run), patience)
 
 
 SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)

@@ -192,11 +192,11 @@ def measure(job: Job, done: int, console: Console) -> float:
     """Return the adapter's held-out loss after `done` steps, and log its first answers."""
     held_out = evaluation.held_out_of(job.recipe, job.data, job.renderer, padded=job.plan.padded)
     assert held_out is not None
-    few = replace(held_out, prompts=held_out.prompts[:SAMPLES])
-    score = evaluation.score(job.model, job.renderer, few, processes=job.processes, tick=console.tick)
-    if job.processes.is_main and few.prompts:
-        texts = answer(job.model, job.renderer.tokenizer, [one.ids for one in few.prompts], few.how)
-        for one, text in zip(few.prompts, texts, strict=True):
+    loss_alone, few = replace(held_out, prompts=()), held_out.prompts[:SAMPLES]
+    score = evaluation.score(job.model, job.renderer, loss_alone, processes=job.processes, tick=console.tick)
+    if job.processes.is_main and few:
+        texts = answer(job.model, job.renderer.tokenizer, [one.ids for one in few], held_out.how)
+        for one, text in zip(few, texts, strict=True):
             prompt = job.renderer.tokenizer.decode(one.ids)
             sample = {"step": done, "prompt": prompt, "expected": one.expected, "answer": text}
             job.journal.event("sample", **sample)

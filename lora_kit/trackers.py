@@ -151,7 +151,7 @@ def open_wandb(curves: Curves) -> Opened:
     from accelerate.tracking import WandBTracker
 
     found = max(map(_wandb_step, curves.folder.glob(f"wandb/offline-run-*-{curves.id}/*.wandb")), default=0)
-    waits = {"login_timeout": 10, "finish_timeout": END_SECONDS, "finish_timeout_raises": True}  # as long as we do
+    waits = {"login_timeout": 10, "init_timeout": 60, "finish_timeout": END_SECONDS, "finish_timeout_raises": True}
     settings = wandb.Settings(console="off", **waits)  # our progress bar is no log
     tracker = WandBTracker(
         curves.project, name=curves.name, id=curves.id, resume="allow", dir=str(curves.folder), settings=settings
@@ -243,6 +243,7 @@ class Trackers:
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._failed: set[str] = set()
         self._threads: list[tuple[threading.Thread, SimpleQueue[dict[str, Any] | None]]] = []
 
     def begin(self, names: Sequence[str], curves: Curves, journal: Journal) -> None:
@@ -260,10 +261,13 @@ class Trackers:
         try:
             follow(OPEN[name](curves), records)
         except (Exception, SystemExit) as error:  # whatever a tracker does, the run goes on
-            self._fault(journal, f"{name} failed: {without_secrets(f'{type(error).__name__}: {error}')}")
+            self._fault(name, journal, without_secrets(f"{type(error).__name__}: {error}"))
 
-    def _fault(self, journal: Journal, what: str) -> None:
-        told = f"{what}; training goes on, metrics.jsonl has every step, and the next start sends what is missing"
+    def _fault(self, name: str, journal: Journal, what: str) -> None:
+        if name in self._failed:
+            return
+        self._failed.add(name)
+        told = f"{name} failed: {what}; the run goes on, metrics.jsonl has every step, the next start sends the rest"
         journal.event("fault", what=told)
         self._console.warn(told)
 
@@ -281,7 +285,7 @@ class Trackers:
         for thread, _ in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
             if thread.is_alive():
-                self._fault(journal, f"{thread.name} failed: it has not taken everything after {seconds:.0f} s")
+                self._fault(thread.name, journal, f"it has not taken everything {seconds:.0f} s after the end")
 
 
 @contextmanager

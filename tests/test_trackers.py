@@ -212,7 +212,7 @@ def test_a_failing_tracker_is_told_once_and_ends_no_run(recipe_file, tmp_path, m
     run = lk.train(lk.load_recipe(recipe_file, ["track.names=[mlflow, tensorboard]"]), tmp_path / "run")
     (fault,) = [event["what"] for event in run.events if event["kind"] == "fault"]
     assert fault.startswith("mlflow failed: ConnectionError: cannot reach https://***@host/api?token=*** with ***;")
-    assert "the next start sends what is missing" in fault
+    assert "the next start sends the rest" in fault
     assert capsys.readouterr().out.count(fault) == 1
     assert_shows_the_run("tensorboard", tmp_path / "run", steps=8)
     assert summary(run.folder).state == "finished"
@@ -225,7 +225,7 @@ def test_a_hanging_tracker_does_not_hold_up_the_end(tmp_path, monkeypatch):
     with trackers.following(tmp_path, Console(silent=True)) as started:
         started.begin(["mlflow"], curves, Journal(tmp_path))
     (fault,) = Journal(tmp_path).read_events()
-    assert "mlflow failed: it has not taken everything after 0 s" in fault["what"]
+    assert "mlflow failed: it has not taken everything 0 s after the end; the run goes on" in fault["what"]
 
 
 def test_a_missing_package_is_refused_before_anything_is_made(recipe_file, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lora_kit.generation import generate as generate
     from lora_kit.generation import load as load
     from lora_kit.recipe import load_recipe as load_recipe
-    from lora_kit.trainer import Run as Run
+    from lora_kit.run import Run as Run
     from lora_kit.trainer import train as train
 
 __version__ = "0.1.0"
@@ -30,7 +30,7 @@ _HOME = {
     "preview": "check",
     "estimate": "check",
     "train": "trainer",
-    "Run": "trainer",
+    "Run": "run",
     "load": "generation",
     "generate": "generation",
     "evaluate": "evaluation",

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.text import Text
 
 from lora_kit.data.files import SUFFIXES
@@ -23,6 +23,7 @@ from lora_kit.errors import BaseError, InputError, RecipeError
 from lora_kit.recipe import Recipe, resolve_path
 from lora_kit.shapes import Estimate, Shape, estimate_memory, read_config
 from lora_kit.source import Source, base_folder, load_renderer
+from lora_kit.trackers import require
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,12 @@ class Preview:
     def __str__(self) -> str:
         return "\n\n".join("".join(f"⟦{text}⟧" if on else text for text, on in one) for one in self.examples)
 
-    def __rich__(self) -> RenderableType:
-        shown = []
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        plain = console.no_color or console.color_system is None  # a pipe shows no colours
         for number, one in enumerate(self.examples):
-            shown.append(Text(f"example {number}", style="dim"))
-            shown.append(Text.assemble(*((text, "black on green" if on else "") for text, on in one)))
-        return Group(*shown)
+            yield Text(f"example {number}", style="dim")
+            runs = ((f"⟦{text}⟧" if on and plain else text, "black on green" if on else "") for text, on in one)
+            yield Text.assemble(*runs)
 
     def _repr_html_(self) -> str:
         mark = '<span style="background:#b7e4c7;color:#000">{}</span>'
@@ -68,20 +69,20 @@ def _preview(tokens: Tokens, renderer: Renderer, n: int) -> Preview:
 
 def _runs(tokens: Tokens, index: int, renderer: Renderer) -> Iterator[tuple[str, bool]]:
     ids, trained = tokens.example(index)
-    start = 0
+    start, shown = 0, ""
     for end in range(1, len(ids) + 1):
         if end == len(ids) or trained[end] != trained[start]:
-            text = renderer.tokenizer.decode(ids[start:end].tolist(), skip_special_tokens=False)
-            yield str(text), bool(trained[start])
-            start = end
+            # from the beginning each time: many tokenizers drop a blank that begins what they decode
+            text = str(renderer.tokenizer.decode(ids[:end].tolist(), skip_special_tokens=False))
+            yield text[len(shown) :], bool(trained[start])
+            start, shown = end, text
 
 
-def estimate(recipe: Recipe, *, processes: int = 1, shapes: Path | None = None, offline: bool = False) -> Estimate:
+def estimate(recipe: Recipe, *, shapes: Path | None = None, offline: bool = False) -> Estimate:
     """Return what a recipe's base and adapter weigh, counted from the base's configuration.
 
     Args:
         recipe: From `load_recipe`.
-        processes: How many train together.
         shapes: A folder of `<owner>--<name>.json` configurations to look in first.
         offline: Use nothing from the network.
 
@@ -173,6 +174,10 @@ def check(recipe: Recipe, *, offline: bool = False, shapes: Path | None = None, 
         processes: How many will train together.
     """
     report = Report()
+    try:
+        require(recipe.track.names)
+    except InputError as error:
+        report.problems.append(str(error))
     try:
         shape = _shape(recipe, shapes, offline=offline)
         report.estimate = estimate_memory(shape, recipe)

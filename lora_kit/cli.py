@@ -17,6 +17,7 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 
 from lora_kit.errors import CheckpointError, LaunchError, LoraKitError
+from lora_kit.supervise.launch import follow_launcher, launch
 
 app = typer.Typer(
     name="lora-kit",
@@ -69,13 +70,13 @@ def train(
         from lora_kit.recipe import load_recipe
 
         loaded = load_recipe(recipe, set_)
-        launched = "RANK" in os.environ  # by accelerate, torchrun or ourselves
+        launched = any(name in os.environ for name in ("RANK", "ACCELERATE_MIXED_PRECISION"))  # not by a person
+        if launched:
+            follow_launcher()
         if launched and processes is not None:
             raise LaunchError(f"--processes {processes}: another launcher already started this process; leave one out")
         wanted = 1 if launched else processes or _gpus()
         if wanted > 1:
-            from lora_kit.supervise.launch import launch
-
             arguments = ["train", str(recipe), "--out", str(out)]
             arguments += [part for text in set_ for part in ("--set", text)]
             arguments += [part for text in accept for part in ("--accept", text)]
@@ -132,7 +133,7 @@ def status(
         table = Table(title=str(run), show_header=False, title_justify="left")
         for key, value in state.items():
             if key != "checkpoints":
-                table.add_row(key.replace("_", " "), str(value))
+                table.add_row(key.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else str(value))
         for entry in state["checkpoints"]:
             table.add_row(entry["path"], "valid" if entry["valid"] else entry["problem"])
         RichConsole(highlight=False).print(table)

@@ -12,7 +12,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -46,22 +46,33 @@ class Console:
     def begin(self, steps: int, done: int) -> None:
         """Start showing the progress of `steps` steps, `done` of which are behind us."""
         if self._live:
-            columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-            self._progress = Progress(*columns, TextColumn("{task.description}"), console=self._rich)
+            whole = Column(no_wrap=True, overflow="ignore")  # a narrow terminal shortens the bar alone
+            self._progress = Progress(
+                BarColumn(),
+                MofNCompleteColumn(table_column=whole),
+                TimeElapsedColumn(table_column=whole.copy()),
+                TimeRemainingColumn(table_column=whole.copy()),
+                TextColumn("{task.description}", table_column=whole.copy()),
+                console=self._rich,
+            )
             self._task = self._progress.add_task("", total=steps, completed=done)
             self._progress.start()
 
     def step(self, record: dict[str, Any], steps: int) -> None:
         """Show one finished step, as written to metrics.jsonl."""
-        text = (
-            f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  norm {record['grad_norm']:.3f}  "
-            f"{record['tokens_per_second']:,.0f} tokens/s"
-        )
+        speed = f"{record['tokens_per_second']:,.0f} tokens/s"
         if self._progress is not None:
-            self._progress.update(self._task, completed=record["step"], description=text)
+            self._progress.update(
+                self._task, completed=record["step"], description=f"loss {record['loss']:.4f}  {speed}"
+            )
         elif record["step"] in (1, steps) or time.monotonic() - self._printed > SECONDS_BETWEEN_LINES:
             self._printed = time.monotonic()
-            self.say(f"step {record['step']}/{steps}  {text}")
+            self.say(
+                f"step {record['step']}/{steps}  loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  "
+                f"norm {record['grad_norm']:.3f}  {speed}"
+            )
+        if "held_out_loss" in record:
+            self.say(f"step {record['step']}/{steps}  held-out loss {record['held_out_loss']:.4f}")
 
     def tick(self, what: str) -> None:
         """Show what is being done when no step can be shown; a plain line each time it changes."""

@@ -15,6 +15,7 @@ import psutil
 import torch
 from peft import PeftModel
 from safetensors.numpy import load_file
+from transformers import PretrainedConfig
 
 from lora_kit.adapter import FlatState, flatten, inject
 from lora_kit.base import choose_attention, load_base
@@ -25,12 +26,14 @@ from lora_kit.data.plan import Plan, prepare_data
 from lora_kit.data.template import Renderer
 from lora_kit.data.tokens import Prepared
 from lora_kit.data.vocabulary import check_tokenizer_fits, untrained_labels
+from lora_kit.errors import DataError
 from lora_kit.journal import Journal
 from lora_kit.kernels.attention import use_attention
 from lora_kit.processes import Processes
 from lora_kit.recipe import Recipe, dump, resolve_path
 from lora_kit.source import Source, load_renderer, locate
 from lora_kit.targets import Targets, find_targets
+from lora_kit.trackers import STATE, Curves, Trackers, claim_id
 
 TINY_BASE_BYTES = 100_000_000  # below it, two threads spend more time meeting than computing
 PACKAGES = ("lora_kit", "torch", "transformers", "peft", "accelerate", "tokenizers")
@@ -55,10 +58,17 @@ class Job:
     start: int
     journal: Journal
     manifest: dict[str, Any]
+    trackers: Trackers
 
 
 def prepare_job(
-    recipe: Recipe, run: OpenRun, processes: Processes, console: Console, *, accept: Sequence[str] = ()
+    recipe: Recipe,
+    run: OpenRun,
+    processes: Processes,
+    console: Console,
+    trackers: Trackers,
+    *,
+    accept: Sequence[str] = (),
 ) -> Job:
     """Load data, base and adapter, check the resume contract, and go to where the run stopped.
 
@@ -83,6 +93,7 @@ def prepare_job(
     base = load_base(source, recipe.base, processes.device)
     embedding = cast(torch.Tensor, base.get_input_embeddings().weight)
     check_tokenizer_fits(renderer.tokenizer, len(embedding), used=data.train)
+    check_context(data, base.config)
     if latest is None:
         warn_of_left_out(find_targets(base, recipe.adapter), console)
         warn_of_untrained(untrained_labels(data.train, embedding), renderer, console)
@@ -119,6 +130,7 @@ def prepare_job(
         start,
         Journal(run.folder),
         manifest,
+        trackers,
     )
     if processes.is_main:
         announce(job, rows, accept, console)
@@ -162,6 +174,21 @@ def warn_of_left_out(targets: Targets, console: Console) -> None:
         )
 
 
+def check_context(data: Prepared, config: PretrainedConfig) -> None:
+    """Refuse examples that have more positions than the base was made for.
+
+    Raises:
+        DataError: Names the longest example and the limit.
+    """
+    longest = max(int(tokens.lengths.max()) for tokens in (data.train, data.validation) if tokens)
+    context = config.to_dict().get("max_position_embeddings")
+    if context and longest > context:
+        raise DataError(
+            f"data.sequence_length: the longest example has {longest:,} tokens, the base was made for {context:,}; "
+            f"set data.sequence_length={context} and data.overlong to drop or truncate"
+        )
+
+
 def template_of(renderer: Renderer) -> str:
     """Return the chat template in use; empty when there is none, as for raw text."""
     return str(renderer.template or renderer.tokenizer.chat_template or "")
@@ -201,7 +228,7 @@ def lineage(latest: Checkpoint | None, rows: Sequence[Row]) -> list[dict[str, An
 def announce(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Console) -> None:
     """Write the run's beginning to its logs and say what will be trained."""
     run, plan, train = job.run, job.plan, job.data.train
-    job.journal.cut(job.start)
+    track(job)
     (run.folder / "recipe.yaml").write_text(dump(job.recipe))
     facts = {"step": job.start, "steps": plan.steps, "processes": job.processes.count}
     if run.latest is None:
@@ -215,10 +242,34 @@ def announce(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Cons
     counts = job.data.summary["train"]
     console.say(
         f"data: {len(train):,} examples ({counts['format']}), {counts['tokens']:,} tokens, "
-        f"{counts['trained_share']:.0%} trained; {job.manifest['resolved']}"
+        f"{counts['trained_share']:.0%} of them trained"
     )
     for note in job.data.summary["notes"]:
         console.warn(note)
     if plan.padded:
         console.warn("this model mixes examples that are packed into one row, so it trains on padded rows: slower")
-    console.say(f"{job.processes.count} process(es) on {job.processes.device.type}; {job.manifest['claim']['level']}")
+    resolved, exact = job.manifest["resolved"], job.manifest["claim"]["level"] == "bitwise"
+    threads = f", {resolved['threads']} thread(s) each" if resolved["threads"] else ""
+    console.say(
+        f"{job.processes.count} process(es) on {job.processes.device.type}{threads}; {resolved['layout']} rows, "
+        f"{resolved['attention']} attention; a resume is exact {'to the bit' if exact else 'to rounding'}"
+    )
+
+
+def track(job: Job) -> None:
+    """Cut the journal back to where the run goes on, and let the trackers follow it from there."""
+    run, settings, fingerprints = job.run, job.recipe.track, job.manifest["fingerprints"]
+    known = run.run_id
+    if settings.names or (run.folder / STATE).is_file():
+        known = claim_id(
+            run.folder, run.run_id, start=job.start, reached=run.reached, recipe=job.recipe, fingerprints=fingerprints
+        )
+    job.journal.cut(job.start)
+    sections = job.manifest["recipe"] | {name: job.manifest[name] for name in ("fingerprints", "versions")}
+    facts = {
+        f"{section}.{key}": str(value) if isinstance(value, (list, dict)) else value
+        for section, fields in sections.items()
+        for key, value in fields.items()
+    }
+    name = settings.run or run.folder.resolve().name
+    job.trackers.begin(settings.names, Curves(settings.project, name, known, run.folder, facts), job.journal)

@@ -53,7 +53,8 @@ class Journal:
         A torn event must go too: the next one would be written onto its line and be lost with it.
         """
         _rewrite(self.run / METRICS, [record for record in _lines(self.run / METRICS) if record["step"] <= step])
-        _rewrite(self.run / EVENTS, list(_lines(self.run / EVENTS)))
+        kept = [one for one in _lines(self.run / EVENTS) if one["kind"] != "sample" or one["step"] <= step]
+        _rewrite(self.run / EVENTS, kept)
 
 
 def _text(record: Mapping[str, Any]) -> str:
@@ -134,8 +135,9 @@ def summary(run: Path) -> Status:
     begun = [event for event in events if event["kind"] in ("started", "resumed")]
     seconds = sum(record["tokens"] / record["tokens_per_second"] for record in metrics if record["tokens_per_second"])
     stall = sum(record["stall_seconds"] for record in metrics)
+    ends = [event["kind"] for event in events if event["kind"] != "fault"]  # a tracker's may come after the end
     return Status(
-        state=STATES.get(events[-1]["kind"], "training or interrupted"),
+        state=STATES.get(ends[-1] if ends else "", "training or interrupted"),
         step=metrics[-1]["step"] if metrics else 0,
         steps=begun[-1]["steps"] if begun else None,
         loss=metrics[-1]["loss"] if metrics else None,

@@ -28,6 +28,7 @@ from lora_kit.schema import (
     Optim,
     Recipe,
     Section,
+    Track,
     Train,
 )
 
@@ -40,6 +41,7 @@ __all__ = [
     "Objective",
     "Optim",
     "Recipe",
+    "Track",
     "Train",
     "difference",
     "dump",

@@ -15,7 +15,9 @@ FRACTION = Annotated[float, Field(gt=0, lt=1)]
 class Section(BaseModel):
     """A part of a recipe; frozen, and a key that it does not know is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Base(Section):
@@ -127,13 +129,29 @@ class Checkpoint(Section):
     """A durable checkpoint after every so many steps, and after the last."""
     keep: int = Field(3, ge=2)
     """How many of the newest stay."""
+    best: bool = False
+    """Keep the one with the lowest held-out loss too; takes `evaluate.every_steps`."""
 
 
 class Evaluate(Section):
-    """What is measured at the end, of base and adapter."""
+    """What is measured on held-out examples: at the end of base and adapter, and on the way of the adapter."""
 
+    every_steps: int | None = Field(None, gt=0)
+    """Measure the held-out loss after every so many steps, and keep a checkpoint there."""
     generate: int = Field(0, ge=0)
-    """How many validation examples are answered by generation, for exact match."""
+    """How many validation examples are answered by generation at the end, for exact match; the first answers are also
+    logged at every evaluation on the way."""
+
+
+class Track(Section):
+    """Trackers that follow metrics.jsonl. They find their servers and credentials where they always do."""
+
+    names: Annotated[tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...], Field(strict=False)] = ()
+    """Which; their packages come with `lora_kit[trackers]`."""
+    project: str = Field("lora_kit", min_length=1)
+    """What groups runs: project of wandb and trackio, experiment of MLflow."""
+    run: str | None = Field(None, min_length=1)
+    """The run's name there; by default that of its folder."""
 
 
 class Recipe(Section):
@@ -147,6 +165,7 @@ class Recipe(Section):
     train: Train
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate = Evaluate()
+    track: Track = Track()
 
     _folder: Path = PrivateAttr(default_factory=Path.cwd)
 
@@ -156,10 +175,14 @@ class Recipe(Section):
         return self._folder
 
     @model_validator(mode="after")
-    def _room_for_the_longest(self) -> "Recipe":
+    def _fields_that_need_each_other(self) -> "Recipe":
         if self.train.micro_batch_tokens < self.data.sequence_length:
             raise ValueError(
                 f"train.micro_batch_tokens is {self.train.micro_batch_tokens}, less than data.sequence_length "
                 f"({self.data.sequence_length}); an example is never split, so raise the one or lower the other"
             )
+        if self.evaluate.every_steps and self.data.validation is None:
+            raise ValueError("evaluate.every_steps needs held-out examples; set data.validation")
+        if self.checkpoint.best and not self.evaluate.every_steps:
+            raise ValueError("checkpoint.best needs losses to compare; set evaluate.every_steps")
         return self

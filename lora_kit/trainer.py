@@ -7,16 +7,14 @@ else in this file moves it on by one, writes it down or shows it.
 
 import json
 import signal
-import statistics
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from safetensors.numpy import save as safetensors_bytes
@@ -31,46 +29,15 @@ from lora_kit.console import Console
 from lora_kit.data.order import micro_batch_seed
 from lora_kit.data.packing import MicroBatch, collate, reduction_schedule
 from lora_kit.errors import CheckpointError, Stopped
+from lora_kit.generation import answer
 from lora_kit.job import Job, prepare_job
-from lora_kit.journal import Journal
 from lora_kit.objective import sft
 from lora_kit.processes import Processes
 from lora_kit.recipe import Recipe
+from lora_kit.run import Run, show, write_result
+from lora_kit.trackers import following, require
 
-
-@dataclass(frozen=True)
-class Run:
-    """A run's folder, read back."""
-
-    folder: Path
-
-    @property
-    def metrics(self) -> list[dict[str, Any]]:
-        """A record for every finished step."""
-        return Journal(self.folder).read_metrics()
-
-    @property
-    def checkpoints(self) -> list[Path]:
-        """The committed checkpoints, oldest first, valid or not."""
-        return store.folders(self.folder)[::-1]
-
-    @property
-    def latest(self) -> Path:
-        """The newest checkpoint that verifies.
-
-        Raises:
-            CheckpointError: There is none.
-        """
-        found = store.find(self.folder).latest
-        if found is None:
-            raise CheckpointError(f"{self.folder}: no checkpoint here verifies; train first, or ask `lora-kit verify`")
-        return found.path
-
-    @property
-    def result(self) -> dict[str, Any]:
-        """The content of result.json; empty before the run has finished."""
-        path = self.folder / "result.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+SAMPLES = 2  # answers that an evaluation on the way writes to the log
 
 
 def train(recipe: Recipe, out: str | Path, *, accept: Sequence[str] = ()) -> Run:
@@ -88,8 +55,13 @@ def train(recipe: Recipe, out: str | Path, *, accept: Sequence[str] = ()) -> Run
     """
     processes = Processes.start(recipe.base.dtype)
     console = Console(silent=not processes.is_main)
-    with stop_signals() as stop_wanted, held(processes, Path(out), console) as run:
-        job = prepare_job(recipe, run, processes, console, accept=accept)
+    processes.main_decides(lambda: require(recipe.track.names))
+    with (
+        stop_signals() as stop_wanted,
+        held(processes, Path(out), console) as run,
+        following(run.folder, console) as trackers,
+    ):
+        job = prepare_job(recipe, run, processes, console, trackers, accept=accept)
         state, plan = job.state, job.plan
         numbers, stall = None, 0.0
         console.begin(plan.steps, job.start)
@@ -117,9 +89,10 @@ def train(recipe: Recipe, out: str | Path, *, accept: Sequence[str] = ()) -> Run
             state.gradient.zero_()
             # 5. durable
             stall, done = 0.0, step + 1
-            if stop or done % recipe.checkpoint.every_steps == 0 or done == plan.steps:
-                stop, numbers = settle(job, numbers, console) or stop, None
-                stall = save(job, done, console)
+            held_out = measure(job, done, console) if due(done, recipe.evaluate.every_steps) else None
+            if stop or held_out or due(done, recipe.checkpoint.every_steps) or done == plan.steps:
+                stop, numbers = settle(job, numbers, console, held_out) or stop, None
+                stall = save(job, done, console, held_out)
                 if stop:
                     raise stopped(job, done)
         finish(job, console, stop_wanted)
@@ -212,7 +185,28 @@ class Numbers:
     stall_seconds: float
 
 
-def settle(job: Job, numbers: Numbers, console: Console) -> bool:
+def due(done: int, every: int | None) -> bool:
+    """Return whether something that happens every so many steps happens after `done` steps."""
+    return every is not None and done % every == 0
+
+
+def measure(job: Job, done: int, console: Console) -> float:
+    """Return the adapter's held-out loss after `done` steps, and log its first answers."""
+    held_out = evaluation.held_out_of(job.recipe, job.data, job.renderer, padded=job.plan.padded)
+    assert held_out is not None
+    loss_alone, few = replace(held_out, prompts=()), held_out.prompts[:SAMPLES]
+    score = evaluation.score(job.model, job.renderer, loss_alone, processes=job.processes, tick=console.tick)
+    if job.processes.is_main and few:
+        texts = answer(job.model, job.renderer.tokenizer, [one.ids for one in few], held_out.how)
+        for one, text in zip(few, texts, strict=True):
+            prompt = job.renderer.tokenizer.decode(one.ids)
+            sample = {"step": done, "prompt": prompt, "expected": one.expected, "answer": text}
+            job.journal.event("sample", **sample)
+            job.trackers.log(sample)
+    return score.loss
+
+
+def settle(job: Job, numbers: Numbers, console: Console, held_out_loss: float | None = None) -> bool:
     """Write a finished step's line; return whether any process wants to stop."""
     loss, stop = numbers.loss_and_stop.tolist()
     groups = job.plan.micro_batches(numbers.step)
@@ -228,12 +222,15 @@ def settle(job: Job, numbers: Numbers, console: Console) -> bool:
             "tokens_per_second": round(tokens / numbers.seconds, 1),
             "stall_seconds": round(numbers.stall_seconds, 4),
         }
+        if held_out_loss is not None:
+            record["held_out_loss"] = held_out_loss
         job.journal.metrics(record)
+        job.trackers.log(record)
         console.step(record, job.plan.steps)
     return stop > 0
 
 
-def save(job: Job, done: int, console: Console) -> float:
+def save(job: Job, done: int, console: Console, held_out_loss: float | None = None) -> float:
     """Commit a checkpoint after `done` steps; return the seconds the loop waited.
 
     A full or failing disk does not end the run: the earlier checkpoints are untouched, the failure is said each time.
@@ -246,10 +243,15 @@ def save(job: Job, done: int, console: Console) -> float:
             ADAPTER_CONFIG: (json.dumps(saved_config(job.model), indent=2) + "\n").encode(),
             OPTIMIZER: safetensors_bytes(job.state.optimizer_arrays()),
         }
-        moving = {"step": done, "examples_seen": job.plan.examples_seen(done), "skipped_steps": []}
+        moving = {
+            "step": done,
+            "examples_seen": job.plan.examples_seen(done),
+            "skipped_steps": [],
+            "held_out_loss": held_out_loss,
+        }
         try:
             committed = store.commit(job.run.folder, files, job.manifest | moving)
-            store.prune(job.run.folder, job.recipe.checkpoint.keep)
+            store.prune(job.run.folder, job.recipe.checkpoint.keep, best=job.recipe.checkpoint.best)
             job.journal.event("checkpoint", step=done, bytes=committed.size, seconds=time.perf_counter() - began)
         except CheckpointError as error:
             job.journal.event("fault", step=done, what=str(error))
@@ -272,14 +274,13 @@ def stopped(job: Job, done: int) -> Stopped:
 
 def finish(job: Job, console: Console, stop_wanted: threading.Event) -> None:
     """Evaluate base and adapter, write result.json and show the table; done already, say so."""
-    path = job.run.folder / "result.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
+    known = Run(job.run.folder).result
     if known.get("step") == job.plan.steps:
         console.say(
             f"{job.run.folder} has finished its {job.plan.steps} steps; nothing is left to do. To go on: "
             f"--set train.steps={2 * job.plan.steps} --accept train.steps"
         )
-        show(job, known, console)
+        show(Run(job.run.folder), job.recipe, console)
         return
 
     def tick(what: str) -> None:
@@ -292,48 +293,8 @@ def finish(job: Job, console: Console, stop_wanted: threading.Event) -> None:
     if held_out is not None:
         scores = evaluation.compare(job.model, job.renderer, held_out, processes=job.processes, tick=tick)
     if job.processes.is_main:
-        result = result_of(job, evaluation.plain(scores))
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(result, indent=2) + "\n")
-        partial.replace(path)
+        weights = sum(file.stat().st_size for file in job.source.folder.glob("*.safetensors"))
+        write_result(Run(job.run.folder), job.plan.steps, evaluation.plain(scores), base_bytes=weights)
         job.journal.event("finished", step=job.plan.steps)
         console.end()
-        show(job, result, console)
-
-
-def result_of(job: Job, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of result.json."""
-    rates = [record["tokens_per_second"] for record in job.journal.read_metrics()]
-    checkpoint = store.open_checkpoint(store.checkpoint_folder(job.run.folder, job.plan.steps))
-    weights = sum(file.stat().st_size for file in job.source.folder.glob("*.safetensors"))
-    return {
-        "step": job.plan.steps,
-        "metrics": metrics,
-        "tokens_per_second": round(statistics.median(rates), 1),
-        "checkpoint_bytes": checkpoint.size,
-        "base_bytes": weights,
-        "adapter": str(checkpoint.path.relative_to(job.run.folder)),
-    }
-
-
-def show(job: Job, result: dict[str, Any], console: Console) -> None:
-    """Show what was gained, what it cost, where it is and what to type next."""
-    folder, adapter = job.run.folder, job.run.folder / result["adapter"]
-    rows = []
-    for name, one in result["metrics"].items():
-        match = "" if one["exact_match"] is None else f", exact match {one['exact_match']:.1%} of {one['answered']}"
-        rows.append((f"held-out, {name}", f"loss {one['loss']:.4f}, perplexity {one['perplexity']:.2f}{match}"))
-    share = result["checkpoint_bytes"] / result["base_bytes"]
-    rows += [
-        ("speed", f"{result['tokens_per_second']:,.0f} tokens/s (median step)"),
-        (
-            "checkpoint",
-            f"{result['checkpoint_bytes']:,} bytes; the base has {result['base_bytes']:,} ({share:.1%})",
-        ),
-        ("adapter", str(adapter)),
-        ("try it", f'lora-kit generate {folder} "your prompt"'),
-        ("look closer", f"lora-kit status {folder}"),
-    ]
-    synthetic = job.recipe.base.repo.startswith("builtin:")
-    note = "base and data are synthetic, made for this demonstration (lora_kit/assets/README.md)" if synthetic else ""
-    console.table(f"{folder}: {result['step']} steps done", rows, caption=note)
+        show(Run(job.run.folder), job.recipe, console)

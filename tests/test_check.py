@@ -1,6 +1,7 @@
 """What a check says is what training would meet: the counts are exact, the preview marks what is trained."""
 
 import html
+import io
 import json
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -95,6 +97,22 @@ def test_the_preview_marks_exactly_the_trained_tokens(recipe_file, data_file):
     assert str(shown) == expected
     assert html.escape(first[0]["content"]) in shown._repr_html_()
     assert shown._repr_html_().count("<span") == sum(message["role"] == "assistant" for message in first)
+
+
+def test_the_preview_keeps_the_blank_before_an_answer(recipe_file, tmp_path, shared_data):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "The end:", "completion": " hi you two"}\n')
+    changes = [f"base.repo={shared_data / 'stories260k-hf'}", f"data.train={tmp_path / 'pairs.jsonl'}"]
+    assert str(preview(load_recipe(recipe_file, changes))).endswith("The end:⟦ hi you two</s>⟧")
+
+
+@pytest.mark.parametrize("colours", [None, "truecolor"])
+def test_trained_tokens_stand_out_with_and_without_colours(recipe_file, colours):
+    console = Console(file=io.StringIO(), color_system=colours, force_terminal=True, no_color=False, soft_wrap=True)
+    console.print(check(load_recipe(recipe_file)))
+    shown = console.file.getvalue()
+    marked = "⟦" in shown and "</s>⟧" in shown
+    assert marked is (colours is None)
+    assert ("\x1b[30;42m" in shown) is (colours is not None)
 
 
 def test_a_check_says_how_many_steps_and_tokens_there_will_be(recipe_file, tmp_path):

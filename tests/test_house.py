@@ -18,7 +18,20 @@ LAYERS = [
     {"recipe", "schema", "journal", "console"},
     {"data", "source", "base", "adapter", "targets", "objective", "processes", "kernels"},
     {"checkpoint", "supervise", "optim"},
-    {"trainer", "job", "check", "shapes", "evaluation", "generation", "export", "hub", "report", "drill"},
+    {
+        "trainer",
+        "job",
+        "run",
+        "trackers",
+        "check",
+        "shapes",
+        "evaluation",
+        "generation",
+        "export",
+        "hub",
+        "report",
+        "drill",
+    },
     {"cli", "__init__", "__main__", "integrations"},
 ]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "assets" not in path.parts)
@@ -81,7 +94,7 @@ def test_there_are_no_import_cycles():
 
 
 ONLY = {
-    "accelerate": {"processes", "base", "trainer"},
+    "accelerate": {"processes", "base", "trainer", "trackers"},
     "peft": {"adapter", "targets", "kernels", "generation", "evaluation", "job"},
 }
 
@@ -94,7 +107,7 @@ def test_only_a_few_rooms_import(library):
 
 
 LIGHT = ["recipe", "journal", "console", "errors", "cli", "data.order", "data.packing", "checkpoint.store"]
-LIGHT += ["checkpoint.lease", "supervise.launch", "source", "check", "shapes"]
+LIGHT += ["checkpoint.lease", "supervise.launch", "source", "check", "shapes", "trackers"]
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -109,6 +109,7 @@ def test_the_date_is_fixed_inside_a_macro_and_leaves_blanks_alone(renderer):
     [
         ((user("Hi?"), assistant("", tool_calls=[CALL])), None, "messages[1].tool_calls[0] (role assistant)"),
         ((user("Hi?"), assistant("x"), {"role": "tool", "content": "Hi?"}), None, "messages[2].content (role tool)"),
+        ((user("Hi?"), assistant("x"), {"role": "tool", "content": ""}), None, "messages[2].content (role tool)"),
         (({"role": "developer", "content": "x"}, user("x"), assistant("x")), None, "messages[0].content (role dev"),
         ((user("Hi?"), assistant("x")), TOOLS, "`tools`"),
     ],

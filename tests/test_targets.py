@@ -81,7 +81,7 @@ def test_every_unknown_name_is_refused_with_those_that_are_there():
 
 
 def test_what_peft_cannot_adapt_is_told_in_its_words():
-    with pytest.raises(RecipeError, match="adapter.targets: peft refuses .*dropout"):
+    with pytest.raises(RecipeError, match=r"adapter.targets: peft refuses .*dropout"):
         put(tiny("mixtral"), ("experts.down_proj",), dropout=0.1)
 
 

@@ -11,6 +11,7 @@ from chat_oracle import FAMILIES, expected, load_family, runs
 from conftest import make_tokenizer
 from transformers import AutoTokenizer
 
+from lora_kit.data import rendering
 from lora_kit.data.formats import Completion, Conversation
 from lora_kit.data.template import Renderer, prompt, tokenize, tokenize_all
 from lora_kit.errors import DataError
@@ -67,9 +68,7 @@ def test_the_tokens_are_those_of_transformers(family):
     assert made.ids == output["input_ids"]
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_random_conversations_are_as_the_oracle_says(family, seed):
-    renderer, oracle = family
+def random_conversation(seed):
     rng = random.Random(seed)
 
     def text():
@@ -91,10 +90,23 @@ def test_random_conversations_are_as_the_oracle_says(family, seed):
         ]
         return "a" + "".join(rng.choices(letters, k=rng.randint(0, 20))) + "z"
 
-    turns = [turn(text()) for _ in range(rng.randint(1, 4)) for turn in (user, assistant)]
-    example = Conversation(tuple(turns))
+    return Conversation(tuple(turn(text()) for _ in range(rng.randint(1, 4)) for turn in (user, assistant)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_conversations_are_as_the_oracle_says(family, seed):
+    renderer, oracle = family
+    example = random_conversation(seed)
     made = tokenize(example, renderer)
     assert runs(made.ids, made.trained, renderer.tokenizer) == expected(oracle(example))
+
+
+def test_the_fast_way_to_find_the_contents_agrees_with_the_slow_one(family):
+    renderer, _ = family
+    for example in (MULTI, WITH_SYSTEM, *map(random_conversation, range(10))):
+        text = rendering.apply(example, renderer)
+        at_once = rendering._places_at_once(example, renderer, text)
+        assert at_once == rendering._places_one_by_one(example, renderer, text)
 
 
 def test_a_prompt_and_its_answer_are_the_training_text(family):
@@ -108,12 +120,10 @@ def test_a_prompt_and_its_answer_are_the_training_text(family):
     assert answer.endswith("Bye.")
 
 
+CALL_TEXT = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>'
 TOOL_CALLS = {
-    "qwen2.5": ['<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>', "Yes.<|im_end|>"],
-    "qwen3": [
-        '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>',
-        "<think>\n\n</think>\n\nYes.<|im_end|>",
-    ],
+    "qwen2.5": [CALL_TEXT, "Yes.<|im_end|>"],
+    "qwen3": [CALL_TEXT, "<think>\n\n</think>\n\nYes.<|im_end|>"],
     "qwen2.5-synthetic": "leaves out messages[1].tool_calls[0]",
     "phi-4-mini": "leaves out messages[1].tool_calls[0]",
     "phi-4-mini-reasoning": "leaves out messages[1].tool_calls[0]",
@@ -121,7 +131,7 @@ TOOL_CALLS = {
     "gemma-4": "the chat template ends messages[1] with",
     "gpt-oss": "cannot render user, assistant, tool, assistant: 'dict object' has no attribute 'name'",
     "smollm3": "leaves out messages[1].tool_calls[0]",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -47,28 +47,22 @@ TRAITS = _words(
 )
 JOBS = _words("baker clerk cook doctor driver farmer fisher guard judge miller nurse painter pilot poet sailor teacher")
 TIMES = _words("day evening morning night spring summer sunday week winter year")
-# `name` comes before `other` in each, and animal and place once
 STORIES = (
     "{name} the {job} found a {trait} {animal} near the {place}. It ate {food} and slept all {time}.",
-    "{name} the {job} found a {trait} {animal} near the {place}. {other} gave them {food}.",
     "One {time}, {name} saw a {trait} {animal} at the {place}. It was {feeling} and liked {food}.",
-    "One {time}, {name} saw a {trait} {animal} at the {place}. {other} the {job} laughed.",
-    "At the {place}, a {trait} {animal} ran up to {name}. They shared some {food} with {other}.",
+    "At the {place}, a {trait} {animal} ran up to {name}. They shared some {food} that {time}.",
     "A {trait} {animal} lived by the {place}, and {name} fed it. It liked {food}, but not {second}.",
-    "{name} went to the {place} to look for a lost {animal}. {other} the {job} brought {food}.",
+    "{name} went to the {place} to look for a lost {animal}. The {job} there brought {food}.",
     "{name} had a {trait} {animal} that liked {food}. Every {time} they walked to the {place}.",
-    "{name} the {job} had a {trait} {animal}. Last {time} they met {other} at the {place}.",
-    "{name} bought a {trait} {animal} for {other}. The {place} was {feeling} that {time}.",
-    "{name} and {other} worked at the {place}. One {time} a {trait} {animal} came in and ate the {food}.",
-    "In the {place}, {name} sold {food} to {other}. A {trait} {animal} watched them every {time}.",
+    "{name} worked at the {place}. One {time} a {trait} {animal} came in and ate the {food}.",
     "The {place} was {feeling}. {name} sat there with a {trait} {animal} and {food} all {time}.",
-    "{name} was a {feeling} {job} at the {place}. The {trait} {animal} of {other} ate {food} there.",
+    "{name} was a {feeling} {job} at the {place}. A {trait} {animal} ate {food} there.",
+    "In the {place}, {name} sold {food}. A {trait} {animal} watched it all every {time}.",
 )
 ENDINGS = (
     "{name} was glad.",
     "{name} and the {animal} went home.",
     "The {animal} of the {place} was {trait}.",
-    "So {name} called it {other}.",
     "{name} still thinks of the {place}.",
 )
 QUESTIONS = {
@@ -89,7 +83,7 @@ KEYS = _words(
 )
 ONSETS = _words("b br c d dr f g gl h j k l m n p pl qu r s st t th tr v w x y z")
 CODAS = ("", "", "l", "n", "r", "s")
-SHARES = {"story": 40, "record": 20, "copying": 25, "questions": 15}  # percent of the documents
+SHARES = {"story": 16, "record": 11, "copying": 13, "questions": 20, "facts": 40}  # percent of the documents
 
 
 @dataclass(frozen=True)
@@ -136,7 +130,7 @@ def story(rng: Random, *, reserved: bool = False) -> Story:
         "food": food,
     }
     trait, feeling = rng.sample(TRAITS, 2)
-    words = facts | {"second": second, "trait": trait, "feeling": feeling, "other": invented_name(rng)}
+    words = facts | {"second": second, "trait": trait, "feeling": feeling}
     words |= {"job": rng.choice(JOBS), "time": rng.choice(TIMES)}
     frame = rng.choice(STORIES)
     return Story(frame.format(**words), {key: value for key, value in facts.items() if f"{{{key}}}" in frame})
@@ -146,7 +140,7 @@ def story_document(rng: Random) -> str:
     """Return a micro-story, often with a title or an ending that mentions its words again."""
     one = story(rng)
     title = f"{one.facts['name']} and the {one.facts['animal']}\n" if rng.random() < 0.3 else ""
-    ending = rng.choice(ENDINGS).format(**one.facts, other=invented_name(rng), trait=rng.choice(TRAITS))
+    ending = rng.choice(ENDINGS).format(**one.facts, trait=rng.choice(TRAITS))
     return title + one.text + (" " + ending if rng.random() < 0.5 else "") + END
 
 
@@ -222,6 +216,24 @@ def questions_document(rng: Random) -> str:
     return system + "".join(turn("user", question) + turn("assistant", held) for question, held in turns)
 
 
+def facts_document(rng: Random) -> str:
+    """Return a story and some of its facts in any order: lines, assignments, a table row or a list, never JSON."""
+    one = story(rng)
+    keys = rng.sample(list(one.facts), rng.randint(1, len(one.facts)))
+    style = rng.randrange(4)
+    if style == 0:
+        told = "\n".join(f"{key}: {one.facts[key]}" for key in keys)
+    elif style == 1:
+        told = "; ".join(f"{key}={one.facts[key]}" for key in keys)
+    elif style == 2:
+        told = "| " + " | ".join(f"{key} {one.facts[key]}" for key in keys) + " |"
+    else:
+        told = ", ".join(one.facts[key] for key in keys)
+    if rng.random() < 0.5:
+        return turn("user", f"{one.text}\n{', '.join(keys)}") + turn("assistant", told)
+    return f"{one.text}\n{told}{END}"
+
+
 def document(rng: Random) -> str:
     """Return one document of the pretraining text, with the token that ends it."""
     kind = rng.choices(list(SHARES), weights=list(SHARES.values()))[0]
@@ -229,6 +241,8 @@ def document(rng: Random) -> str:
         return story_document(rng)
     if kind == "record":
         return record(rng)[0] + END
+    if kind == "facts":
+        return facts_document(rng)
     return copying_document(rng) if kind == "copying" else questions_document(rng)
 
 

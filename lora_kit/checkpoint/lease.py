@@ -7,6 +7,7 @@ to be dead at once, without clocks. Each new holder gets a higher token, and eve
 import json
 import os
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import psutil
 from lora_kit.errors import LeaseError
 
 FILE = "lease.json"
+PATIENCE_SECONDS = 0.5  # a killed holder takes a moment to be gone
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,11 @@ def take(run: Path) -> Lease:
     """
     path = run / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    current = _read(path)
-    holder = current.get("holder")
-    if holder is not None and _alive(holder):
+    patience = time.monotonic() + PATIENCE_SECONDS
+    while _alive((current := _read(path)).get("holder")) and time.monotonic() < patience:
+        time.sleep(0.02)
+    holder = current.get("holder") or {}
+    if _alive(holder):
         raise LeaseError(
             f"{run}: process {holder['pid']} on {holder['host']} is training here; wait for it, stop it, or use "
             f"another --out (if that machine is gone, delete {path})"
@@ -73,7 +77,9 @@ def _boot_id() -> str:
     return linux.read_text().strip() if linux.exists() else str(int(psutil.boot_time()))
 
 
-def _alive(holder: dict[str, Any]) -> bool:
+def _alive(holder: dict[str, Any] | None) -> bool:
+    if not holder:
+        return False
     if holder["host"] != socket.gethostname():
         return True
     if holder["boot"] != _boot_id():

@@ -36,6 +36,7 @@ VERDICTS: dict[str, Verdict] = {  # the first pattern that fits a key decides
     "train.activation_checkpointing": "accept",
     "checkpoint.*": "harmless",
     "evaluate.*": "harmless",
+    "track.*": "harmless",
     "fingerprints.validation": "harmless",
     "fingerprints.*": "refused",
     "versions.*": "harmless",

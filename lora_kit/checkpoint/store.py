@@ -194,12 +194,26 @@ def set_aside(run: Path, path: Path, reason: str) -> Path:
     return target
 
 
-def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what an interrupted commit left; the newest must verify."""
+def best_of(run: Path) -> Path | None:
+    """Return the checkpoint whose manifest has the lowest held-out loss, the newest of equals; None without any."""
+    losses: dict[Path, float] = {}
+    for path in folders(run):
+        with contextlib.suppress(CheckpointError):
+            loss = _read_manifest(path / MANIFEST).get("held_out_loss")
+            if loss is not None:
+                losses[path] = loss
+    return min(losses, key=lambda path: losses[path]) if losses else None
+
+
+def prune(run: Path, keep: int, *, best: bool = False) -> None:
+    """Delete all but the newest `keep` checkpoints and, if wanted, the best; the newest must verify."""
     newest_first = folders(run)
     if newest_first:
         open_checkpoint(newest_first[0])
+    spared = best_of(run) if best else None
     for old in newest_first[max(2, keep) :]:
+        if old == spared:
+            continue
         doomed = old.with_name(f".tmp-old-{old.name}")  # a half-deleted folder must not look like a checkpoint
         with contextlib.suppress(OSError):
             old.rename(doomed)

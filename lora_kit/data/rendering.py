@@ -93,6 +93,13 @@ class Renderer:
         )
 
 
+class Place(NamedTuple):
+    """Where a message's content stands in the rendered text, in characters."""
+
+    begin: int
+    end: int
+
+
 class Answer(NamedTuple):
     """Where one answer stands in the rendered text, in characters.
 
@@ -154,11 +161,11 @@ def render(example: Example, renderer: Renderer) -> Rendered:
     if isinstance(example, Completion):
         return Rendered(example.prompt + example.completion, boundary=len(example.prompt))
     text = apply(example, renderer)
-    variants = _variants(example, renderer, text)
+    places = _places_at_once(example, renderer, text) or _places_one_by_one(example, renderer, text)
     if renderer.train_on == "all":
         return Rendered(text)
     tagged = _tags(example, renderer) if "endgeneration" in renderer.chat_template else None
-    answers = [_find(example, index, text, variants, renderer, tagged is not None) for index in example.answers]
+    answers = [_find(example, index, text, places, renderer, tagged is not None) for index in example.answers]
     return Rendered(text, tuple(answers), tagged=tagged)
 
 
@@ -200,28 +207,54 @@ def _tags(conversation: Conversation, renderer: Renderer) -> list[bool]:
     return [bool(mark) for mark in output["assistant_masks"]]
 
 
-def _variants(conversation: Conversation, renderer: Renderer, text: str) -> list[list[str]]:
-    """Return for each message the renderings in which one part of that message is another.
+def _places_at_once(conversation: Conversation, renderer: Renderer, text: str) -> list[Place] | None:
+    """Return where each message's content stands, from one more rendering; None where that settles nothing.
+
+    The rendering has a mark for each content. What stands between the marks, with the contents between, must give the
+    text again.
+    """
+    if conversation.tools or any("tool_calls" in message for message in conversation.messages):
+        return None
+    marks = [f"\ue000{index}\ue001" for index in range(len(conversation.messages))]
+    marked = (message | {"content": mark} for message, mark in zip(conversation.messages, marks, strict=True))
+    rest = apply(replace(conversation, messages=tuple(marked)), renderer)
+    places, end = [], 0
+    for message, mark in zip(conversation.messages, marks, strict=True):
+        between, found, rest = rest.partition(mark)
+        content = message["content"]
+        begin = end + len(between)
+        forms = [form for form in (content, content.strip()) if text.startswith(between + form, end)]
+        if not found or not forms or mark in rest:
+            return None
+        end = begin + len(forms[0])
+        places.append(Place(begin, end))
+    return places if text[end:] == rest else None
+
+
+def _places_one_by_one(conversation: Conversation, renderer: Renderer, text: str) -> list[Place]:
+    """Return where each message's content and tool calls stand, from a rendering with each of these parts changed.
 
     Raises:
         DataError: A part makes no difference: the template leaves it out.
     """
     remedy = "bring a template that renders it (data.template), or take it out of the record"
-    renderings = []
+    places = []
     for index, message in enumerate(conversation.messages):
-        found = []
+        begin, end = len(text), 0
         for part, changed in _changed(message):
             messages = (*conversation.messages[:index], changed, *conversation.messages[index + 1 :])
-            found.append(apply(replace(conversation, messages=messages), renderer))
-            if found[-1] == text:
+            other = apply(replace(conversation, messages=messages), renderer)
+            if other == text:
                 place = f"messages[{index}].{part} (role {message['role']})"
                 raise DataError(f"the chat template leaves out {place}; {remedy}")
-        renderings.append(found)
+            begin = min(begin, _common_prefix(text, other))
+            end = max(end, len(text) - _common_prefix(text[::-1], other[::-1]))
+        places.append(Place(begin, end))
     if conversation.tools:
         others = tuple(tool | {"function": tool["function"] | {"name": "x" * 9}} for tool in conversation.tools)
         if apply(replace(conversation, tools=others), renderer) == text:
             raise DataError(f"the chat template leaves out `tools`; {remedy}")
-    return renderings
+    return places
 
 
 def _changed(message: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -246,42 +279,35 @@ def _unlike(text: str) -> str:
 
 
 def _find(
-    conversation: Conversation,
-    index: int,
-    text: str,
-    variants: list[list[str]],
-    renderer: Renderer,
-    tagged: bool,
+    conversation: Conversation, index: int, text: str, places: list[Place], renderer: Renderer, tagged: bool
 ) -> Answer:
     """Find the answer messages[index] in the rendered text.
 
     Raises:
         DataError: What comes before the answer is not what generation would start from.
     """
-    label, own = f"messages[{index}]", variants[index]
+    label, own = f"messages[{index}]", places[index]
     before = replace(conversation, messages=conversation.messages[:index])
     beginning = apply(before, renderer, prompting=True)
-    end = len(text) - min(_common_suffix(text, other) for other in own)
-    if index + 1 < len(variants):
-        limit = min(_common_prefix(text, other) for other in variants[index + 1])
+    if index + 1 < len(places):
+        limit = places[index + 1].begin
     else:  # what a template adds only when no answer is asked for, as Phi's does, is not the answer's
         limit = _common_prefix(text, apply(conversation, renderer, prompting=True))
     if not text.startswith(beginning):
         if tagged:  # the tags say where the answer begins; it is after the message before
-            start = len(text) - min(_common_suffix(text, other) for other in variants[index - 1])
-            return Answer(label, start, end, limit)
+            return Answer(label, places[index - 1].end, own.end, limit)
         raise DataError(
-            f"the chat template renders what comes before {label} differently once the answer is there, so "
-            "it is not certain where the answer begins; train on later answers only (`weight: 0` in this "
-            "message), or bring a template with {% generation %} (data.template)"
+            f"the chat template renders what comes before {label} differently once the answer is there, so it is not "
+            "certain where the answer begins; train on later answers only (`weight: 0` in this message), or bring a "
+            "template with {% generation %} (data.template)"
         )
-    header = text[len(beginning) : min(_common_prefix(text, other) for other in own)]
+    header = text[len(beginning) : own.begin]
     if header.strip() and not tagged and beginning == apply(before, renderer):
         raise DataError(
-            f"the chat template does not heed add_generation_prompt and puts {header!r} before {label}; "
-            "bring one that does (data.template)"
+            f"the chat template does not heed add_generation_prompt and puts {header!r} before {label}; bring one that "
+            "does (data.template)"
         )
-    return Answer(label, len(beginning), end, limit)
+    return Answer(label, len(beginning), own.end, limit)
 
 
 def _common_prefix(first: str, second: str) -> int:
@@ -291,7 +317,3 @@ def _common_prefix(first: str, second: str) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if first[low:middle] == second[low:middle] else (low, middle - 1)
     return low
-
-
-def _common_suffix(first: str, second: str) -> int:
-    return _common_prefix(first[::-1], second[::-1])

@@ -1,7 +1,9 @@
 """Start several training processes on this machine, on torch's elastic agent, and keep their exit code."""
 
+import ctypes
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Sequence
@@ -11,6 +13,20 @@ from lora_kit.errors import Stopped
 from lora_kit.journal import Journal
 
 STOPPED = Stopped.exit_code
+OURS = "LORA_KIT_LAUNCHED"  # set for processes that `launch` starts
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def follow_launcher() -> None:
+    """End with the process that launched this one, on Linux: an orphan would hold the GPU and the run's lease.
+
+    Started by `launch`, it is killed, so that the run can be started again at once. Under another launcher it gets
+    SIGTERM and saves: `accelerate launch` does not pass that signal on to a single process (accelerate issue 2741).
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    last = signal.SIGKILL if OURS in os.environ else signal.SIGTERM
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, last)
 
 
 def launch(arguments: Sequence[str], *, processes: int, run: Path) -> int:
@@ -25,6 +41,7 @@ def launch(arguments: Sequence[str], *, processes: int, run: Path) -> int:
     """
     # the agent's shared store keeps a dead attempt's addresses (pytorch issue 135712); read when torch is imported
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ[OURS] = "1"
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

@@ -1,0 +1,73 @@
+"""Every verb teaches in its help, answers a script in JSON, and ends with the code that it promises."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import lora_kit as lk
+from lora_kit.cli import app
+
+VERBS = ("train", "check", "status", "verify", "generate", "eval")
+
+
+@pytest.fixture
+def run(recipe_file, tmp_path):
+    return lk.train(lk.load_recipe(recipe_file), tmp_path / "run")
+
+
+def ask(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.stdout
+
+
+def test_help_names_every_verb_and_each_verb_has_help():
+    told = ask("--help")
+    assert all(verb in told for verb in VERBS)
+    assert all(len(ask(verb, "--help")) > 200 for verb in VERBS)
+
+
+def test_no_arguments_show_the_help_and_a_wrong_verb_is_an_error():
+    assert "Usage" in CliRunner().invoke(app, []).output
+    assert CliRunner().invoke(app, ["trian"]).exit_code == 2
+
+
+def test_status_shows_how_far_a_run_is(run):
+    told = json.loads(ask("status", run.folder, "--json"))
+    assert (told["state"], told["step"], told["steps"], told["restarts"]) == ("finished", 8, 8, 0)
+    assert [entry["step"] for entry in told["checkpoints"]] == [8, 6, 3]
+    assert all(entry["valid"] and entry["bytes"] > 0 for entry in told["checkpoints"])
+    assert "step-00000008" in ask("status", run.folder)
+
+
+def test_status_and_verify_name_a_damaged_checkpoint_and_move_nothing(run):
+    damaged = run.latest / "optimizer.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    told = json.loads(ask("status", run.folder, "--json"))["checkpoints"]
+    assert [entry["valid"] for entry in told] == [False, True, True]
+    assert "BROKEN" in ask("verify", run.folder, code=1)
+    assert ask("verify", run.folder / "checkpoints" / "step-00000006") == "step-00000006: valid\n"
+    assert damaged.exists()
+
+
+def test_status_of_something_else_says_so(tmp_path):
+    result = CliRunner().invoke(app, ["status", str(tmp_path)])
+    assert result.exit_code == 2 and "not a run's folder" in result.stderr
+
+
+def test_generate_without_a_checkpoint_says_what_to_do(tmp_path):
+    result = CliRunner().invoke(app, ["generate", str(tmp_path), "hello"])
+    assert result.exit_code == 1 and "train first" in result.stderr
+
+
+def test_eval_prints_a_table(recipe_file, run):
+    told = ask("eval", recipe_file, run.folder, "--set", "data.validation=0.2")
+    assert "base" in told and "adapter" in told and "perplexity" in told
+
+
+def test_the_module_is_the_command(recipe_file):
+    done = subprocess.run([sys.executable, "-m", "lora_kit", "--help"], capture_output=True, text=True, check=True)
+    assert "lora-kit" in done.stdout

@@ -1,0 +1,71 @@
+"""Evaluation on the way changes no bit, keeps the best checkpoint, and a run's folder reads back."""
+
+import pytest
+from conftest import make_records, write_jsonl
+from runs import start, state_hash, train, wait_for_lines
+
+import lora_kit as lk
+from lora_kit.errors import CheckpointError, RecipeError
+
+
+@pytest.fixture
+def watched(tmp_path):
+    held_out = write_jsonl(tmp_path / "validation.jsonl", make_records(9, seed=5))
+    return [f"data.validation={held_out}", "evaluate.every_steps=2", "evaluate.generate=3"]
+
+
+def test_evaluating_on_the_way_changes_no_bit(recipe_file, tmp_path, watched):
+    lk.train(lk.load_recipe(recipe_file), tmp_path / "plain")
+    run = lk.train(lk.load_recipe(recipe_file, watched), tmp_path / "watched")
+    assert state_hash(tmp_path / "plain", 8) == state_hash(tmp_path / "watched", 8)
+    measured = {record["step"]: record["held_out_loss"] for record in run.metrics if "held_out_loss" in record}
+    assert list(measured) == [2, 4, 6, 8]
+    assert measured[8] == pytest.approx(run.result["metrics"]["adapter"]["loss"], rel=1e-6)
+
+
+def test_a_measured_loss_is_that_of_its_checkpoint(recipe_file, tmp_path, watched):
+    recipe = lk.load_recipe(recipe_file, [*watched, "checkpoint.keep=9"])
+    run = lk.train(recipe, tmp_path / "run")
+    measured = {record["step"]: record["held_out_loss"] for record in run.metrics if "held_out_loss" in record}
+    loss = lk.evaluate(recipe, run.folder / "checkpoints" / "step-00000004")["adapter"].loss
+    assert loss == pytest.approx(measured[4], rel=1e-6)
+
+
+def test_the_best_checkpoint_survives_pruning(recipe_file, tmp_path, watched):
+    changes = [*watched, "checkpoint.best=true", "checkpoint.keep=2", "train.steps=40", "optim.learning_rate=0.1"]
+    changes += ["optim.schedule=constant", "checkpoint.every_steps=100"]
+    run = lk.train(lk.load_recipe(recipe_file, changes), tmp_path / "run")
+    measured = {record["step"]: record["held_out_loss"] for record in run.metrics if "held_out_loss" in record}
+    lowest = min(measured, key=measured.get)
+    assert lowest < 36, "so large a rate must make it worse, or this proves nothing"
+    assert run.best is not None and run.best.name == f"step-{lowest:08d}"
+    assert [path.name for path in run.checkpoints] == [f"step-{step:08d}" for step in (lowest, 38, 40)]
+    assert run.result["best"] == f"checkpoints/step-{lowest:08d}"
+
+
+def test_answers_on_the_way_are_logged_once_also_after_a_kill(recipe_file, tmp_path, watched):
+    out = tmp_path / "run"
+    options = [part for change in watched for part in ("--set", change)]
+    process = start(recipe_file, out, *options)
+    wait_for_lines(out / "metrics.jsonl", 5, process)
+    process.kill()
+    process.wait()
+    train(recipe_file, out, *options)
+    events = [event for event in lk.Run(out).events if event["kind"] == "sample"]
+    assert [event["step"] for event in events] == [2, 2, 4, 4, 6, 6, 8, 8]
+    assert all(event["expected"] for event in events)
+
+
+def test_a_run_without_a_checkpoint_says_so(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint here verifies"):
+        _ = lk.Run(tmp_path).latest
+    assert lk.Run(tmp_path).result == {} and lk.Run(tmp_path).best is None
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [("evaluate.every_steps=2", "set data.validation"), ("checkpoint.best=true", "set evaluate.every_steps")],
+)
+def test_fields_that_need_others_say_which(recipe_file, change, told):
+    with pytest.raises(RecipeError, match=told):
+        lk.load_recipe(recipe_file, [change])

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
-
 from runs import start
+from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "lora_kit" / "assets" / "base"

@@ -96,7 +96,8 @@ def prepare_job(
     check_context(data, base.config)
     if latest is None:
         warn_of_left_out(find_targets(base, recipe.adapter), console)
-        warn_of_untrained(untrained_labels(data.train, embedding), renderer, console)
+        head = cast(torch.Tensor, (base.get_output_embeddings() or base.get_input_embeddings()).weight)
+        warn_of_untrained(untrained_labels(data.train, head), renderer, console)
     if latest is None or any(row.key == "base.attention" for row in rows):
         resolved |= choose_attention(base, recipe.base, processes.device)
     use_attention(base, resolved["attention"])

@@ -32,7 +32,8 @@ class Base(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What the base computes in; the adapter's master weights are always fp32."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """The attention implementation of transformers; auto is the model's own default."""
+    """The attention implementation of transformers; auto attends to each packed example by itself where a probe of the
+    model finds that right, and is the model's own default elsewhere. A run keeps what was chosen."""
     stop_token: str | None = None
     """The token that ends an answer; by default the tokenizer's end of sequence. A base that never saw that token in
     pretraining cannot learn to stop with it."""
@@ -72,7 +73,8 @@ class Adapter(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout before A; the only live dropout of the run."""
     targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = "all-linear"
-    """Which layers get an adapter: all linear ones (without the head), or a list of names."""
+    """Which layers get an adapter: all linear ones (not the head, and in a mixture neither routers nor experts), or a
+    list of names; experts are named like `experts.gate_up_proj`."""
 
 
 class Objective(Section):
@@ -163,6 +165,17 @@ class Hub(Section):
         return self
 
 
+class Track(Section):
+    """Trackers that follow metrics.jsonl. They find their servers and credentials where they always do."""
+
+    names: Annotated[tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...], Field(strict=False)] = ()
+    """Which; their packages come with `lora_kit[trackers]`."""
+    project: str = Field("lora_kit", min_length=1)
+    """What groups runs: project of wandb and trackio, experiment of MLflow."""
+    run: str | None = Field(None, min_length=1)
+    """The run's name there; by default that of its folder."""
+
+
 class Recipe(Section):
     """A whole recipe."""
 
@@ -175,6 +188,7 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate = Evaluate()
     hub: Hub = Hub()
+    track: Track = Track()
 
     _folder: Path = PrivateAttr(default_factory=Path.cwd)
 

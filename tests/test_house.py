@@ -16,12 +16,13 @@ PACKAGE = ROOT / "lora_kit"
 LAYERS = [
     {"errors"},
     {"recipe", "schema", "journal", "console"},
-    {"data", "source", "base", "adapter", "objective", "processes", "kernels"},
+    {"data", "source", "base", "adapter", "targets", "objective", "processes", "kernels"},
     {"checkpoint", "supervise", "optim"},
     {
         "trainer",
         "job",
         "run",
+        "trackers",
         "check",
         "shapes",
         "evaluation",
@@ -94,8 +95,8 @@ def test_there_are_no_import_cycles():
 
 
 ONLY = {
-    "accelerate": {"processes", "base", "trainer"},
-    "peft": {"adapter", "kernels", "generation", "evaluation", "job"},
+    "accelerate": {"processes", "base", "trainer", "trackers"},
+    "peft": {"adapter", "targets", "kernels", "generation", "evaluation", "job"},
 }
 
 
@@ -107,7 +108,7 @@ def test_only_a_few_rooms_import(library):
 
 
 LIGHT = ["recipe", "journal", "console", "errors", "cli", "data.order", "data.packing", "checkpoint.store"]
-LIGHT += ["checkpoint.lease", "supervise.launch", "source", "check", "shapes", "card", "hub"]
+LIGHT += ["checkpoint.lease", "supervise.launch", "source", "check", "shapes", "trackers", "card", "hub"]
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -1,11 +1,12 @@
 # Two commands do everything on a fresh machine with Python 3.11+ and make; either may come first.
 #   make quickstart   make .venv/ and run the main job on the embedded base and data
 #   make test         make .venv/ and run the tests
+#   make notebooks    write notebooks/*.ipynb anew, without outputs, from the texts beside them
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= runs/quickstart
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint notebooks clean
 quickstart: .venv/installed
 	$(BIN)/lora-kit train recipes/quickstart.yaml --out $(OUT)
 
@@ -16,6 +17,9 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+notebooks: .venv/installed
+	$(BIN)/jupytext --quiet --to notebook notebooks/*.py
 
 # torch first and exactly, so that no other package's looser range chooses it
 .venv/installed: pyproject.toml constraints.txt

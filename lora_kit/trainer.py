@@ -7,7 +7,6 @@ else in this file moves it on by one, writes it down or shows it.
 
 import json
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -64,7 +63,7 @@ def train(recipe: Recipe, out: str | Path, *, accept: Sequence[str] = ()) -> Run
         job = prepare_job(recipe, run, processes, console, trackers, accept=accept)
         state, plan = job.state, job.plan
         numbers, stall = None, 0.0
-        console.begin(plan.steps, job.start)
+        console.begin(plan.steps, job.start, job.journal.read_metrics())
         for step in range(job.start, plan.steps):
             began = time.perf_counter()
             partial_sums: list[Tensor] = []
@@ -100,7 +99,7 @@ def train(recipe: Recipe, out: str | Path, *, accept: Sequence[str] = ()) -> Run
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """Turn SIGTERM and SIGUSR1 into an event while the run lasts; SIGINT too, except in a notebook."""
+    """Turn SIGTERM, SIGUSR1 and SIGINT (a notebook's stop button) into an event while the run lasts."""
     wanted = threading.Event()
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -112,9 +111,7 @@ def stop_signals() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield wanted
         return
-    interactive = hasattr(sys, "ps1") or "ipykernel" in sys.modules
-    heard = [signal.SIGTERM, signal.SIGUSR1] + ([] if interactive else [signal.SIGINT])
-    before = {number: signal.signal(number, note) for number in heard}
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
         yield wanted
     finally:
@@ -134,6 +131,7 @@ def held(processes: Processes, folder: Path, console: Console) -> Iterator[OpenR
         console.end()
         if processes.is_main:
             run.lease.release()
+        processes.leave()
 
 
 def my_micro_batches(job: Job, step: int) -> Iterator[tuple[MicroBatch, int, int]]:

@@ -91,7 +91,8 @@ def prepare_job(
     check_tokenizer_fits(renderer.tokenizer, len(embedding), used=data.train)
     check_context(data, base.config)
     if latest is None:
-        warn_of_untrained(untrained_labels(data.train, embedding), renderer, console)
+        head = cast(torch.Tensor, (base.get_output_embeddings() or base.get_input_embeddings()).weight)
+        warn_of_untrained(untrained_labels(data.train, head), renderer, console)
         leaks = leaks_when_packed(base, base.config.vocab_size, processes.device)
         resolved |= {"layout": "padded" if leaks else "packed", "attention": base.config._attn_implementation}
     if recipe.train.activation_checkpointing:

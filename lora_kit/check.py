@@ -52,7 +52,9 @@ class Preview:
             for one in self.examples
         )
         return "".join(
-            f'<pre style="white-space:pre-wrap;border-left:3px solid #999;padding-left:8px">{one}</pre>' for one in runs
+            '<pre style="white-space:pre-wrap;font-family:monospace;border-left:3px solid #999;padding-left:8px;'
+            f'margin:8px 0">{one}</pre>'
+            for one in runs
         )
 
 
@@ -161,7 +163,7 @@ class Report:
             for part in self._parts()
             if isinstance(part, Text)
         )
-        return first + '<pre style="white-space:pre-wrap">' + "\n".join(lines) + "</pre>"
+        return first + '<pre style="white-space:pre-wrap;font-family:monospace">' + "\n".join(lines) + "</pre>"
 
     def _parts(self) -> Iterator[RenderableType]:
         if self.preview is not None:

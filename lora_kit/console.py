@@ -103,7 +103,7 @@ class Console:
     def end(self) -> None:
         """Take the bar away, leaving its last state."""
         if self._panel is not None:
-            self._panel.end()
+            self._panel.status("")
             self._panel = None
         if self._progress is not None:
             self._progress.stop()

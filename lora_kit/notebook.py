@@ -28,9 +28,9 @@ def curve(records: Sequence[Record], steps: int) -> str:
         steps: How many the run will have: where the picture ends on the right.
     """
     shown = [one for one in records if math.isfinite(one["loss"])]
-    shown = shown[:: math.ceil(len(shown) / MOST_POINTS)] + shown[-1:] if shown else []
     if len(shown) < 2:
         return ""
+    shown = shown[:: -math.ceil(len(shown) / MOST_POINTS)][::-1]  # the last always
     measured = [one for one in records if math.isfinite(one.get("held_out_loss", math.nan))]
     top = max([one["loss"] for one in shown] + [one["held_out_loss"] for one in measured]) or 1.0
     right, floor = WIDTH - RIGHT, HEIGHT - BOTTOM
@@ -82,15 +82,16 @@ def show(markup: str, text: str) -> Any:
 
 
 class Panel:
-    """A progress bar, the newest numbers and the loss so far, in one place below the cell."""
+    """A progress bar, the newest numbers and the loss so far, in one place below the cell.
+
+    In a process that a notebook forked, Jupyter drops what is displayed before the first line was printed.
+    """
 
     def __init__(self, steps: int, done: int, earlier: Sequence[Record]) -> None:
-        self._steps, self._done = steps, done
-        self._began_at = done
+        self._steps, self._done, self._began_at = steps, done, done
         self._records = list(earlier)
         self._numbers = self._status = ""
         self._began = time.monotonic()
-        self._updated = -math.inf
         self._handle: Any = None
         self._draw()
 
@@ -98,34 +99,27 @@ class Panel:
         """Add a finished step."""
         self._records.append(record)
         self._done, self._numbers, self._status = record["step"], numbers, ""
-        self._draw()
+        if time.monotonic() - self._drawn > SECONDS_BETWEEN_UPDATES:
+            self._draw()
 
     def status(self, what: str) -> None:
-        """Say what is being done when no step can be shown."""
+        """Say what is being done when no step can be shown; nothing, to leave the last state on the page."""
         self._status = what
         self._draw()
 
-    def end(self) -> None:
-        """Leave the last state on the page."""
-        self._status = ""
-        self._updated = -math.inf
-        self._draw()
-
     def _draw(self) -> None:
-        if time.monotonic() - self._updated < SECONDS_BETWEEN_UPDATES:
-            return
-        self._updated = time.monotonic()
-        parts = (f"step {self._done} of {self._steps}", self._numbers, self._time(), self._status)
+        self._drawn = time.monotonic()
+        parts = (f"step {self._done} of {self._steps}", self._numbers, self._times(), self._status)
         text = " · ".join(part for part in parts if part)
         bar = f'<progress max="{self._steps}" value="{self._done}" style="width:200px;margin-right:10px"></progress>'
-        markup = f'<div style="{STYLE}"><div>{bar}{html.escape(text)}</div>{curve(self._records, self._steps)}</div>'
+        line = f'<div style="margin:4px 0">{bar}{html.escape(text)}</div>'
+        markup = f'<div style="{STYLE}">{line}{curve(self._records, self._steps)}</div>'
         if self._handle is None:
             self._handle = show(markup, text)
         else:
             self._handle.update({"text/html": markup, "text/plain": text}, raw=True)
 
-    def _time(self) -> str:
+    def _times(self) -> str:
         here, passed = self._done - self._began_at, time.monotonic() - self._began
-        if here == 0 or self._done >= self._steps:
-            return f"{passed:.0f} s"
-        return f"{passed:.0f} s, about {passed / here * (self._steps - self._done):.0f} s left"
+        left = passed / here * (self._steps - self._done) if here else 0
+        return f"{passed:.0f} s" + (f", about {left:.0f} s left" if left else "")

@@ -70,7 +70,8 @@ class Processes:
     def start(cls, dtype: str) -> "Processes":
         """Join the other processes of this launch, or be the only one."""
         refuse_contradictions(dict(os.environ), dtype)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed one
+        if torch.cuda.is_available():
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed one
         guest, threads = is_initialized(), torch.get_num_threads()
         accelerator = Accelerator(cpu=not torch.cuda.is_available())
         torch.use_deterministic_algorithms(accelerator.device.type == "cuda", warn_only=True)

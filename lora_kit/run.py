@@ -127,6 +127,7 @@ def show(run: Run, recipe: Recipe, console: Console) -> None:
     ]
     if result["best"] and result["best"] != result["adapter"]:
         rows.insert(-2, ("lowest held-out loss", str(run.folder / result["best"])))
-    synthetic = recipe.base.repo.startswith(BUILTIN)
-    note = "base and data are synthetic, made for this demonstration (lora_kit/assets/README.md)" if synthetic else ""
+    embedded = [name.startswith(BUILTIN) for name in (recipe.base.repo, recipe.data.train)]
+    note = "base and data are synthetic" if all(embedded) else "the base is synthetic" if embedded[0] else ""
+    note += ", made for this demonstration (lora_kit/assets/README.md)" if note else ""
     console.table(f"{run.folder}: {result['step']} steps done", rows, caption=note)

@@ -36,6 +36,7 @@ from lora_kit.recipe import Recipe
 from lora_kit.run import Run, show, write_result
 from lora_kit.trackers import following, require
 
+FORWARDED_SECONDS = 2.0  # a signal that comes again so soon is a launcher passing on what its processes had heard
 SAMPLES = 2  # answers that an evaluation on the way writes to the log
 
 
@@ -100,10 +101,13 @@ def train(recipe: Recipe, out: str | Path, *, accept: Sequence[str] = ()) -> Run
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
     """Turn SIGTERM, SIGUSR1 and SIGINT (a notebook's stop button) into an event while the run lasts."""
-    wanted = threading.Event()
+    wanted, first = threading.Event(), time.monotonic()
 
     def note(number: int, frame: FrameType | None) -> None:
-        if wanted.is_set():  # a second signal does not wait for the step
+        nonlocal first
+        if not wanted.is_set():
+            first = time.monotonic()
+        elif time.monotonic() - first > FORWARDED_SECONDS:  # a second signal does not wait for the step
             signal.signal(number, before[signal.Signals(number)])
             signal.raise_signal(number)
         wanted.set()

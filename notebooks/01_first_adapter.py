@@ -9,7 +9,7 @@
 # %% [markdown]
 # # Your first adapter
 #
-# In about a minute, on any computer, you will teach a small language model something that it cannot do, and see the
+# In a minute or two, on any computer, you will teach a small language model something that it cannot do, and see the
 # difference.
 #
 # The large model that you start from is called the **base**. It stays as it is. What you train is an **adapter**: a few
@@ -58,7 +58,7 @@ run = lk.train(recipe, "runs/first")
 # ## Before and after
 #
 # The same stories, answered without and with the adapter. Write some of your own! Keep them simple: the base knows only
-# a few hundred words.
+# a few hundred words, and even with the adapter it will not be right every time.
 
 # %%
 stories = [

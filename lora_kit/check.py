@@ -163,7 +163,12 @@ class Report:
             for part in self._parts()
             if isinstance(part, Text)
         )
-        return first + '<pre style="white-space:pre-wrap;font-family:monospace">' + "\n".join(lines) + "</pre>"
+        return (
+            first
+            + '<pre style="white-space:pre-wrap;word-break:normal;font-family:monospace">'
+            + "\n".join(lines)
+            + "</pre>"
+        )
 
     def _parts(self) -> Iterator[RenderableType]:
         if self.preview is not None:

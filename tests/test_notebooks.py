@@ -38,15 +38,15 @@ def executed(tmp_path_factory):
     shutil.copytree(ROOT / "recipes", place / "recipes")
     shutil.copytree(ROOT / "notebooks", place / "notebooks", ignore=shutil.ignore_patterns("runs", "orders"))
 
-    def run(name):
-        if name not in done:
+    def run(name, *more):
+        if (name, more) not in done:
             notebook = nbformat.read(place / "notebooks" / f"{name}.ipynb", as_version=4)
             (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-            parameters.source += f"\nchanges = {SHORT[name]}"
+            parameters.source += "\n".join(["", f"changes = {SHORT[name]}", *more])
             resources = {"metadata": {"path": str(place / "notebooks")}}
             nbclient.NotebookClient(notebook, timeout=300, resources=resources).execute()
-            done[name] = notebook
-        return done[name], place / "notebooks"
+            done[name, more] = notebook
+        return done[name, more], place / "notebooks"
 
     return run
 
@@ -96,6 +96,17 @@ def test_the_first_shows_progress_losses_and_both_answers(executed):
     assert text.count("before:") == text.count("after:") == 3
     assert "Not pushed: there is no Hub token" in text
     assert (place / "runs" / "first" / "result.json").is_file()
+
+
+def test_the_first_pushes_with_a_token_and_a_name(executed, monkeypatch, tmp_path):
+    standin = pytest.importorskip("hub_standin")
+    with standin.serve() as hub:
+        for name, value in standin.environment(hub, tmp_path).items():
+            monkeypatch.setenv(name, value)
+        executed("01_first_adapter")  # in the same folder, so that the second time nothing is left to train
+        notebook, _ = executed("01_first_adapter", "hub_name = 'me/first'")
+        assert "me/first" in "".join(outputs(notebook, "text/plain"))
+        assert "adapter_model.safetensors" in hub.files("me/first") and hub.repos["me/first"].private
 
 
 def test_the_second_colours_what_is_trained_and_finds_both_mistakes(executed):

@@ -8,7 +8,7 @@ many processes there are (1, 2, 4, 8, ...; for other numbers the result is equal
 import atexit
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -64,8 +64,8 @@ class Processes:
     """
 
     accelerator: Accelerator
-    guest: bool
-    threads: int
+    guest: bool = True
+    threads: int = field(default_factory=torch.get_num_threads)
 
     @classmethod
     def start(cls, dtype: str) -> "Processes":

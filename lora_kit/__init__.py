@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lora_kit.generation import generate as generate
     from lora_kit.generation import load as load
     from lora_kit.hub import push as push
+    from lora_kit.merging import merge as merge
     from lora_kit.recipe import load_recipe as load_recipe
     from lora_kit.run import Run as Run
     from lora_kit.trainer import train as train
@@ -40,6 +41,7 @@ _HOME = {
     "generate": "generation",
     "evaluate": "evaluation",
     "push": "hub",
+    "merge": "merging",
 }
 
 __all__ = list(_HOME)

@@ -128,13 +128,21 @@ class FlatState:
             [f"{name}.{SECOND_MOMENT}" for name in self.names], second
         )
 
+    def load_weights(self, adapter: Mapping[str, np.ndarray]) -> None:
+        """Copy a saved adapter into the weights alone.
+
+        Raises:
+            CheckpointError: A name or a shape does not match this run's adapter.
+        """
+        _fill(self.names, self._split(self.weights), adapter)
+
     def load(self, adapter: Mapping[str, np.ndarray], optimizer: Mapping[str, np.ndarray]) -> None:
         """Copy saved tensors into the buffers.
 
         Raises:
             CheckpointError: A name or a shape does not match this run's adapter.
         """
-        _fill(self.names, self._split(self.weights), adapter)
+        self.load_weights(adapter)
         for moment, suffix in zip(self.moments, (FIRST_MOMENT, SECOND_MOMENT), strict=True):
             mine = {
                 name.removesuffix(f".{suffix}"): array for name, array in optimizer.items() if name.endswith(suffix)

@@ -8,7 +8,8 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +36,13 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a field, e.g. optim.learning_rate=1e-4."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
+
+
+class Precision(StrEnum):
+    """Of a merged model's weights."""
+
+    bfloat16 = "bfloat16"
+    float32 = "float32"
 
 
 @contextmanager
@@ -64,6 +72,10 @@ def train(
     accept: Annotated[
         list[str], typer.Option(metavar="KEY", help="Go on although this key of the resume contract changed.")
     ] = [],  # noqa: B006
+    start_from: Annotated[
+        str | None,
+        typer.Option("--from", metavar="PATH", help="Begin with this adapter, or go back to this run's checkpoint."),
+    ] = None,
 ) -> None:
     """Train a recipe; the same command starts, resumes and, when all is done, says so."""
     with errors_told():
@@ -80,10 +92,11 @@ def train(
             arguments = ["train", str(recipe), "--out", str(out)]
             arguments += [part for text in set_ for part in ("--set", text)]
             arguments += [part for text in accept for part in ("--accept", text)]
+            arguments += ["--from", start_from] if start_from else []
             raise typer.Exit(launch(arguments, processes=wanted, run=out))
         from lora_kit import trainer
 
-        trainer.train(loaded, out, accept=accept)
+        trainer.train(loaded, out, accept=accept, start_from=start_from)
 
 
 def _gpus() -> int:
@@ -210,6 +223,65 @@ def newest(path: Path) -> Path:
     from lora_kit.hub import checkpoint_at
 
     return checkpoint_at(path)
+
+
+@app.command()
+def chat(
+    path: Weights,
+    system: Annotated[str | None, typer.Option(help="What the conversation begins with.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+) -> None:
+    """Talk to a trained adapter; `/adapter off` compares with the base, `/help` says what else there is."""
+    with errors_told():
+        from lora_kit import chat as chatting
+        from lora_kit import generation
+
+        model, tokenizer = generation.load(newest(path))
+        print("/help for the commands, Ctrl-D to leave", file=sys.stderr)
+        chatting.chat(
+            model,
+            tokenizer,
+            _typed(),
+            lambda piece: print(piece, end="", flush=True),
+            system=system,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+        )
+
+
+def _typed() -> Iterator[str]:
+    """Yield lines until Ctrl-D or Ctrl-C; a terminal gets a prompt and a history."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    with suppress(ImportError):
+        import readline  # noqa: F401  (input() uses it once it is there)
+    with suppress(EOFError, KeyboardInterrupt):
+        while True:
+            yield input("> ")
+
+
+@app.command()
+def merge(
+    path: Weights,
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="A new folder for the merged model.")],
+    dtype: Annotated[Precision | None, typer.Option(help="Of the weights (default: as in training).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fold an adapter into its base and say how far the merged model is from the two apart."""
+    with errors_told():
+        from lora_kit import merging
+
+        merged = merging.merge(newest(path), out, dtype=dtype and dtype.value)
+        if as_json:
+            _print_json(merged.to_dict())
+            return
+        print(
+            f"{merged.folder}: merged in {merged.dtype}; over {merged.positions} positions the largest difference of a "
+            f"logit is {merged.largest_difference:.3g} (of at most {merged.largest_logit:.3g}), and "
+            f"{merged.top1_agreement:.2%} have the same likeliest token"
+        )
 
 
 @app.command("eval")

@@ -1,13 +1,15 @@
 """Load a trained adapter and let it answer: greedy or sampled text from prompts, batched by length."""
 
 import json
-from collections.abc import Sequence
+import threading
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 
 from lora_kit.base import load_base
 from lora_kit.checkpoint import store
@@ -21,7 +23,7 @@ from lora_kit.source import load_renderer, locate, pinned_base, set_up_tokenizer
 
 
 def load(
-    path: str | Path, *, base: str | Path | None = None, device: str | None = None
+    path: str | Path, *, base: str | Path | None = None, device: str | None = None, dtype: str | None = None
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load a checkpoint's base and adapter, ready to answer, with the tokenizer and template of its training.
 
@@ -29,6 +31,7 @@ def load(
         path: A checkpoint's folder, a run's for its newest, or a Hub name, `user/name` or `user/name@revision`.
         base: The base's folder, if it is not where the training had it.
         device: Where to put it; by default a GPU if there is one.
+        dtype: `bfloat16` or `float32`; by default as in training.
 
     Raises:
         CheckpointError: The checkpoint does not verify.
@@ -43,7 +46,8 @@ def load(
     if source.fingerprint != manifest["fingerprints"]["base"]:
         raise BaseError(f"{path}: was trained on other bytes of {source.name} than lie in {source.folder} now")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = PeftModel.from_pretrained(load_base(source, recipe.base, where), str(path))
+    wanted = recipe.base if dtype is None else recipe.base.model_copy(update={"dtype": dtype})
+    model = PeftModel.from_pretrained(load_base(source, wanted, where), str(path))
     tokenizer = load_renderer(source, recipe, template=manifest["template"]).tokenizer
     return model.eval(), set_up_tokenizer(tokenizer, recipe, manifest["template"])
 
@@ -93,17 +97,51 @@ def _answer_batch(model: PeftModel, prompts: list[Sequence[int]], how: Answering
     padding = how.stop_ids[0]
     ids = torch.tensor([[padding] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-    sampling = {"do_sample": True, "temperature": how.temperature} if how.temperature > 0 else {"do_sample": False}
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=how.max_new_tokens,
-        eos_token_id=list(how.stop_ids),
-        pad_token_id=padding,
-        use_cache=True,
-        **sampling,
-    )
+    output = model.generate(input_ids=ids, attention_mask=mask, **_settings(how))
     return [_until_stop(row.tolist(), how.stop_ids) for row in output[:, longest:]]
+
+
+def _settings(how: Answering) -> dict[str, Any]:
+    sampling = {"do_sample": True, "temperature": how.temperature} if how.temperature > 0 else {"do_sample": False}
+    return sampling | {
+        "max_new_tokens": how.max_new_tokens,
+        "eos_token_id": list(how.stop_ids),
+        "pad_token_id": how.stop_ids[0],
+        "use_cache": True,
+    }
+
+
+def stream(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], how: Answering
+) -> Generator[str, None, None]:
+    """Yield the answer to one prompt (token ids) piece by piece; closing the generator stops the model."""
+    pieces = TextIteratorStreamer(cast(Any, tokenizer), skip_prompt=True, skip_special_tokens=True)
+    unwanted, failed = threading.Event(), []
+
+    def run() -> None:
+        one = torch.tensor([list(ids)], device=next(model.parameters()).device)
+        try:
+            with torch.no_grad(), own_attention(model):
+                model.generate(
+                    input_ids=one,
+                    attention_mask=torch.ones_like(one),
+                    streamer=pieces,
+                    stopping_criteria=[lambda *_: unwanted.is_set()],
+                    **_settings(how),
+                )
+        except BaseException as error:  # told by the thread that reads
+            failed.append(error)
+            pieces.end()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield from (piece for piece in pieces if piece)
+    finally:
+        unwanted.set()
+        thread.join()
+    if failed:
+        raise failed[0]
 
 
 def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
@@ -138,12 +176,12 @@ def generate(
         temperature: 0 is greedy.
     """
     renderer = Renderer(tokenizer)
-    ids = [_user_prompt(text, renderer) for text in prompts]
+    ids = [prompt_ids([{"role": "user", "content": text}], renderer) for text in prompts]
     return answer(model, tokenizer, ids, Answering(stop_ids(renderer), max_new_tokens, temperature))
 
 
-def _user_prompt(text: str, renderer: Renderer) -> list[int]:
+def prompt_ids(messages: Sequence[dict[str, str]], renderer: Renderer) -> list[int]:
+    """Return what an answer to the last of some messages goes on from; without a template that message as it is."""
     if renderer.tokenizer.chat_template is None:
-        return renderer.tokenizer(text)["input_ids"]
-    asked = ({"role": "user", "content": text}, {"role": "assistant", "content": ""})
-    return prompt(Conversation(asked), renderer).ids
+        return renderer.tokenizer(messages[-1]["content"])["input_ids"]
+    return prompt(Conversation((*messages, {"role": "assistant", "content": ""})), renderer).ids

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 
 from lora_kit.adapter import FlatState, flatten, inject
 from lora_kit.base import choose_attention, load_base
-from lora_kit.checkpoint.resume import OpenRun, Row, contract, enforce, still_bitwise, table
+from lora_kit.checkpoint.resume import OpenRun, Row, contract, describe, enforce, enforce_origin, still_bitwise, table
 from lora_kit.checkpoint.store import ADAPTER, OPTIMIZER, Checkpoint
 from lora_kit.console import Console
 from lora_kit.data.plan import Plan, prepare_data
@@ -84,6 +84,8 @@ def prepare_job(
     latest = run.latest
     rows = [] if latest is None else contract(latest.manifest, recipe, facts)
     processes.main_decides(lambda: enforce(rows, accept, run.folder))
+    if run.origin is not None:
+        enforce_origin(run.origin, recipe, source.fingerprint)
     resolved: dict[str, Any] = (
         dict(latest.manifest["resolved"]) if latest else {"threads": threads_for(source, processes)}
     )
@@ -105,13 +107,13 @@ def prepare_job(
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = inject(base, recipe.adapter, seed=recipe.train.seed, name=source.name, revision=source.commit)
     state = flatten(model.train())
-    if latest is not None:
-        state.load(load_file(latest.path / ADAPTER), load_file(latest.path / OPTIMIZER))
+    fill(state, run)
     plan = Plan(recipe, data.train, resolved["layout"] == "padded")
     manifest = facts | {
         "template": renderer.template,
         "data": {name: data.summary[name] for name in ("train", "validation")},
         "run_id": run.run_id,
+        "origin": latest.manifest.get("origin") if latest else run.origin and describe(run.origin),
         "fencing_token": run.lease.token,
         "recipe": recipe.model_dump(mode="json"),
         "resolved": resolved,
@@ -137,6 +139,14 @@ def prepare_job(
     if processes.is_main:
         announce(job, rows, accept, console)
     return job
+
+
+def fill(state: FlatState, run: OpenRun) -> None:
+    """Give the adapter what the run goes on from, or begins with."""
+    if run.latest is not None:
+        state.load(load_file(run.latest.path / ADAPTER), load_file(run.latest.path / OPTIMIZER))
+    elif run.origin is not None:
+        state.load_weights(load_file(run.origin.path / ADAPTER))
 
 
 def observed(source: Source, renderer: Renderer, data: Prepared, processes: Processes) -> dict[str, dict[str, Any]]:
@@ -234,7 +244,7 @@ def announce(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Cons
     (run.folder / "recipe.yaml").write_text(dump(job.recipe))
     facts = {"step": job.start, "steps": plan.steps, "processes": job.processes.count}
     if run.latest is None:
-        job.journal.event("started", **facts, run_id=run.run_id)
+        job.journal.event("started", **facts, run_id=run.run_id, origin=job.manifest["origin"])
     else:
         job.journal.event("resumed", **facts, reached=run.reached, run_id=run.run_id)
         console.say(f"resuming {run.folder} after step {job.start} of {plan.steps}; compared with its checkpoint:")

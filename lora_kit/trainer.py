@@ -29,7 +29,7 @@ from lora_kit.data.order import micro_batch_seed
 from lora_kit.data.packing import MicroBatch, collate, reduction_schedule
 from lora_kit.errors import CheckpointError, Stopped
 from lora_kit.generation import answer
-from lora_kit.hub import push_finished
+from lora_kit.hub import checkpoint_at, push_finished
 from lora_kit.job import Job, prepare_job
 from lora_kit.objective import sft
 from lora_kit.processes import Processes
@@ -41,13 +41,15 @@ FORWARDED_SECONDS = 2.0  # a signal that comes again so soon is a launcher passi
 SAMPLES = 2  # answers that an evaluation on the way writes to the log
 
 
-def train(recipe: Recipe, out: str | Path, *, accept: Sequence[str] = ()) -> Run:
+def train(recipe: Recipe, out: str | Path, *, accept: Sequence[str] = (), start_from: str | Path | None = None) -> Run:
     """Train a recipe into a run's folder, going on where an earlier call stopped.
 
     Args:
         recipe: From `load_recipe`.
         out: The run's folder.
         accept: Keys of the resume contract whose change is wanted, e.g. `optim.learning_rate`.
+        start_from: A checkpoint, a run or a Hub name whose adapter a new run begins with; or one of this run's own
+            checkpoints to go back to (newer ones are set aside, not deleted).
 
     Raises:
         InputError: Recipe, data, base, launcher or folder cannot work; nothing was changed.
@@ -59,7 +61,7 @@ def train(recipe: Recipe, out: str | Path, *, accept: Sequence[str] = ()) -> Run
     processes.main_decides(lambda: require(recipe.track.names))
     with (
         stop_signals() as stop_wanted,
-        held(processes, Path(out), console) as run,
+        held(processes, Path(out), start_from, console) as run,
         following(run.folder, console) as trackers,
     ):
         job = prepare_job(recipe, run, processes, console, trackers, accept=accept)
@@ -129,9 +131,9 @@ def stop_signals() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def held(processes: Processes, folder: Path, console: Console) -> Iterator[OpenRun]:
+def held(processes: Processes, folder: Path, start_from: str | Path | None, console: Console) -> Iterator[OpenRun]:
     """Hold a run's folder for writing; the progress bar is taken away whatever happens."""
-    run = processes.main_decides(lambda: open_run(folder))
+    run = processes.main_decides(lambda: open_run(folder, checkpoint_at(start_from) if start_from else None))
     try:
         for notice in run.notices:
             console.warn(notice)

@@ -122,6 +122,18 @@ def recipe_file(tmp_path, base_folder, data_file):
 
 
 @pytest.fixture(scope="session")
+def trained_run(tmp_path_factory, base_folder, data_file):
+    """A finished run of four steps whose adapter answers other than its base."""
+    from lora_kit.recipe import load_recipe
+    from lora_kit.trainer import train
+
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "recipe.yaml").write_text(RECIPE.format(base=base_folder, data=data_file))
+    changes = ["train.steps=4", "optim.learning_rate=0.05", "checkpoint.every_steps=2"]
+    return train(load_recipe(folder / "recipe.yaml", changes), folder / "run").folder
+
+
+@pytest.fixture(scope="session")
 def shared_data():
     """Real models and datasets beside the checkout; tests that need them skip without."""
     folder = Path(__file__).parents[2] / "shared" / "data"

@@ -30,6 +30,8 @@ LAYERS = [
         "export",
         "hub",
         "card",
+        "chat",
+        "merging",
         "report",
         "drill",
     },
@@ -96,7 +98,7 @@ def test_there_are_no_import_cycles():
 
 ONLY = {
     "accelerate": {"processes", "base", "trainer", "trackers"},
-    "peft": {"adapter", "targets", "kernels", "generation", "evaluation", "job"},
+    "peft": {"adapter", "targets", "kernels", "generation", "evaluation", "job", "chat"},
 }
 
 

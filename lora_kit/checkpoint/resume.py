@@ -7,7 +7,7 @@ A resume compares what the manifest recorded with what is asked for now and sort
 import fnmatch
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -124,6 +124,7 @@ class OpenRun:
         lease: The right to write to it, with the fencing token.
         run_id: Made at the first start, the same ever after.
         latest: Where to go on; None for a new run.
+        origin: Whose adapter a new run begins with; None for a fresh one.
         reached: The newest step that metrics.jsonl showed when the run was opened.
         notices: What a person should know about opening it, such as a checkpoint that was set aside.
     """
@@ -132,33 +133,85 @@ class OpenRun:
     lease: Lease
     run_id: str
     latest: Checkpoint | None
+    origin: Checkpoint | None
     reached: int
     notices: tuple[str, ...]
 
 
-def open_run(folder: Path) -> OpenRun:
+def open_run(folder: Path, start_from: Path | None = None) -> OpenRun:
     """Take a run's lease, set aside what does not verify, and find where to go on.
+
+    Args:
+        folder: The run's.
+        start_from: A checkpoint: of this run, to go back to; of another, whose adapter a new run begins with.
 
     Raises:
         InputError: The folder holds something else.
         LeaseError: Another process is training there.
+        CheckpointError: `start_from` does not verify.
+        ContractError: The run there has begun with another adapter.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: a file, not a folder; choose another --out")
     known = {"checkpoints", "recipe.yaml", "lease.json", "events.jsonl"}
     if folder.is_dir() and (inside := {path.name for path in folder.iterdir()}) and not inside & known:
         raise InputError(f"{folder}: not empty and not a run's folder (it holds {min(inside)}); choose another --out")
+    origin = None if start_from is None else store.open_checkpoint(start_from)
     lease = take(folder)
     store.sweep(folder)
+    notices: list[str] = []
+    if origin is not None and origin.path.resolve().parent == (folder / "checkpoints").resolve():
+        notices += _go_back(folder, origin)
+        origin = None
     found = store.find(folder)
-    notices = []
     for path, reason in found.broken.items():
         if _still_broken(path):
             target = store.set_aside(folder, path, reason)
             going_on = f"step {found.latest.step}" if found.latest else "the start"
             notices.append(f"{reason}; moved to {target}, falling back to {going_on}")
     run_id = found.latest.manifest["run_id"] if found.latest else secrets.token_hex(8)
-    return OpenRun(folder, lease, run_id, found.latest, Journal(folder).last_step(), tuple(notices))
+    if origin is not None and found.latest and found.latest.manifest.get("origin") != describe(origin):
+        lease.release()
+        raise ContractError(
+            f"{folder}: a run that began with {found.latest.manifest.get('origin') or 'a fresh adapter'}, not with "
+            f"{describe(origin)}; leave --from out to go on with it, or use another --out"
+        )
+    return OpenRun(folder, lease, run_id, found.latest, origin, Journal(folder).last_step(), tuple(notices))
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what a manifest remembers of the checkpoint that its run began with."""
+    manifest = checkpoint.manifest
+    return {
+        "run_id": manifest["run_id"],
+        "step": manifest["step"],
+        "adapter": manifest["files"][store.ADAPTER]["sha256"],
+    }
+
+
+def _go_back(folder: Path, target: Checkpoint) -> Iterator[str]:
+    """Set aside every checkpoint that is newer than the target; nothing is deleted."""
+    for path in store.folders(folder):
+        if path.name > target.path.name:
+            kept = store.set_aside(folder, path, "went back")
+            yield f"going back to step {target.step}; {path.name} is kept in {kept}"
+    (folder / "result.json").unlink(missing_ok=True)
+
+
+def enforce_origin(origin: Checkpoint, recipe: Recipe, fingerprint: Any) -> None:
+    """Refuse to begin with an adapter that was made for another base or has another shape.
+
+    Raises:
+        ContractError: Names each difference.
+    """
+    then, now = origin.manifest["recipe"]["adapter"], recipe.model_dump(mode="json")["adapter"]
+    changed = [key for key in now if key != "dropout" and then[key] != now[key]]
+    wrong = [f"adapter.{key}: {then[key]} there, {now[key]} here" for key in changed]
+    if origin.manifest["fingerprints"]["base"] != fingerprint:
+        wrong.append("base: other bytes there")
+    if wrong:
+        told = "\n  ".join(wrong)
+        raise ContractError(f"{origin.path}: cannot be what this run begins with:\n  {told}")
 
 
 def _still_broken(path: Path) -> bool:

@@ -1,0 +1,62 @@
+"""A run may begin with an earlier adapter, or go back to one of its own checkpoints; neither loses anything."""
+
+import json
+import shutil
+
+import pytest
+from runs import state_hash, train
+from safetensors.numpy import load_file
+
+from lora_kit import trainer
+from lora_kit.adapter import FlatState
+from lora_kit.checkpoint import store
+from lora_kit.errors import ContractError
+from lora_kit.recipe import load_recipe
+
+
+def checkpoint(run, step):
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def test_going_back_repeats_the_same_bytes_and_keeps_what_was_newer(recipe_file, tmp_path):
+    run = tmp_path / "run"
+    train(recipe_file, run)
+    first = state_hash(run, 8)
+    printed = train(recipe_file, run, "--from", str(checkpoint(run, 6)), processes=2)
+    assert "going back to step 6" in printed and state_hash(run, 8) == first
+    assert store.open_checkpoint(run / "checkpoints" / store.QUARANTINE / "step-00000008.1").step == 8
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 9)) and json.loads((run / "result.json").read_text())["step"] == 8
+
+
+def test_a_new_run_begins_with_an_earlier_adapter_and_fresh_moments(recipe_file, tmp_path, trained_run, monkeypatch):
+    filled = []
+    fill = FlatState.load_weights
+    monkeypatch.setattr(FlatState, "load_weights", lambda self, a: (fill(self, a), filled.append(self.weights.clone())))
+    begun = load_file(checkpoint(trained_run, 4) / "adapter_model.safetensors")
+    recipe = load_recipe(recipe_file, ["train.steps=1"])
+    run = trainer.train(recipe, tmp_path / "run", start_from=trained_run)
+    assert sorted(filled[0].tolist()) == sorted(value for array in begun.values() for value in array.ravel().tolist())
+    manifest = store.open_checkpoint(run.latest).manifest
+    assert manifest["origin"]["step"] == 4 and manifest["origin"]["run_id"] != manifest["run_id"]
+    fresh = trainer.train(recipe, tmp_path / "fresh")
+    assert state_hash(run.folder, 1) != state_hash(fresh.folder, 1)
+    again = trainer.train(load_recipe(recipe_file, ["train.steps=1"]), tmp_path / "run", start_from=trained_run)
+    assert store.open_checkpoint(again.latest).manifest["origin"] == manifest["origin"]
+
+
+def test_an_adapter_that_does_not_fit_is_refused_with_every_difference(recipe_file, tmp_path, trained_run):
+    recipe = load_recipe(recipe_file, ["adapter.rank=8", "adapter.alpha=3"])
+    with pytest.raises(ContractError, match=r"(?s)adapter\.rank: 4 there, 8 here.*adapter\.alpha: 8 there, 3 here"):
+        trainer.train(recipe, tmp_path / "run", start_from=trained_run)
+    trainer.train(load_recipe(recipe_file, ["train.steps=1"]), tmp_path / "run")
+    with pytest.raises(ContractError, match=r"began with a fresh adapter, not with .*leave --from out"):
+        trainer.train(load_recipe(recipe_file, ["train.steps=1"]), tmp_path / "run", start_from=trained_run)
+
+
+def test_another_base_is_refused(recipe_file, tmp_path, trained_run, base_folder):
+    other = tmp_path / "other"
+    shutil.copytree(base_folder, other)
+    (other / "config.json").write_text((other / "config.json").read_text() + " ")
+    with pytest.raises(ContractError, match="base: other bytes there"):
+        trainer.train(load_recipe(recipe_file, [f"base.repo={other}"]), tmp_path / "run", start_from=trained_run)

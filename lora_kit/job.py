@@ -27,10 +27,12 @@ from lora_kit.data.template import Renderer
 from lora_kit.data.tokens import Prepared
 from lora_kit.data.vocabulary import check_tokenizer_fits, untrained_labels
 from lora_kit.errors import DataError
+from lora_kit.hub import unready
 from lora_kit.journal import Journal
 from lora_kit.processes import Processes
 from lora_kit.recipe import Recipe, dump, resolve_path
 from lora_kit.source import Source, load_renderer, locate
+from lora_kit.trackers import STATE, Curves, Trackers, claim_id
 
 TINY_BASE_BYTES = 100_000_000  # below it, two threads spend more time meeting than computing
 PACKAGES = ("lora_kit", "torch", "transformers", "peft", "accelerate", "tokenizers")
@@ -55,10 +57,17 @@ class Job:
     start: int
     journal: Journal
     manifest: dict[str, Any]
+    trackers: Trackers
 
 
 def prepare_job(
-    recipe: Recipe, run: OpenRun, processes: Processes, console: Console, *, accept: Sequence[str] = ()
+    recipe: Recipe,
+    run: OpenRun,
+    processes: Processes,
+    console: Console,
+    trackers: Trackers,
+    *,
+    accept: Sequence[str] = (),
 ) -> Job:
     """Load data, base and adapter, check the resume contract, and go to where the run stopped.
 
@@ -117,6 +126,7 @@ def prepare_job(
         start,
         Journal(run.folder),
         manifest,
+        trackers,
     )
     if processes.is_main:
         announce(job, rows, accept, console)
@@ -205,7 +215,7 @@ def lineage(latest: Checkpoint | None, rows: Sequence[Row]) -> list[dict[str, An
 def announce(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Console) -> None:
     """Write the run's beginning to its logs and say what will be trained."""
     run, plan, train = job.run, job.plan, job.data.train
-    job.journal.cut(job.start)
+    track(job)
     (run.folder / "recipe.yaml").write_text(dump(job.recipe))
     facts = {"step": job.start, "steps": plan.steps, "processes": job.processes.count}
     if run.latest is None:
@@ -221,7 +231,7 @@ def announce(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Cons
         f"data: {len(train):,} examples ({counts['format']}), {counts['tokens']:,} tokens, "
         f"{counts['trained_share']:.0%} of them trained"
     )
-    for note in job.data.summary["notes"]:
+    for note in [*job.data.summary["notes"], *unready(job.recipe)]:
         console.warn(note)
     if plan.padded:
         console.warn("this model mixes examples that are packed into one row, so it trains on padded rows: slower")
@@ -231,3 +241,22 @@ def announce(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Cons
         f"{job.processes.count} process(es) on {job.processes.device.type}{threads}; {resolved['layout']} rows, "
         f"{resolved['attention']} attention; a resume is exact {'to the bit' if exact else 'to rounding'}"
     )
+
+
+def track(job: Job) -> None:
+    """Cut the journal back to where the run goes on, and let the trackers follow it from there."""
+    run, settings, fingerprints = job.run, job.recipe.track, job.manifest["fingerprints"]
+    known = run.run_id
+    if settings.names or (run.folder / STATE).is_file():
+        known = claim_id(
+            run.folder, run.run_id, start=job.start, reached=run.reached, recipe=job.recipe, fingerprints=fingerprints
+        )
+    job.journal.cut(job.start)
+    sections = job.manifest["recipe"] | {name: job.manifest[name] for name in ("fingerprints", "versions")}
+    facts = {
+        f"{section}.{key}": str(value) if isinstance(value, (list, dict)) else value
+        for section, fields in sections.items()
+        for key, value in fields.items()
+    }
+    name = settings.run or run.folder.resolve().name
+    job.trackers.begin(settings.names, Curves(settings.project, name, known, run.folder, facts), job.journal)

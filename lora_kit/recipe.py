@@ -29,6 +29,7 @@ from lora_kit.schema import (
     Optim,
     Recipe,
     Section,
+    Track,
     Train,
 )
 
@@ -42,6 +43,7 @@ __all__ = [
     "Objective",
     "Optim",
     "Recipe",
+    "Track",
     "Train",
     "difference",
     "dump",

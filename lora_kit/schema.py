@@ -163,6 +163,17 @@ class Hub(Section):
         return self
 
 
+class Track(Section):
+    """Trackers that follow metrics.jsonl. They find their servers and credentials where they always do."""
+
+    names: Annotated[tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...], Field(strict=False)] = ()
+    """Which; their packages come with `lora_kit[trackers]`."""
+    project: str = Field("lora_kit", min_length=1)
+    """What groups runs: project of wandb and trackio, experiment of MLflow."""
+    run: str | None = Field(None, min_length=1)
+    """The run's name there; by default that of its folder."""
+
+
 class Recipe(Section):
     """A whole recipe."""
 
@@ -175,6 +186,7 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate = Evaluate()
     hub: Hub = Hub()
+    track: Track = Track()
 
     _folder: Path = PrivateAttr(default_factory=Path.cwd)
 

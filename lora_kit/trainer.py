@@ -36,6 +36,7 @@ from lora_kit.objective import sft
 from lora_kit.processes import Processes
 from lora_kit.recipe import Recipe
 from lora_kit.run import Run, show, write_result
+from lora_kit.trackers import following, require
 
 SAMPLES = 2  # answers that an evaluation on the way writes to the log
 
@@ -55,8 +56,13 @@ def train(recipe: Recipe, out: str | Path, *, accept: Sequence[str] = ()) -> Run
     """
     processes = Processes.start(recipe.base.dtype)
     console = Console(silent=not processes.is_main)
-    with stop_signals() as stop_wanted, held(processes, Path(out), console) as run:
-        job = prepare_job(recipe, run, processes, console, accept=accept)
+    processes.main_decides(lambda: require(recipe.track.names))
+    with (
+        stop_signals() as stop_wanted,
+        held(processes, Path(out), console) as run,
+        following(run.folder, console) as trackers,
+    ):
+        job = prepare_job(recipe, run, processes, console, trackers, accept=accept)
         state, plan = job.state, job.plan
         numbers, stall = None, 0.0
         console.begin(plan.steps, job.start)
@@ -189,12 +195,15 @@ def measure(job: Job, done: int, console: Console) -> float:
     """Return the adapter's held-out loss after `done` steps, and log its first answers."""
     held_out = evaluation.held_out_of(job.recipe, job.data, job.renderer, padded=job.plan.padded)
     assert held_out is not None
-    few = replace(held_out, prompts=held_out.prompts[:SAMPLES])
-    score = evaluation.score(job.model, job.renderer, few, processes=job.processes, tick=console.tick)
-    if job.processes.is_main and few.prompts:
-        texts = answer(job.model, job.renderer.tokenizer, [one.ids for one in few.prompts], few.how)
-        for one, text in zip(few.prompts, texts, strict=True):
-            job.journal.event("sample", step=done, expected=one.expected, answer=text)
+    loss_alone, few = replace(held_out, prompts=()), held_out.prompts[:SAMPLES]
+    score = evaluation.score(job.model, job.renderer, loss_alone, processes=job.processes, tick=console.tick)
+    if job.processes.is_main and few:
+        texts = answer(job.model, job.renderer.tokenizer, [one.ids for one in few], held_out.how)
+        for one, text in zip(few, texts, strict=True):
+            prompt = job.renderer.tokenizer.decode(one.ids)
+            sample = {"step": done, "prompt": prompt, "expected": one.expected, "answer": text}
+            job.journal.event("sample", **sample)
+            job.trackers.log(sample)
     return score.loss
 
 
@@ -217,6 +226,7 @@ def settle(job: Job, numbers: Numbers, console: Console, held_out_loss: float | 
         if held_out_loss is not None:
             record["held_out_loss"] = held_out_loss
         job.journal.metrics(record)
+        job.trackers.log(record)
         console.step(record, job.plan.steps)
     return stop > 0
 

@@ -22,6 +22,7 @@ LAYERS = [
         "trainer",
         "job",
         "run",
+        "trackers",
         "check",
         "shapes",
         "evaluation",
@@ -94,7 +95,7 @@ def test_there_are_no_import_cycles():
 
 
 ONLY = {
-    "accelerate": {"processes", "base", "trainer"},
+    "accelerate": {"processes", "base", "trainer", "trackers"},
     "peft": {"adapter", "kernels", "generation", "evaluation", "job"},
 }
 
@@ -107,7 +108,7 @@ def test_only_a_few_rooms_import(library):
 
 
 LIGHT = ["recipe", "journal", "console", "errors", "cli", "data.order", "data.packing", "checkpoint.store"]
-LIGHT += ["checkpoint.lease", "supervise.launch", "source", "check", "shapes", "card", "hub"]
+LIGHT += ["checkpoint.lease", "supervise.launch", "source", "check", "shapes", "trackers", "card", "hub"]
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -94,7 +94,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), "me/first").eval()
 with torch.no_grad():
     torch.save(model(torch.arange(40)[None]).logits, sys.argv[2])
-print(AutoTokenizer.from_pretrained("me/first").apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False))
+tokenizer = AutoTokenizer.from_pretrained("me/first")
+print(tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False))
 """
 
 
@@ -119,6 +120,13 @@ def test_a_damaged_download_is_not_loaded(hub, trained, base_folder):
     hub.files("me/first")["adapter_config.json"] += b" "
     with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
         lk.load("me/first", base=base_folder)
+
+
+def test_a_strangers_adapter_runs_no_code_unasked(hub, recipe_file, tmp_path):
+    run = lk.train(lk.load_recipe(recipe_file, ["train.steps=1", "base.trust_remote_code=true"]), tmp_path / "run")
+    lk.push(run.latest, "me/first")
+    with pytest.raises(HubError, match="asks to run the Python files of its base's repository; if you trust them"):
+        lk.load("me/first")
 
 
 PASSING = {
@@ -188,6 +196,16 @@ def test_offline_and_without_a_token_nothing_is_asked(hub, trained, monkeypatch)
     with pytest.raises(HubError, match="no token here; log in with `hf auth login` or set HF_TOKEN"):
         lk.push(trained.latest, "me/first")
     assert hub.requests == []
+
+
+def test_a_run_that_will_push_says_at_its_start_that_it_has_no_token(hub, recipe_file, tmp_path, monkeypatch, capsys):
+    recipe = lk.load_recipe(recipe_file, ["train.steps=1", "hub.repo=me/run"])
+    assert door.unready(recipe) == []
+    monkeypatch.delenv("HF_TOKEN")
+    run = lk.train(recipe, tmp_path / "run")
+    before, _, after = capsys.readouterr().out.partition("step 1/1")
+    assert "no token here to push to me/run at the end" in before and "no token here; log in" in after
+    assert run.result["step"] == 1
 
 
 def test_private_never_means_public(hub, trained):
@@ -305,8 +323,9 @@ def test_a_base_from_the_hub_is_pinned_and_found_again(hub, recipe_file, tmp_pat
         return done.stdout
 
     changes = [part for change in [*SHORT, "base.repo=them/base", "hub.repo=me/run"] for part in ("--set", change)]
-    told = run("train", recipe_file, "--out", tmp_path / "run", *changes)
+    told = run("train", recipe_file, "--out", tmp_path / "run", "--processes", 2, *changes)
     assert f"pushed to {hub.url}/me/run" in told
+    assert len(hub.commits("me/run")) == 1
     files = hub.files("me/run")
     assert json.loads(files["adapter_config.json"])["revision"] == commit.id
     assert "base_model: them/base\n" in files["README.md"].decode() and commit.id in files["README.md"].decode()

@@ -37,6 +37,7 @@ VERDICTS: dict[str, Verdict] = {  # the first pattern that fits a key decides
     "checkpoint.*": "harmless",
     "evaluate.*": "harmless",
     "hub.*": "harmless",
+    "track.*": "harmless",
     "fingerprints.validation": "harmless",
     "fingerprints.*": "refused",
     "versions.*": "harmless",

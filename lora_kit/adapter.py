@@ -6,6 +6,7 @@ the optimizer step, the norm, the reduction and a snapshot are one operation on 
 
 import logging
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from lora_kit.data.order import mix
 from lora_kit.errors import CheckpointError, RecipeError
 from lora_kit.recipe import Adapter
+from lora_kit.targets import find_targets, refuse_others
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it where installed, and it talks
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
@@ -39,32 +41,28 @@ def inject(base: PreTrainedModel, adapter: Adapter, *, seed: int, name: str, rev
         revision: The base's commit, likewise.
 
     Raises:
-        RecipeError: A target names no linear layer of this base.
+        RecipeError: A target names no layer of this base, or one that peft cannot adapt.
     """
-    targets = adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets)
+    targets = find_targets(base, adapter)
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
-        target_modules=targets,
+        target_modules=list(targets.modules),
+        target_parameters=list(targets.experts) or None,
         task_type="CAUSAL_LM",
     )
-    paths = [path for path, _ in base.named_modules()]
-    for target in [] if isinstance(targets, str) else targets:
-        if not any(path == target or path.endswith(f".{target}") for path in paths):
-            linear = sorted({path.rpartition(".")[2] for path, module in base.named_modules() if _is_linear(module)})
-            raise RecipeError(f"adapter.targets: {target!r} is no layer of the base; it has {', '.join(linear)}")
-    model = get_peft_model(base, config)
+    try:
+        model = get_peft_model(base, config)
+    except ValueError as error:
+        raise RecipeError(f"adapter.targets: peft refuses {adapter.targets}: {error}") from error
+    refuse_others(targets, (name.removeprefix("base_model.model.") for name, _ in _trainable(model)))
     # peft would write the path that was loaded
     config.base_model_name_or_path, config.revision = name, revision
     for parameter_name, parameter in _trainable(model):
         if ".lora_A." in parameter_name:
             parameter.data.copy_(initial_a(parameter, mix(seed, 3, *saved_name(parameter_name).encode())))
     return model
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def initial_a(like: Tensor, seed: int) -> Float32[Tensor, "rank inputs"]:
@@ -179,6 +177,31 @@ def flatten(model: nn.Module) -> FlatState:
         parameter.data, parameter.grad = weight, grad
     state.assert_views()
     return state
+
+
+def refuse_unreached(state: FlatState) -> None:
+    """Check that the gradient of a run's first step reached every layer of the adapter.
+
+    A's gradient is zero while B is zero, so a layer is unreached when neither has one. An expert that is a layer of its
+    own may be without tokens in one step, and is let through.
+
+    Raises:
+        RecipeError: Names the tensors that would stay as they are.
+    """
+    touched = torch.stack([piece.any() for piece in state._split(state.gradient)]).tolist()
+    layers = [name.partition(".lora_")[0] for name in state.names]
+    reached = {layer for layer, any_of_it in zip(layers, touched, strict=True) if any_of_it}
+    still = [
+        name
+        for name, layer in zip(state.names, layers, strict=True)
+        if layer not in reached and not re.search(r"\.experts\.\d+\.", layer)
+    ]
+    if still:
+        names = "\n".join(f"  {name}" for name in still[:20]) + ("\n  ..." if len(still) > 20 else "")
+        raise RecipeError(
+            f"adapter.targets: {len(still)} tensors got no gradient in the first step; the base does not use their "
+            f"layers here, so leave them out:\n{names}"
+        )
 
 
 def saved_config(model: PeftModel) -> dict[str, Any]:

@@ -9,11 +9,12 @@ import warnings
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from lora_kit.data.packing import MicroBatch
 from lora_kit.errors import BaseError
+from lora_kit.kernels.attention import SEGMENT, Segments, attention_of, own_attention, use_attention
 from lora_kit.objective import model_inputs
 from lora_kit.recipe import Base
 from lora_kit.source import Source
@@ -56,27 +57,59 @@ def load_base(source: Source, base: Base, device: torch.device) -> PreTrainedMod
     return model.requires_grad_(False)
 
 
-@torch.no_grad()
-def leaks_when_packed(model: nn.Module, vocabulary: int, device: torch.device) -> bool:
-    """Return whether examples packed into one row touch each other in this model.
+def choose_attention(model: PreTrainedModel, base: Base, device: torch.device) -> dict[str, str]:
+    """Find out how this model trains fastest among the ways that are right, and leave it set so.
 
-    Two examples together are compared with each alone; only the model itself can tell. A model that takes no position
-    ids counts as leaking.
+    Returns:
+        What a run resolves: `attention`, and `layout` (packed or padded).
+    """
+    own, vocabulary = attention_of(model), model.config.get_text_config().vocab_size
+    if base.attention == "auto" and use_attention(model, SEGMENT):
+        if not leaks_when_packed(model, vocabulary, device):
+            return {"attention": SEGMENT, "layout": "packed"}
+        use_attention(model, own)
+    leaks = leaks_when_packed(model, vocabulary, device)
+    return {"attention": own, "layout": "padded" if leaks else "packed"}
+
+
+@torch.no_grad()
+def leaks_when_packed(model: PreTrainedModel, vocabulary: int, device: torch.device) -> bool:
+    """Return whether examples packed into one row touch each other in this model, or see other than they should.
+
+    Two examples together are compared with each alone under the model's own attention; only the model itself can tell.
+    A model that takes no position ids, or whose windows attention by segment is not told of, counts as leaking.
     """
     first, second = (np.arange(start, start + length) * 7 % vocabulary for start, length in ((3, 17), (5, 30)))
-    together = _probe([first, second])
+    inputs = model_inputs(model, _probe([first, second]), device)
     try:
-        logits = model(**model_inputs(together, device)).logits[0]
-    except TypeError:
+        logits = model(**inputs).logits[0]
+    except (TypeError, ValueError):
+        return True
+    segments = inputs.get("segments")
+    if isinstance(segments, Segments) and not _knows_windows(model.config.get_text_config(), segments.windows):
         return True
     start = 0
     for example in (first, second):
-        alone = model(**model_inputs(_probe([example]), device)).logits[0]
+        with own_attention(model):
+            alone = model(**model_inputs(model, _probe([example]), device)).logits[0]
         difference = (logits[start : start + len(example)] - alone).abs().max() / alone.abs().max()
         if not difference <= PROBE_TOLERANCE[alone.dtype]:
             return True
         start += len(example)
     return False
+
+
+def _knows_windows(config: PreTrainedConfig, told: list[int | None]) -> bool:
+    """Return whether every layer that the configuration gives a window told its attention so.
+
+    Windows are longer than the probe's examples, so that it cannot see them; some families (phimoe, qwen2_moe) keep
+    theirs in the mask alone.
+    """
+    facts = config.to_dict()
+    layers = facts.get("layer_types") or []
+    windowed = facts.get("sliding_window") is not None and facts.get("use_sliding_window", True)
+    expected = layers.count("sliding_attention") if layers else len(told) * windowed
+    return "chunked_attention" not in layers and sum(window is not None for window in told) >= expected
 
 
 def _probe(examples: list[np.ndarray]) -> MicroBatch:

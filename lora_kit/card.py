@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from lora_kit.recipe import BUILTIN
+from lora_kit.schema import Hub
 
 HYPERPARAMETERS = ("adapter", "objective", "optim", "train")
 
@@ -26,13 +27,13 @@ def model_card(
         scores: `base` and `adapter` as in result.json, if this checkpoint was measured.
     """
     recipe, commit = manifest["recipe"], manifest["fingerprints"]["base"]["commit"]
-    base = recipe["base"]["repo"]
+    base, hub = recipe["base"]["repo"], Hub.model_validate(recipe["hub"])
     data = ModelCardData(
         base_model=base if commit else None,
         base_model_relation="adapter" if commit else None,
         library_name="peft",
         pipeline_tag="text-generation",
-        license=recipe["hub"]["licence"],
+        license=hub.licence,
         tags=["lora", "lora_kit", "transformers", *([f"base_model:adapter:{base}"] if commit else [])],
     )
     parts = [

@@ -6,7 +6,7 @@ configuration.
 
 import html
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -211,7 +211,7 @@ def _check_targets(shape: Shape, recipe: Recipe, report: Report) -> None:
     if unknown and len(unknown) == len(targets) and not any("." in name or name == "lm_head" for name in unknown):
         report.problems.append(told)
     elif unknown:
-        report.notes.append(f"{told}; a name that the base does not have is not trained")
+        report.notes.append(f"{told}; a name that the base does not have is refused")
 
 
 def _wrong_files(source: Source, *, local: bool) -> Iterator[str]:
@@ -247,7 +247,8 @@ def _check_data(recipe: Recipe, data: Prepared, renderer: Renderer, report: Repo
         "micro_batches_of_the_first_step": len(plan.micro_batches(0)),
         "idle_share": round(plan.idle_share(processes), 3),
     }
-    report.notes += _about_idleness(plan, processes)
+    if idleness := plan.about_idleness(processes):
+        report.notes.append(idleness)
     if report.estimate is not None:
         check_tokenizer_fits(renderer.tokenizer, report.estimate.vocabulary, used=data.train)
         if recipe.data.sequence_length > report.estimate.context < max(data.train.lengths):
@@ -255,12 +256,3 @@ def _check_data(recipe: Recipe, data: Prepared, renderer: Renderer, report: Repo
                 f"data.sequence_length: the longest example has {max(data.train.lengths):,} tokens, the base was made "
                 f"for {report.estimate.context:,}; lower data.sequence_length and set data.overlong"
             )
-
-
-def _about_idleness(plan: Plan, processes: int) -> Iterable[str]:
-    count = len(plan.micro_batches(0))
-    if count < processes:
-        yield (
-            f"a step has {count} micro-batches for {processes} processes, so some are idle; raise train.batch_size or "
-            "lower train.micro_batch_tokens"
-        )

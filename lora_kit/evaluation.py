@@ -16,6 +16,7 @@ from lora_kit.data.tokens import Prepared, Tokens
 from lora_kit.errors import DataError
 from lora_kit.generation import Answering, answer, load, stop_ids
 from lora_kit.hub import checkpoint_at
+from lora_kit.kernels.attention import use_attention
 from lora_kit.objective import sft
 from lora_kit.processes import Processes
 from lora_kit.recipe import Recipe, resolve_path
@@ -141,10 +142,10 @@ def evaluate(recipe: Recipe, checkpoint: str | Path) -> dict[str, Score]:
     checkpoint = checkpoint_at(checkpoint)
     model, tokenizer = load(checkpoint, base=resolve_path(recipe, recipe.base.repo), device=str(processes.device))
     manifest = json.loads((checkpoint / "manifest.json").read_text())
+    resolved = manifest["resolved"]
+    use_attention(model, resolved["attention"])
     renderer = Renderer(tokenizer, stop_token=recipe.base.stop_token)
-    held_out = held_out_of(
-        recipe, prepare_data(recipe, renderer), renderer, padded=manifest["resolved"]["layout"] == "padded"
-    )
+    held_out = held_out_of(recipe, prepare_data(recipe, renderer), renderer, padded=resolved["layout"] == "padded")
     if held_out is None:
         raise DataError("data.validation: the recipe names none; add a file, a Hub name or a fraction such as 0.05")
     return compare(model, renderer, held_out, processes=processes)

@@ -15,6 +15,7 @@ from lora_kit.data.formats import Conversation
 from lora_kit.data.template import Renderer, prompt
 from lora_kit.errors import BaseError
 from lora_kit.hub import checkpoint_at
+from lora_kit.kernels.attention import own_attention
 from lora_kit.recipe import Recipe
 from lora_kit.source import load_renderer, locate, pinned_base, set_up_tokenizer
 
@@ -78,7 +79,9 @@ def answer(
     answers = [""] * len(prompts)
     for start in range(0, len(prompts), how.batch_size):
         members = shortest_first[start : start + how.batch_size]
-        for index, ids in zip(members, _answer_batch(model, [prompts[index] for index in members], how), strict=True):
+        with own_attention(model):
+            texts = _answer_batch(model, [prompts[index] for index in members], how)
+        for index, ids in zip(members, texts, strict=True):
             answers[index] = str(tokenizer.decode(ids, skip_special_tokens=True))
     model.train(was_training)
     return answers

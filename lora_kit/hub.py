@@ -234,7 +234,7 @@ def unready(recipe: Recipe) -> list[str]:
     if recipe.hub.repo is None or get_token() is not None:
         return []
     return [
-        f"hub.repo: no token here to push to {recipe.hub.repo} at the end; log in with `hf auth login` or set HF_TOKEN, "
+        f"hub.repo: no token here to push to {recipe.hub.repo} at the end; log in with `hf auth login`, set HF_TOKEN, "
         "or publish the run later with `lora-kit push`"
     ]
 

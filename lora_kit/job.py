@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from transformers import PretrainedConfig
 
 from lora_kit.adapter import FlatState, flatten, inject
-from lora_kit.base import leaks_when_packed, load_base
+from lora_kit.base import choose_attention, load_base
 from lora_kit.checkpoint.resume import OpenRun, Row, contract, enforce, still_bitwise, table
 from lora_kit.checkpoint.store import ADAPTER, OPTIMIZER, Checkpoint
 from lora_kit.console import Console
@@ -29,9 +29,11 @@ from lora_kit.data.vocabulary import check_tokenizer_fits, untrained_labels
 from lora_kit.errors import DataError
 from lora_kit.hub import unready
 from lora_kit.journal import Journal
+from lora_kit.kernels.attention import use_attention
 from lora_kit.processes import Processes
 from lora_kit.recipe import Recipe, dump, resolve_path
 from lora_kit.source import Source, load_renderer, locate
+from lora_kit.targets import Targets, find_targets
 from lora_kit.trackers import STATE, Curves, Trackers, claim_id
 
 TINY_BASE_BYTES = 100_000_000  # below it, two threads spend more time meeting than computing
@@ -83,7 +85,9 @@ def prepare_job(
     latest = run.latest
     rows = [] if latest is None else contract(latest.manifest, recipe, facts)
     processes.main_decides(lambda: enforce(rows, accept, run.folder))
-    resolved = dict(latest.manifest["resolved"]) if latest else {"threads": threads_for(source, processes)}
+    resolved: dict[str, Any] = (
+        dict(latest.manifest["resolved"]) if latest else {"threads": threads_for(source, processes)}
+    )
     if resolved["threads"]:
         torch.set_num_threads(resolved["threads"])
     console.tick("base: load")
@@ -92,9 +96,12 @@ def prepare_job(
     check_tokenizer_fits(renderer.tokenizer, len(embedding), used=data.train)
     check_context(data, base.config)
     if latest is None:
-        warn_of_untrained(untrained_labels(data.train, embedding), renderer, console)
-        leaks = leaks_when_packed(base, base.config.vocab_size, processes.device)
-        resolved |= {"layout": "padded" if leaks else "packed", "attention": base.config._attn_implementation}
+        warn_of_left_out(find_targets(base, recipe.adapter), console)
+        head = cast(torch.Tensor, (base.get_output_embeddings() or base.get_input_embeddings()).weight)
+        warn_of_untrained(untrained_labels(data.train, head), renderer, console)
+    if latest is None or any(row.key == "base.attention" for row in rows):
+        resolved |= choose_attention(base, recipe.base, processes.device)
+    use_attention(base, resolved["attention"])
     if recipe.train.activation_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = inject(base, recipe.adapter, seed=recipe.train.seed, name=source.name, revision=source.commit)
@@ -158,6 +165,15 @@ def warn_of_untrained(labels: Sequence[int], renderer: Renderer, console: Consol
         console.warn(
             f"{len(labels)} label token(s) look untrained in the base ({names}): LoRA on linear layers cannot teach "
             "them; if the stop token is among them, name one that the base knows with base.stop_token"
+        )
+
+
+def warn_of_left_out(targets: Targets, console: Console) -> None:
+    """Say which linear maps of the base all-linear does not adapt."""
+    if targets.left_out:
+        console.warn(
+            f"adapter.targets: all-linear leaves out {', '.join(targets.left_out)}; routers stay as they are, experts "
+            "are trained when adapter.targets names them"
         )
 
 
@@ -235,6 +251,8 @@ def announce(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Cons
         console.warn(note)
     if plan.padded:
         console.warn("this model mixes examples that are packed into one row, so it trains on padded rows: slower")
+    if idleness := plan.about_idleness(job.processes.count):
+        console.warn(idleness)
     resolved, exact = job.manifest["resolved"], job.manifest["claim"]["level"] == "bitwise"
     threads = f", {resolved['threads']} thread(s) each" if resolved["threads"] else ""
     console.say(

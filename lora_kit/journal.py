@@ -136,9 +136,8 @@ def summary(run: Path) -> Status:
     begun = [event for event in events if event["kind"] in ("started", "resumed")]
     seconds = sum(record["tokens"] / record["tokens_per_second"] for record in metrics if record["tokens_per_second"])
     stall = sum(record["stall_seconds"] for record in metrics)
-    ends = [event["kind"] for event in events if event["kind"] not in AFTERWARDS]
     return Status(
-        state=STATES.get(ends[-1] if ends else "", "training or interrupted"),
+        state=_state(events),
         step=metrics[-1]["step"] if metrics else 0,
         steps=begun[-1]["steps"] if begun else None,
         loss=metrics[-1]["loss"] if metrics else None,
@@ -148,3 +147,8 @@ def summary(run: Path) -> Status:
         faults=sum(event["kind"] == "fault" for event in events),
         stall_share=round(stall / (stall + seconds), 4) if seconds else 0.0,
     )
+
+
+def _state(events: Sequence[Mapping[str, Any]]) -> str:
+    kinds = [event["kind"] for event in events if event["kind"] not in AFTERWARDS]
+    return STATES.get(kinds[-1] if kinds else "", "training or interrupted")

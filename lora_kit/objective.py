@@ -9,20 +9,24 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from lora_kit.data.packing import IGNORE, MicroBatch
+from lora_kit.kernels.attention import SEGMENT, Segments, attention_of
 
-Inputs = dict[str, Tensor | bool]
+Inputs = dict[str, Tensor | Segments | bool]
 
 
-def model_inputs(batch: MicroBatch, device: torch.device) -> Inputs:
-    """Return the keyword arguments that a causal language model takes for this micro-batch.
+def model_inputs(model: nn.Module, batch: MicroBatch, device: torch.device) -> Inputs:
+    """Return the keyword arguments that this causal language model takes for a micro-batch.
 
-    Packed examples are kept apart by position ids that restart. transformers reads that only when there is no attention
-    mask and no cache, and leaks between the examples in silence otherwise (transformers issue 46634).
+    Packed examples are kept apart by segments, where the model attends by them, or else by position ids that restart.
+    transformers reads that only when there is no attention mask and no cache, and leaks between the examples in silence
+    otherwise (transformers issue 46634).
     """
     arrays = {"input_ids": batch.ids, "position_ids": batch.position_ids}
     if batch.attention_mask is not None:
         arrays["attention_mask"] = batch.attention_mask
     inputs: Inputs = {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
+    if attention_of(model) == SEGMENT:
+        inputs["segments"] = Segments.of(batch.segments, device)
     return inputs | {"use_cache": False}
 
 
@@ -36,5 +40,5 @@ def summed_cross_entropy(
 
 def sft(model: nn.Module, batch: MicroBatch, device: torch.device) -> Float[Tensor, ""]:
     """Return the summed loss of a micro-batch under supervised fine-tuning; its weight is `batch.weight`."""
-    logits = model(**model_inputs(batch, device)).logits
+    logits = model(**model_inputs(model, batch, device)).logits
     return summed_cross_entropy(logits, torch.from_numpy(batch.labels).to(device))

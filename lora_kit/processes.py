@@ -5,6 +5,7 @@ gradient. It is summed in the tree order of `data.packing.reduction_schedule`, w
 many processes there are (1, 2, 4, 8, ...; for other numbers the result is equal to rounding).
 """
 
+import atexit
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,8 @@ class Processes:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed one
         accelerator = Accelerator(cpu=not torch.cuda.is_available())
         torch.use_deterministic_algorithms(accelerator.device.type == "cuda", warn_only=True)
+        atexit.unregister(_leave)  # an earlier call's
+        atexit.register(_leave)
         return cls(accelerator)
 
     @property
@@ -123,6 +126,12 @@ class Processes:
     def barrier(self) -> None:
         """Wait for all processes."""
         self.accelerator.wait_for_everyone()
+
+
+def _leave() -> None:
+    """End this process's connections while Python still lives: threads of theirs that outlive it abort at exit."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _tree(parts: list[Tensor]) -> Tensor:

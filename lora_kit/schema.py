@@ -32,7 +32,8 @@ class Base(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What the base computes in; the adapter's master weights are always fp32."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """The attention implementation of transformers; auto is the model's own default."""
+    """The attention implementation of transformers; auto attends to each packed example by itself where a probe of the
+    model finds that right, and is the model's own default elsewhere. A run keeps what was chosen."""
     stop_token: str | None = None
     """The token that ends an answer; by default the tokenizer's end of sequence. A base that never saw that token in
     pretraining cannot learn to stop with it."""
@@ -72,7 +73,8 @@ class Adapter(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout before A; the only live dropout of the run."""
     targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = "all-linear"
-    """Which layers get an adapter: all linear ones (without the head), or a list of names."""
+    """Which layers get an adapter: all linear ones (not the head, and in a mixture neither routers nor experts), or a
+    list of names; experts are named like `experts.gate_up_proj`."""
 
 
 class Objective(Section):

@@ -21,7 +21,7 @@ from safetensors.numpy import save as safetensors_bytes
 from torch import Tensor
 
 from lora_kit import evaluation, optim
-from lora_kit.adapter import LOSS, STOP, saved_config
+from lora_kit.adapter import LOSS, STOP, refuse_unreached, saved_config
 from lora_kit.checkpoint import store
 from lora_kit.checkpoint.resume import OpenRun, open_run
 from lora_kit.checkpoint.store import ADAPTER, ADAPTER_CONFIG, OPTIMIZER
@@ -80,6 +80,8 @@ def train(recipe: Recipe, out: str | Path, *, accept: Sequence[str] = ()) -> Run
             if partial_sums:
                 state.gradient.copy_(partial_sums.pop())
             processes.tree_sum(state.gradient, contributors=min(processes.count, len(plan.micro_batches(step))))
+            if step == 0:
+                refuse_unreached(state)
             # 3. one update of the flat state
             norm, rate = update(job, step)
             # 4. the numbers of the step before, now that this one is queued: nobody waits for the device

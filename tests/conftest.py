@@ -14,7 +14,8 @@ from jaxtyping import install_import_hook
 
 # shapes and dtypes in the annotations are checked at every call while the tests run
 hook = install_import_hook(
-    ["lora_kit.objective", "lora_kit.optim", "lora_kit.adapter", "lora_kit.processes"], "beartype.beartype"
+    ["lora_kit.objective", "lora_kit.optim", "lora_kit.adapter", "lora_kit.processes", "lora_kit.kernels"],
+    "beartype.beartype",
 )
 
 TEMPLATE = (
@@ -127,3 +128,30 @@ def shared_data():
     if not folder.is_dir():
         pytest.skip("no folder of real data beside this checkout")
     return folder
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """The flat gradient and weights that reach the optimizer in each step, before its update."""
+    from lora_kit import trainer
+
+    seen = []
+    update = trainer.optim.adamw
+
+    def spy(weights, gradient, *rest, **named):
+        seen.append((weights.clone(), gradient.clone()))
+        update(weights, gradient, *rest, **named)
+
+    monkeypatch.setattr(trainer.optim, "adamw", spy)
+    return seen
+
+
+@pytest.fixture
+def jobs(monkeypatch):
+    """The jobs that the trainer prepares."""
+    from lora_kit import trainer
+
+    seen = []
+    prepare = trainer.prepare_job
+    monkeypatch.setattr(trainer, "prepare_job", lambda *a, **k: seen.append(prepare(*a, **k)) or seen[-1])
+    return seen

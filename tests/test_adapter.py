@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from lora_kit import trainer
 from lora_kit.adapter import flatten, initial_a, inject, saved_config
-from lora_kit.errors import CheckpointError, RecipeError
+from lora_kit.errors import CheckpointError
+from lora_kit.kernels.attention import own_attention
 from lora_kit.recipe import Adapter, load_recipe
 
 
@@ -92,11 +93,6 @@ def test_tensors_of_another_adapter_are_refused(base_folder):
         state.load(arrays | {name: np.zeros((1, 1), np.float32)}, moments)
 
 
-def test_a_target_that_no_layer_has_is_named_with_those_that_are_there(base_folder):
-    with pytest.raises(RecipeError, match=r"adapter\.targets: 'query' is no layer of the base; it has down_proj"):
-        fresh(base_folder, targets=("q_proj", "query"))
-
-
 def test_the_configuration_is_stable_and_names_the_base(base_folder):
     first, second = (saved_config(fresh(base_folder)) for _ in range(2))
     assert first == second and list(first) == sorted(first)
@@ -116,7 +112,7 @@ def test_a_checkpoint_is_a_peft_adapter_with_the_same_logits(recipe_file, base_f
     base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, str(run.latest)).eval()
     ids = torch.arange(40)[None]
-    with torch.no_grad():
+    with torch.no_grad(), own_attention(jobs[0].model):
         ours, theirs = jobs[0].model.eval()(ids).logits, loaded(ids).logits
         with loaded.disable_adapter():
             base_logits = loaded(ids).logits

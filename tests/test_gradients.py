@@ -2,60 +2,10 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from plain_loop import plain_loop, relative
 
 from lora_kit import trainer
 from lora_kit.recipe import load_recipe
-
-
-@pytest.fixture
-def captured(monkeypatch):
-    """The flat gradient and weights that reach the optimizer in each step, before its update."""
-    seen = []
-    update = trainer.optim.adamw
-
-    def spy(weights, gradient, *rest, **named):
-        seen.append((weights.clone(), gradient.clone()))
-        update(weights, gradient, *rest, **named)
-
-    monkeypatch.setattr(trainer.optim, "adamw", spy)
-    return seen
-
-
-@pytest.fixture
-def jobs(monkeypatch):
-    """The jobs that the trainer prepares."""
-    seen = []
-    prepare = trainer.prepare_job
-    monkeypatch.setattr(trainer, "prepare_job", lambda *a, **k: seen.append(prepare(*a, **k)) or seen[-1])
-    return seen
-
-
-def plain_loop(job, weights, members):
-    """The oracle: transformers and peft, one example at a time, the loss of all trained tokens divided once."""
-    base = AutoModelForCausalLM.from_pretrained(job.source.folder, dtype=torch.float32)
-    settings = job.recipe.adapter
-    model = get_peft_model(
-        base,
-        LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules="all-linear", task_type="CAUSAL_LM"),
-    )
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    torch.nn.utils.vector_to_parameters(weights, parameters)
-    weight = sum(int(job.data.train.example(index)[1][1:].sum()) for index in members)
-    total = 0.0
-    for index in members:
-        ids, trained = (torch.tensor(array) for array in job.data.train.example(index))
-        logits = model(input_ids=ids[None].long()).logits[0, :-1]
-        losses = torch.nn.functional.cross_entropy(logits, ids[1:].long(), reduction="none")
-        loss = losses[trained[1:]].sum() / weight
-        loss.backward()
-        total += loss.item()
-    return torch.cat([parameter.grad.reshape(-1) for parameter in parameters]), total
-
-
-def relative(ours, theirs):
-    return float((ours - theirs).norm() / theirs.norm())
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [256, 400, 4096])
@@ -63,7 +13,7 @@ def relative(ours, theirs):
 def test_gradients_equal_a_plain_loop_over_the_examples(
     recipe_file, tmp_path, captured, jobs, monkeypatch, micro_batch_tokens, layout
 ):
-    monkeypatch.setattr("lora_kit.job.leaks_when_packed", lambda *_: layout == "padded")
+    monkeypatch.setattr("lora_kit.base.leaks_when_packed", lambda *_: layout == "padded")
     changes = [f"train.micro_batch_tokens={micro_batch_tokens}", "train.steps=3", "adapter.dropout=0"]
     recipe = load_recipe(recipe_file, [*changes, "optim.max_grad_norm=null"])
     run = trainer.train(recipe, tmp_path / "run")

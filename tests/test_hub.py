@@ -94,8 +94,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), "me/first").eval()
 with torch.no_grad():
     torch.save(model(torch.arange(40)[None]).logits, sys.argv[2])
-tokenizer = AutoTokenizer.from_pretrained("me/first")
-print(tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False))
+asked = [{"role": "user", "content": "hello"}]
+print(AutoTokenizer.from_pretrained("me/first").apply_chat_template(asked, tokenize=False))
 """
 
 

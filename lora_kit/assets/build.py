@@ -26,7 +26,7 @@ SEED = 0
 CONTEXT = 512
 ROWS, LENGTH = 8, 256  # a step of text
 PEAK_RATE, REPEAT_RATE = 3e-3, 2e-3
-CYCLES = ((450, 4000), (0, 3000))
+CYCLES = ((450, 4000), (0, 3000), (0, 3000))
 """Steps of repeats and of text in each cycle; a cycle begins with a fresh optimizer and a high rate, which is what it
 takes to get from copying something to copying what was asked for."""
 
@@ -49,11 +49,10 @@ text, weights or vocabulary of anyone else are in it. Licence: Apache-2.0, as th
   person has a name that neither the base nor the training data ever showed.
 
 The base was trained from nothing, first on rows that repeat a few tokens ({repeats} steps; they teach copying), then
-on stories with some of their facts as lines, assignments, table rows or lists (40% of the documents), questions on
-stories and records with their answers (20%), micro-stories (16%), invented phrases said again (13%) and key-value
-records (11%), much of it in the form of the chat template. It never saw the dataset's task, JSON made from a story.
-Every token of its vocabulary is frequent in that text, because an adapter cannot teach a token whose frozen embedding
-was never trained.
+on stories and short notes with some of their facts in nine notations (40% of the documents), questions on stories and
+records with their answers (20%), micro-stories (16%), invented phrases said again (13%) and key-value records (11%),
+much of it in the form of the chat template. It never saw the dataset's task, JSON made from a story. Every token of its
+vocabulary is frequent in that text, because an adapter cannot teach a token whose frozen embedding was never trained.
 
 Made with `python -m lora_kit.assets.build --seed {seed}`: {steps:,} steps of 2,048 tokens in {cycles} cycles, AdamW
 with a cosine down from {rate:g}, one thread, {minutes:.0f} minutes of CPU time, torch {torch}. Its loss on new text of

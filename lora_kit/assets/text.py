@@ -59,6 +59,16 @@ STORIES = (
     "{name} was a {feeling} {job} at the {place}. A {trait} {animal} ate {food} there.",
     "In the {place}, {name} sold {food}. A {trait} {animal} watched it all every {time}.",
 )
+NOTES = (
+    "{name} ran.",
+    "{name} likes {food}.",
+    "{name} has a {animal}.",
+    "{name} is at the {place}.",
+    "A {animal} and {name}.",
+    "A {trait} {animal} ate {food}.",
+    "At the {place}: {name}, {food}.",
+    "The {animal} is in the {place}.",
+)
 ENDINGS = (
     "{name} was glad.",
     "{name} and the {animal} went home.",
@@ -80,6 +90,17 @@ SYSTEM_LINES = (
 )
 KEYS = _words(
     "age city code color cost date id item key kind level name note price rank size state tag team tool type unit"
+)
+LISTINGS = (  # a pair, what is between two, what is around all
+    ("{key}: {held}", "\n", "{}"),
+    ("{key}={held}", "; ", "{}"),
+    ("{key} {held}", " | ", "| {} |"),
+    ('{key}: "{held}"', ", ", "{}"),
+    ('{key}="{held}"', " ", "<{}>"),
+    ("{key} -> {held}", ", ", "[{}]"),
+    ("'{key}': '{held}'", ", ", "({})"),
+    ('({key} "{held}")', " ", "{}"),
+    ("{key}>{held}", "\n", "{}"),
 )
 ONSETS = _words("b br c d dr f g gl h j k l m n p pl qu r s st t th tr v w x y z")
 CODAS = ("", "", "l", "n", "r", "s")
@@ -120,8 +141,8 @@ def invented_name(rng: Random, *, reserved: bool = False) -> str:
             return name
 
 
-def story(rng: Random, *, reserved: bool = False) -> Story:
-    """Return a micro-story of two sentences; its first person has a reserved name or not."""
+def story(rng: Random, *, reserved: bool = False, frames: tuple[str, ...] = STORIES) -> Story:
+    """Return a micro-story (or what other frames make); its person has a reserved name or not."""
     food, second = rng.sample(FOODS, 2)
     facts = {
         "name": invented_name(rng, reserved=reserved),
@@ -132,7 +153,7 @@ def story(rng: Random, *, reserved: bool = False) -> Story:
     trait, feeling = rng.sample(TRAITS, 2)
     words = facts | {"second": second, "trait": trait, "feeling": feeling}
     words |= {"job": rng.choice(JOBS), "time": rng.choice(TIMES)}
-    frame = rng.choice(STORIES)
+    frame = rng.choice(frames)
     return Story(frame.format(**words), {key: value for key, value in facts.items() if f"{{{key}}}" in frame})
 
 
@@ -151,17 +172,17 @@ def value(rng: Random) -> str:
     return rng.choice([invented_word(rng), invented_name(rng), rng.choice(FOODS), rng.choice(TRAITS), number, code])
 
 
+def listing(rng: Random, pairs: dict[str, str]) -> str:
+    """Write key-value pairs in one of many ways, so that what a value belongs to is its key; never as JSON."""
+    pair, between, around = rng.choice(LISTINGS)
+    told = between.join(pair.format(key=key, held=held) for key, held in pairs.items())
+    return around.format(told)
+
+
 def record(rng: Random) -> tuple[str, dict[str, str]]:
-    """Return key-value pairs, written as lines, as assignments, as JSON or as a table row, and the pairs."""
+    """Return key-value pairs, written in any way or as JSON, and the pairs."""
     pairs = {key: value(rng) for key in rng.sample(KEYS, rng.randint(2, 5))}
-    style = rng.randrange(4)
-    if style == 0:
-        return "\n".join(f"{key}: {held}" for key, held in pairs.items()), pairs
-    if style == 1:
-        return "; ".join(f"{key}={held}" for key, held in pairs.items()), pairs
-    if style == 2:
-        return json.dumps(pairs), pairs
-    return "| " + " | ".join(f"{key} {held}" for key, held in pairs.items()) + " |", pairs
+    return (json.dumps(pairs) if rng.random() < 0.3 else listing(rng, pairs)), pairs
 
 
 def invented_phrase(rng: Random) -> str:
@@ -217,18 +238,15 @@ def questions_document(rng: Random) -> str:
 
 
 def facts_document(rng: Random) -> str:
-    """Return a story and some of its facts in any order: lines, assignments, a table row or a list, never JSON."""
-    one = story(rng)
+    """Return a story or a note, and some of its facts in any order.
+
+    Notes are so short that finding a fact in them is easily learned; stories then need the same.
+    """
+    one = story(rng, frames=STORIES if rng.random() < 0.5 else NOTES)
     keys = rng.sample(list(one.facts), rng.randint(1, len(one.facts)))
-    style = rng.randrange(4)
-    if style == 0:
-        told = "\n".join(f"{key}: {one.facts[key]}" for key in keys)
-    elif style == 1:
-        told = "; ".join(f"{key}={one.facts[key]}" for key in keys)
-    elif style == 2:
-        told = "| " + " | ".join(f"{key} {one.facts[key]}" for key in keys) + " |"
-    else:
-        told = ", ".join(one.facts[key] for key in keys)
+    told = ", ".join(one.facts[key] for key in keys)
+    if rng.random() < 0.8:
+        told = listing(rng, {key: one.facts[key] for key in keys})
     if rng.random() < 0.5:
         return turn("user", f"{one.text}\n{', '.join(keys)}") + turn("assistant", told)
     return f"{one.text}\n{told}{END}"

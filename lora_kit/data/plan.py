@@ -59,3 +59,13 @@ class Plan:
         counts = [len(self.micro_batches(step)) for step in range(min(20, self.steps))]
         turns = sum(-(-count // processes) * processes for count in counts)
         return 1 - sum(counts) / turns
+
+    def about_idleness(self, processes: int) -> str | None:
+        """Return what to say when a step has fewer micro-batches than there are processes; None when it has enough."""
+        count = len(self.micro_batches(0))
+        if count >= processes:
+            return None
+        return (
+            f"a step has {count} micro-batches for {processes} processes, so some are idle; raise train.batch_size or "
+            "lower train.micro_batch_tokens"
+        )

@@ -59,7 +59,7 @@ def check_tokenizer_fits(
 
 
 def untrained_labels(tokens: Tokens, embedding: "np.ndarray | Tensor") -> list[int]:
-    """Return the labels whose row of the embedding looks untrained, the most frequent first.
+    """Return the labels whose row of the head looks untrained, the most frequent first.
 
     Training moves a token's row away from all others. A row that was never trained stays with its like: in a
     tied embedding all such rows are pushed the same way and end up nearly equal; in an untied one weight
@@ -69,7 +69,8 @@ def untrained_labels(tokens: Tokens, embedding: "np.ndarray | Tensor") -> list[i
 
     Args:
         tokens: The data; its 512 most frequent labels are looked at.
-        embedding: The base's input embedding, [vocabulary, width].
+        embedding: The base's output embedding, [vocabulary, width]: the rows that write a token. (Of the input
+            embedding, torch never trains the row that a base calls its padding, which often is the stop token.)
 
     Source: the idea follows Land and Bartolo 2024, "Fishing for Magikarp".
     """

@@ -1,0 +1,202 @@
+"""Attention inside each packed example: what a mask of all pairs gives, without its L x L pairs.
+
+The examples of a packed row are attended to one after the other, so that no mask between them exists. transformers
+passes what a family needs beside queries, keys and values (window, soft cap, sinks, scaling) as keywords, and hands on
+`segments`, which `objective.model_inputs` adds to a call of the model. This name has no mask function, on purpose:
+without one transformers makes no mask at all (and asks the device nothing), and a call without `segments`, as in
+generation, is an error instead of a leak. `own_attention` is the way back for such calls.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, PreTrainedModel
+
+SEGMENT = "segment"
+"""The name of this attention in a model's configuration and in a run's manifest."""
+
+VARLEN_DTYPES = (torch.bfloat16, torch.float16)
+VARLEN_WIDTH = 256  # the widest head of torch's flash attention
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where the examples of a packed row are.
+
+    Attributes:
+        lengths: Their lengths, in order; on the host, so that nobody waits for the device.
+        boundaries: 0 and every example's end, int32, on the device.
+        windows: The window of every attention that was computed: what the probe reads.
+    """
+
+    lengths: tuple[int, ...]
+    boundaries: Tensor
+    windows: list[int | None] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> "Segments":
+        """Return the segments of examples of these lengths."""
+        ends = functional.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
+        return cls(tuple(lengths), ends.to(device, non_blocking=True))
+
+
+def segment_attention(
+    module: nn.Module,
+    query: Float[Tensor, "one heads length width"],
+    key: Float[Tensor, "one key_heads length width"],
+    value: Float[Tensor, "one key_heads length value_width"],
+    attention_mask: Tensor | None,
+    *,
+    segments: Segments | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Float[Tensor, "heads"] | None = None,
+    **_: object,
+) -> tuple[Float[Tensor, "one length heads value_width"], None]:
+    """Attend causally inside each segment; the signature is that of transformers' attention functions.
+
+    Args:
+        module: Unused.
+        query: Of all examples, end to end.
+        key: Likewise; fewer heads than queries are shared by groups.
+        value: Likewise.
+        attention_mask: None.
+        segments: Where each example is.
+        dropout: 0; a base's own dropouts are off.
+        scaling: Of the scores; by default 1 / sqrt(width).
+        sliding_window: How many positions, its own included, a position sees; None or 0 for all.
+        softcap: Scores are squeezed into +-softcap by tanh (Gemma 2).
+        s_aux: A score for each head that takes part in the softmax and has no value (gpt-oss's sinks).
+
+    Raises:
+        ValueError: The call is not one of packed examples alone.
+    """
+    if segments is None or attention_mask is not None or dropout:
+        raise ValueError("attention by segment takes packed examples, no mask and no dropout; see `own_attention`")
+    if tuple(query.shape[::2]) != (1, sum(segments.lengths)) or key.shape[2] != query.shape[2]:
+        raise ValueError(f"attention by segment: {segments.lengths} are not the lengths in {tuple(query.shape)}")
+    segments.windows.append(sliding_window)
+    window, scale = sliding_window or None, scaling or query.shape[-1] ** -0.5
+    plain = softcap is None and s_aux is None
+    if plain and _varlen_takes(query, value):
+        return _varlen(query, key, value, segments, scale=scale, window=window), None
+    outputs = [
+        _sdpa(*parts, scale=scale, window=window)
+        if plain
+        else _spelled_out(*parts, scale=scale, window=window, softcap=softcap, sinks=s_aux)
+        for parts in zip(*(one.split(segments.lengths, dim=2) for one in (query, key, value)), strict=True)
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _varlen_takes(query: Tensor, value: Tensor) -> bool:
+    fits = query.dtype in VARLEN_DTYPES and query.shape[-1] == value.shape[-1] <= VARLEN_WIDTH
+    return query.is_cuda and fits and query.shape[-1] % 8 == 0
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, scale: float, window: int | None
+) -> Float[Tensor, "one length heads width"]:
+    """Attend with torch's flash attention over segments of any lengths: one kernel, no mask."""
+    longest = max(segments.lengths)
+    output = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        segments.boundaries,
+        segments.boundaries,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(output, Tensor)
+    return output[None]
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None) -> Tensor:
+    """Attend inside one segment with torch's own attention."""
+    length = query.shape[2]
+    narrow = window is not None and window < length
+    return functional.scaled_dot_product_attention(
+        query,
+        _for_each_head(key, query),
+        _for_each_head(value, query),
+        attn_mask=visible(length, window, query.device) if narrow else None,
+        is_causal=not narrow,
+        scale=scale,
+    )
+
+
+def _spelled_out(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attend inside one segment by the formula: torch's own attention knows neither soft cap nor sinks."""
+    scores = (query @ _for_each_head(key, query).transpose(2, 3)).float() * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    length = query.shape[2]
+    scores = scores.masked_fill(~visible(length, window, query.device), -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float().view(1, -1, 1, 1).expand(1, -1, length, 1)], dim=-1)
+    shares = scores.softmax(dim=-1)[..., :length].to(value.dtype)
+    return shares @ _for_each_head(value, query)
+
+
+def _for_each_head(shared: Tensor, query: Tensor) -> Tensor:
+    return shared.repeat_interleave(query.shape[1] // shared.shape[1], dim=1)
+
+
+def visible(length: int, window: int | None, device: torch.device) -> Tensor:
+    """Return which key (column) a query (row) sees: those before it and itself, at most `window` of them."""
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)
+
+
+AttentionInterface.register(SEGMENT, segment_attention)
+
+
+def attention_of(model: nn.Module) -> str:
+    """Return the name of the attention that a model, with or without an adapter, computes with."""
+    return str(_inner(model).config._attn_implementation)
+
+
+def use_attention(model: nn.Module, name: str | None) -> bool:
+    """Switch a model to an attention of this name, None for its own default; return whether it can."""
+    inner = _inner(model)
+    if name != attention_of(model) and inner._can_set_attn_implementation():
+        inner.set_attn_implementation(inner.get_correct_attn_implementation(name))
+    return name in (None, attention_of(model))
+
+
+@contextmanager
+def own_attention(model: nn.Module) -> Iterator[None]:
+    """Let a model that attends by segment compute calls of another kind: padded rows, generation with a cache."""
+    before = attention_of(model)
+    if before == SEGMENT:
+        use_attention(model, None)
+    try:
+        yield
+    finally:
+        use_attention(model, before)
+
+
+def _inner(model: nn.Module) -> PreTrainedModel:
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))

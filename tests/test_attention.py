@@ -1,0 +1,119 @@
+"""Attention by segment is softmax attention inside each example: window, soft cap, sinks, shared keys and scaling."""
+
+import pytest
+import torch
+from conftest import make_base
+from transformers import AutoModelForCausalLM
+
+from lora_kit.kernels.attention import SEGMENT, Segments, attention_of, own_attention, segment_attention, use_attention
+
+LENGTHS = (7, 1, 19, 12)
+CASES = {
+    "plain": {},
+    "scaling": {"scaling": 0.7},
+    "window": {"sliding_window": 5},
+    "window of one": {"sliding_window": 1},
+    "window longer than the examples": {"sliding_window": 64},
+    "soft cap": {"softcap": 0.8},
+    "soft cap and window": {"softcap": 0.8, "sliding_window": 5, "scaling": 0.7},
+    "sinks": {"s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0])},
+    "sinks and window": {"s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0]), "sliding_window": 5},
+}
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+
+
+def inputs(dtype, *, key_heads=2, value_width=8, device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, 4, sum(LENGTHS), 8), (1, key_heads, sum(LENGTHS), 8), (1, key_heads, sum(LENGTHS), value_width)]
+    drawn = (torch.randn(shape, generator=generator) * 2 for shape in shapes)
+    return [one.to(device, dtype).requires_grad_() for one in drawn]
+
+
+def oracle(query, key, value, *, scaling=None, sliding_window=None, softcap=None, s_aux=None):
+    """The definition, one query and one head at a time, in float64."""
+    scale = 8**-0.5 if scaling is None else scaling
+    rows, start = [], 0
+    for length in LENGTHS:
+        for place in range(length):
+            first = 0 if sliding_window is None else max(0, place - sliding_window + 1)
+            seen = slice(start + first, start + place + 1)
+            heads = []
+            for head in range(query.shape[1]):
+                shared = head * key.shape[1] // query.shape[1]
+                scores = key[0, shared, seen] @ query[0, head, start + place] * scale
+                scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+                weights = scores.exp()
+                total = weights.sum() + (0 if s_aux is None else s_aux[head].double().exp())
+                heads.append(weights / total @ value[0, shared, seen])
+            rows.append(torch.stack(heads))
+        start += length
+    return torch.stack(rows)[None]
+
+
+def compare(dtype, case, tolerance, **shape):
+    ours_in = inputs(dtype, **shape)
+    device = ours_in[0].device
+    case = {name: value.to(device) if torch.is_tensor(value) else value for name, value in case.items()}
+    segments = Segments.of(LENGTHS, device)
+    ours, _ = segment_attention(torch.nn.Identity(), *ours_in, None, segments=segments, **case)
+    theirs_in = [one.detach().double().requires_grad_() for one in ours_in]
+    theirs = oracle(*theirs_in, **case)
+    weights = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(1)).to(device)
+    (ours * weights).sum().backward()
+    (theirs * weights).sum().backward()
+    assert ours.dtype == dtype and ours.shape == theirs.shape
+    pairs = [(ours, theirs), *((a.grad, b.grad) for a, b in zip(ours_in, theirs_in, strict=True))]
+    largest = max(right.norm() for _, right in pairs)  # a window of one has no gradient of queries and keys
+    for mine, right in pairs:
+        assert (mine - right).norm() < tolerance * max(right.norm(), largest / 10)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_and_gradients_are_those_of_the_definition(case, dtype):
+    compare(dtype, CASES[case], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("shape", [{"key_heads": 1}, {"key_heads": 4}, {"value_width": 5}])
+@pytest.mark.parametrize("case", ["plain", "window", "sinks"])
+def test_heads_may_share_keys_and_values_may_have_another_width(case, shape):
+    compare(torch.float32, CASES[case], TOLERANCE[torch.float32], **shape)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", CASES)
+def test_a_gpu_computes_the_definition_too(case, dtype):
+    compare(dtype, CASES[case], 2e-2, device="cuda")
+
+
+def test_a_call_that_is_not_packed_is_refused_instead_of_mixing_examples():
+    some = inputs(torch.float32)
+    segments = Segments.of(LENGTHS, torch.device("cpu"))
+    with pytest.raises(ValueError, match="takes packed examples, no mask and no dropout; see `own_attention`"):
+        segment_attention(torch.nn.Identity(), *some, None)
+    with pytest.raises(ValueError, match="takes packed examples"):
+        segment_attention(torch.nn.Identity(), *some, torch.ones(1, 1, 39, 39), segments=segments)
+    with pytest.raises(ValueError, match="takes packed examples"):
+        segment_attention(torch.nn.Identity(), *some, None, segments=segments, dropout=0.1)
+    with pytest.raises(ValueError, match=r"\(7, 1, 19\) are not the lengths in \(1, 4, 39, 8\)"):
+        segment_attention(torch.nn.Identity(), *some, None, segments=Segments.of(LENGTHS[:3], torch.device("cpu")))
+
+
+def test_a_model_goes_back_to_its_own_attention_for_other_calls(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(make_base(tmp_path / "base"))
+    own, ids = attention_of(model), torch.arange(20)[None]
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False)
+    assert use_attention(model, SEGMENT) and attention_of(model) == SEGMENT
+    with pytest.raises(ValueError, match="packed examples"):
+        model(ids)
+    with own_attention(model):
+        assert attention_of(model) == own
+        assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), expected)
+    assert attention_of(model) == SEGMENT
+
+
+def test_the_way_back_leaves_a_model_with_another_attention_alone(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(make_base(tmp_path / "base"), attn_implementation="eager")
+    with own_attention(model):
+        assert attention_of(model) == "eager"

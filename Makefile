@@ -1,11 +1,12 @@
 # Two commands do everything on a fresh machine with Python 3.11+ and make; either may come first.
 #   make quickstart   make .venv/ and run the main job on the embedded base and data
 #   make test         make .venv/ and run the tests
+#   make notebooks    write notebooks/*.ipynb anew, without outputs, from the texts beside them
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= runs/quickstart
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint notebooks clean
 quickstart: .venv/installed
 	$(BIN)/lora-kit train recipes/quickstart.yaml --out $(OUT)
 
@@ -17,12 +18,15 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+notebooks: .venv/installed
+	$(BIN)/jupytext --quiet --to notebook notebooks/*.py
+
 # torch first and exactly, so that no other package's looser range chooses it
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lora_kit needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,trackers]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,trackers,notebook]'
 	@touch $@
 
 clean:

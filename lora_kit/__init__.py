@@ -10,6 +10,7 @@
 Importing this package imports nothing heavy: each name is fetched from its module when it is first used.
 """
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from lora_kit.recipe import load_recipe as load_recipe
     from lora_kit.run import Run as Run
     from lora_kit.trainer import train as train
+
+# tqdm says this in every notebook without ipywidgets; nothing of ours wants them
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 __version__ = "0.1.0"
 

@@ -27,11 +27,14 @@ from lora_kit.source import Source, base_folder, load_renderer
 from lora_kit.trackers import require
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Preview:
     """Rendered examples, each in runs of text with whether they are trained."""
 
     examples: tuple[tuple[tuple[str, bool], ...], ...]
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         return "\n\n".join("".join(f"⟦{text}⟧" if on else text for text, on in one) for one in self.examples)
@@ -50,7 +53,9 @@ class Preview:
             for one in self.examples
         )
         return "".join(
-            f'<pre style="white-space:pre-wrap;border-left:3px solid #999;padding-left:8px">{one}</pre>' for one in runs
+            '<pre style="white-space:pre-wrap;font-family:monospace;border-left:3px solid #999;padding-left:8px;'
+            f'margin:8px 0">{one}</pre>'
+            for one in runs
         )
 
 
@@ -116,7 +121,10 @@ def _light_source(recipe: Recipe, *, offline: bool) -> Source:
     return Source(recipe.base.repo, base_folder(recipe.base, folder, weights=False, offline=offline), None, {})
 
 
-@dataclass
+COLOURS = {"red": "color:#c1121f", "yellow": "color:#b07d00", "bold": "font-weight:600"}
+
+
+@dataclass(repr=False)
 class Report:
     """What a check found.
 
@@ -145,6 +153,23 @@ class Report:
 
     def __rich__(self) -> RenderableType:
         return Group(*self._parts())
+
+    def __repr__(self) -> str:
+        return "\n".join(str(part) for part in self._parts())
+
+    def _repr_html_(self) -> str:
+        first = self.preview._repr_html_() if self.preview else ""
+        lines = (
+            f'<span style="{COLOURS.get(str(part.style), "")}">{html.escape(part.plain)}</span>'
+            for part in self._parts()
+            if isinstance(part, Text)
+        )
+        return (
+            first
+            + '<pre style="white-space:pre-wrap;word-break:normal;font-family:monospace">'
+            + "\n".join(lines)
+            + "</pre>"
+        )
 
     def _parts(self) -> Iterator[RenderableType]:
         if self.preview is not None:

@@ -1,6 +1,7 @@
 """What a person sees while a run goes on: a live bar on a terminal or in a notebook, plain lines elsewhere."""
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -14,6 +15,8 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
+from lora_kit import notebook
+
 SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -22,8 +25,12 @@ class Console:
 
     def __init__(self, *, silent: bool) -> None:
         self._rich = RichConsole(quiet=silent, highlight=False, soft_wrap=True)
-        self._live = not silent and (self._rich.is_terminal or self._rich.is_jupyter)
+        self._in_notebook = not silent and self._rich.is_jupyter
+        if self._in_notebook:  # plain lines; Jupyter asks for colours through the environment
+            self._rich = RichConsole(force_jupyter=False, force_terminal=False, highlight=False, soft_wrap=True)
+        self._live = not silent and self._rich.is_terminal
         self._progress: Progress | None = None
+        self._panel: notebook.Panel | None = None
         self._task: Any = None
         self._printed = 0.0
         self._status = ""
@@ -38,14 +45,20 @@ class Console:
 
     def table(self, title: str, rows: list[tuple[str, str]], *, caption: str = "") -> None:
         """Print a table of names and values."""
+        if self._in_notebook:
+            text = "\n".join([title, *(f"{name}: {value}" for name, value in rows), *([caption] if caption else [])])
+            notebook.show(notebook.table(title, rows, caption=caption), text)
+            return
         table = Table(title=title, caption=caption, show_header=False, title_justify="left", caption_justify="left")
         for name, value in rows:
             table.add_row(name, value)
         self._rich.print(table)
 
-    def begin(self, steps: int, done: int) -> None:
-        """Start showing the progress of `steps` steps, `done` of which are behind us."""
-        if self._live:
+    def begin(self, steps: int, done: int, earlier: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Start showing the progress of `steps` steps, `done` of which are behind us, with their records."""
+        if self._in_notebook:
+            self._panel = notebook.Panel(steps, done, earlier)
+        elif self._live:
             whole = Column(no_wrap=True, overflow="ignore")  # a narrow terminal shortens the bar alone
             self._progress = Progress(
                 BarColumn(),
@@ -61,7 +74,9 @@ class Console:
     def step(self, record: dict[str, Any], steps: int) -> None:
         """Show one finished step, as written to metrics.jsonl."""
         speed = f"{record['tokens_per_second']:,.0f} tokens/s"
-        if self._progress is not None:
+        if self._panel is not None:
+            self._panel.step(record, f"loss {record['loss']:.4f} · {speed}")
+        elif self._progress is not None:
             self._progress.update(
                 self._task, completed=record["step"], description=f"loss {record['loss']:.4f}  {speed}"
             )
@@ -71,20 +86,25 @@ class Console:
                 f"step {record['step']}/{steps}  loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  "
                 f"norm {record['grad_norm']:.3f}  {speed}"
             )
-        if "held_out_loss" in record:
+        if "held_out_loss" in record and self._panel is None:
             self.say(f"step {record['step']}/{steps}  held-out loss {record['held_out_loss']:.4f}")
 
     def tick(self, what: str) -> None:
         """Show what is being done when no step can be shown; a plain line each time it changes."""
         if what != self._status:
             self._status = what
-            if not self._live:
+            if self._panel is not None:
+                self._panel.status(what)
+            elif not self._live:
                 self.say(f"{what} ...")
             elif self._progress is not None:
                 self._progress.update(self._task, description=what)
 
     def end(self) -> None:
         """Take the bar away, leaving its last state."""
+        if self._panel is not None:
+            self._panel.status("")
+            self._panel = None
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

@@ -22,6 +22,11 @@ class LoraKitError(Exception):
 
     exit_code = 1
 
+    def _render_traceback_(self) -> list[str]:
+        """Return the lines that a notebook shows: the message alone, as on the command line. IPython asks for them."""
+        mark = "stopped" if self.exit_code == 75 else "error"
+        return f"{mark}: {self}".splitlines()
+
 
 class InputError(LoraKitError):
     """What the user gave cannot work; nothing was lost."""

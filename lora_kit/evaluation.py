@@ -139,13 +139,15 @@ def evaluate(recipe: Recipe, checkpoint: str | Path) -> dict[str, Score]:
         DataError: The recipe has no validation data.
     """
     processes = Processes.start(recipe.base.dtype)
-    checkpoint = checkpoint_at(checkpoint)
-    model, tokenizer = load(checkpoint, base=resolve_path(recipe, recipe.base.repo), device=str(processes.device))
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    resolved = manifest["resolved"]
-    use_attention(model, resolved["attention"])
-    renderer = Renderer(tokenizer, stop_token=recipe.base.stop_token)
-    held_out = held_out_of(recipe, prepare_data(recipe, renderer), renderer, padded=resolved["layout"] == "padded")
-    if held_out is None:
-        raise DataError("data.validation: the recipe names none; add a file, a Hub name or a fraction such as 0.05")
-    return compare(model, renderer, held_out, processes=processes)
+    try:
+        checkpoint = checkpoint_at(checkpoint)
+        model, tokenizer = load(checkpoint, base=resolve_path(recipe, recipe.base.repo), device=str(processes.device))
+        resolved = json.loads((checkpoint / "manifest.json").read_text())["resolved"]
+        use_attention(model, resolved["attention"])
+        renderer = Renderer(tokenizer, stop_token=recipe.base.stop_token)
+        held_out = held_out_of(recipe, prepare_data(recipe, renderer), renderer, padded=resolved["layout"] == "padded")
+        if held_out is None:
+            raise DataError("data.validation: the recipe names none; add a file, a Hub name or a fraction such as 0.05")
+        return compare(model, renderer, held_out, processes=processes)
+    finally:
+        processes.leave()

@@ -241,7 +241,7 @@ def announce(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Cons
         console.say(f"resuming {run.folder} after step {job.start} of {plan.steps}; compared with its checkpoint:")
         console.say(table(rows, accept))
     share = job.state.size / sum(parameter.numel() for parameter in job.model.parameters())
-    console.say(f"base {job.source.name}: {job.state.size:,} trainable parameters ({share:.2%})")
+    console.say(f"base {job.recipe.base.repo}: {job.state.size:,} trainable parameters ({share:.2%})")
     counts = job.data.summary["train"]
     console.say(
         f"data: {len(train):,} examples ({counts['format']}), {counts['tokens']:,} tokens, "

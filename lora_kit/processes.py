@@ -8,12 +8,13 @@ many processes there are (1, 2, 4, 8, ...; for other numbers the result is equal
 import atexit
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import broadcast_object_list, gather_object
 from jaxtyping import Float32
 from torch import Tensor
@@ -54,20 +55,39 @@ def refuse_contradictions(environment: dict[str, str], dtype: str) -> None:
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of this run, seen from one of them."""
+    """The processes of this run, seen from one of them.
+
+    Attributes:
+        accelerator: What they are reached through.
+        guest: Whether someone else in this process had set accelerate up before.
+        threads: How many threads torch had before the run chose.
+    """
 
     accelerator: Accelerator
+    guest: bool = True
+    threads: int = field(default_factory=torch.get_num_threads)
 
     @classmethod
     def start(cls, dtype: str) -> "Processes":
         """Join the other processes of this launch, or be the only one."""
         refuse_contradictions(dict(os.environ), dtype)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed one
+        if torch.cuda.is_available():
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed one
+        guest, threads = is_initialized(), torch.get_num_threads()
         accelerator = Accelerator(cpu=not torch.cuda.is_available())
         torch.use_deterministic_algorithms(accelerator.device.type == "cuda", warn_only=True)
-        atexit.unregister(_leave)  # an earlier call's
-        atexit.register(_leave)
-        return cls(accelerator)
+        atexit.unregister(_end_group)  # an earlier call's
+        atexit.register(_end_group)
+        return cls(accelerator, guest, threads)
+
+    def leave(self) -> None:
+        """Leave this process as it was found: a notebook may train again, alone or with others.
+
+        accelerate remembers who was alone, and then starts no others from the same notebook.
+        """
+        torch.set_num_threads(self.threads)
+        if self.count == 1 and not self.guest:
+            AcceleratorState._reset_state(reset_partial_state=True)  # as transformers does between two trainers
 
     @property
     def index(self) -> int:
@@ -128,7 +148,7 @@ class Processes:
         self.accelerator.wait_for_everyone()
 
 
-def _leave() -> None:
+def _end_group() -> None:
     """End this process's connections while Python still lives: threads of theirs that outlive it abort at exit."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

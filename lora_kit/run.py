@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_kit import notebook
 from lora_kit.checkpoint import store
 from lora_kit.console import Console
 from lora_kit.errors import CheckpointError
-from lora_kit.journal import Journal
+from lora_kit.journal import Journal, summary
 from lora_kit.recipe import BUILTIN, Recipe
 
 RESULT = "result.json"
@@ -17,9 +18,12 @@ RESULT = "result.json"
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder, read back."""
+    """A run's folder, read back; a string will do."""
 
     folder: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -59,6 +63,19 @@ class Run:
         """The checkpoint with the lowest held-out loss; None when none was measured."""
         return store.best_of(self.folder)
 
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: how far it is, what it gained and its losses."""
+        if not self.events:
+            return notebook.table(str(self.folder), [("state", "nothing was trained here yet")])
+        state, checkpoints = summary(self.folder), self.checkpoints
+        rows = [
+            ("state", f"{state.state}, step {state.step} of {state.steps}"),
+            ("checkpoints", ", ".join(path.name for path in checkpoints) or "none yet"),
+        ]
+        if self.result:
+            rows += gained(self.result)
+        return notebook.table(str(self.folder), rows) + notebook.curve(self.metrics, state.steps or state.step)
+
 
 def write_result(run: Run, step: int, metrics: dict[str, Any], *, base_bytes: int) -> None:
     """Write result.json for a run that has finished.
@@ -85,22 +102,32 @@ def write_result(run: Run, step: int, metrics: dict[str, Any], *, base_bytes: in
     partial.replace(run.folder / RESULT)
 
 
-def show(run: Run, recipe: Recipe, console: Console) -> None:
-    """Show what was gained, what it cost, where it is and what to type next."""
-    result, rows = run.result, []
+def gained(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the scores of a result, and what they took, as names and values."""
+    rows = []
     for name, one in result["metrics"].items():
         match = "" if one["exact_match"] is None else f", exact match {one['exact_match']:.1%} of {one['answered']}"
         rows.append((f"held-out, {name}", f"loss {one['loss']:.4f}, perplexity {one['perplexity']:.2f}{match}"))
     share = result["checkpoint_bytes"] / result["base_bytes"]
-    rows += [
+    return [
+        *rows,
         ("speed", f"{result['tokens_per_second']:,.0f} tokens/s (median step)"),
         ("checkpoint", f"{result['checkpoint_bytes']:,} bytes; the base has {result['base_bytes']:,} ({share:.1%})"),
+    ]
+
+
+def show(run: Run, recipe: Recipe, console: Console) -> None:
+    """Show what was gained, what it cost, where it is and what to type next."""
+    result = run.result
+    rows = [
+        *gained(result),
         ("adapter", str(run.folder / result["adapter"])),
         ("try it", f'lora-kit generate {run.folder} "your prompt"'),
         ("look closer", f"lora-kit status {run.folder}"),
     ]
     if result["best"] and result["best"] != result["adapter"]:
         rows.insert(-2, ("lowest held-out loss", str(run.folder / result["best"])))
-    synthetic = recipe.base.repo.startswith(BUILTIN)
-    note = "base and data are synthetic, made for this demonstration (lora_kit/assets/README.md)" if synthetic else ""
+    embedded = [name.startswith(BUILTIN) for name in (recipe.base.repo, recipe.data.train)]
+    note = "base and data are synthetic" if all(embedded) else "the base is synthetic" if embedded[0] else ""
+    note += ", made for this demonstration (lora_kit/assets/README.md)" if note else ""
     console.table(f"{run.folder}: {result['step']} steps done", rows, caption=note)

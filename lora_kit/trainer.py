@@ -7,7 +7,6 @@ else in this file moves it on by one, writes it down or shows it.
 
 import json
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -38,6 +37,7 @@ from lora_kit.recipe import Recipe
 from lora_kit.run import Run, show, write_result
 from lora_kit.trackers import following, require
 
+FORWARDED_SECONDS = 2.0  # a signal that comes again so soon is a launcher passing on what its processes had heard
 SAMPLES = 2  # answers that an evaluation on the way writes to the log
 
 
@@ -65,7 +65,7 @@ def train(recipe: Recipe, out: str | Path, *, accept: Sequence[str] = ()) -> Run
         job = prepare_job(recipe, run, processes, console, trackers, accept=accept)
         state, plan = job.state, job.plan
         numbers, stall = None, 0.0
-        console.begin(plan.steps, job.start)
+        console.begin(plan.steps, job.start, job.journal.read_metrics())
         for step in range(job.start, plan.steps):
             began = time.perf_counter()
             partial_sums: list[Tensor] = []
@@ -105,11 +105,14 @@ def train(recipe: Recipe, out: str | Path, *, accept: Sequence[str] = ()) -> Run
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """Turn SIGTERM and SIGUSR1 into an event while the run lasts; SIGINT too, except in a notebook."""
-    wanted = threading.Event()
+    """Turn SIGTERM, SIGUSR1 and SIGINT (a notebook's stop button) into an event while the run lasts."""
+    wanted, first = threading.Event(), time.monotonic()
 
     def note(number: int, frame: FrameType | None) -> None:
-        if wanted.is_set():  # a second signal does not wait for the step
+        nonlocal first
+        if not wanted.is_set():
+            first = time.monotonic()
+        elif time.monotonic() - first > FORWARDED_SECONDS:  # a second signal does not wait for the step
             signal.signal(number, before[signal.Signals(number)])
             signal.raise_signal(number)
         wanted.set()
@@ -117,9 +120,7 @@ def stop_signals() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield wanted
         return
-    interactive = hasattr(sys, "ps1") or "ipykernel" in sys.modules
-    heard = [signal.SIGTERM, signal.SIGUSR1] + ([] if interactive else [signal.SIGINT])
-    before = {number: signal.signal(number, note) for number in heard}
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
         yield wanted
     finally:
@@ -139,6 +140,7 @@ def held(processes: Processes, folder: Path, console: Console) -> Iterator[OpenR
         console.end()
         if processes.is_main:
             run.lease.release()
+        processes.leave()
 
 
 def my_micro_batches(job: Job, step: int) -> Iterator[tuple[MicroBatch, int, int]]:

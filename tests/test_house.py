@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lora_kit"
 LAYERS = [
     {"errors"},
-    {"recipe", "schema", "journal", "console"},
+    {"recipe", "schema", "journal", "console", "notebook"},
     {"data", "source", "base", "adapter", "targets", "objective", "processes", "kernels"},
     {"checkpoint", "supervise", "optim"},
     {

@@ -58,7 +58,7 @@ def in_one_process(count):
 def test_many_processes_sum_like_one(tmp_path, processes):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     subprocess.run([*launcher, str(script), str(tmp_path / "sums")], check=True, capture_output=True, timeout=120)
     results = [json.loads((tmp_path / f"sums.{index}").read_text()) for index in range(processes)]
     assert all(result == results[0] for result in results), "every process holds the same sum"

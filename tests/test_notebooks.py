@@ -1,0 +1,124 @@
+"""The notebooks run from top to bottom, are kept without outputs, and agree with their text."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat")
+jupytext = pytest.importorskip("jupytext")
+nbclient = pytest.importorskip("nbclient")
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SHORT = {  # what a minute on one core allows
+    "01_first_adapter": ["train.steps=6", "evaluate.generate=4"],
+    "02_your_data": ["train.steps=6", "evaluate.generate=4"],
+    "03_two_processes": ["train.steps=4", "evaluate.generate=0"],
+}
+QUIET = r"\x1b|Warning|ipywidgets|Traceback|DIFFERENT"  # nothing of this is for a newcomer's eyes
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def outputs(notebook, kind):
+    """Return what a notebook's cells show, as text of one kind."""
+    for cell in code_cells(notebook):
+        for one in cell.outputs:
+            yield one.text if one.output_type == "stream" else one.get("data", {}).get(kind, "")
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    """Run a notebook of a copy of the folder with few steps, once."""
+    place, done = tmp_path_factory.mktemp("checkout"), {}
+    shutil.copytree(ROOT / "recipes", place / "recipes")
+    shutil.copytree(ROOT / "notebooks", place / "notebooks", ignore=shutil.ignore_patterns("runs", "orders"))
+
+    def run(name, *more):
+        if (name, more) not in done:
+            notebook = nbformat.read(place / "notebooks" / f"{name}.ipynb", as_version=4)
+            (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+            parameters.source += "\n".join(["", f"changes = {SHORT[name]}", *more])
+            resources = {"metadata": {"path": str(place / "notebooks")}}
+            nbclient.NotebookClient(notebook, timeout=300, resources=resources).execute()
+            done[name, more] = notebook
+        return done[name, more], place / "notebooks"
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def nobody(monkeypatch, tmp_path):
+    """Be somebody without a Hub token, whose Python finds this checkout."""
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_outputs_are_not_kept(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert not any(cell.outputs or cell.execution_count for cell in code_cells(notebook)), "run `make notebooks`"
+    assert set(notebook.metadata) == {"kernelspec"}, "run `make notebooks`"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_and_text_agree(path):
+    def plain(notebook):
+        return [(cell.cell_type, cell.source, cell.metadata.get("tags", [])) for cell in notebook.cells]
+
+    text = jupytext.read(path.with_suffix(".py"))
+    assert plain(text) == plain(nbformat.read(path, as_version=4)), "run `make notebooks`"
+
+
+def test_each_notebook_is_executed_here():
+    assert [path.stem for path in NOTEBOOKS] == sorted(SHORT)
+    assert [path.stem for path in sorted((ROOT / "notebooks").glob("*.py"))] == sorted(SHORT)
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_runs_and_shows_nothing_ugly(name, executed):
+    notebook, _ = executed(name)
+    shown = "\n".join([*outputs(notebook, "text/plain"), *outputs(notebook, "text/html")])
+    assert not re.search(QUIET, shown), re.search(f".*({QUIET}).*", shown).group()
+
+
+def test_the_first_shows_progress_losses_and_both_answers(executed):
+    notebook, place = executed("01_first_adapter")
+    html = "".join(outputs(notebook, "text/html"))
+    assert "step 6 of 6" in html and "<polyline" in html and "held-out, adapter" in html
+    text = "".join(outputs(notebook, "text/plain"))
+    assert text.count("before:") == text.count("after:") == 3
+    assert "Not pushed: there is no Hub token" in text
+    assert (place / "runs" / "first" / "result.json").is_file()
+
+
+def test_the_first_pushes_with_a_token_and_a_name(executed, monkeypatch, tmp_path):
+    standin = pytest.importorskip("hub_standin")
+    with standin.serve() as hub:
+        for name, value in standin.environment(hub, tmp_path).items():
+            monkeypatch.setenv(name, value)
+        executed("01_first_adapter")  # in the same folder, so that the second time nothing is left to train
+        notebook, _ = executed("01_first_adapter", "hub_name = 'me/first'")
+        assert "me/first" in "".join(outputs(notebook, "text/plain"))
+        assert "adapter_model.safetensors" in hub.files("me/first") and hub.repos["me/first"].private
+
+
+def test_the_second_colours_what_is_trained_and_finds_both_mistakes(executed):
+    notebook, _ = executed("02_your_data")
+    html = "".join(outputs(notebook, "text/html"))
+    assert re.search(r'<span style="background:[^"]*">\d x \w+ -&gt; \w+&lt;\|end\|&gt;</span>', html)
+    assert "orders.jsonl:3: messages[1].role is" in html and "orders.jsonl:7:" in html
+    assert "the recipe cannot start" in html and "the recipe can start" in html
+
+
+def test_the_third_makes_equal_bytes(executed):
+    notebook, place = executed("03_two_processes")
+    assert "".join(outputs(notebook, "text/plain")).count("equal") >= 2
+    (started,) = (line for line in (place / "runs/two/events.jsonl").read_text().splitlines() if "started" in line)
+    assert '"processes": 2' in started

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import lora_kit as lk
 from lora_kit import hub as door
 from lora_kit.cli import app
-from lora_kit.errors import BaseError, CheckpointError, HubError, InputError
+from lora_kit.errors import BaseError, CheckpointError, HubError, InputError, RecipeError
 from lora_kit.journal import Journal, summary
 
 SHORT = ["train.steps=2", "checkpoint.every_steps=1", "data.validation=0.2"]
@@ -107,6 +107,14 @@ def test_peft_and_transformers_read_it_without_lora_kit(hub, trained, base_folde
     local, _ = lk.load(trained.latest)
     assert torch.equal(torch.load(tmp_path / "logits", weights_only=True), logits(local))
     assert told == "<user>hello\n"
+
+
+def test_eval_takes_a_hub_name_and_finds_the_base_through_the_recipe(hub, trained, recipe_file):
+    lk.push(trained.latest, "me/first")
+    recipe = lk.load_recipe(recipe_file, SHORT)
+    assert lk.evaluate(recipe, "me/first") == lk.evaluate(recipe, trained.latest)
+    told = CliRunner().invoke(app, ["eval", str(recipe_file), "me/first", "--set", "data.validation=0.2", "--json"])
+    assert json.loads(told.stdout)["adapter"]["loss"] == trained.result["metrics"]["adapter"]["loss"]
 
 
 def test_without_its_local_base_it_says_how_to_name_one(hub, trained):
@@ -214,9 +222,11 @@ def test_private_never_means_public(hub, trained):
         lk.push(trained.latest, "me/first", private=True)
 
 
-def test_a_wrong_name_is_refused_before_anything(trained):
+def test_a_wrong_name_is_refused_before_anything(trained, recipe_file):
     with pytest.raises(InputError, match="'first' is no Hub name; expected user/name"):
         lk.push(trained.latest, "first")
+    with pytest.raises(RecipeError, match=r"hub: repo is 'first'; expected user/name, e\.g\. me/first-adapter"):
+        lk.load_recipe(recipe_file, ["hub.repo=first"])
     with pytest.raises(CheckpointError, match="train first"):
         lk.push(trained.folder / "checkpoints", "me/first")
 

@@ -50,7 +50,8 @@ def model_card(
         parts.append(
             "## Held-out examples\n\n" + _table(("", "loss", "perplexity", "exact match", "examples"), measured)
         )
-    fields = ((f"`{name}.{key}`", value) for name in HYPERPARAMETERS for key, value in recipe[name].items())
+    fields = [(f"`{name}.{key}`", value) for name in HYPERPARAMETERS for key, value in recipe[name].items()]
+    fields = [(name, value) for name, value in fields if value is not None]
     parts += [
         "## Hyper-parameters\n\nAll of them are in [recipe.yaml](recipe.yaml).\n\n"
         + _table(("field", "value"), fields),
@@ -70,7 +71,12 @@ def _base(base: str, commit: str | None) -> str:
 def _base_rows(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     section, fingerprint = manifest["recipe"]["base"], manifest["fingerprints"]["base"]
     yield "base", f"`{section['repo']}`"
-    yield "revision", f"`{fingerprint['commit']}`" if fingerprint["commit"] else "none: a local folder"
+    yield (
+        "revision",
+        f"`{fingerprint['commit']}`"
+        if fingerprint["commit"]
+        else ("none: shipped" if section["repo"].startswith(BUILTIN) else "none: a local folder"),
+    )
     yield "computed in", section["dtype"]
     for name, digest in fingerprint["files"].items():
         if name.endswith(".safetensors"):

@@ -20,6 +20,7 @@ from lora_kit.data.rendering import Renderer
 from lora_kit.data.tokens import Prepared, Tokens
 from lora_kit.data.vocabulary import check_tokenizer_fits
 from lora_kit.errors import BaseError, InputError, RecipeError
+from lora_kit.hub import unready
 from lora_kit.recipe import Recipe, resolve_path
 from lora_kit.shapes import Estimate, Shape, estimate_memory, read_config
 from lora_kit.source import Source, base_folder, load_renderer
@@ -261,7 +262,7 @@ def _on_the_hub(recipe: Recipe, source: str | float | None) -> bool:
 
 def _check_data(recipe: Recipe, data: Prepared, renderer: Renderer, report: Report, processes: int) -> None:
     report.data = {name: data.summary[name] for name in ("train", "validation") if data.summary[name]}
-    report.notes += data.summary["notes"]
+    report.notes += [*data.summary["notes"], *unready(recipe)]
     report.preview = _preview(data.train, renderer, 2)
     plan = Plan(recipe, data.train, padded=False)
     report.schedule = {

@@ -188,7 +188,7 @@ def tokenizer_files(checkpoint: store.Checkpoint, base_name: str) -> dict[str, b
 
 def _scores(checkpoint: store.Checkpoint) -> dict[str, Any] | None:
     """Return what the run measured of this very checkpoint at its end."""
-    result = Run(checkpoint.path.parents[1]).result
+    result = Run(checkpoint.path.resolve().parents[1]).result
     return result["metrics"] if result.get("step") == checkpoint.step else None
 
 
@@ -227,6 +227,16 @@ def scrub(text: str, token: str | None) -> str:
     for pattern, harmless in ((TOKEN, "***"), (r"://[^\s/@]+@", "://"), (r"(https?://[^\s?]+)\?\S+", r"\1")):
         line = re.sub(pattern, harmless, line)
     return line[:200]
+
+
+def unready(recipe: Recipe) -> list[str]:
+    """Return what a person should know before a run that ends with a push."""
+    if recipe.hub.repo is None or get_token() is not None:
+        return []
+    return [
+        f"hub.repo: no token here to push to {recipe.hub.repo} at the end; log in with `hf auth login`, set HF_TOKEN, "
+        "or publish the run later with `lora-kit push`"
+    ]
 
 
 def push_finished(
@@ -274,13 +284,15 @@ def fetch(name: str, *, revision: str | None = None) -> Path:
     """Download an adapter that `push` published, or take it from the Hub's local cache; return its folder.
 
     Raises:
-        HubError: It is not there, cannot be had, or was not published by lora_kit.
+        HubError: It is not there, cannot be had, was not published by lora_kit, or wants to run code.
     """
     where = f"{name}: no folder here, and on the Hub"
     try:
         manifest = Path(hf_hub_download(name, store.MANIFEST, revision=revision))
-        names = [store.MANIFEST, *json.loads(manifest.read_text())["files"]]
-        return Path(snapshot_download(name, revision=manifest.parent.name, allow_patterns=names))
+        content = json.loads(manifest.read_text())
+        names = [store.MANIFEST, *content["files"]]
+        folder = Path(snapshot_download(name, revision=manifest.parent.name, allow_patterns=names))
+        foreign_code = content["recipe"]["base"]["trust_remote_code"]
     except RemoteEntryNotFoundError:
         raise HubError(
             f"{where} it has no {store.MANIFEST}, so lora_kit did not make it; load it with "
@@ -293,3 +305,8 @@ def fetch(name: str, *, revision: str | None = None) -> Path:
     except FAILURES as error:
         reason, _ = _reason(error, get_token())
         raise HubError(f"{where} not to be had: {reason}") from None
+    if foreign_code:
+        raise HubError(
+            f"{name}: asks to run the Python files of its base's repository; if you trust them, load it from {folder}"
+        )
+    return folder

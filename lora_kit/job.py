@@ -27,6 +27,7 @@ from lora_kit.data.template import Renderer
 from lora_kit.data.tokens import Prepared
 from lora_kit.data.vocabulary import check_tokenizer_fits, untrained_labels
 from lora_kit.errors import DataError
+from lora_kit.hub import unready
 from lora_kit.journal import Journal
 from lora_kit.kernels.attention import use_attention
 from lora_kit.processes import Processes
@@ -256,7 +257,7 @@ def announce(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Cons
         f"data: {len(train):,} examples ({counts['format']}), {counts['tokens']:,} tokens, "
         f"{counts['trained_share']:.0%} of them trained"
     )
-    for note in job.data.summary["notes"]:
+    for note in [*job.data.summary["notes"], *unready(job.recipe)]:
         console.warn(note)
     if plan.padded:
         console.warn("this model mixes examples that are packed into one row, so it trains on padded rows: slower")

@@ -118,7 +118,7 @@ class Status:
         return asdict(self)
 
 
-AFTERWARDS = ("pushed", "fault")  # may follow the end of a run
+AFTERWARDS = ("pushed", "fault")  # may come after a run's end: a push, or what a tracker met
 STATES = {"finished": "finished", "stopped": "stopped, resumable"}
 
 

@@ -88,7 +88,7 @@ def test_an_earlier_checkpoint_has_its_own_loss_and_not_the_runs(run):
 def test_what_is_not_known_is_left_out(manifest):
     bare = {**manifest, "held_out_loss": None, "recipe": {**manifest["recipe"], "hub": {"licence": None}}}
     card = model_card("me/x", bare)
-    assert "## Held-out" not in card and "license" not in card
+    assert "## Held-out" not in card and "license" not in card and "None" not in card
 
 
 def test_equal_checkpoints_have_equal_cards(run):

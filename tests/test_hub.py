@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import lora_kit as lk
 from lora_kit import hub as door
 from lora_kit.cli import app
-from lora_kit.errors import BaseError, CheckpointError, HubError, InputError
+from lora_kit.errors import BaseError, CheckpointError, HubError, InputError, RecipeError
 from lora_kit.journal import Journal, summary
 
 SHORT = ["train.steps=2", "checkpoint.every_steps=1", "data.validation=0.2"]
@@ -109,6 +109,14 @@ def test_peft_and_transformers_read_it_without_lora_kit(hub, trained, base_folde
     assert told == "<user>hello\n"
 
 
+def test_eval_takes_a_hub_name_and_finds_the_base_through_the_recipe(hub, trained, recipe_file):
+    lk.push(trained.latest, "me/first")
+    recipe = lk.load_recipe(recipe_file, SHORT)
+    assert lk.evaluate(recipe, "me/first") == lk.evaluate(recipe, trained.latest)
+    told = CliRunner().invoke(app, ["eval", str(recipe_file), "me/first", "--set", "data.validation=0.2", "--json"])
+    assert json.loads(told.stdout)["adapter"]["loss"] == trained.result["metrics"]["adapter"]["loss"]
+
+
 def test_without_its_local_base_it_says_how_to_name_one(hub, trained):
     lk.push(trained.latest, "me/first")
     with pytest.raises(BaseError, match=r"was a local folder .* lk\.load\(\.\.\., base=FOLDER\)"):
@@ -120,6 +128,13 @@ def test_a_damaged_download_is_not_loaded(hub, trained, base_folder):
     hub.files("me/first")["adapter_config.json"] += b" "
     with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
         lk.load("me/first", base=base_folder)
+
+
+def test_a_strangers_adapter_runs_no_code_unasked(hub, recipe_file, tmp_path):
+    run = lk.train(lk.load_recipe(recipe_file, ["train.steps=1", "base.trust_remote_code=true"]), tmp_path / "run")
+    lk.push(run.latest, "me/first")
+    with pytest.raises(HubError, match="asks to run the Python files of its base's repository; if you trust them"):
+        lk.load("me/first")
 
 
 PASSING = {
@@ -191,15 +206,27 @@ def test_offline_and_without_a_token_nothing_is_asked(hub, trained, monkeypatch)
     assert hub.requests == []
 
 
+def test_a_run_that_will_push_says_at_its_start_that_it_has_no_token(hub, recipe_file, tmp_path, monkeypatch, capsys):
+    recipe = lk.load_recipe(recipe_file, ["train.steps=1", "hub.repo=me/run"])
+    assert door.unready(recipe) == []
+    monkeypatch.delenv("HF_TOKEN")
+    run = lk.train(recipe, tmp_path / "run")
+    before, _, after = capsys.readouterr().out.partition("step 1/1")
+    assert "no token here to push to me/run at the end" in before and "no token here; log in" in after
+    assert run.result["step"] == 1
+
+
 def test_private_never_means_public(hub, trained):
     lk.push(trained.latest, "me/first")
     with pytest.raises(InputError, match="is there already and public"):
         lk.push(trained.latest, "me/first", private=True)
 
 
-def test_a_wrong_name_is_refused_before_anything(trained):
+def test_a_wrong_name_is_refused_before_anything(trained, recipe_file):
     with pytest.raises(InputError, match="'first' is no Hub name; expected user/name"):
         lk.push(trained.latest, "first")
+    with pytest.raises(RecipeError, match=r"hub: repo is 'first'; expected user/name, e\.g\. me/first-adapter"):
+        lk.load_recipe(recipe_file, ["hub.repo=first"])
     with pytest.raises(CheckpointError, match="train first"):
         lk.push(trained.folder / "checkpoints", "me/first")
 
@@ -306,8 +333,9 @@ def test_a_base_from_the_hub_is_pinned_and_found_again(hub, recipe_file, tmp_pat
         return done.stdout
 
     changes = [part for change in [*SHORT, "base.repo=them/base", "hub.repo=me/run"] for part in ("--set", change)]
-    told = run("train", recipe_file, "--out", tmp_path / "run", *changes)
+    told = run("train", recipe_file, "--out", tmp_path / "run", "--processes", 2, *changes)
     assert f"pushed to {hub.url}/me/run" in told
+    assert len(hub.commits("me/run")) == 1
     files = hub.files("me/run")
     assert json.loads(files["adapter_config.json"])["revision"] == commit.id
     assert "base_model: them/base\n" in files["README.md"].decode() and commit.id in files["README.md"].decode()

@@ -23,7 +23,12 @@ from lora_kit.source import load_renderer, locate, pinned_base, set_up_tokenizer
 
 
 def load(
-    path: str | Path, *, base: str | Path | None = None, device: str | None = None, dtype: str | None = None
+    path: str | Path,
+    *,
+    base: str | Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    quantized: bool = True,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load a checkpoint's base and adapter, ready to answer, with the tokenizer and template of its training.
 
@@ -32,6 +37,7 @@ def load(
         base: The base's folder, if it is not where the training had it.
         device: Where to put it; by default a GPU if there is one.
         dtype: `bfloat16` or `float32`; by default as in training.
+        quantized: False loads whole weights where the training had quantised ones.
 
     Raises:
         CheckpointError: The checkpoint does not verify.
@@ -46,7 +52,8 @@ def load(
     if source.fingerprint != manifest["fingerprints"]["base"]:
         raise BaseError(f"{path}: was trained on other bytes of {source.name} than lie in {source.folder} now")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    wanted = recipe.base if dtype is None else recipe.base.model_copy(update={"dtype": dtype})
+    changes = ({"dtype": dtype} if dtype else {}) | ({} if quantized else {"quantization": "none"})
+    wanted = recipe.base.model_copy(update=changes)
     model = PeftModel.from_pretrained(load_base(source, wanted, where), str(path))
     tokenizer = load_renderer(source, recipe, template=manifest["template"]).tokenizer
     return model.eval(), set_up_tokenizer(tokenizer, recipe, manifest["template"])

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from transformers import PretrainedConfig
 
 from lora_kit.adapter import FlatState, flatten, inject
-from lora_kit.base import choose_attention, load_base
+from lora_kit.base import choose_attention, load_base, require_quantization
 from lora_kit.checkpoint.resume import OpenRun, Row, contract, describe, enforce, enforce_origin, still_bitwise, table
 from lora_kit.checkpoint.store import ADAPTER, OPTIMIZER, Checkpoint
 from lora_kit.console import Console
@@ -76,12 +76,13 @@ def prepare_job(
     Raises:
         InputError: Something that the user gave cannot work, or would change what the run is.
     """
+    require_quantization(recipe.base)
     console.tick("base: fingerprint")
     source = processes.main_decides(lambda: locate(recipe.base, resolve_path(recipe, recipe.base.repo)))
     renderer = load_renderer(source, recipe)
     console.tick("data: render and tokenise")
     data = processes.main_decides(lambda: prepare_data(recipe, renderer))
-    facts = observed(source, renderer, data, processes)
+    facts = observed(recipe, source, renderer, data, processes)
     latest = run.latest
     rows = [] if latest is None else contract(latest.manifest, recipe, facts)
     processes.main_decides(lambda: enforce(rows, accept, run.folder))
@@ -150,9 +151,12 @@ def fill(state: FlatState, run: OpenRun) -> None:
         state.load_weights(load_file(run.origin.path / ADAPTER))
 
 
-def observed(source: Source, renderer: Renderer, data: Prepared, processes: Processes) -> dict[str, dict[str, Any]]:
+def observed(
+    recipe: Recipe, source: Source, renderer: Renderer, data: Prepared, processes: Processes
+) -> dict[str, dict[str, Any]]:
     """Return what a resume compares beside the recipe: fingerprints, versions and the machine."""
     cuda = processes.device.type == "cuda"
+    quantizer = {"bitsandbytes": version("bitsandbytes")} if recipe.base.quantization != "none" else {}
     return {
         "fingerprints": {
             "base": source.fingerprint,
@@ -160,7 +164,7 @@ def observed(source: Source, renderer: Renderer, data: Prepared, processes: Proc
             "train": data.train.fingerprint,
             "validation": data.validation.fingerprint if data.validation else None,
         },
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: version(name) for name in PACKAGES} | quantizer,
         "machine": {
             "processes": processes.count,
             "device": torch.cuda.get_device_name(processes.device) if cuda else f"cpu {platform.machine()}",

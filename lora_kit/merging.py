@@ -1,7 +1,7 @@
 """Fold an adapter into its base: one ordinary model, for tools that know nothing of adapters.
 
-Merging rounds: a weight has fewer digits than the sum that it holds. So what was written is read back and compared with
-base and adapter apart, and the difference is told.
+Merging rounds: a weight has fewer digits than the sum that it holds, a quantised one as good as none, so the base is
+loaded whole. What was written is read back and compared with base and adapter apart, and the difference is told.
 """
 
 import json
@@ -82,7 +82,7 @@ def merge(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: is there already and not empty; choose another --out")
     partial = out.with_name(f".{out.name}.partial")
-    model, tokenizer = load(path, base=base, dtype=dtype)
+    model, tokenizer = load(path, base=base, dtype=dtype, quantized=False)
     renderer = Renderer(tokenizer)
     ids = [prompt_ids([{"role": "user", "content": text}], renderer) for text in prompts]
     apart = [_logits(model, one) for one in ids]

@@ -29,6 +29,9 @@ class Base(Section):
     """A Hub name, a folder, or `builtin:base` for the embedded one."""
     revision: str | None = None
     """A branch, tag or commit of the Hub repository; the commit is recorded."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """How the frozen weights of linear layers are held: nf4 (4 bits, with quantised scales) and int8 need
+    `lora_kit[bnb]`. The adapter is trained in full precision all the same."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What the base computes in; the adapter's master weights are always fp32."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"

@@ -166,7 +166,7 @@ def estimate_memory(shape: Shape, recipe: Recipe) -> Estimate:
     return Estimate(
         base_parameters=shape.parameters,
         trainable_parameters=trainable,
-        base_bytes=shape.parameters * size,
+        base_bytes=_base_bytes(shape, recipe),
         state_bytes=trainable * 4 * (4 + sums),
         activation_bytes=checkpointed if recipe.train.activation_checkpointing else layer * shape.layers,
         logits_bytes=tokens * shape.vocabulary * (size + 12),  # and fp32 logits, log-probabilities, their gradient
@@ -174,6 +174,19 @@ def estimate_memory(shape: Shape, recipe: Recipe) -> Estimate:
         vocabulary=shape.vocabulary,
         context=shape.context,
     )
+
+
+def _base_bytes(shape: Shape, recipe: Recipe) -> int:
+    """Return the bytes of the frozen weights; quantised ones keep their scales beside them."""
+    size = BYTES[recipe.base.dtype]
+    linear = shape.layers * sum(one.inputs * one.outputs for one in shape.linears)
+    rows = shape.layers * sum(one.outputs for one in shape.linears)
+    held = {
+        "none": linear * size,
+        "nf4": linear // 2 + linear // 64 + 4 * (linear // (64 * 256)),  # a byte for 64, four for 256 of those
+        "int8": linear + 4 * rows,
+    }
+    return (shape.parameters - linear) * size + held[recipe.base.quantization]
 
 
 def _layer_activations(shape: Shape, adapted: list[Linear], size: int) -> int:

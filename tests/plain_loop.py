@@ -5,9 +5,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 
-def plain_loop(job, weights, members):
+def plain_loop(job, weights, members, base=None):
     """The oracle: transformers and peft, one example at a time, the loss of all trained tokens divided once."""
-    base = AutoModelForCausalLM.from_pretrained(job.source.folder, dtype=torch.float32)
+    base = base or AutoModelForCausalLM.from_pretrained(job.source.folder, dtype=torch.float32)
     theirs = job.model.peft_config["default"]
     model = get_peft_model(
         base,

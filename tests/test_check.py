@@ -64,7 +64,10 @@ def test_named_targets_are_counted_alone(tmp_path, recipe_file, base_folder):
 
 @pytest.mark.parametrize(
     ("recipe", "parameters", "trainable"),
-    [("sft-bf16-1b", 1_235_814_400, 11_272_192), ("sft-bf16-8b", 8_030_261_248, 41_943_040)],
+    [
+        ("sft-bf16-1b", 1_235_814_400, 11_272_192),
+        *((f"sft-{how}-8b", 8_030_261_248, 41_943_040) for how in ("bf16", "nf4", "int8")),
+    ],
 )
 def test_the_large_recipes_pass_offline_with_the_known_counts(recipe, parameters, trainable):
     report = check(load_recipe(ROOT / "recipes" / f"{recipe}.yaml"), offline=True, shapes=ROOT / "tests" / "shapes")

@@ -1,0 +1,120 @@
+"""A quantised base is trained as its dequantised weights would be, exactly resumable, and never changed by it."""
+
+import pytest
+import torch
+from plain_loop import plain_loop, relative
+from runs import state_hash, train
+from transformers import AutoModelForCausalLM
+
+import lora_kit as lk
+from lora_kit import base as bases
+from lora_kit import trainer
+from lora_kit.base import leaks_when_packed, load_base, refuse_without_bfloat16
+from lora_kit.check import estimate
+from lora_kit.errors import BaseError
+from lora_kit.recipe import load_recipe
+from lora_kit.source import locate
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+
+
+def linears(model):
+    kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def whole(module):
+    """The weight that a quantised layer stands for, by the library's own dequantisation or by the definition."""
+    weight = module.weight
+    if isinstance(module, bitsandbytes.nn.Linear4bit):
+        return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+    return module.state.CB.float() * module.state.SCB[:, None] / 127
+
+
+def dequantized(job):
+    """A plain fp32 base whose linear weights are what the quantised ones stand for."""
+    plain = AutoModelForCausalLM.from_pretrained(job.source.folder, dtype=torch.float32)
+    for name, module in linears(job.model.get_base_model()).items():
+        plain.get_submodule(name.removesuffix(".base_layer")).weight.data = whole(module).float()
+    return plain
+
+
+def held(model):
+    return {name: module.weight.data.clone() for name, module in linears(model).items()}
+
+
+@pytest.mark.parametrize(("how", "tolerance"), [("nf4", 1e-5), ("int8", 5e-2)])  # int8 rounds activations too
+def test_gradients_are_those_of_the_dequantised_weights_also_after_an_evaluation(
+    how, tolerance, recipe_file, tmp_path, captured, jobs
+):
+    changes = [f"base.quantization={how}", "train.steps=3", "adapter.dropout=0", "optim.max_grad_norm=null"]
+    changes += ["data.validation=0.2", "evaluate.every_steps=1", "evaluate.generate=2"]
+    trainer.train(load_recipe(recipe_file, changes), tmp_path / "run")
+    (job,) = jobs
+    assert len(linears(job.model)) == 14 and job.manifest["resolved"]["layout"] == "packed"
+    for step, (weights, gradient) in enumerate(captured):
+        members = [index for group in job.plan.micro_batches(step) for index in group]
+        expected, _ = plain_loop(job, weights, members, dequantized(job))
+        assert relative(gradient, expected) < tolerance
+
+
+@pytest.mark.parametrize("how", ["nf4", "int8"])
+def test_training_evaluation_and_checkpoints_leave_the_base_as_it_was(how, recipe_file, tmp_path, jobs, monkeypatch):
+    before = {}
+    load = load_base
+    monkeypatch.setattr("lora_kit.job.load_base", lambda *a: (model := load(*a), before.update(held(model)))[0])
+    changes = [f"base.quantization={how}", "train.steps=3", "data.validation=0.2", "evaluate.generate=2"]
+    trainer.train(load_recipe(recipe_file, changes), tmp_path / "run")
+    jobs[0].model.state_dict()
+    after = held(jobs[0].model.get_base_model())
+    assert before and [name.removesuffix(".base_layer") for name in after] == list(before)
+    assert all(torch.equal(*pair) for pair in zip(before.values(), after.values(), strict=True))
+
+
+@pytest.mark.parametrize("how", ["nf4", "int8"])
+def test_packed_examples_do_not_touch_each_other_even_with_outliers(how, base_folder, recipe_file):
+    recipe = load_recipe(recipe_file, [f"base.quantization={how}"])
+    model = load_base(locate(recipe.base, base_folder), recipe.base, torch.device("cpu"))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[40:60] *= 100  # beyond any threshold for outliers
+    assert not leaks_when_packed(model, model.config.vocab_size, torch.device("cpu"))
+
+
+def test_two_processes_and_going_back_give_the_bytes_of_one(recipe_file, tmp_path):
+    changes = ["--set", "base.quantization=nf4", "--set", "base.dtype=bfloat16"]
+    train(recipe_file, tmp_path / "one", *changes)
+    train(recipe_file, tmp_path / "two", *changes, processes=2)
+    expected = state_hash(tmp_path / "one", 8)
+    assert state_hash(tmp_path / "two", 8) == expected
+    train(recipe_file, tmp_path / "two", *changes, "--from", str(tmp_path / "two" / "checkpoints" / "step-00000003"))
+    assert state_hash(tmp_path / "two", 8) == expected
+
+
+def test_a_trained_adapter_answers_and_merges_into_whole_weights(recipe_file, tmp_path):
+    recipe = load_recipe(recipe_file, ["base.quantization=nf4", "train.steps=2"])
+    run = trainer.train(recipe, tmp_path / "run")
+    model, tokenizer = lk.load(run.latest)
+    assert linears(model) and len(lk.generate(model, tokenizer, ["hello"], max_new_tokens=4)) == 1
+    assert lk.merge(run.latest, tmp_path / "merged").top1_agreement == 1
+    assert not linears(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+
+
+def test_the_estimate_counts_the_bytes_that_are_held(recipe_file, base_folder):
+    for how in ("nf4", "int8"):
+        recipe = load_recipe(recipe_file, [f"base.quantization={how}"])
+        model = load_base(locate(recipe.base, base_folder), recipe.base, torch.device("cpu"))
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        assert weights <= estimate(recipe).base_bytes <= 1.1 * weights
+
+
+def test_a_missing_package_is_told_before_anything_is_loaded(recipe_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(bases, "find_spec", lambda name: None)
+    with pytest.raises(BaseError, match=r"nf4 needs bitsandbytes; pip install 'lora_kit\[bnb\]'"):
+        trainer.train(load_recipe(recipe_file, ["base.quantization=nf4"]), tmp_path / "run")
+
+
+def test_a_gpu_without_bfloat16_is_refused_with_the_way_out():
+    with pytest.raises(BaseError, match=r"Tesla T4 \(compute capability 7\.5\) has no bfloat16.*base\.dtype=float32"):
+        refuse_without_bfloat16("bfloat16", "Tesla T4", (7, 5))
+    refuse_without_bfloat16("float32", "Tesla T4", (7, 5))
+    refuse_without_bfloat16("bfloat16", "NVIDIA A100", (8, 0))

@@ -10,6 +10,7 @@
 Importing this package imports nothing heavy: each name is fetched from its module when it is first used.
 """
 
+import logging
 import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 # tqdm says this in every notebook without ipywidgets; nothing of ours wants them
 warnings.filterwarnings("ignore", message="IProgress not found")
+# peft imports it wherever it is installed, and it tells every process of kernels that it can do without
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 

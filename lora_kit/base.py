@@ -3,7 +3,6 @@
 A base is read-only input. It is never saved again: a checkpoint holds its fingerprint and resumes on no other.
 """
 
-import logging
 import re
 import warnings
 from importlib.util import find_spec
@@ -69,7 +68,6 @@ def _quantized(base: Base) -> BitsAndBytesConfig | None:
     if base.quantization == "none":
         return None
     require_quantization(base)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
     if base.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lora_kit.data.template import Renderer
 from lora_kit.errors import CheckpointError, InputError
-from lora_kit.generation import load, prompt_ids
+from lora_kit.generation import load, prompt_ids, stop_ids
 
 REPORT = "merge.json"
 PROMPTS = (
@@ -88,6 +88,7 @@ def merge(
     apart = [_logits(model, one) for one in ids]
     merged = model.merge_and_unload(safe_merge=True)
     merged.config.use_cache = True
+    merged.generation_config.eos_token_id = list(stop_ids(renderer))  # a recipe may have named another stop token
     device, weights = next(merged.parameters()).device, merged.dtype
     try:
         shutil.rmtree(partial, ignore_errors=True)

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from conftest import TEMPLATE
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -39,6 +40,16 @@ def test_what_is_told_is_what_plain_transformers_finds(trained_run, tmp_path):
     assert (
         0 < merged.largest_difference == pytest.approx(float(difference)) and merged.positions == ids.input_ids.shape[1]
     )
+
+
+def test_it_stops_where_the_adapter_learned_to_stop(recipe_file, tmp_path):
+    (tmp_path / "template.jinja").write_text(TEMPLATE.replace("</s>", "<unk>"))
+    changes = ["train.steps=1", "base.stop_token=<unk>", f"data.template={tmp_path / 'template.jinja'}"]
+    recipe = lk.load_recipe(recipe_file, changes)
+    run = lk.train(recipe, tmp_path / "run")
+    lk.merge(run.latest, tmp_path / "merged")
+    ends = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").generation_config.eos_token_id
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").convert_tokens_to_ids("<unk>") in ends
 
 
 def test_a_folder_that_holds_something_is_left_alone(trained_run, tmp_path):

@@ -1,6 +1,7 @@
 """The house's rules that can be checked: layers, cycles, sizes, who imports what, three frames to the model."""
 
 import ast
+import re
 import subprocess
 import sys
 import traceback
@@ -179,3 +180,11 @@ def test_the_package_promises_nothing_it_does_not_have():
 
     assert all(hasattr(lora_kit, name) for name in lora_kit.__all__)
     assert load_recipe is lora_kit.load_recipe
+
+
+def test_the_readme_has_a_line_for_every_room():
+    map_ = (ROOT / "README.md").read_text().split("```\nlora_kit/\n")[1].split("```")[0]
+    rooms = {path.relative_to(PACKAGE) for path in MODULES if not path.name.startswith("__")}
+    whole = ("checkpoint", "supervise", "kernels")
+    missing = [room for room in rooms if not re.search(rf"^  {room}\s", map_, re.M) and room.parts[0] not in whole]
+    assert not missing and all(f"  {room}/ " in map_ for room in whole)

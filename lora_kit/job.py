@@ -254,6 +254,8 @@ def announce(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Cons
         job.journal.event("resumed", **facts, reached=run.reached, run_id=run.run_id)
         console.say(f"resuming {run.folder} after step {job.start} of {plan.steps}; compared with its checkpoint:")
         console.say(table(rows, accept))
+    if run.latest is None and run.origin is not None:
+        console.say(f"begins with the adapter of {run.origin.path}, its moments and steps start anew")
     share = job.state.size / job.model.get_nb_trainable_parameters()[1]  # which counts what is packed into 4 bits
     console.say(f"base {job.recipe.base.repo}: {job.state.size:,} trainable parameters ({share:.2%})")
     counts = job.data.summary["train"]

@@ -29,13 +29,16 @@ def test_going_back_repeats_the_same_bytes_and_keeps_what_was_newer(recipe_file,
     assert steps == list(range(1, 9)) and json.loads((run / "result.json").read_text())["step"] == 8
 
 
-def test_a_new_run_begins_with_an_earlier_adapter_and_fresh_moments(recipe_file, tmp_path, trained_run, monkeypatch):
+def test_a_new_run_begins_with_an_earlier_adapter_and_fresh_moments(
+    recipe_file, tmp_path, trained_run, monkeypatch, capsys
+):
     filled = []
     fill = FlatState.load_weights
     monkeypatch.setattr(FlatState, "load_weights", lambda self, a: (fill(self, a), filled.append(self.weights.clone())))
     begun = load_file(checkpoint(trained_run, 4) / "adapter_model.safetensors")
     recipe = load_recipe(recipe_file, ["train.steps=1"])
     run = trainer.train(recipe, tmp_path / "run", start_from=trained_run)
+    assert f"begins with the adapter of {checkpoint(trained_run, 4)}" in capsys.readouterr().out
     assert sorted(filled[0].tolist()) == sorted(value for array in begun.values() for value in array.ravel().tolist())
     manifest = store.open_checkpoint(run.latest).manifest
     assert manifest["origin"]["step"] == 4 and manifest["origin"]["run_id"] != manifest["run_id"]

@@ -62,6 +62,10 @@ class CheckpointError(LoraKitError):
     """A checkpoint does not verify, or could not be committed."""
 
 
+class PoisonError(LoraKitError):
+    """Step after step had a loss or a gradient that is no number; the adapter is as it was before them."""
+
+
 class HubError(LoraKitError):
     """The Hub refused, or could not be reached; the same call can be made again."""
 

@@ -44,7 +44,8 @@ PACKAGES = ("lora_kit", "torch", "transformers", "peft", "accelerate", "tokenize
 class Job:
     """Everything a run needs between its first and its last step.
 
-    `manifest` holds the parts of every manifest that do not change while this process lives.
+    `manifest` holds the parts of every manifest that do not change while this process lives, `skipped` the steps that
+    had no finite gradient and left the adapter as it was.
     """
 
     recipe: Recipe
@@ -58,6 +59,7 @@ class Job:
     plan: Plan
     start: int
     journal: Journal
+    skipped: list[int]
     manifest: dict[str, Any]
     trackers: Trackers
 
@@ -135,6 +137,7 @@ def prepare_job(
         plan,
         start,
         Journal(run.folder),
+        list(latest.manifest["skipped_steps"]) if latest else [],
         manifest,
         trackers,
     )

@@ -7,7 +7,7 @@ import math
 from typing import Literal
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from lora_kit.recipe import Optim
@@ -55,8 +55,9 @@ def adamw(
     step: int,
     learning_rate: float,
     optim: Optim,
+    taken: Bool[Tensor, ""],
 ) -> None:
-    """Do one AdamW update in place.
+    """Do one AdamW update in place, or none.
 
     Args:
         weights: The fp32 master weights.
@@ -65,13 +66,18 @@ def adamw(
         step: The step's number from 0; the bias correction uses step + 1.
         learning_rate: Of this step.
         optim: Betas and weight decay.
+        taken: False leaves weights and moments as they are, whatever the gradient holds; the device is not asked.
 
     Source: Loshchilov and Hutter 2019, algorithm 2, with epsilon 1e-8 as in torch.
     """
     beta1, beta2 = optim.betas
     mean, square = moments
-    mean.lerp_(gradient, 1 - beta1)
-    square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    _take(mean, mean.lerp(gradient, 1 - beta1), taken)
+    _take(square, (square * beta2).addcmul_(gradient, gradient, value=1 - beta2), taken)
     denominator = (square.sqrt() / math.sqrt(1 - beta2 ** (step + 1))).add_(1e-8)
-    weights.mul_(1 - learning_rate * optim.weight_decay)
-    weights.addcdiv_(mean, denominator, value=-learning_rate / (1 - beta1 ** (step + 1)))
+    decayed = weights * (1 - learning_rate * optim.weight_decay)
+    _take(weights, decayed.addcdiv_(mean, denominator, value=-learning_rate / (1 - beta1 ** (step + 1))), taken)
+
+
+def _take(buffer: Flat, new: Flat, taken: Bool[Tensor, ""]) -> None:
+    torch.where(taken, new, buffer, out=buffer)

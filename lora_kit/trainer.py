@@ -6,6 +6,7 @@ else in this file moves it on by one, writes it down or shows it.
 """
 
 import json
+import math
 import signal
 import threading
 import time
@@ -27,7 +28,7 @@ from lora_kit.checkpoint.store import ADAPTER, ADAPTER_CONFIG, OPTIMIZER
 from lora_kit.console import Console
 from lora_kit.data.order import micro_batch_seed
 from lora_kit.data.packing import MicroBatch, collate, reduction_schedule
-from lora_kit.errors import CheckpointError, Stopped
+from lora_kit.errors import CheckpointError, PoisonError, Stopped
 from lora_kit.generation import answer
 from lora_kit.hub import checkpoint_at, push_finished
 from lora_kit.job import Job, prepare_job
@@ -38,6 +39,7 @@ from lora_kit.run import Run, show, write_result
 from lora_kit.trackers import following, require
 
 FORWARDED_SECONDS = 2.0  # a signal that comes again so soon is a launcher passing on what its processes had heard
+STUCK = 5  # so many skipped steps in a row, and one more, end a run
 SAMPLES = 2  # answers that an evaluation on the way writes to the log
 
 
@@ -89,6 +91,7 @@ def train(recipe: Recipe, out: str | Path, *, accept: Sequence[str] = (), start_
             # 4. the numbers of the step before, now that this one is queued: nobody waits for the device
             stop = numbers is not None and settle(job, numbers, console)
             numbers = Numbers(step, rate, norm, state.gradient[[LOSS, STOP]], time.perf_counter() - began, stall)
+            give_up_when_stuck(job, numbers, console)
             state.gradient.zero_()
             # 5. durable
             stall, done = 0.0, step + 1
@@ -176,7 +179,8 @@ def update(job: Job, step: int) -> tuple[Tensor, float]:
     if settings.max_grad_norm:
         optim.clip(gradient, norm, settings.max_grad_norm)
     rate = optim.learning_rate(settings, job.plan.examples_seen(step), job.plan.total)
-    optim.adamw(state.weights, gradient, state.moments, step=step, learning_rate=rate, optim=settings)
+    taken = torch.isfinite(norm) & torch.isfinite(state.gradient[LOSS])
+    optim.adamw(state.weights, gradient, state.moments, step=step, learning_rate=rate, optim=settings, taken=taken)
     return norm, rate
 
 
@@ -218,6 +222,16 @@ def settle(job: Job, numbers: Numbers, console: Console, held_out_loss: float | 
     loss, stop = numbers.loss_and_stop.tolist()
     groups = job.plan.micro_batches(numbers.step)
     tokens = int(sum(job.data.train.lengths[group].sum() for group in groups))
+    norm = float(numbers.grad_norm)
+    if not math.isfinite(loss + norm):
+        job.skipped.append(numbers.step + 1)
+        if job.processes.is_main:
+            ids = sorted(index for group in groups for index in group)
+            job.journal.event("skipped", step=numbers.step + 1, loss=str(loss), grad_norm=str(norm), examples=ids)
+            console.warn(
+                f"step {numbers.step + 1}: loss {loss}, gradient norm {norm}; the step is skipped, the adapter as before; "
+                "events.jsonl names its examples"
+            )
     if job.processes.is_main:
         record = {
             "step": numbers.step + 1,
@@ -225,7 +239,7 @@ def settle(job: Job, numbers: Numbers, console: Console, held_out_loss: float | 
             "tokens": tokens,
             "loss": loss,
             "learning_rate": numbers.learning_rate,
-            "grad_norm": float(numbers.grad_norm),
+            "grad_norm": norm,
             "tokens_per_second": round(tokens / numbers.seconds, 1),
             "stall_seconds": round(numbers.stall_seconds, 4),
         }
@@ -235,6 +249,26 @@ def settle(job: Job, numbers: Numbers, console: Console, held_out_loss: float | 
         job.trackers.log(record)
         console.step(record, job.plan.steps)
     return stop > 0
+
+
+def give_up_when_stuck(job: Job, numbers: Numbers, console: Console) -> None:
+    """End a run in which no step has worked for a while; the adapter from before is durable.
+
+    Raises:
+        PoisonError: The last steps and this one had a loss or a gradient that is no number.
+    """
+    first = numbers.step - STUCK  # so many steps were done before the first of them
+    if job.skipped[-STUCK:] != list(range(first + 1, numbers.step + 1)):
+        return
+    if math.isfinite(sum(numbers.loss_and_stop[:1].tolist()) + float(numbers.grad_norm)):
+        return
+    if first > job.start and not store.checkpoint_folder(job.run.folder, first).exists():
+        job.skipped[-STUCK:] = []
+        save(job, first, console)
+    raise PoisonError(
+        f"{job.run.folder}: no finite loss or gradient in steps {first + 1} to {numbers.step + 1}; the adapter is as "
+        f"after step {first}; lower optim.learning_rate, or look at the examples that events.jsonl names"
+    )
 
 
 def save(job: Job, done: int, console: Console, held_out_loss: float | None = None) -> float:
@@ -253,7 +287,7 @@ def save(job: Job, done: int, console: Console, held_out_loss: float | None = No
         moving = {
             "step": done,
             "examples_seen": job.plan.examples_seen(done),
-            "skipped_steps": [],
+            "skipped_steps": job.skipped,
             "held_out_loss": held_out_loss,
         }
         try:

@@ -21,7 +21,7 @@ def test_twenty_updates_equal_those_of_torch(weight_decay):
     ours = settings(betas=(0.8, 0.95), weight_decay=weight_decay)
     for step in range(20):
         gradient = torch.randn(1000)
-        optim.adamw(weights, gradient, moments, step=step, learning_rate=1e-2, optim=ours)
+        optim.adamw(weights, gradient, moments, step=step, learning_rate=1e-2, optim=ours, taken=torch.tensor(True))
         reference.grad = gradient
         theirs.step()
     torch.testing.assert_close(weights, reference.data, rtol=1e-5, atol=1e-6)

@@ -49,7 +49,7 @@ def test_a_poisoned_step_leaves_every_byte_as_it_was_and_is_told(run):
     assert 1 <= len(bad) <= 2 and all(7 in event["examples"] and len(event["examples"]) == 5 for event in skipped)
     for step in range(2, STEPS + 1):
         assert (state_hash(out, step) == state_hash(out, step - 1)) == (step in bad)
-    assert all(f"step {step}: loss" in printed for step in bad) and "the step is skipped" in printed
+    assert all(f"step {step}: loss" in printed for step in bad) and "it is skipped" in printed
     manifest = json.loads((out / "checkpoints" / f"step-{STEPS:08d}" / "manifest.json").read_text())
     assert manifest["skipped_steps"] == bad
     arrays = load_file(out / "checkpoints" / f"step-{STEPS:08d}" / "adapter_model.safetensors")

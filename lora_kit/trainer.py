@@ -229,8 +229,8 @@ def settle(job: Job, numbers: Numbers, console: Console, held_out_loss: float | 
             ids = sorted(index for group in groups for index in group)
             job.journal.event("skipped", step=numbers.step + 1, loss=str(loss), grad_norm=str(norm), examples=ids)
             console.warn(
-                f"step {numbers.step + 1}: loss {loss}, gradient norm {norm}; it is skipped and the adapter stays as it "
-                "was; events.jsonl names its examples"
+                f"step {numbers.step + 1}: loss {loss}, gradient norm {norm}; it is skipped and the adapter stays as "
+                "it was; events.jsonl names its examples"
             )
     if job.processes.is_main:
         record = {

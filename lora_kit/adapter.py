@@ -26,7 +26,7 @@ from lora_kit.targets import find_targets, refuse_others
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it where installed, and it talks
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 
-FIRST_MOMENT, SECOND_MOMENT = "exp_avg", "exp_avg_sq"  # torch's names
+Arrays = Mapping[str, np.ndarray]
 LOSS, STOP = -2, -1  # two slots after the gradient travel with it: one reduction agrees on everything
 
 
@@ -117,18 +117,17 @@ class FlatState:
         pieces = flat[: sum(sizes)].split(sizes)
         return [piece.view(parameter.shape) for piece, parameter in zip(pieces, self.parameters, strict=True)]
 
-    def adapter_arrays(self) -> dict[str, np.ndarray]:
-        """Return the weights by PEFT's names, on the CPU."""
-        return _arrays(self.names, self._split(self.weights.cpu()))
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors' shapes by PEFT's names, in the order of the buffers."""
+        return {name: tuple(one.shape) for name, one in zip(self.names, self.parameters, strict=True)}
 
-    def optimizer_arrays(self) -> dict[str, np.ndarray]:
-        """Return the moments as `<name>.exp_avg` and `<name>.exp_avg_sq`, on the CPU."""
-        first, second = (self._split(moment.cpu()) for moment in self.moments)
-        return _arrays([f"{name}.{FIRST_MOMENT}" for name in self.names], first) | _arrays(
-            [f"{name}.{SECOND_MOMENT}" for name in self.names], second
-        )
+    @property
+    def kept(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What a snapshot holds: the weights and the two moments."""
+        return self.weights, *self.moments
 
-    def load_weights(self, adapter: Mapping[str, np.ndarray]) -> None:
+    def load_weights(self, adapter: Arrays) -> None:
         """Copy a saved adapter into the weights alone.
 
         Raises:
@@ -136,25 +135,17 @@ class FlatState:
         """
         _fill(self.names, self._split(self.weights), adapter)
 
-    def load(self, adapter: Mapping[str, np.ndarray], optimizer: Mapping[str, np.ndarray]) -> None:
-        """Copy saved tensors into the buffers.
+    def load(self, weights: Arrays, first: Arrays, second: Arrays) -> None:
+        """Copy saved weights and moments into the buffers.
 
         Raises:
             CheckpointError: A name or a shape does not match this run's adapter.
         """
-        self.load_weights(adapter)
-        for moment, suffix in zip(self.moments, (FIRST_MOMENT, SECOND_MOMENT), strict=True):
-            mine = {
-                name.removesuffix(f".{suffix}"): array for name, array in optimizer.items() if name.endswith(suffix)
-            }
-            _fill(self.names, self._split(moment), mine)
+        for buffer, arrays in zip(self.kept, (weights, first, second), strict=True):
+            _fill(self.names, self._split(buffer), arrays)
 
 
-def _arrays(names: Any, tensors: list[Tensor]) -> dict[str, np.ndarray]:
-    return {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
-
-
-def _fill(names: tuple[str, ...], views: list[Tensor], arrays: Mapping[str, np.ndarray]) -> None:
+def _fill(names: tuple[str, ...], views: list[Tensor], arrays: Arrays) -> None:
     if set(names) != set(arrays):
         odd = sorted(set(names) ^ set(arrays))
         raise CheckpointError(f"checkpoint: its tensors are not this adapter's; {len(odd)} differ, first {odd[0]}")

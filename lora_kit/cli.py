@@ -18,7 +18,6 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 
 from lora_kit.errors import CheckpointError, LaunchError, LoraKitError
-from lora_kit.supervise.launch import follow_launcher, launch
 
 app = typer.Typer(
     name="lora-kit",
@@ -76,27 +75,47 @@ def train(
         str | None,
         typer.Option("--from", metavar="PATH", help="Begin with this adapter, or go back to this run's checkpoint."),
     ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="How often a killed, crashed or hung process leads to another start.")
+    ] = 10,
 ) -> None:
     """Train a recipe; the same command starts, resumes and, when all is done, says so."""
     with errors_told():
+        from lora_kit.checkpoint import store
+        from lora_kit.checkpoint.lease import KEEPER
+        from lora_kit.checkpoint.resume import is_own, take_over
+        from lora_kit.hub import checkpoint_at
         from lora_kit.recipe import load_recipe
+        from lora_kit.supervise.launch import follow_launcher, launch
 
         loaded = load_recipe(recipe, set_)
-        launched = any(name in os.environ for name in ("RANK", "ACCELERATE_MIXED_PRECISION"))  # not by a person
-        if launched:
-            follow_launcher()
+        launched = any(name in os.environ for name in ("RANK", "ACCELERATE_MIXED_PRECISION", KEEPER))
         if launched and processes is not None:
             raise LaunchError(f"--processes {processes}: another launcher already started this process; leave one out")
-        wanted = 1 if launched else processes or _gpus()
-        if wanted > 1:
-            arguments = ["train", str(recipe), "--out", str(out)]
-            arguments += [part for text in set_ for part in ("--set", text)]
-            arguments += [part for text in accept for part in ("--accept", text)]
-            arguments += ["--from", start_from] if start_from else []
-            raise typer.Exit(launch(arguments, processes=wanted, run=out))
-        from lora_kit import trainer
+        if launched:
+            follow_launcher()
+            from lora_kit import trainer
 
-        trainer.train(loaded, out, accept=accept, start_from=start_from)
+            trainer.train(loaded, out, accept=accept, start_from=start_from)
+            return
+        origin = store.open_checkpoint(checkpoint_at(start_from)) if start_from else None
+        lease, notices = take_over(out, origin)
+        arguments = ["train", str(recipe), "--out", str(out)]
+        arguments += [part for text in set_ for part in ("--set", text)]
+        arguments += [part for text in accept for part in ("--accept", text)]
+        arguments += ["--from", str(start_from)] if origin and not is_own(out, origin) else []
+        for notice in notices:
+            print(f"warning: {notice}", file=sys.stderr)
+        raise typer.Exit(
+            launch(
+                arguments,
+                processes=processes or _gpus(),
+                run=out,
+                lease=lease,
+                max_restarts=max_restarts,
+                step_timeout=loaded.train.step_timeout,
+            )
+        )
 
 
 def _gpus() -> int:

@@ -9,6 +9,8 @@
     │   ├── ContractError    a resume would change what the run is
     │   └── LeaseError       another job writes to this run
     ├── CheckpointError      a checkpoint does not verify, or cannot be written (exit code 1)
+    ├── PoisonError          step after step cannot be taken                   (exit code 1)
+    ├── DivergenceError      the processes' states are not the same any more   (exit code 1)
     ├── HubError             the Hub refused, or could not be reached          (exit code 1)
     └── Stopped              a signal ended the run; the same command goes on  (exit code 75)
 
@@ -64,6 +66,10 @@ class CheckpointError(LoraKitError):
 
 class PoisonError(LoraKitError):
     """Step after step had a loss or a gradient that is no number; the adapter is as it was before them."""
+
+
+class DivergenceError(LoraKitError):
+    """The processes, which compute the same, do not have the same state any more."""
 
 
 class HubError(LoraKitError):

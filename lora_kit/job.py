@@ -14,13 +14,13 @@ from typing import Any, cast
 import psutil
 import torch
 from peft import PeftModel
-from safetensors.numpy import load_file
 from transformers import PretrainedConfig
 
 from lora_kit.adapter import FlatState, flatten, inject
 from lora_kit.base import choose_attention, load_base, require_quantization
+from lora_kit.checkpoint.live import Live
 from lora_kit.checkpoint.resume import OpenRun, Row, contract, describe, enforce, enforce_origin, still_bitwise, table
-from lora_kit.checkpoint.store import ADAPTER, OPTIMIZER, Checkpoint
+from lora_kit.checkpoint.store import Checkpoint
 from lora_kit.console import Console
 from lora_kit.data.plan import Plan, prepare_data
 from lora_kit.data.template import Renderer
@@ -37,6 +37,7 @@ from lora_kit.targets import Targets, find_targets
 from lora_kit.trackers import STATE, Curves, Trackers, claim_id
 
 TINY_BASE_BYTES = 100_000_000  # below it, two threads spend more time meeting than computing
+MOVING = ("step", "examples_seen", "skipped_steps", "held_out_loss", "line")  # of a manifest, from step to step
 PACKAGES = ("lora_kit", "torch", "transformers", "peft", "accelerate", "tokenizers")
 
 
@@ -44,8 +45,12 @@ PACKAGES = ("lora_kit", "torch", "transformers", "peft", "accelerate", "tokenize
 class Job:
     """Everything a run needs between its first and its last step.
 
-    `manifest` holds the parts of every manifest that do not change while this process lives, `skipped` the steps that
-    had no finite gradient and left the adapter as it was.
+    Attributes:
+        start: How many steps are finished.
+        skipped: The steps that left the adapter as it was, since they were poisoned.
+        replayed: Steps after `start` that were skipped before an interruption, and so are skipped again.
+        manifest: The parts of every manifest that do not change while this process lives.
+        moving: The others, of the step that the run goes on from; None at the start.
     """
 
     recipe: Recipe
@@ -60,7 +65,9 @@ class Job:
     start: int
     journal: Journal
     skipped: list[int]
+    replayed: frozenset[int]
     manifest: dict[str, Any]
+    moving: dict[str, Any] | None
     trackers: Trackers
 
 
@@ -125,6 +132,8 @@ def prepare_job(
         "claim": claim(latest, rows, processes),
     }
     start = latest.step if latest else 0
+    moving = {name: latest.manifest[name] for name in MOVING} if latest else None
+    journal = Journal(run.folder)
     job = Job(
         recipe,
         run,
@@ -136,9 +145,11 @@ def prepare_job(
         state,
         plan,
         start,
-        Journal(run.folder),
-        list(latest.manifest["skipped_steps"]) if latest else [],
+        journal,
+        list(moving["skipped_steps"]) if moving else [],
+        journal.skipped_after(start) if latest else frozenset(),
         manifest,
+        moving,
         trackers,
     )
     if processes.is_main:
@@ -149,9 +160,9 @@ def prepare_job(
 def fill(state: FlatState, run: OpenRun) -> None:
     """Give the adapter what the run goes on from, or begins with."""
     if run.latest is not None:
-        state.load(load_file(run.latest.path / ADAPTER), load_file(run.latest.path / OPTIMIZER))
+        state.load(*run.latest.state())
     elif run.origin is not None:
-        state.load_weights(load_file(run.origin.path / ADAPTER))
+        state.load_weights(run.origin.state()[0])
 
 
 def observed(
@@ -224,7 +235,7 @@ def threads_for(source: Source, processes: Processes) -> int | None:
     return max(1, (psutil.cpu_count(logical=False) or 1) // processes.count)
 
 
-def claim(latest: Checkpoint | None, rows: Sequence[Row], processes: Processes) -> dict[str, str]:
+def claim(latest: Checkpoint | Live | None, rows: Sequence[Row], processes: Processes) -> dict[str, str]:
     """Return what a checkpoint promises: the bits of an undisturbed run, or its values to rounding, and for what."""
     power_of_two = processes.count & (processes.count - 1) == 0
     so_far = latest is None or latest.manifest["claim"]["level"] == "bitwise"
@@ -236,7 +247,7 @@ def claim(latest: Checkpoint | None, rows: Sequence[Row], processes: Processes) 
     return {"level": "rounding", "holds_for": "any number of processes, any device"}
 
 
-def lineage(latest: Checkpoint | None, rows: Sequence[Row]) -> list[dict[str, Any]]:
+def lineage(latest: Checkpoint | Live | None, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return every accepted change of the run's life, with the step it came at."""
     if latest is None:
         return []
@@ -288,7 +299,8 @@ def track(job: Job) -> None:
         known = claim_id(
             run.folder, run.run_id, start=job.start, reached=run.reached, recipe=job.recipe, fingerprints=fingerprints
         )
-    job.journal.cut(job.start)
+    measured = job.moving is not None and job.moving["held_out_loss"] is not None
+    job.journal.cut(job.start, samples=job.start if measured else job.start - 1)
     sections = job.manifest["recipe"] | {name: job.manifest[name] for name in ("fingerprints", "versions")}
     facts = {
         f"{section}.{key}": str(value) if isinstance(value, (list, dict)) else value

@@ -47,13 +47,27 @@ class Journal:
         """Return the newest step that the metrics show, 0 without any."""
         return max((record["step"] for record in _lines(self.run / METRICS)), default=0)
 
-    def cut(self, step: int) -> None:
-        """Drop the metrics of all steps after `step`, and torn lines of both logs; each log in one rename.
+    def run_id(self) -> str | None:
+        """Return what the run was named when it last began from nothing; None before that."""
+        return next((one["run_id"] for one in reversed(self.read_events()) if one["kind"] == "started"), None)
+
+    def skipped_after(self, step: int) -> frozenset[int]:
+        """Return the later steps that this run has skipped once, and so skips again, unless it went back since."""
+        skipped = set[int]()
+        for event in self.read_events():
+            if event["kind"] in ("started", "went back"):
+                skipped.clear()
+            elif event["kind"] == "skipped" and event["step"] > step:
+                skipped.add(event["step"])
+        return frozenset(skipped)
+
+    def cut(self, step: int, *, samples: int) -> None:
+        """Drop metrics after `step`, answers after `samples`, and torn lines of both logs; each log in one rename.
 
         A torn event must go too: the next one would be written onto its line and be lost with it.
         """
         _rewrite(self.run / METRICS, [record for record in _lines(self.run / METRICS) if record["step"] <= step])
-        kept = [one for one in _lines(self.run / EVENTS) if one["kind"] != "sample" or one["step"] <= step]
+        kept = [one for one in _lines(self.run / EVENTS) if one["kind"] != "sample" or one["step"] <= samples]
         _rewrite(self.run / EVENTS, kept)
 
 

@@ -119,6 +119,13 @@ class Train(Section):
     """Compute each layer's activations twice instead of keeping them: less memory, a third more time."""
     seed: int = Field(0, ge=0)
     """Of the order of the examples, of A's start and of dropout."""
+    step_timeout: float | None = Field(None, gt=0)
+    """Seconds without a sign of life that are a hang, which ends in a restart; by default ten times the longest so far,
+    and at least 60."""
+    max_loss: float | None = Field(None, gt=0)
+    """A step with a higher loss is skipped, as one whose loss is no number always is."""
+    max_norm: float | None = Field(None, gt=0)
+    """A step whose gradient has a larger norm, before clipping, is skipped."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "Train":
@@ -132,8 +139,12 @@ class Checkpoint(Section):
 
     every_steps: int = Field(100, gt=0)
     """A durable checkpoint after every so many steps, and after the last."""
+    every_seconds: float = Field(30.0, gt=0)
+    """In between, the newest finished step becomes durable whenever the last write is so long ago; no step waits."""
     keep: int = Field(3, ge=2)
     """How many of the newest stay."""
+    keep_every: int | None = Field(None, gt=0)
+    """Those of every so many steps stay too; a file named `pinned` in a checkpoint keeps that one."""
     best: bool = False
     """Keep the one with the lowest held-out loss too; takes `evaluate.every_steps`."""
 

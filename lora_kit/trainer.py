@@ -6,39 +6,37 @@ else in this file moves it on by one, writes it down or shows it.
 """
 
 import json
-import math
-import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
 import torch
-from safetensors.numpy import save as safetensors_bytes
 from torch import Tensor
 
 from lora_kit import evaluation, optim
-from lora_kit.adapter import LOSS, STOP, refuse_unreached, saved_config
+from lora_kit.adapter import LOSS, STOP, refuse_unreached
 from lora_kit.checkpoint import store
 from lora_kit.checkpoint.resume import OpenRun, open_run
-from lora_kit.checkpoint.store import ADAPTER, ADAPTER_CONFIG, OPTIMIZER
 from lora_kit.console import Console
 from lora_kit.data.order import micro_batch_seed
 from lora_kit.data.packing import MicroBatch, collate, reduction_schedule
-from lora_kit.errors import CheckpointError, PoisonError, Stopped
+from lora_kit.errors import DivergenceError, PoisonError, Stopped
 from lora_kit.generation import answer
 from lora_kit.hub import checkpoint_at, push_finished
 from lora_kit.job import Job, prepare_job
 from lora_kit.objective import sft
 from lora_kit.processes import Processes
+from lora_kit.publisher import Moving, Publisher, numbers_of, publishing
 from lora_kit.recipe import Recipe
 from lora_kit.run import Run, show, write_result
+from lora_kit.stopping import Stop, stop_signals
 from lora_kit.trackers import following, require
 
-FORWARDED_SECONDS = 2.0  # a signal that comes again so soon is a launcher passing on what its processes had heard
+AGREE_EVERY = 10  # steps between two comparisons of the processes' states
 STUCK = 5  # so many skipped steps in a row, and one more, end a run
 SAMPLES = 2  # answers that an evaluation on the way writes to the log
 
@@ -62,23 +60,25 @@ def train(recipe: Recipe, out: str | Path, *, accept: Sequence[str] = (), start_
     console = Console(silent=not processes.is_main)
     processes.main_decides(lambda: require(recipe.track.names))
     with (
-        stop_signals() as stop_wanted,
+        stop_signals() as stop_wish,
         held(processes, Path(out), start_from, console) as run,
         following(run.folder, console) as trackers,
+        publishing(prepare_job(recipe, run, processes, console, trackers, accept=accept), stop_wish) as (job, live),
     ):
-        job = prepare_job(recipe, run, processes, console, trackers, accept=accept)
         state, plan = job.state, job.plan
-        numbers, stall = None, 0.0
+        numbers = None
         console.begin(plan.steps, job.start, job.journal.read_metrics())
+        catch_up(job, live, console)
         for step in range(job.start, plan.steps):
-            began = time.perf_counter()
+            began, done = time.perf_counter(), step + 1
             partial_sums: list[Tensor] = []
             # 1. this process's micro-batches; each gradient is divided by the weight of the whole step
             for batch, weight, merges in my_micro_batches(job, step):
+                live.alive()
                 loss = sft(job.model, batch, processes.device) / weight
                 loss.backward()
                 state.gradient[LOSS] = loss.detach()
-                state.gradient[STOP] = float(stop_wanted.is_set())
+                state.gradient[STOP] = float(stop_wish.is_set() or live.stop)
                 add_to_tree(partial_sums, state.gradient, merges)
             # 2. the sum over processes, in the order in which one process would have added
             if partial_sums:
@@ -86,51 +86,34 @@ def train(recipe: Recipe, out: str | Path, *, accept: Sequence[str] = (), start_
             processes.tree_sum(state.gradient, contributors=min(processes.count, len(plan.micro_batches(step))))
             if step == 0:
                 refuse_unreached(state)
-            # 3. one update of the flat state
-            norm, rate = update(job, step)
+            # 3. one update of the flat state, once the copy of the one before has ended
+            stall = live.release()
+            rate, norm, taken = update(job, step)
             # 4. the numbers of the step before, now that this one is queued: nobody waits for the device
-            stop = numbers is not None and settle(job, numbers, console)
-            numbers = Numbers(step, rate, norm, state.gradient[[LOSS, STOP]], time.perf_counter() - began, stall)
-            give_up_when_stuck(job, numbers, console)
+            stop = numbers is not None and settle(job, numbers, live, console)
+            seen = torch.stack([*state.gradient[[LOSS, STOP]], norm, taken])
+            numbers = Numbers(step, rate, seen, time.perf_counter() - began, stall)
+            give_up_when_stuck(job, numbers, live)
+            agree(job, done)
+            # 5. live while the next step computes; durable when that is due
+            measured, last = due(done, recipe.evaluate.every_steps), stop or done == plan.steps
+            save = due(done, recipe.checkpoint.every_steps) or last
+            live.begin(partial(moving_parts, job, numbers), due=save and not measured)
             state.gradient.zero_()
-            # 5. durable
-            stall, done = 0.0, step + 1
-            held_out = measure(job, done, console) if due(done, recipe.evaluate.every_steps) else None
-            if stop or held_out or due(done, recipe.checkpoint.every_steps) or done == plan.steps:
-                stop, numbers = settle(job, numbers, console, held_out) or stop, None
-                stall = save(job, done, console, held_out)
+            if measured:
+                live.finished()
+                numbers = replace(numbers, held_out_loss=measure(job, done, live, console))
+                live.begin(partial(moving_parts, job, numbers), due=True)
+            if last:
+                stop, numbers = settle(job, numbers, live, console) or stop, None
+                live.written()
                 if stop:
                     raise stopped(job, done)
-        finish(job, console, stop_wanted)
+        finish(job, live, console, stop_wish)
         if processes.is_main:
-            push_finished(recipe, job.run.folder, console, pause=stop_wanted.wait)
+            push_finished(recipe, job.run.folder, console, pause=stop_wish.wait)
         console.end()
     return Run(Path(out))
-
-
-@contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """Turn SIGTERM, SIGUSR1 and SIGINT (a notebook's stop button) into an event while the run lasts."""
-    wanted, first = threading.Event(), time.monotonic()
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal first
-        if not wanted.is_set():
-            first = time.monotonic()
-        elif time.monotonic() - first > FORWARDED_SECONDS:  # a second signal does not wait for the step
-            signal.signal(number, before[signal.Signals(number)])
-            signal.raise_signal(number)
-        wanted.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield wanted
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
-        yield wanted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
@@ -171,29 +154,38 @@ def add_to_tree(partial_sums: list[Tensor], gradient: Tensor, merges: int) -> No
     gradient.zero_()
 
 
-def update(job: Job, step: int) -> tuple[Tensor, float]:
-    """Clip and take one optimizer step; return the gradient's norm before clipping and the learning rate."""
-    settings, state = job.recipe.optim, job.state
-    gradient = state.gradient[: state.size]
+def update(job: Job, step: int) -> tuple[float, Tensor, Tensor]:
+    """Clip and take one optimizer step, or none if it is poisoned.
+
+    Returns:
+        The learning rate, the gradient's norm before clipping, and whether the step was taken.
+    """
+    settings, bounds, state = job.recipe.optim, job.recipe.train, job.state
+    gradient, loss = state.gradient[: state.size], state.gradient[LOSS]
     norm = optim.gradient_norm(gradient)
     if settings.max_grad_norm:
         optim.clip(gradient, norm, settings.max_grad_norm)
     rate = optim.learning_rate(settings, job.plan.examples_seen(step), job.plan.total)
-    taken = torch.isfinite(norm) & torch.isfinite(state.gradient[LOSS])
+    taken = torch.isfinite(norm) & torch.isfinite(loss)
+    for value, most in ((loss, bounds.max_loss), (norm, bounds.max_norm)):
+        if most is not None:
+            taken &= value <= most
+    if step + 1 in job.replayed:
+        taken &= False
     optim.adamw(state.weights, gradient, state.moments, step=step, learning_rate=rate, optim=settings, taken=taken)
-    return norm, rate
+    return rate, norm, taken
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """What one step was, still on the device."""
+    """What one step was: loss, the wish to stop, norm and whether it was taken are still on the device."""
 
     step: int
     learning_rate: float
-    grad_norm: Tensor
-    loss_and_stop: Tensor
+    seen: Tensor
     seconds: float
     stall_seconds: float
+    held_out_loss: float | None = None
 
 
 def due(done: int, every: int | None) -> bool:
@@ -201,12 +193,17 @@ def due(done: int, every: int | None) -> bool:
     return every is not None and done % every == 0
 
 
-def measure(job: Job, done: int, console: Console) -> float:
+def measure(job: Job, done: int, live: Publisher, console: Console) -> float:
     """Return the adapter's held-out loss after `done` steps, and log its first answers."""
+
+    def tick(what: str) -> None:
+        live.alive()
+        console.tick(what)
+
     held_out = evaluation.held_out_of(job.recipe, job.data, job.renderer, padded=job.plan.padded)
     assert held_out is not None
     loss_alone, few = replace(held_out, prompts=()), held_out.prompts[:SAMPLES]
-    score = evaluation.score(job.model, job.renderer, loss_alone, processes=job.processes, tick=console.tick)
+    score = evaluation.score(job.model, job.renderer, loss_alone, processes=job.processes, tick=tick)
     if job.processes.is_main and few:
         texts = answer(job.model, job.renderer.tokenizer, [one.ids for one in few], held_out.how)
         for one, text in zip(few, texts, strict=True):
@@ -217,89 +214,118 @@ def measure(job: Job, done: int, console: Console) -> float:
     return score.loss
 
 
-def settle(job: Job, numbers: Numbers, console: Console, held_out_loss: float | None = None) -> bool:
-    """Write a finished step's line; return whether any process wants to stop."""
-    loss, stop = numbers.loss_and_stop.tolist()
+def moving_parts(job: Job, numbers: Numbers) -> Moving:
+    """Return the parts of a manifest that change from step to step; `line` is the step's in metrics.jsonl."""
+    loss, _, norm, taken = numbers_of(numbers.seen)
+    done = numbers.step + 1
     groups = job.plan.micro_batches(numbers.step)
     tokens = int(sum(job.data.train.lengths[group].sum() for group in groups))
-    norm = float(numbers.grad_norm)
-    if not math.isfinite(loss + norm):
-        job.skipped.append(numbers.step + 1)
+    record = {
+        "step": done,
+        "examples": job.plan.examples_seen(done),
+        "tokens": tokens,
+        "loss": loss,
+        "learning_rate": numbers.learning_rate,
+        "grad_norm": norm,
+        "tokens_per_second": round(tokens / numbers.seconds, 1),
+        "stall_seconds": round(numbers.stall_seconds, 4),
+    }
+    facts = {
+        "step": done,
+        "examples_seen": record["examples"],
+        "skipped_steps": [*job.skipped, *([] if taken else [done])],
+    }
+    return with_held_out(facts | {"line": json.dumps(record)}, numbers.held_out_loss)
+
+
+def with_held_out(moving: Moving, loss: float | None) -> Moving:
+    """Return a step's facts with its held-out loss, in its line as well."""
+    line = moving["line"] if loss is None else json.dumps(json.loads(moving["line"]) | {"held_out_loss": loss})
+    return moving | {"held_out_loss": loss, "line": line}
+
+
+def catch_up(job: Job, live: Publisher, console: Console) -> None:
+    """Do what an end in the middle left undone after the step that we go on from: its measurement and its line."""
+    moving = job.moving
+    if moving is None:
+        return
+    if due(job.start, job.recipe.evaluate.every_steps) and moving["held_out_loss"] is None:
+        moving = with_held_out(moving, measure(job, job.start, live, console))
+        live.begin(lambda: moving, due=True)
+    if job.processes.is_main and job.journal.last_step() < job.start:
+        tell(job, json.loads(moving["line"]), console)
+    if job.start == job.plan.steps and not store.checkpoint_folder(job.run.folder, job.start).exists():
+        live.begin(lambda: moving, due=True)
+        live.written()
+
+
+def settle(job: Job, numbers: Numbers, live: Publisher, console: Console) -> bool:
+    """Write a step's line, now that it is live; return whether any process wants to stop."""
+    facts = live.finished() or moving_parts(job, numbers)
+    done, record = numbers.step + 1, json.loads(facts["line"])
+    if facts["skipped_steps"][-1:] == [done]:
+        job.skipped.append(done)
         if job.processes.is_main:
-            ids = sorted(index for group in groups for index in group)
-            job.journal.event("skipped", step=numbers.step + 1, loss=str(loss), grad_norm=str(norm), examples=ids)
+            why = f"loss {record['loss']}, gradient norm {record['grad_norm']}"
+            ids = sorted(index for group in job.plan.micro_batches(numbers.step) for index in group)
+            job.journal.event(
+                "skipped", step=done, loss=str(record["loss"]), grad_norm=str(record["grad_norm"]), examples=ids
+            )
             console.warn(
-                f"step {numbers.step + 1}: loss {loss}, gradient norm {norm}; it is skipped and the adapter stays as "
-                "it was; events.jsonl names its examples"
+                f"step {done}: {why}; it is skipped and the adapter stays as it was; events.jsonl names its examples"
             )
     if job.processes.is_main:
-        record = {
-            "step": numbers.step + 1,
-            "examples": job.plan.examples_seen(numbers.step + 1),
-            "tokens": tokens,
-            "loss": loss,
-            "learning_rate": numbers.learning_rate,
-            "grad_norm": norm,
-            "tokens_per_second": round(tokens / numbers.seconds, 1),
-            "stall_seconds": round(numbers.stall_seconds, 4),
-        }
-        if held_out_loss is not None:
-            record["held_out_loss"] = held_out_loss
-        job.journal.metrics(record)
-        job.trackers.log(record)
-        console.step(record, job.plan.steps)
-    return stop > 0
+        tell(job, record, console)
+        if fault := live.new_fault():
+            console.warn(fault)
+    return numbers_of(numbers.seen)[1] > 0
 
 
-def give_up_when_stuck(job: Job, numbers: Numbers, console: Console) -> None:
+def tell(job: Job, record: dict[str, Any], console: Console) -> None:
+    """Write a finished step's line, and hand it to whoever follows."""
+    job.journal.metrics(record)
+    job.trackers.log(record)
+    console.step(record, job.plan.steps)
+
+
+def agree(job: Job, done: int) -> None:
+    """Compare the processes' states now and then, and before every checkpoint that is due.
+
+    Raises:
+        DivergenceError: They differ; says whose.
+    """
+    if job.processes.count == 1 or not (done % AGREE_EVERY == 0 or due(done, job.recipe.checkpoint.every_steps)):
+        return
+    different = job.processes.different(job.state.kept)
+    if different:
+        names = " and ".join(str(index) for index in different)
+        raise DivergenceError(
+            f"{job.run.folder}: after step {done} process {names} has another adapter or other moments than the rest, "
+            "though all are computed from the same gradient: memory or a device is failing there; this step is not "
+            "kept. Replace it, then go on from a checkpoint before it with --from"
+        )
+
+
+def give_up_when_stuck(job: Job, numbers: Numbers, live: Publisher) -> None:
     """End a run in which no step has worked for a while; the adapter from before is durable.
 
     Raises:
-        PoisonError: The last steps and this one had a loss or a gradient that is no number.
+        PoisonError: The last steps and this one were skipped.
     """
     first = numbers.step - STUCK  # so many steps were done before the first of them
-    if job.skipped[-STUCK:] != list(range(first + 1, numbers.step + 1)):
-        return
-    if math.isfinite(sum(numbers.loss_and_stop[:1].tolist()) + float(numbers.grad_norm)):
+    if job.skipped[-STUCK:] != list(range(first + 1, numbers.step + 1)) or numbers_of(numbers.seen)[3]:
         return
     if first > job.start and not store.checkpoint_folder(job.run.folder, first).exists():
         job.skipped[-STUCK:] = []
-        save(job, first, console)
+        line = json.dumps(next(one for one in job.journal.read_metrics() if one["step"] == first))
+        facts = {"step": first, "examples_seen": job.plan.examples_seen(first), "skipped_steps": job.skipped}
+        live.begin(lambda: with_held_out(facts | {"line": line}, None), due=True)
+        live.written()
     raise PoisonError(
-        f"{job.run.folder}: no finite loss or gradient in steps {first + 1} to {numbers.step + 1}; the adapter is as "
-        f"after step {first}; lower optim.learning_rate, or look at the examples that events.jsonl names"
+        f"{job.run.folder}: no step from {first + 1} to {numbers.step + 1} had a loss and a gradient that are finite "
+        f"and within the recipe's bounds; the adapter is as after step {first}; lower optim.learning_rate, or look at "
+        "the examples that events.jsonl names"
     )
-
-
-def save(job: Job, done: int, console: Console, held_out_loss: float | None = None) -> float:
-    """Commit a checkpoint after `done` steps; return the seconds the loop waited.
-
-    A full or failing disk does not end the run: the earlier checkpoints are untouched, the failure is said each time.
-    """
-    began = time.perf_counter()
-    job.state.assert_views()
-    if job.processes.is_main:
-        files = {
-            ADAPTER: safetensors_bytes(job.state.adapter_arrays(), metadata={"format": "pt"}),
-            ADAPTER_CONFIG: (json.dumps(saved_config(job.model), indent=2) + "\n").encode(),
-            OPTIMIZER: safetensors_bytes(job.state.optimizer_arrays()),
-        }
-        moving = {
-            "step": done,
-            "examples_seen": job.plan.examples_seen(done),
-            "skipped_steps": job.skipped,
-            "held_out_loss": held_out_loss,
-        }
-        try:
-            committed = store.commit(job.run.folder, files, job.manifest | moving)
-            store.prune(job.run.folder, job.recipe.checkpoint.keep, best=job.recipe.checkpoint.best)
-            job.journal.event("checkpoint", step=done, bytes=committed.size, seconds=time.perf_counter() - began)
-        except CheckpointError as error:
-            job.journal.event("fault", step=done, what=str(error))
-            console.warn(str(error))
-            if done == job.plan.steps:
-                raise
-    return time.perf_counter() - began
 
 
 def stopped(job: Job, done: int) -> Stopped:
@@ -313,7 +339,7 @@ def stopped(job: Job, done: int) -> Stopped:
     )
 
 
-def finish(job: Job, console: Console, stop_wanted: threading.Event) -> None:
+def finish(job: Job, live: Publisher, console: Console, stop_wish: Stop) -> None:
     """Evaluate base and adapter, write result.json and show the table; done already, say so."""
     known = Run(job.run.folder).result
     if known.get("step") == job.plan.steps:
@@ -327,8 +353,9 @@ def finish(job: Job, console: Console, stop_wanted: threading.Event) -> None:
         return
 
     def tick(what: str) -> None:
-        if stop_wanted.is_set():
+        if stop_wish.is_set() or live.stop:
             raise stopped(job, job.plan.steps)
+        live.alive()
         console.tick(what)
 
     held_out = evaluation.held_out_of(job.recipe, job.data, job.renderer, padded=job.plan.padded)

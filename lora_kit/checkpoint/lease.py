@@ -1,7 +1,9 @@
 """One writer for a run's folder, proven by a lease with a fencing token.
 
-The lease names its holder by process id, that process's start time and the machine's boot id, so a dead holder is known
-to be dead at once, without clocks. Each new holder gets a higher token, and every manifest carries it.
+The lease names its holder by process id, that process's start time and the machine's boot id, so a dead holder on the
+same machine is known to be dead at once, without clocks. One of another machine is dead when its heartbeat, a counter
+in a file of its own, has not moved for a minute by the reader's clock: no file times and no locks, which network file
+systems do not keep. Each new holder gets a higher token, and every manifest carries it.
 """
 
 import json
@@ -17,7 +19,9 @@ import psutil
 from lora_kit.errors import LeaseError
 
 FILE = "lease.json"
+KEEPER = "LORA_KIT_KEEPER"  # set for processes whose keeper holds the lease: its process id
 PATIENCE_SECONDS = 0.5  # a killed holder takes a moment to be gone
+BEAT_SECONDS, DEAD_SECONDS = 10.0, 60.0  # how often the holder's heartbeat moves, and when another machine's is dead
 
 
 @dataclass(frozen=True)
@@ -27,14 +31,35 @@ class Lease:
     path: Path
     token: int
 
+    def is_ours(self) -> bool:
+        """Return whether nobody has taken the run over."""
+        return bool(_read(self.path).get("token") == self.token)
+
+    def beat(self, count: int) -> None:
+        """Show other machines that the holder lives."""
+        _write(_beat_file(self.path, self.token), {"beat": count})
+
     def release(self) -> None:
         """Leave the token behind, so that the next one is higher, but no holder."""
-        if _read(self.path).get("token") == self.token:
+        if self.is_ours():
             _write(self.path, {"token": self.token, "holder": None})
+        _beat_file(self.path, self.token).unlink(missing_ok=True)
 
 
-def take(run: Path) -> Lease:
+def inherited(run: Path) -> Lease | None:
+    """Return the lease that this process's keeper holds for it; None without a keeper."""
+    keeper, current = os.environ.get(KEEPER), _read(run / FILE)
+    if keeper and (current.get("holder") or {}).get("pid") == int(keeper):
+        return Lease(run / FILE, current["token"])
+    return None
+
+
+def take(run: Path, *, above: int = 0) -> Lease:
     """Take the lease of a run's folder for this process.
+
+    Args:
+        run: The folder.
+        above: The new token is higher than this and than every earlier one.
 
     Raises:
         LeaseError: A living process holds it, here or on another machine.
@@ -45,12 +70,12 @@ def take(run: Path) -> Lease:
     while _alive((current := _read(path)).get("holder")) and time.monotonic() < patience:
         time.sleep(0.02)
     holder = current.get("holder") or {}
-    if _alive(holder):
+    if _alive(holder) or (_elsewhere(holder) and _beats(path, current["token"])):
         raise LeaseError(
             f"{run}: process {holder['pid']} on {holder['host']} is training here; wait for it, stop it, or use "
-            f"another --out (if that machine is gone, delete {path})"
+            "another --out"
         )
-    token = int(current.get("token", 0)) + 1
+    token = 1 + max(int(current.get("token", 0)), above)
     claim = run / f".lease-{token}"  # of two that see the same dead holder, only one can create this
     try:
         os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
@@ -61,6 +86,26 @@ def take(run: Path) -> Lease:
     _write(path, {"token": token, "holder": _me()})
     claim.unlink()
     return Lease(path, token)
+
+
+def is_held(run: Path) -> bool:
+    """Return whether a living process of this machine, or one of another machine, holds a run's lease."""
+    holder = _read(run / FILE).get("holder") or {}
+    return _alive(holder) or _elsewhere(holder)
+
+
+def _beat_file(path: Path, token: int) -> Path:
+    return path.with_name(f".lease-{token}.beat")
+
+
+def _beats(path: Path, token: int) -> bool:
+    """Watch another machine's heartbeat; return whether it moves within `DEAD_SECONDS`."""
+    first, dead_at = _read(_beat_file(path, token)), time.monotonic() + DEAD_SECONDS
+    while time.monotonic() < dead_at:
+        if _read(_beat_file(path, token)) != first:
+            return True
+        time.sleep(0.5)
+    return False
 
 
 def _me() -> dict[str, Any]:
@@ -78,17 +123,17 @@ def _boot_id() -> str:
 
 
 def _alive(holder: dict[str, Any] | None) -> bool:
-    if not holder:
-        return False
-    if holder["host"] != socket.gethostname():
-        return True
-    if holder["boot"] != _boot_id():
+    if not holder or _elsewhere(holder) or holder["boot"] != _boot_id():
         return False
     try:
         process = psutil.Process(holder["pid"])
         return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - holder["started"]) < 1
     except psutil.NoSuchProcess:
         return False
+
+
+def _elsewhere(holder: dict[str, Any]) -> bool:
+    return bool(holder) and holder["host"] != socket.gethostname()
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_kit.checkpoint import store
-from lora_kit.checkpoint.lease import Lease, take
+from lora_kit.checkpoint import live, store
+from lora_kit.checkpoint.lease import Lease, inherited, take
+from lora_kit.checkpoint.live import Live
 from lora_kit.checkpoint.store import Checkpoint
 from lora_kit.errors import CheckpointError, ContractError, InputError
 from lora_kit.journal import Journal
@@ -123,7 +124,7 @@ class OpenRun:
         folder: The run's folder.
         lease: The right to write to it, with the fencing token.
         run_id: Made at the first start, the same ever after.
-        latest: Where to go on; None for a new run.
+        latest: Where to go on, a checkpoint or what is live; None for a new run.
         origin: Whose adapter a new run begins with; None for a fresh one.
         reached: The newest step that metrics.jsonl showed when the run was opened.
         notices: What a person should know about opening it, such as a checkpoint that was set aside.
@@ -132,14 +133,49 @@ class OpenRun:
     folder: Path
     lease: Lease
     run_id: str
-    latest: Checkpoint | None
+    latest: Checkpoint | Live | None
     origin: Checkpoint | None
     reached: int
     notices: tuple[str, ...]
 
 
+def take_over(folder: Path, origin: Checkpoint | None = None) -> tuple[Lease, list[str]]:
+    """Take a run's lease, and set aside what does not verify or what a step back leaves behind.
+
+    Returns:
+        The lease, and what a person should know.
+
+    Raises:
+        InputError: The folder holds something else.
+        LeaseError: Another process is training there.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: a file, not a folder; choose another --out")
+    known = {"checkpoints", "recipe.yaml", "lease.json", "events.jsonl"}
+    if folder.is_dir() and (inside := {path.name for path in folder.iterdir()}) and not inside & known:
+        raise InputError(f"{folder}: not empty and not a run's folder (it holds {min(inside)}); choose another --out")
+    lease = take(folder, above=store.newest_token(folder))
+    store.sweep(folder)
+    live.reap_orphans()
+    notices = list(_go_back(folder, origin)) if origin and is_own(folder, origin) else []
+    found = store.find(folder)
+    for path, reason in found.broken.items():
+        if _still_broken(path):
+            target = store.set_aside(folder, path, reason)
+            going_on = f"step {found.latest.step}" if found.latest else "the start"
+            notices.append(f"{reason}; moved to {target}, falling back to {going_on}")
+    return lease, notices
+
+
+def is_own(folder: Path, origin: Checkpoint) -> bool:
+    """Return whether a checkpoint is one of this run's."""
+    return origin.path.resolve().parent == (folder / "checkpoints").resolve()
+
+
 def open_run(folder: Path, start_from: Path | None = None) -> OpenRun:
-    """Take a run's lease, set aside what does not verify, and find where to go on.
+    """Hold a run for writing, unless this process's keeper does already, and find where to go on.
+
+    Of all stations the highest (fencing token, step) wins, so what another machine left behind long ago never does.
 
     Args:
         folder: The run's.
@@ -151,32 +187,29 @@ def open_run(folder: Path, start_from: Path | None = None) -> OpenRun:
         CheckpointError: `start_from` does not verify.
         ContractError: The run there has begun with another adapter.
     """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: a file, not a folder; choose another --out")
-    known = {"checkpoints", "recipe.yaml", "lease.json", "events.jsonl"}
-    if folder.is_dir() and (inside := {path.name for path in folder.iterdir()}) and not inside & known:
-        raise InputError(f"{folder}: not empty and not a run's folder (it holds {min(inside)}); choose another --out")
     origin = None if start_from is None else store.open_checkpoint(start_from)
-    lease = take(folder)
-    store.sweep(folder)
-    notices: list[str] = []
-    if origin is not None and origin.path.resolve().parent == (folder / "checkpoints").resolve():
-        notices += _go_back(folder, origin)
+    lease, notices = inherited(folder), list[str]()
+    if lease is None:
+        lease, notices = take_over(folder, origin)
+    if origin is not None and is_own(folder, origin):
         origin = None
-    found = store.find(folder)
-    for path, reason in found.broken.items():
-        if _still_broken(path):
-            target = store.set_aside(folder, path, reason)
-            going_on = f"step {found.latest.step}" if found.latest else "the start"
-            notices.append(f"{reason}; moved to {target}, falling back to {going_on}")
-    run_id = found.latest.manifest["run_id"] if found.latest else secrets.token_hex(8)
-    if origin is not None and found.latest and found.latest.manifest.get("origin") != describe(origin):
+    durable = store.find(folder).latest
+    run_id = durable.manifest["run_id"] if durable else Journal(folder).run_id()
+    running, problems = live.newest(folder, run_id) if run_id else (None, [])
+    latest = max((one for one in (durable, running) if one), key=_order, default=None)
+    if origin is not None and latest and latest.manifest.get("origin") != describe(origin):
         lease.release()
         raise ContractError(
-            f"{folder}: a run that began with {found.latest.manifest.get('origin') or 'a fresh adapter'}, not with "
+            f"{folder}: a run that began with {latest.manifest.get('origin') or 'a fresh adapter'}, not with "
             f"{describe(origin)}; leave --from out to go on with it, or use another --out"
         )
-    return OpenRun(folder, lease, run_id, found.latest, origin, Journal(folder).last_step(), tuple(notices))
+    new_id = latest.manifest["run_id"] if latest else secrets.token_hex(8)
+    reached = Journal(folder).last_step()
+    return OpenRun(folder, lease, new_id, latest, origin, reached, (*notices, *problems))
+
+
+def _order(station: Checkpoint | Live) -> tuple[int, int]:
+    return station.manifest["fencing_token"], station.step
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -191,8 +224,12 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _go_back(folder: Path, target: Checkpoint) -> Iterator[str]:
     """Set aside every checkpoint that is newer than the target; nothing is deleted."""
+    Journal(folder).event("went back", step=target.step)
+    region = live.open_region(folder)
+    if region is not None:
+        region.clear()
     for path in store.folders(folder):
-        if path.name > target.path.name:
+        if int(path.name.removeprefix("step-")) > target.step:
             kept = store.set_aside(folder, path, "went back")
             yield f"going back to step {target.step}; {path.name} is kept in {kept}"
     (folder / "result.json").unlink(missing_ok=True)

@@ -8,15 +8,20 @@ moved aside with the reason, never deleted.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_kit.errors import CheckpointError
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from lora_kit.errors import CheckpointError, LeaseError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -27,6 +32,8 @@ ADAPTER, ADAPTER_CONFIG, OPTIMIZER = (
 )
 NAME = re.compile(r"step-(\d{8,})")
 QUARANTINE = ".quarantine"
+PIN = "pinned"  # a file of this name in a checkpoint keeps it for ever
+MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,57 @@ class Checkpoint:
         """Bytes of all files but the manifest."""
         return sum(entry["size"] for entry in self.manifest["files"].values())
 
+    def state(self) -> "tuple[Tensors, Tensors, Tensors]":
+        """Return the weights and the two moments, by PEFT's names."""
+        with safe_open(self.path / ADAPTER, "numpy") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.offset_keys()}
+        moments = load_file(self.path / OPTIMIZER)
+        first, second = (split(moments[name], shapes) for name in MOMENTS)
+        return load_file(self.path / ADAPTER), first, second
+
+
+Tensors = dict[str, np.ndarray]
+
+
+def split(flat: np.ndarray, shapes: Mapping[str, Sequence[int]]) -> Tensors:
+    """Cut a flat buffer into tensors, which lie in it one after the other.
+
+    Raises:
+        CheckpointError: They do not fill it exactly.
+    """
+    ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
+    if flat.shape != (ends[-1],):
+        raise CheckpointError(f"checkpoint: {flat.shape} values of moments for {ends[-1]:,} of weights")
+    return {
+        name: piece.reshape(shape)
+        for (name, shape), piece in zip(shapes.items(), np.split(flat, ends[:-1]), strict=True)
+    }
+
+
+def headers_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, bytes]:
+    """Return how the adapter's and the optimizer's file begin when their fp32 values follow in the order of `shapes`.
+
+    The moments need no names of their own: they lie as the weights do.
+
+    Source: the safetensors format; 8 bytes of length, then JSON, padded so that the values are aligned.
+    """
+    total = sum(math.prod(shape) for shape in shapes.values())
+    return {
+        ADAPTER: _header(shapes, {"__metadata__": {"format": "pt"}}),
+        OPTIMIZER: _header(dict.fromkeys(MOMENTS, (total,)), {}),
+    }
+
+
+def _header(shapes: Mapping[str, Sequence[int]], entries: dict[str, Any]) -> bytes:
+    at = 0
+    for name, shape in shapes.items():
+        size = 4 * math.prod(shape)
+        entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
 
 def checkpoint_folder(run: Path, step: int) -> Path:
     """Return where the checkpoint of a step lies in a run."""
@@ -63,7 +121,12 @@ def _canonical(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def commit(run: Path, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> Checkpoint:
+Pieces = Sequence[bytes | memoryview]
+
+
+def commit(
+    run: Path, files: Mapping[str, Pieces], manifest: Mapping[str, Any], *, ours: Callable[[], bool] = lambda: True
+) -> Checkpoint:
     """Write a checkpoint so that a crash at any moment leaves it whole or absent.
 
     Files are written and synced under `.tmp-<token>`, the manifest last; the folder is synced, renamed into place and
@@ -71,23 +134,29 @@ def commit(run: Path, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -
 
     Args:
         run: The run's folder.
-        files: Content of every file but the manifest.
+        files: Content of every file but the manifest, in pieces that follow each other.
         manifest: Has `step` and `fencing_token`; format, files and checksum are added here.
+        ours: Asked last, whether the run is still this writer's.
 
     Raises:
         CheckpointError: It could not be written; the reason is in the message and nothing earlier was touched.
+        LeaseError: Another job has taken the run over; nothing was touched.
     """
     final = checkpoint_folder(run, manifest["step"])
     staging = final.parent / f".tmp-{manifest['fencing_token']}"
-    entries = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
-    whole = {"format": FORMAT, **manifest, "files": entries}
+    predicted = {name: sum(map(len, pieces)) for name, pieces in files.items()}
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        for name, data in files.items():
-            _write_synced(staging / name, data)
-        _write_synced(staging / MANIFEST, manifest_bytes(whole))
+        entries = {name: _write_synced(staging / name, pieces) for name, pieces in files.items()}
+        if (written := {name: entry["size"] for name, entry in entries.items()}) != predicted:
+            raise CheckpointError(f"{staging}: {written} bytes are there, {predicted} were expected")
+        whole = manifest_bytes({"format": FORMAT, **manifest, "files": entries})
+        _write_synced(staging / MANIFEST, [whole])
         _sync_folder(staging)
+        if not ours():
+            shutil.rmtree(staging, ignore_errors=True)
+            raise LeaseError(f"{run}: another job has taken this run over; step {manifest['step']} is not written")
         if final.exists():
             set_aside(run, final, "another commit of the same step")
         staging.rename(final)
@@ -95,17 +164,22 @@ def commit(run: Path, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise CheckpointError(
-            f"{final}: not written: {error.strerror} ({sum(map(len, files.values())):,} bytes needed); "
+            f"{final}: not written: {error.strerror} ({sum(predicted.values()):,} bytes needed); "
             "earlier checkpoints are untouched"
         ) from error
-    return Checkpoint(final, json.loads(manifest_bytes(whole)))
+    return Checkpoint(final, json.loads(whole))
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def _write_synced(path: Path, pieces: Pieces) -> dict[str, Any]:
+    """Write a file to the disk itself; return what the manifest says of it."""
+    digest = hashlib.sha256()
     with path.open("wb") as file:
-        file.write(data)
+        for piece in pieces:
+            digest.update(piece)
+            file.write(piece)
         file.flush()
         os.fsync(file.fileno())
+    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
 def _sync_folder(folder: Path) -> None:
@@ -178,8 +252,18 @@ def find(run: Path) -> Found:
         try:
             return Found(open_checkpoint(path), broken)
         except CheckpointError as error:
-            broken[path] = str(error)
+            if path.is_dir():  # else its writer has deleted it in the meantime
+                broken[path] = str(error)
     return Found(None, broken)
+
+
+def newest_token(run: Path) -> int:
+    """Return the highest fencing token of a run's checkpoints, 0 without any."""
+    tokens = [0]
+    for path in folders(run):
+        with contextlib.suppress(CheckpointError):
+            tokens.append(int(_read_manifest(path / MANIFEST)["fencing_token"]))
+    return max(tokens)
 
 
 def set_aside(run: Path, path: Path, reason: str) -> Path:
@@ -205,14 +289,25 @@ def best_of(run: Path) -> Path | None:
     return min(losses, key=lambda path: losses[path]) if losses else None
 
 
-def prune(run: Path, keep: int, *, best: bool = False) -> None:
-    """Delete all but the newest `keep` checkpoints and, if wanted, the best; the newest must verify."""
+def prune(run: Path, keep: int, *, keep_every: int | None = None, best: bool = False) -> None:
+    """Delete all but the newest `keep` checkpoints and those worth keeping; the newest must read back first.
+
+    Args:
+        run: The run's folder.
+        keep: How many of the newest stay, two at least.
+        keep_every: Those of every so many steps stay too.
+        best: The one with the lowest held-out loss stays too.
+
+    Raises:
+        CheckpointError: The newest does not verify; nothing was deleted.
+    """
     newest_first = folders(run)
     if newest_first:
         open_checkpoint(newest_first[0])
     spared = best_of(run) if best else None
     for old in newest_first[max(2, keep) :]:
-        if old == spared:
+        step = int(old.name.removeprefix("step-"))
+        if old == spared or (old / PIN).exists() or (keep_every and step % keep_every == 0):
             continue
         doomed = old.with_name(f".tmp-old-{old.name}")  # a half-deleted folder must not look like a checkpoint
         with contextlib.suppress(OSError):

@@ -1,73 +1,343 @@
-"""Start several training processes on this machine, on torch's elastic agent, and keep their exit code."""
+"""`lora-kit train`: the keeper as the parent of the training processes, which it starts again after a failure.
 
-import ctypes
-import logging
+Nobody asks a training process anything. A stop signal to any of them, or to this process, ends them all at once and
+makes the newest finished step durable; a killed, crashed or hung one does the same and starts them all again from it.
+Ranks and addresses are handed out anew for every attempt, so nothing of a dead attempt is ever met again.
+"""
+
+import json
 import os
 import signal
+import socket
+import subprocess
 import sys
-import uuid
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import psutil
+
+from lora_kit.checkpoint.lease import KEEPER, Lease
+from lora_kit.checkpoint.live import Phase, Word
+from lora_kit.console import Console
 from lora_kit.errors import Stopped
-from lora_kit.journal import Journal
+from lora_kit.supervise.keeper import LOOK_SECONDS, Keeper
+from lora_kit.supervise.zygote import BUFFER_BYTES, MESSAGE_BYTES, end_with_parent
 
 STOPPED = Stopped.exit_code
-OURS = "LORA_KIT_LAUNCHED"  # set for processes that `launch` starts
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+FORWARDED_SECONDS = 2.0  # a signal that comes again so soon is a launcher passing on what its processes had heard
+SAME_FAILURES = 3  # so often at the same step, and no restart will help
+PATIENCE_SECONDS = 600.0  # without a sign of life before the first step
+LEAST_TIMEOUT_SECONDS, TIMEOUT_FACTOR = 60.0, 10.0  # of a step, when the recipe names none
+SIBLINGS_SECONDS = 0.3  # when one has failed, the others' errors follow; the first cause is what counts
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "Connection refused")
+OOM_WORDS = ("OutOfMemoryError", "MemoryError", "can't allocate memory", "not enough memory")
 
 
 def follow_launcher() -> None:
-    """End with the process that launched this one, on Linux: an orphan would hold the GPU and the run's lease.
+    """Get SIGTERM, and save, when another launcher dies: `accelerate launch` does not pass that signal on to a single
+    process (accelerate issue 2741). Under `lora-kit train` the zygote has seen to it."""
+    if KEEPER not in os.environ:
+        end_with_parent(signal.SIGTERM)
 
-    Started by `launch`, it is killed, so that the run can be started again at once. Under another launcher it gets
-    SIGTERM and saves: `accelerate launch` does not pass that signal on to a single process (accelerate issue 2741).
+
+@dataclass
+class Attempt:
+    """The training processes of one start.
+
+    Attributes:
+        running: Process ids by index.
+        failures: What went wrong, in the order in which it was heard: process id and cause.
+        traces: The traceback of each process that raised.
+        codes: How each ended.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    last = signal.SIGKILL if OURS in os.environ else signal.SIGTERM
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, last)
+
+    running: dict[int, int] = field(default_factory=dict)
+    failures: list[tuple[int, str]] = field(default_factory=list)
+    traces: dict[int, str] = field(default_factory=dict)
+    codes: dict[int, int] = field(default_factory=dict)
+
+    def cause(self) -> tuple[int, str]:
+        """Return the failure that the others follow from: the first that is not the loss of a peer."""
+        own = [one for one in self.failures if not any(word in one[1] for word in LOST_PEER)]
+        return (own or self.failures)[0]
 
 
-def launch(arguments: Sequence[str], *, processes: int, run: Path) -> int:
-    """Run `python -m lora_kit ARGUMENTS` in `processes` processes and return the exit code of the first to fail.
+class Zygote:
+    """The process that has imported everything, and the training processes that it forks."""
 
-    The agent turns every code into 1 and a signal into an exception; the workers' own code is what a scheduler wants.
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
+        self._socket.setblocking(False)
+        # with this check torch's import leaves CUDA untouched, and a fork can use it
+        environment = os.environ | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", KEEPER: str(os.getpid())}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "lora_kit.supervise.zygote", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            env=environment,
+        )
+        theirs.close()
+
+    def start(self, arguments: Sequence[str], environments: Sequence[Mapping[str, str]]) -> None:
+        """Order a training process for every environment."""
+        for index, environment in enumerate(environments):
+            order = {"index": index, "arguments": list(arguments), "environment": dict(environment)}
+            self._socket.send(json.dumps(order).encode())
+
+    def news(self) -> list[dict[str, Any]]:
+        """Return what has been told since the last call."""
+        heard = list[dict[str, Any]]()
+        while True:
+            try:
+                message = self._socket.recv(MESSAGE_BYTES)
+            except (BlockingIOError, ConnectionResetError):
+                return heard
+            if not message:
+                return heard
+            heard.append(json.loads(message))
+
+    def end(self) -> None:
+        """End it; its children follow at once."""
+        self.process.kill()
+        self.process.wait()
+        self._socket.close()
+
+
+def environments(processes: int) -> list[dict[str, str]]:
+    """Return what each of the training processes of an attempt finds in its environment."""
+    if processes == 1:
+        return [{}]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+    common |= {"MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
+    return [common | {"RANK": str(index), "LOCAL_RANK": str(index)} for index in range(processes)]
+
+
+class Launch:
+    """One call of `lora-kit train`, from the first start to the last exit."""
+
+    def __init__(
+        self, arguments: Sequence[str], processes: int, run: Path, lease: Lease, *, step_timeout: float | None
+    ) -> None:
+        self._arguments, self._processes, self._run = arguments, processes, run
+        self._step_timeout = step_timeout
+        self.keeper, self.console = Keeper(run, lease), Console(silent=False)
+        self._heard: list[tuple[float, int]] = []
+        self.zygote = Zygote()
+        self.attempt = Attempt()
+        self._life = (0, 0, 0)
+        self._silent, self._longest, self._looked = 0.0, 0.0, time.monotonic()
+
+    def hear(self, number: int, frame: Any) -> None:
+        """Note a signal; a second that was not only forwarded ends everything at once."""
+        self._heard.append((time.monotonic(), number))
+        if self._heard[-1][0] - self._heard[0][0] > FORWARDED_SECONDS:
+            self.zygote.process.kill()
+            os._exit(128 + number)
+
+    def run(self, max_restarts: int) -> int:
+        """Train, and start again after every failure, `max_restarts` times at most; return the exit code."""
+        before = {number: signal.signal(number, self.hear) for number in STOP_SIGNALS}
+        seen: dict[tuple[str, int], list[str]] = {}
+        try:
+            for restart in range(max_restarts + 1):
+                self._begin()
+                code = self._watch()
+                if code is not None:
+                    return code
+                process, what = self.attempt.cause()
+                step, trace = self._newest(), self.attempt.traces.get(process, "")
+                same = seen.setdefault((what, step), [])
+                same.append(trace)
+                hopeless = len(same) == SAME_FAILURES and (trace or "memory" in what)
+                last = hopeless or restart == max_restarts
+                if trace and (len(same) == 1 or last):
+                    print(same[0], file=sys.stderr, end="")
+                self.keeper.journal.event("restart" if not last else "failed", step=step, cause=what)
+                if last:
+                    why = "the same again and again" if hopeless else f"{restart} restart(s) made"
+                    self.console.warn(f"{what} after step {step}; {why}, so the run ends; the same command goes on")
+                    return self._exit_code(process)
+                self.console.warn(f"{what} after step {step}; starting again from there ({restart + 1}/{max_restarts})")
+            raise AssertionError("the last attempt returns")
+        finally:
+            self.zygote.end()
+            self._restore_cursor()
+            self.keeper.end()
+            self.keeper.lease.release()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _begin(self) -> None:
+        if self.zygote.process.poll() is not None:
+            self.zygote.end()
+            self.zygote = Zygote()
+        self.attempt, self._silent, self._longest = Attempt(), 0.0, 0.0
+        self._looked = time.monotonic()
+        if self.keeper.region is not None:
+            self.keeper.region.words[Word.PHASE] = Phase.LOADING
+        self.zygote.start(self._arguments, environments(self._processes))
+
+    def _watch(self) -> int | None:
+        """Return the exit code of an attempt that ended the run, None for one that is to be repeated."""
+        failed_at = None
+        while True:
+            self.keeper.turn()
+            self._listen()
+            if self._heard:
+                return self._stop(self._heard[0][1])
+            if self.attempt.failures and failed_at is None:
+                failed_at = time.monotonic()
+            waited = failed_at is not None and time.monotonic() - failed_at > SIBLINGS_SECONDS
+            told = [code for one, code in self.attempt.codes.items() if code > 0 and one not in self.attempt.traces]
+            if told and (waited or failed_at is None):  # it has said what is wrong itself, and would again
+                return max(told)
+            if waited:
+                self._kill()
+                return None
+            if len(self.attempt.codes) == self._processes and not self.attempt.failures:
+                return 0
+            if failed_at is None and self._hangs():
+                self.attempt.failures.append((0, f"no sign of life for {self._silent:.0f} s (a hang)"))
+            time.sleep(LOOK_SECONDS)
+
+    def _listen(self) -> None:
+        """Take in who has started, failed and ended."""
+        attempt = self.attempt
+        for one in self.zygote.news():
+            if "started" in one:
+                attempt.running[one["index"]] = one["started"]
+                _offer_to_the_oom_killer(one["started"])
+            elif "failed" in one:
+                attempt.traces[one["failed"]] = one["trace"]
+                kind = "out of memory: " if any(word in one["error"] for word in OOM_WORDS) else ""
+                attempt.failures.append((one["failed"], f"process {self._index(one['failed'])}: {kind}{one['error']}"))
+            else:
+                self._ended(one["ended"], one["code"])
+        ended = self.zygote.process.poll()
+        if ended is not None and len(attempt.codes) < self._processes and not attempt.failures:
+            if -ended in STOP_SIGNALS:
+                self._heard.append((time.monotonic(), -ended))
+            elif ended > 0:  # it could not even import
+                attempt.codes[self.zygote.process.pid] = ended
+            else:
+                attempt.failures.append((self.zygote.process.pid, f"the process that starts others: {_died(-ended)}"))
+
+    def _index(self, process: int) -> int:
+        return next((index for index, one in self.attempt.running.items() if one == process), -1)
+
+    def _ended(self, process: int, code: int) -> None:
+        self.attempt.codes[process] = code
+        if -code in STOP_SIGNALS:
+            self._heard.append((time.monotonic(), -code))
+        elif code < 0:
+            self.attempt.failures.append((process, f"process {self._index(process)}: {_died(-code)}"))
+
+    def _hangs(self) -> bool:
+        """Return whether the trainer has shown no sign of life for too long, by this process's own clock."""
+        now = time.monotonic()
+        passed, self._looked = min(now - self._looked, 1.0), now  # this process may have been suspended itself
+        words = self.keeper.region.words if self.keeper.region else None
+        life = (words[Word.PHASE], words[Word.BEAT], words[Word.HANDLED]) if words else (0, 0, 0)
+        if life != self._life:
+            if life[0] == self._life[0] == Phase.TRAINING:
+                self._longest = max(self._longest, self._silent)
+            self._life, self._silent = life, 0.0
+            return False
+        self._silent += passed
+        limit = PATIENCE_SECONDS
+        if life[0] == Phase.TRAINING and self._longest:
+            limit = self._step_timeout or max(LEAST_TIMEOUT_SECONDS, TIMEOUT_FACTOR * self._longest)
+        elif life[0] == Phase.LOADING and self._silent > (self._step_timeout or LEAST_TIMEOUT_SECONDS):
+            return any(_suspended(process) for process in self.attempt.running.values())
+        return life[0] != Phase.ENDED and self._silent > limit
+
+    def _newest(self) -> int:
+        published = self.keeper.region.snapshots() if self.keeper.region else []
+        return published[0].step if published else 0
+
+    def _kill(self) -> None:
+        """Kill what is left of an attempt and wait until it is gone."""
+        for process in self.attempt.running.values():
+            if process not in self.attempt.codes:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+        while len(self.attempt.codes) < len(self.attempt.running) and self.zygote.process.poll() is None:
+            self._listen()
+            time.sleep(LOOK_SECONDS / 10)
+
+    def _stop(self, number: int) -> int:
+        """End everything, make the newest finished step durable and say so."""
+        self._listen()
+        if len(self.attempt.codes) == self._processes and not any(self.attempt.codes.values()):
+            return 0
+        self.zygote.end()
+        step = self.keeper.flush()
+        name = signal.Signals(number).name
+        self._restore_cursor()
+        self.keeper.journal.event("stopped", step=step, signal=name)
+        self.console.say(f"stopped: {self._run}: {name} after step {step}, which is durable; the same command goes on")
+        return STOPPED
+
+    def _exit_code(self, process: int) -> int:
+        code = self.attempt.codes.get(process, 1)
+        return code if code > 0 else 128 - code
+
+    def _restore_cursor(self) -> None:
+        if sys.stdout.isatty():
+            sys.stdout.write("\x1b[?25h")
+            sys.stdout.flush()
+
+
+def launch(
+    arguments: Sequence[str], *, processes: int, run: Path, lease: Lease, max_restarts: int, step_timeout: float | None
+) -> int:
+    """Run `lora-kit ARGUMENTS` in `processes` training processes under a keeper; return the exit code.
 
     Args:
-        arguments: The command line after `python -m lora_kit`.
+        arguments: The command line of each.
         processes: How many.
-        run: The run's folder, whose events say whether a signal ended it.
+        run: The run's folder.
+        lease: Held by this process; released at the end.
+        max_restarts: How often failures lead to another start.
+        step_timeout: Seconds without a sign of life that are a hang; None to take it from the run's own steps.
     """
-    # the agent's shared store keeps a dead attempt's addresses (pytorch issue 135712); read when torch is imported
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    os.environ[OURS] = "1"
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    return Launch(arguments, processes, run, lease, step_timeout=step_timeout).run(max_restarts)
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the workers say what went wrong
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-    )
+
+def _died(number: int) -> str:
+    """Say how a process died of a signal."""
+    name = signal.Signals(number).name
+    return f"killed by {name}" + (" (out of memory?)" if number == signal.SIGKILL and _oom_kills() > _OOM_KILLS else "")
+
+
+def _oom_kills() -> int:
+    """Return how many processes the kernel has killed for memory since it started; 0 where it does not say."""
     try:
-        elastic_launch(config, sys.executable)("-m", "lora_kit", *arguments)
-    except SignalException as error:
-        return STOPPED if _was_stopped(run) else 128 + error.sigval
-    except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        if failure.exitcode == STOPPED or _was_stopped(run):
-            return STOPPED
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-    return 0
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
 
-def _was_stopped(run: Path) -> bool:
-    events = Journal(run).read_events()
-    return bool(events) and events[-1]["kind"] == "stopped"
+_OOM_KILLS = _oom_kills()
+
+
+def _suspended(process: int) -> bool:
+    try:
+        return psutil.Process(process).status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _offer_to_the_oom_killer(process: int) -> None:
+    """Let the kernel, when memory runs out, take a training process before the keeper, which saves its work."""
+    with suppress(OSError, ValueError):
+        score = Path(f"/proc/{process}/oom_score_adj")
+        score.write_text(str(min(1000, int(score.read_text()) + 200)))

@@ -1,0 +1,201 @@
+"""The keeper: makes what is live durable, whatever has become of the process that trained it. It imports no torch.
+
+It looks at the live region a hundred times a second and writes at most one checkpoint at a time, in a thread, so that
+slow storage delays neither a step nor a signal. A step that is due is written exactly; in between the newest state is
+written whenever the last write is long enough ago. Under `lora-kit train` it is the parent of all others; elsewhere the
+trainer starts it as a child in a session of its own, which outlives the trainer, writes what is left and goes.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from lora_kit.checkpoint import live, store
+from lora_kit.checkpoint.lease import BEAT_SECONDS, FILE, Lease
+from lora_kit.checkpoint.live import Phase, Region, Snapshot, Word
+from lora_kit.errors import CheckpointError, LeaseError
+from lora_kit.journal import Journal
+
+LOOK_SECONDS = 0.01
+RETRY_SECONDS = 5.0  # after a failed write
+LAST_TRIES = 3  # of the write that ends a run
+
+
+class Keeper:
+    """Watches one run's live region and writes its checkpoints; the words that it owns tell the trainer how it goes."""
+
+    def __init__(self, run: Path, lease: Lease) -> None:
+        self.run, self.lease, self.journal = run, lease, Journal(run)
+        self.region: Region | None = None
+        self._job: dict[str, Any] = {}
+        self._job_seen: tuple[int, int] | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        self._written_at = self._not_before = time.monotonic()
+        self._written = (0, 0)
+        self._late = self._fenced = False
+        self._beats, self._beat_at = 0, 0.0
+
+    def turn(self) -> None:
+        """Look once, and begin a write if one is due and none is in flight."""
+        self._heartbeat()
+        self._attach()
+        if self.region is None or self._fenced or (self._writing and not self._writing.done()):
+            return
+        snapshot = self._wanted(self.region)
+        if snapshot is not None:
+            self._writing = self._writer.submit(self._write, self.region, self._job, snapshot)
+
+    def _heartbeat(self) -> None:
+        if time.monotonic() - self._beat_at > BEAT_SECONDS:
+            self._beats, self._beat_at = self._beats + 1, time.monotonic()
+            with contextlib.suppress(OSError):
+                self.lease.beat(self._beats)
+
+    def _attach(self) -> None:
+        """Open the region once the trainer has left word beside it, and again when that has changed."""
+        folder = self.region.path.parent if self.region else live.folder_of(self.run)
+        seen = None if folder is None else _identity(folder / live.JOB)
+        if seen == self._job_seen:
+            return
+        job = live.read_job(folder) if folder else None
+        if job is None or job["manifest"]["fencing_token"] != self.lease.token:
+            self.region, self._job_seen = None, None
+            return
+        self.region, self._job, self._job_seen = live.open_region(self.run), job, seen
+        if self.region is not None:
+            self.region.words[Word.KEEPER], self.region.words[Word.READING] = os.getpid(), 0
+
+    def _wanted(self, region: Region) -> Snapshot | None:
+        published, now = region.snapshots(), time.monotonic()
+        handled = region.words[Word.HANDLED]
+        due = [one for one in published if one.header["due"] and one.header["sequence"] > handled]
+        if due:
+            return due[-1]
+        old = now - self._written_at >= self._job["every_seconds"] or self._late
+        if not published or not old or now < self._not_before or published[0].order <= self._written:
+            return None
+        return None if published[0].header["skipped"] else published[0]
+
+    def _write(self, region: Region, job: dict[str, Any], snapshot: Snapshot) -> None:
+        """Write a snapshot as a checkpoint and thin out the older ones; a failure is told, not raised."""
+        region.words[Word.READING] = snapshot.slot + 1
+        began, sequence = time.monotonic(), snapshot.header["sequence"]
+        try:
+            if snapshot not in region.snapshots():
+                return
+            if not region.verifies(snapshot):
+                raise CheckpointError(f"{region.path}: the live snapshot of step {snapshot.step} does not verify")
+            manifest = job["manifest"] | snapshot.header["moving"] | {"fencing_token": self.lease.token}
+            files = live.files_of(job, region.payload(snapshot.slot))
+            made = store.commit(self.run, files, manifest, ours=self.lease.is_ours)
+            store.prune(self.run, job["keep"], keep_every=job["keep_every"], best=job["best"])
+            self._written, self._late = snapshot.order, False
+            region.words[Word.COMMITTED] = sequence
+            seconds = round(time.monotonic() - began, 4)
+            self.journal.event("checkpoint", step=snapshot.step, bytes=made.size, seconds=seconds)
+        except (CheckpointError, LeaseError, OSError) as error:
+            self._fenced = isinstance(error, LeaseError)
+            self._late, self._not_before = True, time.monotonic() + RETRY_SECONDS
+            region.tell_fault(str(error))
+            with contextlib.suppress(OSError):  # the disk that is full has the log, too
+                self.journal.event("fault", step=snapshot.step, what=str(error))
+        finally:
+            region.words[Word.HANDLED] = max(region.words[Word.HANDLED], sequence)
+            region.words[Word.READING] = 0
+            self._written_at = time.monotonic()
+
+    def flush(self) -> int:
+        """Make the newest live snapshot durable now; return the newest durable step, 0 without any."""
+        for _ in range(LAST_TRIES):
+            if self._writing is not None:
+                self._writing.result()
+            newest = self._unwritten()
+            if newest is None or self._fenced:
+                break
+            self._writing = self._writer.submit(self._write, *newest)
+        durable = store.find(self.run).latest
+        return durable.step if durable else 0
+
+    def _unwritten(self) -> tuple[Region, dict[str, Any], Snapshot] | None:
+        """Return the newest live snapshot if no checkpoint is as new, also one that an earlier process left."""
+        durable = store.find(self.run).latest
+        run_id = durable.manifest["run_id"] if durable else self.journal.run_id()
+        region = live.open_region(self.run)
+        job = live.read_job(region.path.parent) if region else None
+        if region is None or job is None or job["manifest"]["run_id"] != run_id:
+            return None
+        order = (durable.manifest["fencing_token"], durable.step) if durable else (0, 0)
+        valid = (one for one in region.snapshots() if region.verifies(one))
+        newest = next(valid, None)
+        if newest is None or (newest.header["token"], newest.step) <= order:
+            return None
+        return region, job, newest
+
+    def end(self) -> int:
+        """Make everything durable and delete the region if that worked; return the newest durable step."""
+        step = self.flush()
+        if not self._fenced and self._unwritten() is None:
+            live.discard(self.run)
+        self._writer.shutdown()
+        return step
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def start_beside(run: Path) -> "subprocess.Popen[bytes]":
+    """Start a keeper as a child in a session of its own, which a signal to the terminal does not reach."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "lora_kit.supervise.keeper", str(run)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def keep_beside(run: Path) -> None:
+    """Keep the run of the process that started this one, until it has ended its work or is gone."""
+    trainer, stop = os.getppid(), list[int]()
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, lambda heard, _: stop.append(heard))
+    region = live.open_region(run)
+    job = live.read_job(region.path.parent) if region else None
+    if region is None or job is None:
+        return
+    keeper = Keeper(run, Lease(run / FILE, job["manifest"]["fencing_token"]))
+    flushed = False
+    for _ in _looks():
+        keeper.turn()
+        if stop:
+            region.words[Word.STOP] = stop[0]
+        if region.words[Word.STOP] and not flushed:
+            keeper.flush()
+            flushed = True
+        if os.getppid() != trainer or region.words[Word.PHASE] == Phase.ENDED:
+            break
+    gone, step = os.getppid() != trainer, keeper.end()
+    if gone and region.words[Word.STOP] and keeper.lease.is_ours():
+        keeper.journal.event("stopped", step=step)
+
+
+def _looks() -> Iterator[None]:
+    while True:
+        yield
+        time.sleep(LOOK_SECONDS)
+
+
+if __name__ == "__main__":
+    keep_beside(Path(sys.argv[1]))

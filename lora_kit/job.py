@@ -14,7 +14,7 @@ from typing import Any, cast
 import psutil
 import torch
 from peft import PeftModel
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lora_kit.adapter import FlatState, flatten, inject
 from lora_kit.base import choose_attention, load_base, require_quantization
@@ -33,7 +33,7 @@ from lora_kit.kernels.attention import use_attention
 from lora_kit.processes import Processes
 from lora_kit.recipe import Recipe, dump, resolve_path
 from lora_kit.source import Source, load_renderer, locate
-from lora_kit.targets import Targets, find_targets
+from lora_kit.targets import find_targets
 from lora_kit.trackers import STATE, Curves, Trackers, claim_id
 
 TINY_BASE_BYTES = 100_000_000  # below it, two threads spend more time meeting than computing
@@ -102,16 +102,10 @@ def prepare_job(
     )
     if resolved["threads"]:
         torch.set_num_threads(resolved["threads"])
-    console.tick("base: load")
-    base = load_base(source, recipe.base, processes.device)
-    embedding = cast(torch.Tensor, base.get_input_embeddings().weight)
-    check_tokenizer_fits(renderer.tokenizer, len(embedding), used=data.train)
-    check_context(data, base.config)
-    if latest is None:
-        warn_of_left_out(find_targets(base, recipe.adapter), console)
-        head = cast(torch.Tensor, (base.get_output_embeddings() or base.get_input_embeddings()).weight)
-        warn_of_untrained(untrained_labels(data.train, head), renderer, console)
+    base = fitted_base(recipe, source, data, renderer, processes, console)
     if latest is None or any(row.key == "base.attention" for row in rows):
+        if latest is None:
+            warn_of_what_stays(base, recipe, data, renderer, console)
         resolved |= choose_attention(base, recipe.base, processes.device)
     use_attention(base, resolved["attention"])
     if recipe.train.activation_checkpointing:
@@ -146,15 +140,27 @@ def prepare_job(
         plan,
         start,
         journal,
-        list(moving["skipped_steps"]) if moving else [],
-        journal.skipped_after(start) if latest else frozenset(),
-        manifest,
-        moving,
-        trackers,
+        skipped=list(moving["skipped_steps"]) if moving else [],
+        replayed=journal.skipped_after(start) if latest else frozenset(),
+        manifest=manifest,
+        moving=moving,
+        trackers=trackers,
     )
     if processes.is_main:
         announce(job, rows, accept, console)
     return job
+
+
+def fitted_base(
+    recipe: Recipe, source: Source, data: Prepared, renderer: Renderer, processes: Processes, console: Console
+) -> PreTrainedModel:
+    """Load the base and check that tokenizer and data fit it."""
+    console.tick("base: load")
+    base = load_base(source, recipe.base, processes.device)
+    embedding = cast(torch.Tensor, base.get_input_embeddings().weight)
+    check_tokenizer_fits(renderer.tokenizer, len(embedding), used=data.train)
+    check_context(data, base.config)
+    return base
 
 
 def fill(state: FlatState, run: OpenRun) -> None:
@@ -186,22 +192,24 @@ def observed(
     }
 
 
-def warn_of_untrained(labels: Sequence[int], renderer: Renderer, console: Console) -> None:
-    """Say which labels an adapter on linear layers cannot learn to write: the base never trained their tokens."""
+def warn_of_what_stays(
+    base: PreTrainedModel, recipe: Recipe, data: Prepared, renderer: Renderer, console: Console
+) -> None:
+    """Say which linear maps all-linear does not adapt, and which labels no adapter on linear layers can learn to write:
+    the base never trained their tokens."""
+    targets = find_targets(base, recipe.adapter)
+    if targets.left_out:
+        console.warn(
+            f"adapter.targets: all-linear leaves out {', '.join(targets.left_out)}; routers stay as they are, experts "
+            "are trained when adapter.targets names them"
+        )
+    head = cast(torch.Tensor, (base.get_output_embeddings() or base.get_input_embeddings()).weight)
+    labels = untrained_labels(data.train, head)
     if labels:
         names = ", ".join(repr(renderer.tokenizer.convert_ids_to_tokens(label)) for label in labels[:5])
         console.warn(
             f"{len(labels)} label token(s) look untrained in the base ({names}): LoRA on linear layers cannot teach "
             "them; if the stop token is among them, name one that the base knows with base.stop_token"
-        )
-
-
-def warn_of_left_out(targets: Targets, console: Console) -> None:
-    """Say which linear maps of the base all-linear does not adapt."""
-    if targets.left_out:
-        console.warn(
-            f"adapter.targets: all-linear leaves out {', '.join(targets.left_out)}; routers stay as they are, experts "
-            "are trained when adapter.targets names them"
         )
 
 

@@ -9,10 +9,9 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,20 +23,20 @@ from lora_kit.checkpoint.resume import OpenRun, open_run
 from lora_kit.console import Console
 from lora_kit.data.order import micro_batch_seed
 from lora_kit.data.packing import MicroBatch, collate, reduction_schedule
-from lora_kit.errors import DivergenceError, PoisonError, Stopped
+from lora_kit.errors import DivergenceError, Stopped
 from lora_kit.generation import answer
 from lora_kit.hub import checkpoint_at, push_finished
 from lora_kit.job import Job, prepare_job
 from lora_kit.objective import sft
 from lora_kit.processes import Processes
-from lora_kit.publisher import Moving, Publisher, numbers_of, publishing
+from lora_kit.progress import Numbers, give_up_when_stuck, moving_parts, settle, tell, with_held_out
+from lora_kit.publisher import Publisher, publishing
 from lora_kit.recipe import Recipe
 from lora_kit.run import Run, show, write_result
 from lora_kit.stopping import Stop, stop_signals
 from lora_kit.trackers import following, require
 
 AGREE_EVERY = 10  # steps between two comparisons of the processes' states
-STUCK = 5  # so many skipped steps in a row, and one more, end a run
 SAMPLES = 2  # answers that an evaluation on the way writes to the log
 
 
@@ -176,18 +175,6 @@ def update(job: Job, step: int) -> tuple[float, Tensor, Tensor]:
     return rate, norm, taken
 
 
-@dataclass(frozen=True)
-class Numbers:
-    """What one step was: loss, the wish to stop, norm and whether it was taken are still on the device."""
-
-    step: int
-    learning_rate: float
-    seen: Tensor
-    seconds: float
-    stall_seconds: float
-    held_out_loss: float | None = None
-
-
 def due(done: int, every: int | None) -> bool:
     """Return whether something that happens every so many steps happens after `done` steps."""
     return every is not None and done % every == 0
@@ -214,36 +201,6 @@ def measure(job: Job, done: int, live: Publisher, console: Console) -> float:
     return score.loss
 
 
-def moving_parts(job: Job, numbers: Numbers) -> Moving:
-    """Return the parts of a manifest that change from step to step; `line` is the step's in metrics.jsonl."""
-    loss, _, norm, taken = numbers_of(numbers.seen)
-    done = numbers.step + 1
-    groups = job.plan.micro_batches(numbers.step)
-    tokens = int(sum(job.data.train.lengths[group].sum() for group in groups))
-    record = {
-        "step": done,
-        "examples": job.plan.examples_seen(done),
-        "tokens": tokens,
-        "loss": loss,
-        "learning_rate": numbers.learning_rate,
-        "grad_norm": norm,
-        "tokens_per_second": round(tokens / numbers.seconds, 1),
-        "stall_seconds": round(numbers.stall_seconds, 4),
-    }
-    facts = {
-        "step": done,
-        "examples_seen": record["examples"],
-        "skipped_steps": [*job.skipped, *([] if taken else [done])],
-    }
-    return with_held_out(facts | {"line": json.dumps(record)}, numbers.held_out_loss)
-
-
-def with_held_out(moving: Moving, loss: float | None) -> Moving:
-    """Return a step's facts with its held-out loss, in its line as well."""
-    line = moving["line"] if loss is None else json.dumps(json.loads(moving["line"]) | {"held_out_loss": loss})
-    return moving | {"held_out_loss": loss, "line": line}
-
-
 def catch_up(job: Job, live: Publisher, console: Console) -> None:
     """Do what an end in the middle left undone after the step that we go on from: its measurement and its line."""
     moving = job.moving
@@ -257,35 +214,6 @@ def catch_up(job: Job, live: Publisher, console: Console) -> None:
     if job.start == job.plan.steps and not store.checkpoint_folder(job.run.folder, job.start).exists():
         live.begin(lambda: moving, due=True)
         live.written()
-
-
-def settle(job: Job, numbers: Numbers, live: Publisher, console: Console) -> bool:
-    """Write a step's line, now that it is live; return whether any process wants to stop."""
-    facts = live.finished() or moving_parts(job, numbers)
-    done, record = numbers.step + 1, json.loads(facts["line"])
-    if facts["skipped_steps"][-1:] == [done]:
-        job.skipped.append(done)
-        if job.processes.is_main:
-            why = f"loss {record['loss']}, gradient norm {record['grad_norm']}"
-            ids = sorted(index for group in job.plan.micro_batches(numbers.step) for index in group)
-            job.journal.event(
-                "skipped", step=done, loss=str(record["loss"]), grad_norm=str(record["grad_norm"]), examples=ids
-            )
-            console.warn(
-                f"step {done}: {why}; it is skipped and the adapter stays as it was; events.jsonl names its examples"
-            )
-    if job.processes.is_main:
-        tell(job, record, console)
-        if fault := live.new_fault():
-            console.warn(fault)
-    return numbers_of(numbers.seen)[1] > 0
-
-
-def tell(job: Job, record: dict[str, Any], console: Console) -> None:
-    """Write a finished step's line, and hand it to whoever follows."""
-    job.journal.metrics(record)
-    job.trackers.log(record)
-    console.step(record, job.plan.steps)
 
 
 def agree(job: Job, done: int) -> None:
@@ -304,28 +232,6 @@ def agree(job: Job, done: int) -> None:
             "though all are computed from the same gradient: memory or a device is failing there; this step is not "
             "kept. Replace it, then go on from a checkpoint before it with --from"
         )
-
-
-def give_up_when_stuck(job: Job, numbers: Numbers, live: Publisher) -> None:
-    """End a run in which no step has worked for a while; the adapter from before is durable.
-
-    Raises:
-        PoisonError: The last steps and this one were skipped.
-    """
-    first = numbers.step - STUCK  # so many steps were done before the first of them
-    if job.skipped[-STUCK:] != list(range(first + 1, numbers.step + 1)) or numbers_of(numbers.seen)[3]:
-        return
-    if first > job.start and not store.checkpoint_folder(job.run.folder, first).exists():
-        job.skipped[-STUCK:] = []
-        line = json.dumps(next(one for one in job.journal.read_metrics() if one["step"] == first))
-        facts = {"step": first, "examples_seen": job.plan.examples_seen(first), "skipped_steps": job.skipped}
-        live.begin(lambda: with_held_out(facts | {"line": line}, None), due=True)
-        live.written()
-    raise PoisonError(
-        f"{job.run.folder}: no step from {first + 1} to {numbers.step + 1} had a loss and a gradient that are finite "
-        f"and within the recipe's bounds; the adapter is as after step {first}; lower optim.learning_rate, or look at "
-        "the examples that events.jsonl names"
-    )
 
 
 def stopped(job: Job, done: int) -> Stopped:

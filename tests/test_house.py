@@ -18,7 +18,7 @@ LAYERS = [
     {"errors"},
     {"recipe", "schema", "journal", "console", "notebook"},
     {"data", "source", "base", "adapter", "targets", "objective", "processes", "kernels"},
-    {"checkpoint", "supervise", "optim"},
+    {"checkpoint", "supervise", "stopping", "optim"},
     {
         "trainer",
         "job",
@@ -35,6 +35,8 @@ LAYERS = [
         "merging",
         "report",
         "drill",
+        "progress",
+        "publisher",
     },
     {"cli", "__init__", "__main__", "integrations"},
 ]
@@ -111,7 +113,15 @@ def test_only_a_few_rooms_import(library):
 
 
 LIGHT = ["recipe", "journal", "console", "errors", "cli", "data.order", "data.packing", "checkpoint.store"]
-LIGHT += ["checkpoint.lease", "supervise.launch", "source", "check", "shapes", "trackers", "card", "hub"]
+LIGHT += [
+    "checkpoint.lease",
+    "checkpoint.live",
+    "checkpoint.resume",
+    "supervise.launch",
+    "supervise.keeper",
+    "stopping",
+]
+LIGHT += ["source", "check", "shapes", "trackers", "card", "hub"]
 
 
 @pytest.mark.parametrize("module", LIGHT)
@@ -145,6 +155,7 @@ def test_three_frames_of_ours_lead_from_the_command_to_the_model(recipe_file, tm
     from lora_kit.cli import app
 
     stacks = []
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as a launcher does: else a process of its own trains
     prepare = trainer.prepare_job
 
     def watched(*arguments, **named):
@@ -162,8 +173,6 @@ def test_three_frames_of_ours_lead_from_the_command_to_the_model(recipe_file, tm
                 str(tmp_path / "run"),
                 "--set",
                 "train.steps=1",
-                "--processes",
-                "1",
             ]
         )
     ours = [frame.name for frame in stacks[0] if Path(frame.filename).is_relative_to(PACKAGE)]

@@ -43,7 +43,7 @@ def test_after_a_cut_an_event_is_not_lost_with_the_torn_one_before_it(tmp_path):
     journal.event("started", step=0)
     with (tmp_path / "events.jsonl").open("a") as file:
         file.write('{"time": "2026-01-01", "ki')
-    journal.cut(0)
+    journal.cut(0, samples=0)
     journal.event("resumed", step=0)
     assert [event["kind"] for event in journal.read_events()] == ["started", "resumed"]
 
@@ -54,7 +54,7 @@ def test_a_cut_drops_later_steps_and_torn_lines(tmp_path):
         journal.metrics(record(step))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
-    journal.cut(3)
+    journal.cut(3, samples=3)
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
         1,
         2,

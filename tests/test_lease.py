@@ -5,9 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
+from lora_kit.checkpoint import lease
 from lora_kit.checkpoint.lease import take
 from lora_kit.errors import LeaseError
 
@@ -63,13 +65,19 @@ def test_a_lease_from_before_a_reboot_is_free(tmp_path):
     assert take(tmp_path).token == 2
 
 
-def test_a_lease_of_another_machine_is_respected(tmp_path):
-    take(tmp_path)
+def test_a_lease_of_another_machine_is_respected_until_its_heartbeat_stops(tmp_path, monkeypatch):
+    mine = take(tmp_path)
+    mine.beat(1)
     content = json.loads((tmp_path / "lease.json").read_text())
     content["holder"]["host"] = "elsewhere"
     (tmp_path / "lease.json").write_text(json.dumps(content))
+    monkeypatch.setattr(lease, "DEAD_SECONDS", 2.0)
+    beat = threading.Timer(0.8, mine.beat, [2])
+    beat.start()
     with pytest.raises(LeaseError, match="on elsewhere"):
         take(tmp_path)
+    beat.join()
+    assert take(tmp_path, above=7).token == 8
 
 
 def test_a_released_lease_that_was_taken_over_is_left_alone(tmp_path):

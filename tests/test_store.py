@@ -16,9 +16,9 @@ from lora_kit.checkpoint.store import commit, find, folders, open_checkpoint, pr
 from lora_kit.errors import CheckpointError
 
 FILES = {
-    "adapter_model.safetensors": b"a" * 5000,
-    "optimizer.safetensors": b"o" * 9000,
-    "adapter_config.json": b"{}\n",
+    "adapter_model.safetensors": [b"a" * 2000, memoryview(b"a" * 3000)],
+    "optimizer.safetensors": [b"o" * 9000],
+    "adapter_config.json": [b"{}\n"],
 }
 
 
@@ -37,7 +37,7 @@ def test_a_commit_reads_back_as_it_was_written(tmp_path):
     assert made.path.name == "step-00000120"
     read = open_checkpoint(made.path)
     assert (read.step, read.manifest["format"], read.size) == (120, store.FORMAT, 14003)
-    assert {name: (made.path / name).read_bytes() for name in FILES} == FILES
+    assert {name: (made.path / name).read_bytes() for name in FILES} == {name: b"".join(FILES[name]) for name in FILES}
     assert sorted(path.name for path in made.path.iterdir()) == sorted([*FILES, "manifest.json"])
     assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
 
@@ -99,8 +99,15 @@ def test_a_manifest_of_another_format_is_refused_with_both_versions(tmp_path):
         open_checkpoint(path)
 
 
-def test_a_second_commit_of_a_step_sets_the_first_aside(tmp_path):
-    commit(tmp_path, FILES, manifest(7, token=1))
+def test_a_second_commit_of_the_same_state_takes_the_firsts_place(tmp_path):
+    commit(tmp_path, FILES, manifest(7))
+    commit(tmp_path, FILES, manifest(7, held_out_loss=0.5))
+    assert open_checkpoint(tmp_path / "checkpoints/step-00000007").manifest["held_out_loss"] == 0.5
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000007"]
+
+
+def test_a_second_commit_of_a_step_with_another_state_sets_the_first_aside(tmp_path):
+    commit(tmp_path, FILES | {"optimizer.safetensors": [b"p" * 9000]}, manifest(7, token=1))
     commit(tmp_path, FILES, manifest(7, token=2))
     assert open_checkpoint(tmp_path / "checkpoints/step-00000007").manifest["fencing_token"] == 2
     quarantine = tmp_path / "checkpoints/.quarantine"
@@ -150,7 +157,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from lora_kit.checkpoint import store
-files = {"adapter_model.safetensors": b"a" * 300_000, "optimizer.safetensors": b"o" * 600_000}
+files = {"adapter_model.safetensors": [b"a" * 300_000], "optimizer.safetensors": [b"o" * 600_000]}
 for step in range(1, 10**6):
     store.commit(Path(sys.argv[1]), files, {"step": step, "fencing_token": 1})
     store.prune(Path(sys.argv[1]), 2)

@@ -157,10 +157,13 @@ def commit(
         if not ours():
             shutil.rmtree(staging, ignore_errors=True)
             raise LeaseError(f"{run}: another job has taken this run over; step {manifest['step']} is not written")
-        if final.exists():
+        if final.exists() and _holds(final, entries):  # the same state, of which more is known now
+            final.rename(final.with_name(f".tmp-old-{final.name}"))
+        elif final.exists():
             set_aside(run, final, "another commit of the same step")
         staging.rename(final)
         _sync_folder(final.parent)
+        shutil.rmtree(final.with_name(f".tmp-old-{final.name}"), ignore_errors=True)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise CheckpointError(
@@ -168,6 +171,13 @@ def commit(
             "earlier checkpoints are untouched"
         ) from error
     return Checkpoint(final, json.loads(whole))
+
+
+def _holds(folder: Path, entries: Mapping[str, Any]) -> bool:
+    try:
+        return bool(_read_manifest(folder / MANIFEST)["files"] == entries)
+    except CheckpointError:
+        return False
 
 
 def _write_synced(path: Path, pieces: Pieces) -> dict[str, Any]:

@@ -7,6 +7,7 @@ trainer starts it as a child in a session of its own, which outlives the trainer
 """
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -145,6 +146,9 @@ class Keeper:
         if not self._fenced and self._unwritten() is None:
             live.discard(self.run)
         self._writer.shutdown()
+        durable = store.find(self.run).latest
+        if durable and self.journal.last_step() < step:  # it was live, and its trainer gone before the line was written
+            self.journal.metrics(json.loads(durable.manifest["line"]))
         return step
 
 

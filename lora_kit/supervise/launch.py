@@ -28,6 +28,7 @@ from lora_kit.supervise.keeper import LOOK_SECONDS, Keeper
 from lora_kit.supervise.zygote import BUFFER_BYTES, MESSAGE_BYTES, end_with_parent
 
 STOPPED = Stopped.exit_code
+PRELOAD = "lora_kit.trainer"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 FORWARDED_SECONDS = 2.0  # a signal that comes again so soon is a launcher passing on what its processes had heard
 SAME_FAILURES = 3  # so often at the same step, and no restart will help
@@ -77,7 +78,7 @@ class Zygote:
         # with this check torch's import leaves CUDA untouched, and a fork can use it
         environment = os.environ | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", KEEPER: str(os.getpid())}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "lora_kit.supervise.zygote", str(theirs.fileno())],
+            [sys.executable, "-m", "lora_kit.supervise.zygote", str(theirs.fileno()), PRELOAD],
             pass_fds=[theirs.fileno()],
             env=environment,
         )
@@ -278,7 +279,7 @@ class Launch:
         if len(self.attempt.codes) == self._processes and not any(self.attempt.codes.values()):
             return 0
         self.zygote.end()
-        step = self.keeper.flush()
+        step = self.keeper.end()
         name = signal.Signals(number).name
         self._restore_cursor()
         self.keeper.journal.event("stopped", step=step, signal=name)

@@ -13,6 +13,8 @@ import socket
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from importlib import import_module
+from runpy import run_module
 from typing import Any
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -27,8 +29,8 @@ def end_with_parent(last: signal.Signals) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, last)
 
 
-def main(descriptor: int) -> None:
-    """Import, then fork a training process for every message, and tell how each ended."""
+def main(descriptor: int, module: str) -> None:
+    """Import a module, then fork a training process for every message, and tell how each ended."""
     end_with_parent(signal.SIGKILL)
     orders = socket.socket(fileno=descriptor)
     orders.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
@@ -37,9 +39,8 @@ def main(descriptor: int) -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the keeper decides
+    import_module(module)  # what takes seconds
     import torch
-
-    import lora_kit.trainer  # noqa: F401  (what takes seconds)
 
     touched = torch.cuda.is_initialized()
     while True:
@@ -82,16 +83,16 @@ def _become(arguments: Sequence[str], environment: Mapping[str, str], orders: so
     os.environ.update(environment)
     if anew:
         os.execv(sys.executable, [sys.executable, "-m", "lora_kit", *arguments])
-    from lora_kit.cli import app
-
+    sys.argv = ["lora-kit", *arguments]
     try:
-        app(args=list(arguments))
+        run_module("lora_kit", run_name="__main__")
     except Exception as error:
         kind = f"{type(error).__name__}: {error}".splitlines()[0]
         told = traceback.format_exc()[-TRACE_CHARACTERS:]
         _send(orders, {"failed": os.getpid(), "error": kind[:500], "trace": told})
         sys.exit(1)
+    sys.exit(0)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2])

@@ -98,6 +98,8 @@ def give_up_when_stuck(job: Job, numbers: Numbers, live: Publisher) -> None:
     first = numbers.step - STUCK  # so many steps were done before the first of them
     if job.skipped[-STUCK:] != list(range(first + 1, numbers.step + 1)) or numbers_of(numbers.seen)[3]:
         return
+    if job.processes.is_main:
+        job.journal.event("went back", step=first)  # what comes after it may be tried again with another recipe
     if first > job.start and not store.checkpoint_folder(job.run.folder, first).exists():
         job.skipped[-STUCK:] = []
         line = json.dumps(next(one for one in job.journal.read_metrics() if one["step"] == first))

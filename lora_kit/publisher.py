@@ -47,7 +47,7 @@ class Publisher:
 
     def _open(self, job: Job) -> None:
         region = live.make_region(self._run, 12 * self._state.size)
-        words, kept = region.words, job.recipe.checkpoint
+        words, recipe = region.words, job.recipe
         if job.moving is None:
             region.clear()
         words[Word.TOKEN], words[Word.STOP], words[Word.FAULTS] = self._token, 0, 0
@@ -58,10 +58,10 @@ class Publisher:
             "shapes": {name: list(shape) for name, shape in self._state.shapes.items()},
             "adapter_config": json.dumps(saved_config(job.model), indent=2) + "\n",
             "manifest": job.manifest,
-            "keep": kept.keep,
-            "keep_every": kept.keep_every,
-            "best": kept.best,
-            "every_seconds": kept.every_seconds,
+            "keep": recipe.checkpoint.keep,
+            "keep_every": recipe.checkpoint.keep_every,
+            "best": recipe.checkpoint.best,
+            "every_seconds": recipe.checkpoint.every_seconds,
         }
         live.write_job(region, facts)
         self._region = region

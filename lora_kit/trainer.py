@@ -159,14 +159,14 @@ def update(job: Job, step: int) -> tuple[float, Tensor, Tensor]:
     Returns:
         The learning rate, the gradient's norm before clipping, and whether the step was taken.
     """
-    settings, bounds, state = job.recipe.optim, job.recipe.train, job.state
+    recipe, settings, state = job.recipe, job.recipe.optim, job.state
     gradient, loss = state.gradient[: state.size], state.gradient[LOSS]
     norm = optim.gradient_norm(gradient)
     if settings.max_grad_norm:
         optim.clip(gradient, norm, settings.max_grad_norm)
     rate = optim.learning_rate(settings, job.plan.examples_seen(step), job.plan.total)
     taken = torch.isfinite(norm) & torch.isfinite(loss)
-    for value, most in ((loss, bounds.max_loss), (norm, bounds.max_norm)):
+    for value, most in ((loss, recipe.train.max_loss), (norm, recipe.train.max_norm)):
         if most is not None:
             taken &= value <= most
     if step + 1 in job.replayed:

@@ -83,9 +83,7 @@ def test_a_run_in_which_nothing_works_any_more_ends_with_the_adapter_from_before
     monkeypatch.setattr(trainer, "my_micro_batches", noted)
     monkeypatch.setattr(trainer, "sft", lambda *a: loss_of(*a) * (torch.nan if steps[-1] >= 2 else 1))
     more = ["checkpoint.every_steps=100", "train.steps=20"]
-    with pytest.raises(
-        PoisonError, match=r"no step from 3 to 8 had a loss .* the adapter is as after step 2"
-    ):
+    with pytest.raises(PoisonError, match=r"no step from 3 to 8 had a loss .* the adapter is as after step 2"):
         trainer.train(load_recipe(recipe_file, more), tmp_path / "run")
     monkeypatch.undo()
     trainer.train(load_recipe(recipe_file, ["checkpoint.every_steps=2", "train.steps=20"]), tmp_path / "undisturbed")

@@ -145,7 +145,7 @@ def test_interrupted_in_every_way_a_tracker_shows_every_step_once(name, interrup
     if not present(name):
         pytest.skip(f"{name} is not installed")
     resumed = [event for event in lk.Run(interrupted).events if event["kind"] == "resumed"]
-    assert resumed[0]["step"] < resumed[0]["reached"], "the trackers were not ahead"
+    assert any(one["step"] < one["reached"] for one in resumed), "the trackers were never ahead"
     assert_shows_the_run(name, interrupted)
 
 

@@ -26,10 +26,11 @@ BEAT_SECONDS, DEAD_SECONDS = 10.0, 60.0  # how often the holder's heartbeat move
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to write to a run's folder."""
+    """The right to write to a run's folder; a borrowed one is its keeper's to release."""
 
     path: Path
     token: int
+    borrowed: bool = False
 
     def is_ours(self) -> bool:
         """Return whether nobody has taken the run over."""
@@ -41,6 +42,8 @@ class Lease:
 
     def release(self) -> None:
         """Leave the token behind, so that the next one is higher, but no holder."""
+        if self.borrowed:
+            return
         if self.is_ours():
             _write(self.path, {"token": self.token, "holder": None})
         _beat_file(self.path, self.token).unlink(missing_ok=True)
@@ -50,7 +53,7 @@ def inherited(run: Path) -> Lease | None:
     """Return the lease that this process's keeper holds for it; None without a keeper."""
     keeper, current = os.environ.get(KEEPER), _read(run / FILE)
     if keeper and (current.get("holder") or {}).get("pid") == int(keeper):
-        return Lease(run / FILE, current["token"])
+        return Lease(run / FILE, current["token"], borrowed=True)
     return None
 
 

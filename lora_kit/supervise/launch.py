@@ -144,7 +144,8 @@ class Launch:
 
     def run(self, max_restarts: int) -> int:
         """Train, and start again after every failure, `max_restarts` times at most; return the exit code."""
-        before = {number: signal.signal(number, self.hear) for number in STOP_SIGNALS}
+        for number in STOP_SIGNALS:
+            signal.signal(number, self.hear)
         seen: dict[tuple[str, int], list[str]] = {}
         try:
             for restart in range(max_restarts + 1):
@@ -172,8 +173,6 @@ class Launch:
             self._restore_cursor()
             self.keeper.end()
             self.keeper.lease.release()
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _begin(self) -> None:
         if self.zygote.process.poll() is not None:

@@ -1,0 +1,153 @@
+"""Faults in real processes: Python imports this at its start when this folder is on PYTHONPATH.
+
+FAULTS is a JSON list of {rank, step, phase, kind}; each fires once (in all attempts together; `again` times if given),
+in the process of that rank, when it reaches that phase of that step or, if that was missed, of a later one. FAULTS_DONE is a folder that remembers what fired.
+FAULTS_SLEEP makes every step take so many seconds longer.
+"""
+
+import importlib.abc
+import importlib.machinery
+import json
+import os
+import signal
+import sys
+import time
+from functools import wraps
+from pathlib import Path
+from typing import ClassVar
+
+PLAN = json.loads(os.environ.get("FAULTS", "[]"))
+SLEEP = float(os.environ.get("FAULTS_SLEEP", "0"))
+DONE = Path(os.environ.get("FAULTS_DONE", "/nowhere"))
+here = {"step": -1}
+
+
+def reach(phase, job=None):
+    """Come to a phase: do what the plan has for it."""
+    for number, fault in enumerate(PLAN):
+        mine = fault.get("rank", 0) == int(os.environ.get("RANK", "0")) and fault["phase"] == phase
+        if mine and fault.get("step", here["step"]) <= here["step"]:
+            for turn in range(fault.get("again", 1)):
+                mark = DONE / f"{number}.{turn}"
+                if not mark.exists():
+                    mark.touch()
+                    act(fault["kind"], job)
+                    break
+
+
+def act(kind, job):
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif kind == "raise":
+        raise ValueError(f"injected at step {here['step']}")
+    elif kind == "memory":
+        import resource
+
+        import torch
+
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+        limits = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 28), limits[1]))
+        torch.zeros(1 << 30)
+    elif kind == "nan":
+        job.state.gradient[3] = float("nan")
+    elif kind == "flip":
+        import torch
+
+        job.state.weights.view(torch.int32)[5] ^= 1 << 12
+    elif kind == "full":
+        raise OSError(28, os.strerror(28))
+
+
+def around(owner, name, phase, *, after=False):
+    """Make a function reach a phase before it runs, or after."""
+    function = getattr(owner, name)
+
+    @wraps(function)
+    def wrapped(*arguments, **named):
+        job = arguments[0] if arguments and hasattr(arguments[0], "state") else None
+        if not after:
+            reach(phase, job)
+        result = function(*arguments, **named)
+        if after:
+            reach(phase, job)
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def into_trainer(trainer):
+    from lora_kit import job, publisher
+    from lora_kit.checkpoint import live
+    from lora_kit.processes import Processes
+
+    batches, copy = trainer.my_micro_batches, live.copy_hashed
+
+    def noted(job, step):
+        here["step"] = step + 1
+        here["job"] = job
+        time.sleep(SLEEP)
+        return batches(job, step)
+
+    def half(target, sources):
+        copy(target, [source[: len(source) // 2] for source in sources])
+        reach("copy")
+        return copy(target, sources)
+
+    def summed(self, flat, contributors):
+        reach("reduce", here["job"])
+        return tree_sum(self, flat, contributors)
+
+    tree_sum, Processes.tree_sum = Processes.tree_sum, summed
+    trainer.my_micro_batches, publisher.live.copy_hashed = noted, half
+    around(trainer, "sft", "forward")
+    around(trainer, "add_to_tree", "backward")
+    around(trainer, "update", "update")
+    around(trainer, "update", "updated", after=True)
+    around(trainer, "settle", "line")
+    around(trainer, "measure", "evaluate")
+    around(job, "load_base", "load")
+    around(live.Region, "publish", "publish")
+
+
+def into_store(store):
+    write = store._write_synced
+
+    def written(path, pieces):
+        reach("write")
+        if path.name == store.MANIFEST:
+            reach("manifest")
+        return write(path, pieces)
+
+    store._write_synced = written
+
+
+class Patcher(importlib.abc.MetaPathFinder):
+    """Lets a module be imported as always, then changes it."""
+
+    targets: ClassVar = {"lora_kit.trainer": into_trainer, "lora_kit.checkpoint.store": into_store}
+
+    def find_spec(self, name, path, target=None):
+        if name not in self.targets:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        spec.loader = After(spec.loader, self.targets[name])
+        return spec
+
+
+class After(importlib.abc.Loader):
+    def __init__(self, loader, patch):
+        self.loader, self.patch = loader, patch
+
+    def create_module(self, spec):
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module):
+        self.loader.exec_module(module)
+        self.patch(module)
+
+
+if PLAN or SLEEP:
+    sys.meta_path.insert(0, Patcher())

@@ -1,0 +1,327 @@
+"""Whatever is killed, hung, poisoned or full, at whatever moment: no finished step is lost and the bytes are the same.
+
+Real runs on real processes; faults come from inject/sitecustomize.py or from outside. The oracle is always a run of one
+process that nothing disturbed.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import RECIPE
+from runs import command, start, state_hash, train, wait_for_lines
+
+from lora_kit.checkpoint import live, store
+
+STEPS = 20
+INJECT = Path(__file__).parent / "inject"
+EVERY = ["--set", "checkpoint.every_steps=7"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, base_folder, data_file):
+    """A run with dropout whose steps have several micro-batches, and which evaluates on the way."""
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    text = RECIPE.format(base=base_folder, data=data_file).replace("steps: 8", f"steps: {STEPS}")
+    text = text.replace("sequence_length: 256", "sequence_length: 256, validation: 0.2")
+    path.write_text(text + "evaluate: {every_steps: 6}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(recipe, out)
+    return state_hash(out, STEPS)
+
+
+@pytest.fixture
+def faults(tmp_path, monkeypatch):
+    """Return the environment in which the faults of a plan happen, once each."""
+
+    def environment(*plan, sleep=0.0):
+        done = tmp_path / "done"
+        done.mkdir(exist_ok=True)
+        paths = [str(INJECT), os.environ.get("PYTHONPATH", "")]
+        return {
+            "FAULTS": json.dumps(plan),
+            "FAULTS_SLEEP": str(sleep),
+            "FAULTS_DONE": str(done),
+            "PYTHONPATH": os.pathsep.join(paths),
+        }
+
+    return environment
+
+
+def fired(tmp_path):
+    return len(list((tmp_path / "done").iterdir()))
+
+
+def events(out, *kinds):
+    lines = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    return [one for one in lines if one["kind"] in kinds]
+
+
+def steps_shown(out):
+    return [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def nothing_was_lost(out):
+    """Every step is shown once, and no resume had to do one again."""
+    assert steps_shown(out) == list(range(1, STEPS + 1))
+    assert all(one["reached"] <= one["step"] for one in events(out, "resumed"))
+    assert live.folder_of(out) is None, "the region is still there"
+
+
+PHASES = ["forward", "backward", "reduce", "update", "updated", "copy", "publish", "line"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_kill_in_any_phase_of_a_step_costs_no_finished_step(recipe, undisturbed, faults, tmp_path, processes):
+    rng = random.Random(processes)
+    steps = sorted(rng.sample(range(2, STEPS + 1), len(PHASES)))
+    phases = rng.sample(PHASES, len(PHASES))
+    ranks = [rng.randrange(processes) if phase not in ("copy", "publish") else 0 for phase in phases]
+    plan = [
+        {"rank": rank, "step": step, "phase": phase, "kind": "kill"}
+        for rank, step, phase in zip(ranks, steps, phases, strict=True)
+    ]
+    out = tmp_path / "run"
+    plan.append({"rank": processes - 1, "phase": "evaluate", "kind": "kill"})
+    plan.append({"rank": processes - 1, "phase": "load", "kind": "kill"})
+    train(recipe, out, *EVERY, processes=processes, environment=faults(*plan))
+    assert fired(tmp_path) == len(plan)
+    assert len(events(out, "restart")) == len(plan)
+    assert state_hash(out, STEPS) == undisturbed
+    nothing_was_lost(out)
+
+
+def test_random_kills_of_any_process_leave_the_bytes_as_they_were(recipe, undisturbed, faults, tmp_path):
+    out, rng, done = tmp_path / "run", random.Random(5), set()
+    process = start(recipe, out, *EVERY, processes=2, environment=faults(sleep=0.05))
+    launcher = psutil.Process(process.pid)
+    wait_for_lines(out / "metrics.jsonl", 1, process)
+    for _ in range(4):
+        time.sleep(rng.uniform(0.02, 0.1))
+        family = [one for one in launcher.children(recursive=True) if one.pid not in done]
+        if family and len(steps_shown(out)) < STEPS - 3:
+            chosen = rng.choice(family)  # the process that forks the others is among them
+            done.add(chosen.pid)
+            chosen.kill()
+            reached = len(steps_shown(out))
+            while process.poll() is None and len(steps_shown(out)) <= reached:
+                time.sleep(0.005)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    assert state_hash(out, STEPS) == undisturbed
+    nothing_was_lost(out)
+
+
+@pytest.mark.parametrize("phase", ["write", "manifest"])
+def test_a_kill_of_the_keeper_in_a_commit_ends_all_and_the_run_goes_on(recipe, undisturbed, faults, tmp_path, phase):
+    out = tmp_path / "run"
+    process = start(recipe, out, *EVERY, processes=2, environment=faults({"phase": phase, "kind": "kill"}))
+    while not psutil.Process(process.pid).children() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(3)
+    family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.wait(timeout=120)
+    psutil.wait_procs(family, timeout=5)
+    assert process.returncode == -signal.SIGKILL and fired(tmp_path) == 1
+    assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in family)
+    train(recipe, out, *EVERY)
+    assert state_hash(out, STEPS) == undisturbed
+    nothing_was_lost(out)
+
+
+SITUATIONS = {
+    "between steps": [],
+    "in a collective that hangs": [{"rank": 1, "step": 4, "phase": "reduce", "kind": "stop"}],
+    "in an evaluation": [{"rank": 1, "phase": "evaluate", "kind": "stop"}],
+}
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("target", ["launcher", "process"])
+def test_a_stop_signal_makes_the_last_finished_step_durable(recipe, undisturbed, faults, tmp_path, situation, target):
+    out, plan = tmp_path / "run", SITUATIONS[situation]
+    process = start(
+        recipe, out, "--set", "checkpoint.every_steps=100", processes=2, environment=faults(*plan, sleep=0.1)
+    )
+    wait_for_lines(out / "metrics.jsonl", 2, process)
+    while plan and not fired(tmp_path):
+        time.sleep(0.01)
+    number = random.Random(situation + target).choice([signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+    zygote = psutil.Process(process.pid).children()[0]
+    workers = zygote.children()
+    (psutil.Process(process.pid) if target == "launcher" else workers[0]).send_signal(number)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, printed
+    assert "the same command goes on" in printed
+    assert store.find(out).latest.step == steps_shown(out)[-1]
+    assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in workers)
+    train(recipe, out)
+    assert state_hash(out, STEPS) == undisturbed
+    nothing_was_lost(out)
+
+
+def test_a_stop_signal_while_loading_keeps_what_was_live(recipe, undisturbed, faults, tmp_path):
+    out = tmp_path / "run"
+    process = start(recipe, out, "--set", "checkpoint.every_steps=100", environment=faults(sleep=0.1))
+    wait_for_lines(out / "metrics.jsonl", 4, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    shown = steps_shown(out)[-1]
+    assert store.find(out).latest is None
+    process = start(recipe, out, environment=faults({"phase": "load", "kind": "stop"}))
+    while not fired(tmp_path):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    process.wait(timeout=60)
+    assert process.returncode == 75 and store.find(out).latest.step >= shown
+    train(recipe, out)
+    assert state_hash(out, STEPS) == undisturbed
+
+
+def test_a_hung_process_is_found_by_the_keepers_clock_and_all_start_again(recipe, undisturbed, faults, tmp_path):
+    out, plan = tmp_path / "run", {"rank": 1, "step": 9, "phase": "forward", "kind": "stop"}
+    more = [*EVERY, "--set", "train.step_timeout=2"]
+    process = start(recipe, out, *more, processes=2, environment=faults(plan))
+    while not fired(tmp_path):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "a hang" in printed, printed
+    (restart,) = events(out, "restart")
+    assert "no sign of life" in restart["cause"]
+    assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in workers)
+    assert state_hash(out, STEPS) == undisturbed
+    nothing_was_lost(out)
+
+
+def test_the_same_exception_at_the_same_step_three_times_stops_with_its_traceback(recipe, faults, tmp_path):
+    out, plan = tmp_path / "run", {"step": 5, "phase": "backward", "kind": "raise", "again": 9}
+    printed = train(recipe, out, expect=1, environment=faults(plan))
+    assert len(events(out, "restart")) == 2 and len(events(out, "failed")) == 1
+    assert printed.count("ValueError: injected at step 5") >= 2 and "Traceback" in printed
+    assert "after step 4" in printed and "the same again and again" in printed
+    assert store.find(out).latest.step == 4
+
+
+def test_memory_that_runs_out_is_named_and_survived(recipe, undisturbed, faults, tmp_path):
+    out, plan = tmp_path / "run", {"step": 5, "phase": "forward", "kind": "memory"}
+    printed = train(recipe, out, environment=faults(plan))
+    assert "out of memory" in printed and len(events(out, "restart")) == 1
+    assert state_hash(out, STEPS) == undisturbed
+    nothing_was_lost(out)
+
+
+def test_the_kernel_takes_a_training_process_before_the_keeper(recipe, faults, tmp_path):
+    process = start(recipe, tmp_path / "run", environment=faults(sleep=0.1))
+    wait_for_lines(tmp_path / "run" / "metrics.jsonl", 1, process)
+    (worker,) = psutil.Process(process.pid).children()[0].children()
+    scores = [int(Path(f"/proc/{one}/oom_score_adj").read_text()) for one in (process.pid, worker.pid)]
+    process.kill()
+    assert scores[0] < scores[1]
+
+
+def test_a_world_that_changes_all_the_time_gives_the_same_bytes(recipe, undisturbed, faults, tmp_path):
+    out = tmp_path / "run"
+    for lines, processes in ((4, 2), (8, 1), (12, 4)):
+        process = start(recipe, out, *EVERY, processes=processes, environment=faults(sleep=0.1))
+        wait_for_lines(out / "metrics.jsonl", lines, process)
+        process.terminate()
+        assert process.wait(timeout=60) == 75
+    train(recipe, out, *EVERY, processes=2)
+    assert state_hash(out, STEPS) == undisturbed
+    nothing_was_lost(out)
+
+
+def test_a_disk_without_room_never_stops_training_and_is_told(recipe, undisturbed, faults, tmp_path):
+    out = tmp_path / "run"
+    plan = [{"phase": "write", "kind": "full"}, {"phase": "manifest", "kind": "full"}]
+    printed = train(recipe, out, *EVERY, environment=faults(*plan))
+    assert fired(tmp_path) == 2 and printed.count("No space left on device") >= 1
+    assert len(events(out, "fault")) == 2
+    assert state_hash(out, STEPS) == undisturbed
+    nothing_was_lost(out)
+
+
+def test_a_disk_that_stays_full_fails_at_the_end_and_the_last_step_waits_in_memory(
+    recipe, undisturbed, faults, tmp_path
+):
+    out, plan = tmp_path / "run", {"phase": "manifest", "kind": "full", "again": 99}
+    printed = train(recipe, out, *EVERY, expect=1, environment=faults(plan))
+    assert "No space left on device" in printed and "earlier checkpoints are untouched" in printed
+    assert not store.folders(out) and steps_shown(out) == list(range(1, STEPS + 1))
+    train(recipe, out, *EVERY, "--set", "optim.learning_rate=1e-2")
+    assert [one["step"] for one in events(out, "resumed")] == [STEPS]
+    assert state_hash(out, STEPS) == undisturbed
+    nothing_was_lost(out)
+
+
+def test_a_nan_on_one_process_is_skipped_by_all_and_in_every_replay(recipe, faults, tmp_path):
+    plan = {"rank": 1, "step": 5, "phase": "reduce", "kind": "nan"}
+    printed = train(recipe, tmp_path / "one", *EVERY, processes=2, environment=faults(plan))
+    assert "step 5: loss" in printed and "it is skipped" in printed
+    kill = {"rank": 0, "step": 9, "phase": "forward", "kind": "kill"}
+    (tmp_path / "done" / "0.0").unlink()
+    more = ["--set", "checkpoint.every_steps=4", "--set", "checkpoint.keep=20"]
+    train(recipe, tmp_path / "two", *more, processes=2, environment=faults(plan, kill))
+    assert store.find(tmp_path / "two").latest.manifest["skipped_steps"] == [5]
+    assert state_hash(tmp_path / "one", STEPS) == state_hash(tmp_path / "two", STEPS)
+    for path in store.folders(tmp_path / "two")[:-1]:
+        (path / store.MANIFEST).write_text("{}")
+    printed = train(recipe, tmp_path / "two", *more)  # from step 4, and nothing is wrong with step 5 now
+    assert "falling back to step 4" in printed and "step 5: loss" in printed
+    assert state_hash(tmp_path / "one", STEPS) == state_hash(tmp_path / "two", STEPS)
+
+
+def test_replicas_that_differ_are_found_and_named_before_it_is_kept(recipe, faults, tmp_path):
+    plan = {"rank": 1, "step": 5, "phase": "updated", "kind": "flip"}
+    printed = train(recipe, tmp_path / "run", *EVERY, processes=2, expect=1, environment=faults(plan))
+    assert "after step 7 process 1 has another adapter" in printed
+    assert not store.checkpoint_folder(tmp_path / "run", 7).exists()
+
+
+def test_a_second_job_on_a_run_is_refused_and_the_first_goes_on(recipe, undisturbed, faults, tmp_path):
+    out = tmp_path / "run"
+    process = start(recipe, out, *EVERY, environment=faults(sleep=0.3))
+    wait_for_lines(out / "metrics.jsonl", 1, process)
+    second = subprocess.run(command(recipe, out), capture_output=True, text=True, timeout=60)
+    assert second.returncode == 2 and "is training here" in second.stderr
+    assert process.wait(timeout=120) == 0
+    assert state_hash(out, STEPS) == undisturbed
+
+
+AUDIT = """
+import sys
+found = []
+sys.addaudithook(lambda event, arguments: found.append(arguments) if event == "pickle.find_class" else None)
+import torch
+torch.load = None
+from lora_kit import trainer
+from lora_kit.recipe import load_recipe
+found.clear()
+trainer.train(load_recipe(sys.argv[1]), sys.argv[2])
+assert not found, found
+"""
+
+
+def test_a_resume_unpickles_nothing(recipe, undisturbed, faults, tmp_path):
+    out = tmp_path / "run"
+    process = start(recipe, out, *EVERY, environment=faults(sleep=0.1))
+    wait_for_lines(out / "metrics.jsonl", 9, process)
+    process.terminate()
+    assert process.wait(timeout=60) == 75
+    subprocess.run([sys.executable, "-c", AUDIT, str(recipe), str(out)], check=True, timeout=120)
+    assert state_hash(out, STEPS) == undisturbed

@@ -286,7 +286,7 @@ class Launch:
         return STOPPED
 
     def _exit_code(self, process: int) -> int:
-        code = self.attempt.codes.get(process, 1)
+        code = 1 if process in self.attempt.traces else self.attempt.codes.get(process, 1)
         return code if code > 0 else 128 - code
 
     def _restore_cursor(self) -> None:

@@ -1,8 +1,8 @@
 """Faults in real processes: Python imports this at its start when this folder is on PYTHONPATH.
 
 FAULTS is a JSON list of {rank, step, phase, kind}; each fires once (in all attempts together; `again` times if given),
-in the process of that rank, when it reaches that phase of that step or, if that was missed, of a later one. FAULTS_DONE is a folder that remembers what fired.
-FAULTS_SLEEP makes every step take so many seconds longer.
+in the process of that rank, when it reaches that phase of that step or, if that was missed, of a later one.
+FAULTS_DONE is a folder that remembers what fired. FAULTS_SLEEP makes every step take so many seconds longer.
 """
 
 import importlib.abc

@@ -152,33 +152,20 @@ def status(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
     as_json: AsJson = False,
 ) -> None:
-    """Say how far a run is, and which of its checkpoints are valid. Moves nothing."""
+    """Say how far a run is, what is safe, and what interrupted it at which cost. Live and afterwards; moves nothing."""
     with errors_told():
-        from lora_kit.checkpoint import store
-        from lora_kit.journal import summary
+        from lora_kit import report
 
-        state = summary(run).to_dict()
-        state["checkpoints"] = [_validity(path) for path in store.folders(run)]
+        state, found = report.status(run), report.checkpoints(run)
         if as_json:
-            _print_json(state)
+            _print_json(state.to_dict() | {"checkpoints": found})
             return
         table = Table(title=str(run), show_header=False, title_justify="left")
-        for key, value in state.items():
-            if key != "checkpoints":
-                table.add_row(key.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else str(value))
-        for entry in state["checkpoints"]:
+        for name, value in state.rows():
+            table.add_row(name, value)
+        for entry in found:
             table.add_row(entry["path"], "valid" if entry["valid"] else entry["problem"])
         RichConsole(highlight=False).print(table)
-
-
-def _validity(path: Path) -> dict[str, Any]:
-    from lora_kit.checkpoint import store
-
-    try:
-        found = store.open_checkpoint(path)
-    except CheckpointError as error:
-        return {"path": path.name, "valid": False, "problem": str(error)}
-    return {"path": path.name, "valid": True, "step": found.step, "bytes": found.size}
 
 
 @app.command()
@@ -188,12 +175,13 @@ def verify(
 ) -> None:
     """Read every byte of a checkpoint, or of all in a run, and compare it with the manifest. Moves nothing."""
     with errors_told():
+        from lora_kit import report
         from lora_kit.checkpoint import store
 
         found = [path] if (path / store.MANIFEST).exists() else store.folders(path)
         if not found:
             raise CheckpointError(f"{path}: no checkpoint here; give a run's folder or one of its checkpoints")
-        results = [_validity(one) for one in found]
+        results = [report.validity(one) for one in found]
         if as_json:
             _print_json(results)
         else:

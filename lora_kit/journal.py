@@ -6,14 +6,11 @@ skipped. A resume cuts the metrics back to its checkpoint, so that no step stand
 
 import json
 import os
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-from lora_kit.errors import InputError
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 
@@ -29,7 +26,8 @@ class Journal:
         _append(self.run / METRICS, record)
 
     def event(self, kind: str, **facts: Any) -> None:
-        """Append what happened: started, resumed, checkpoint, fault, stopped, finished or pushed."""
+        """Append what happened: launched, started, resumed, went back, checkpoint, sample, skipped, fault, restart,
+        failed, stopped, finished or pushed."""
         _append(
             self.run / EVENTS,
             {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "kind": kind, **facts},
@@ -99,70 +97,3 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(record, dict):
             yield record
-
-
-@dataclass(frozen=True)
-class Status:
-    """How far a run is, read from its logs.
-
-    Attributes:
-        state: `finished`, `stopped, resumable`, or `training or interrupted`: the logs cannot tell these two apart.
-        step: The newest finished step.
-        steps: How many the run has.
-        loss: Of the newest step.
-        tokens_per_second: The median step's.
-        restarts: How often it was resumed.
-        steps_lost: Steps that were done again after an interruption.
-        faults: What went wrong without ending the run.
-        stall_share: The share of the training time that the loop waited for checkpoints.
-    """
-
-    state: str
-    step: int
-    steps: int | None
-    loss: float | None
-    tokens_per_second: float | None
-    restarts: int
-    steps_lost: int
-    faults: int
-    stall_share: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the status as plain values."""
-        return asdict(self)
-
-
-AFTERWARDS = ("pushed", "fault")  # may come after a run's end: a push, or what a tracker met
-STATES = {"finished": "finished", "stopped": "stopped, resumable"}
-
-
-def summary(run: Path) -> Status:
-    """Read a run's logs.
-
-    Raises:
-        InputError: The folder has none.
-    """
-    journal = Journal(run)
-    metrics, events = journal.read_metrics(), journal.read_events()
-    if not events:
-        raise InputError(f"{run}: not a run's folder (no {EVENTS}); give the folder that was named with --out")
-    resumed = [event for event in events if event["kind"] == "resumed"]
-    begun = [event for event in events if event["kind"] in ("started", "resumed")]
-    seconds = sum(record["tokens"] / record["tokens_per_second"] for record in metrics if record["tokens_per_second"])
-    stall = sum(record["stall_seconds"] for record in metrics)
-    return Status(
-        state=_state(events),
-        step=metrics[-1]["step"] if metrics else 0,
-        steps=begun[-1]["steps"] if begun else None,
-        loss=metrics[-1]["loss"] if metrics else None,
-        tokens_per_second=statistics.median(record["tokens_per_second"] for record in metrics) if metrics else None,
-        restarts=len(resumed),
-        steps_lost=sum(max(0, event["reached"] - event["step"]) for event in resumed),
-        faults=sum(event["kind"] == "fault" for event in events),
-        stall_share=round(stall / (stall + seconds), 4) if seconds else 0.0,
-    )
-
-
-def _state(events: Sequence[Mapping[str, Any]]) -> str:
-    kinds = [event["kind"] for event in events if event["kind"] not in AFTERWARDS]
-    return STATES.get(kinds[-1] if kinds else "", "training or interrupted")

@@ -4,6 +4,7 @@ A step's line in metrics.jsonl travels in its snapshot too, so that a run that e
 """
 
 import json
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,7 @@ def moving_parts(job: Job, numbers: Numbers) -> Moving:
         "grad_norm": norm,
         "tokens_per_second": round(tokens / numbers.seconds, 1),
         "stall_seconds": round(numbers.stall_seconds, 4),
+        "time": round(time.time(), 3),
     }
     facts = {
         "step": done,

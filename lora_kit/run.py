@@ -10,8 +10,9 @@ from lora_kit import notebook
 from lora_kit.checkpoint import store
 from lora_kit.console import Console
 from lora_kit.errors import CheckpointError
-from lora_kit.journal import Journal, summary
+from lora_kit.journal import Journal
 from lora_kit.recipe import BUILTIN, Recipe
+from lora_kit.report import status
 
 RESULT = "result.json"
 
@@ -67,7 +68,7 @@ class Run:
         """Return what a notebook shows: how far it is, what it gained and its losses."""
         if not self.events:
             return notebook.table(str(self.folder), [("state", "nothing was trained here yet")])
-        state, checkpoints = summary(self.folder), self.checkpoints
+        state, checkpoints = status(self.folder), self.checkpoints
         rows = [
             ("state", f"{state.state}, step {state.step} of {state.steps}"),
             ("checkpoints", ", ".join(path.name for path in checkpoints) or "none yet"),

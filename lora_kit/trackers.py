@@ -231,7 +231,7 @@ def follow(opened: Opened, records: Iterator[dict[str, Any]]) -> None:
             continue
         step = record["step"]
         values = ({SAMPLES: "\n\n---\n\n".join(samples)} if samples else {}) | record
-        lacking = {key: one for key, one in values.items() if key != "step" and step > opened.newest(key)}
+        lacking = {key: one for key, one in values.items() if key not in ("step", "time") and step > opened.newest(key)}
         if lacking:
             opened.log(lacking, step)
         samples.clear()

@@ -37,7 +37,8 @@ def test_no_arguments_show_the_help_and_a_wrong_verb_is_an_error():
 
 def test_status_shows_how_far_a_run_is(run):
     told = json.loads(ask("status", run.folder, "--json"))
-    assert (told["state"], told["step"], told["steps"], told["restarts"]) == ("finished", 8, 8, 0)
+    assert (told["state"], told["step"], told["steps"], told["starts"]) == ("finished", 8, 8, 1)
+    assert (told["durable"]["step"], told["live"], told["interruptions"]) == (8, None, [])
     assert [entry["step"] for entry in told["checkpoints"]] == [8, 6, 3]
     assert all(entry["valid"] and entry["bytes"] > 0 for entry in told["checkpoints"])
     assert "step-00000008" in ask("status", run.folder)

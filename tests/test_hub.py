@@ -17,7 +17,8 @@ import lora_kit as lk
 from lora_kit import hub as door
 from lora_kit.cli import app
 from lora_kit.errors import BaseError, CheckpointError, HubError, InputError, RecipeError
-from lora_kit.journal import Journal, summary
+from lora_kit.journal import Journal
+from lora_kit.report import status
 
 SHORT = ["train.steps=2", "checkpoint.every_steps=1", "data.validation=0.2"]
 
@@ -281,14 +282,14 @@ def test_a_run_is_published_at_its_end_and_only_once(hub, recipe_file, tmp_path)
     assert (event["step"], event["to"]) == (2, "me/run") and event["commit"] == hub.commits("me/run", "new")[0].id
     asked = len(hub.requests)
     lk.train(recipe, tmp_path / "run")
-    assert len(hub.requests) == asked and summary(run.folder).state == "finished"
+    assert len(hub.requests) == asked and status(run.folder).state == "finished"
 
 
 def test_a_failed_push_fails_no_run_and_the_same_command_repeats_it(hub, recipe_file, tmp_path, capsys):
     hub.faults |= {"/commit/": ["lost"], "/repos/create": ["pass", 503, 503]}
     recipe = lk.load_recipe(recipe_file, [*SHORT, "hub.repo=me/run"])
     run = lk.train(recipe, tmp_path / "run")
-    assert run.result["step"] == 2 and summary(run.folder).state == "finished" and summary(run.folder).faults == 1
+    assert run.result["step"] == 2 and status(run.folder).state == "finished" and len(status(run.folder).faults) == 1
     told = capsys.readouterr().out
     assert f"to repeat it: lora-kit push {run.folder} --to me/run" in told.replace("\n", " ")
     assert TOKEN.encode() not in everything_in(run.folder) and TOKEN not in told

@@ -1,12 +1,9 @@
-"""The logs show every finished step once, survive a torn line, and say how a run went."""
+"""The logs show every finished step once and survive a torn line."""
 
 import json
 import multiprocessing
 
-import pytest
-
-from lora_kit.errors import InputError
-from lora_kit.journal import Journal, summary
+from lora_kit.journal import Journal
 
 
 def record(step, **more):
@@ -60,26 +57,3 @@ def test_a_cut_drops_later_steps_and_torn_lines(tmp_path):
         2,
         3,
     ]
-
-
-def test_a_run_without_logs_is_none(tmp_path):
-    with pytest.raises(InputError, match="not a run's folder"):
-        summary(tmp_path)
-    assert Journal(tmp_path).last_step() == 0
-
-
-def test_a_summary_counts_restarts_lost_steps_and_stall(tmp_path):
-    journal = Journal(tmp_path)
-    journal.event("started", step=0, steps=10)
-    for step in range(1, 9):
-        journal.metrics(record(step, stall_seconds=0.5 if step % 4 == 0 else 0.0))
-    journal.event("fault", step=3, what="disk full")
-    journal.event("resumed", step=6, steps=10, reached=8)
-    status = summary(tmp_path)
-    assert (status.step, status.steps, status.restarts, status.steps_lost, status.faults) == (8, 10, 1, 2, 1)
-    assert status.stall_share == pytest.approx(1 / 17, abs=1e-3)
-    assert status.state == "training or interrupted"
-    journal.event("stopped", step=8)
-    assert summary(tmp_path).state == "stopped, resumable"
-    journal.event("finished", step=10)
-    assert summary(tmp_path).to_dict()["state"] == "finished"

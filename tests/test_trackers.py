@@ -15,7 +15,8 @@ from lora_kit import trackers
 from lora_kit.check import check
 from lora_kit.console import Console
 from lora_kit.errors import LaunchError
-from lora_kit.journal import Journal, summary
+from lora_kit.journal import Journal
+from lora_kit.report import status
 
 SAME_AGAIN = ("examples", "tokens", "loss", "learning_rate", "grad_norm", "held_out_loss")  # what a resume repeats
 NAMES = list(trackers.PACKAGES)
@@ -215,7 +216,7 @@ def test_a_failing_tracker_is_told_once_and_ends_no_run(recipe_file, tmp_path, m
     assert "the next start sends the rest" in fault
     assert capsys.readouterr().out.count(fault) == 1
     assert_shows_the_run("tensorboard", tmp_path / "run", steps=8)
-    assert summary(run.folder).state == "finished"
+    assert status(run.folder).state == "finished"
 
 
 def test_a_hanging_tracker_does_not_hold_up_the_end(tmp_path, monkeypatch):

@@ -194,7 +194,8 @@ class Launch:
                 return self._stop(self._heard[0][1])
             if self.attempt.failures and failed_at is None:
                 failed_at = time.monotonic()
-            waited = failed_at is not None and time.monotonic() - failed_at > SIBLINGS_SECONDS
+            patience = SIBLINGS_SECONDS if self._processes > 1 else 0.0
+            waited = failed_at is not None and time.monotonic() - failed_at >= patience
             told = [code for one, code in self.attempt.codes.items() if code > 0 and one not in self.attempt.traces]
             if told and (waited or failed_at is None):  # it has said what is wrong itself, and would again
                 return max(told)

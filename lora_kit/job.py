@@ -269,7 +269,7 @@ def announce(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Cons
     run, plan, train = job.run, job.plan, job.data.train
     track(job)
     (run.folder / "recipe.yaml").write_text(dump(job.recipe))
-    facts = {"step": job.start, "steps": plan.steps, "processes": job.processes.count}
+    facts = {"step": job.start, "steps": plan.steps, "processes": job.processes.count, "launched": run.lease.taken}
     if run.latest is None:
         job.journal.event("started", **facts, run_id=run.run_id, origin=job.manifest["origin"])
     else:

@@ -26,7 +26,7 @@ class Journal:
         _append(self.run / METRICS, record)
 
     def event(self, kind: str, **facts: Any) -> None:
-        """Append what happened: launched, started, resumed, went back, checkpoint, sample, skipped, fault, restart,
+        """Append what happened: started, resumed, went back, checkpoint, sample, skipped, fault, restart,
         failed, stopped, finished or pushed."""
         _append(
             self.run / EVENTS,

@@ -190,11 +190,11 @@ def _counted(found: "Iterator[dict[str, Any]]") -> list[dict[str, Any]]:
 def _spent(metrics: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]], *, training: bool) -> float:
     """Return the seconds from each launch to its last sign of life."""
     times = sorted([record["time"] for record in metrics] + [_time(event) for event in events])
-    launches = sorted(_time(event) for event in events if event["kind"] == "launched")
+    launches = sorted({event["launched"] for event in events if "launched" in event})
     seconds = 0.0
     for begin, end in pairwise([*launches, float("inf")]):
         signs = [one for one in times if begin <= one < end]
-        last = time.time() if training and end == float("inf") else max(signs)
+        last = time.time() if training and end == float("inf") else max(signs, default=begin)
         seconds += last - begin
     return seconds
 

@@ -50,16 +50,14 @@ def test_a_run_without_logs_is_none(tmp_path):
 
 def test_it_counts_what_was_lost_and_what_it_cost(tmp_path, clock):
     journal = Journal(tmp_path)
-    clock(1000)
-    journal.event("launched")
     clock(1004)
-    journal.event("started", step=0, steps=10, run_id="x")
+    journal.event("started", step=0, steps=10, run_id="x", launched=1000.0)
     for number in range(1, 6):
         journal.metrics(step(number, 1004 + 2 * number, stall=0.5 if number == 3 else 0.0))
     clock(1015)
     journal.event("restart", step=5, cause="process 1: killed by SIGKILL")
     clock(1016)
-    journal.event("resumed", step=5, steps=10, reached=6)
+    journal.event("resumed", step=5, steps=10, reached=6, launched=1000.0)
     journal.metrics(step(6, 1018))
     clock(1019)
     journal.event("restart", step=6, cause="process 1: killed by SIGKILL")
@@ -77,10 +75,8 @@ def test_it_counts_what_was_lost_and_what_it_cost(tmp_path, clock):
     assert now.stall_share == pytest.approx(0.5 / 12, abs=1e-4)
     assert now.goodput == pytest.approx(11.5 / 20, abs=1e-4)
 
-    clock(5000)  # hours later: the time between does not count
-    journal.event("launched")
-    clock(5002)
-    journal.event("resumed", step=6, steps=10, reached=6)
+    clock(5002)  # hours later: the time between does not count
+    journal.event("resumed", step=6, steps=10, reached=6, launched=5000.0)
     journal.metrics(step(7, 5004))
     now = status(tmp_path)
     assert now.state == "interrupted, resumable" and now.goodput == pytest.approx(13.5 / 24, abs=1e-4)

@@ -26,11 +26,12 @@ BEAT_SECONDS, DEAD_SECONDS = 10.0, 60.0  # how often the holder's heartbeat move
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to write to a run's folder; a borrowed one is its keeper's to release."""
+    """The right to write to a run's folder, `taken` at a Unix time; a borrowed one is its keeper's to release."""
 
     path: Path
     token: int
     borrowed: bool = False
+    taken: float = 0.0
 
     def is_ours(self) -> bool:
         """Return whether nobody has taken the run over."""
@@ -53,7 +54,7 @@ def inherited(run: Path) -> Lease | None:
     """Return the lease that this process's keeper holds for it; None without a keeper."""
     keeper, current = os.environ.get(KEEPER), _read(run / FILE)
     if keeper and (current.get("holder") or {}).get("pid") == int(keeper):
-        return Lease(run / FILE, current["token"], borrowed=True)
+        return Lease(run / FILE, current["token"], borrowed=True, taken=current["taken"])
     return None
 
 
@@ -86,9 +87,10 @@ def take(run: Path, *, above: int = 0) -> Lease:
         raise LeaseError(
             f"{run}: another process is starting here at this moment (it made {claim}); try again"
         ) from error
-    _write(path, {"token": token, "holder": _me()})
+    taken = round(time.time(), 3)
+    _write(path, {"token": token, "taken": taken, "holder": _me()})
     claim.unlink()
-    return Lease(path, token)
+    return Lease(path, token, taken=taken)
 
 
 def is_held(run: Path) -> bool:

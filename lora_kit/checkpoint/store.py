@@ -130,7 +130,8 @@ def commit(
     """Write a checkpoint so that a crash at any moment leaves it whole or absent.
 
     Files are written and synced under `.tmp-<token>`, the manifest last; the folder is synced, renamed into place and
-    its parent synced. A folder that is already there is moved to quarantine first, never written over.
+    its parent synced,
+    with the first one also what leads there. A folder that is already there is moved to quarantine first, never written over.
 
     Args:
         run: The run's folder.
@@ -148,6 +149,9 @@ def commit(
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
+        if not folders(run):  # the first: what leads to it must be on the disk too
+            _sync_folder(run)
+            _sync_folder(run.absolute().parent)
         entries = {name: _write_synced(staging / name, pieces) for name, pieces in files.items()}
         if (written := {name: entry["size"] for name, entry in entries.items()}) != predicted:
             raise CheckpointError(f"{staging}: {written} bytes are there, {predicted} were expected")

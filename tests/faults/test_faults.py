@@ -304,7 +304,7 @@ def test_a_second_job_on_a_run_is_refused_and_the_first_goes_on(recipe, undistur
 
 
 AUDIT = """
-import sys
+import os, sys
 found = []
 sys.addaudithook(lambda event, arguments: found.append(arguments) if event == "pickle.find_class" else None)
 import torch
@@ -313,7 +313,7 @@ from lora_kit import trainer
 from lora_kit.recipe import load_recipe
 found.clear()
 trainer.train(load_recipe(sys.argv[1]), sys.argv[2])
-assert not found, found
+os._exit(bool(found))  # a clean end of Python is not what this is about
 """
 
 

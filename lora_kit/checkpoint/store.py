@@ -130,8 +130,8 @@ def commit(
     """Write a checkpoint so that a crash at any moment leaves it whole or absent.
 
     Files are written and synced under `.tmp-<token>`, the manifest last; the folder is synced, renamed into place and
-    its parent synced,
-    with the first one also what leads there. A folder that is already there is moved to quarantine first, never written over.
+    its parent synced, with the first one also what leads there. A folder that is already there is moved to quarantine
+    first, never written over.
 
     Args:
         run: The run's folder.

@@ -2,7 +2,8 @@
 
 The model is POSIX without any ordering of its own. What a file holds is certain only after its fsync: before, it is
 whole, cut, zeros or nothing. An entry of a folder (made, renamed, removed) is certain only after that folder's fsync:
-before, it happened or not, whatever came later. `python tests/faults/crash_states.py --states 5000` says how many read back.
+before, it happened or not, whatever came later.
+`python tests/faults/crash_states.py --states 5000` says how many read back.
 """
 
 import argparse

@@ -208,11 +208,11 @@ def numbers_of(seen: Tensor) -> list[float]:
 @contextmanager
 def publishing(job: Job, stop_wish: Stop) -> Iterator[tuple[Job, Publisher]]:
     """Publish a job's steps while it runs; stop signals reach its keeper even when the main thread hangs."""
-    publisher = Publisher(job)
+    publisher, folder = Publisher(job), job.run.folder
 
     def pass_on() -> None:
         for number in stop_wish.heard():
-            region = live.open_region(job.run.folder)
+            region = live.open_region(folder)
             if region is not None:
                 region.words[Word.STOP] = number
 
@@ -222,3 +222,5 @@ def publishing(job: Job, stop_wish: Stop) -> Iterator[tuple[Job, Publisher]]:
         yield job, publisher
     finally:
         publisher.end()
+        stop_wish.end()
+        listener.join()

@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType
 
 from lora_kit.checkpoint.lease import KEEPER
@@ -29,10 +29,14 @@ class Stop(threading.Event):
         self.writing.setblocking(False)
 
     def heard(self) -> Iterator[int]:
-        """Yield signals until the run ends."""
-        while heard := self.reading.recv(1):
-            if heard[0] in SIGNALS:
-                yield heard[0]
+        """Yield signals until `end`."""
+        while number := self.reading.recv(1)[0]:
+            if number in SIGNALS:
+                yield number
+
+    def end(self) -> None:
+        """Let `heard` return, so that its thread can be joined: one that outlives Python aborts it."""
+        self.writing.send(b"\0")
 
 
 @contextmanager
@@ -50,7 +54,8 @@ def stop_signals() -> Iterator[Stop]:
         wish.set()
 
     if KEEPER in os.environ or threading.current_thread() is not threading.main_thread():
-        yield wish
+        with wish.reading, wish.writing:
+            yield wish
         return
     before = {number: signal.signal(number, note) for number in SIGNALS}
     wakeup = signal.set_wakeup_fd(wish.writing.fileno(), warn_on_full_buffer=False)
@@ -60,5 +65,5 @@ def stop_signals() -> Iterator[Stop]:
         signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
             signal.signal(number, handler)
-        with suppress(OSError):
-            wish.writing.shutdown(socket.SHUT_WR)
+        wish.reading.close()
+        wish.writing.close()

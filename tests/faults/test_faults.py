@@ -313,7 +313,7 @@ from lora_kit import trainer
 from lora_kit.recipe import load_recipe
 found.clear()
 trainer.train(load_recipe(sys.argv[1]), sys.argv[2])
-os._exit(bool(found))  # a clean end of Python is not what this is about
+sys.exit(bool(found))
 """
 
 

@@ -21,7 +21,10 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class Console:
-    """Prints a run's progress; a silent one, on all processes but the main one, prints nothing."""
+    """Prints a run's progress; a silent one, on all processes but the main one, prints nothing.
+
+    `began` has the Unix time at which each thing was first done that `tick` was told of.
+    """
 
     def __init__(self, *, silent: bool) -> None:
         self._rich = RichConsole(quiet=silent, highlight=False, soft_wrap=True)
@@ -34,6 +37,7 @@ class Console:
         self._task: Any = None
         self._printed = 0.0
         self._status = ""
+        self.began: dict[str, float] = {}
 
     def say(self, text: str) -> None:
         """Print a line (above the bar, if there is one)."""
@@ -93,6 +97,7 @@ class Console:
         """Show what is being done when no step can be shown; a plain line each time it changes."""
         if what != self._status:
             self._status = what
+            self.began.setdefault(what, time.time())
             if self._panel is not None:
                 self._panel.status(what)
             elif not self._live:

@@ -5,8 +5,10 @@ into the manifest under `resolved`, and a resume takes it from there.
 """
 
 import hashlib
+import os
 import platform
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, cast
@@ -18,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lora_kit.adapter import FlatState, flatten, inject
 from lora_kit.base import choose_attention, load_base, require_quantization
+from lora_kit.checkpoint.lease import ORDERED
 from lora_kit.checkpoint.live import Live
 from lora_kit.checkpoint.resume import OpenRun, Row, contract, describe, enforce, enforce_origin, still_bitwise, table
 from lora_kit.checkpoint.store import Checkpoint
@@ -110,6 +113,7 @@ def prepare_job(
     use_attention(base, resolved["attention"])
     if recipe.train.activation_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    console.tick("adapter: inject")
     model = inject(base, recipe.adapter, seed=recipe.train.seed, name=source.name, revision=source.commit)
     state = flatten(model.train())
     fill(state, run)
@@ -269,7 +273,13 @@ def announce(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Cons
     run, plan, train = job.run, job.plan, job.data.train
     track(job)
     (run.folder / "recipe.yaml").write_text(dump(job.recipe))
-    facts = {"step": job.start, "steps": plan.steps, "processes": job.processes.count, "launched": run.lease.taken}
+    facts: dict[str, Any] = {
+        "step": job.start,
+        "steps": plan.steps,
+        "processes": job.processes.count,
+        "launched": run.lease.taken,
+    }
+    facts["seconds"] = seconds_of(console.began)
     if run.latest is None:
         job.journal.event("started", **facts, run_id=run.run_id, origin=job.manifest["origin"])
     else:
@@ -297,6 +307,14 @@ def announce(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Cons
         f"{job.processes.count} process(es) on {job.processes.device.type}{threads}; {resolved['layout']} rows, "
         f"{resolved['attention']} attention; a resume is exact {'to the bit' if exact else 'to rounding'}"
     )
+
+
+def seconds_of(began: Mapping[str, float]) -> dict[str, float]:
+    """Return how long each part of the start took; `start` ends where the first begins, and has fork or imports."""
+    marks = {"start": float(os.environ[ORDERED])} if ORDERED in os.environ else {}
+    marks |= began
+    ends = [*list(marks.values())[1:], time.time()]
+    return {name: round(end - begin, 3) for (name, begin), end in zip(marks.items(), ends, strict=True)}
 
 
 def track(job: Job) -> None:

@@ -321,7 +321,7 @@ class Live:
 
     def state(self) -> tuple[Tensors, Tensors, Tensors]:
         """Return the weights and the two moments, by PEFT's names."""
-        flat = np.frombuffer(bytes(Region(self.path).payload(self.slot)), np.float32)
+        flat = np.frombuffer(Region(self.path).payload(self.slot), np.float32).copy()
         weights, first, second = (split(one, self.job["shapes"]) for one in np.split(flat, 3))
         return weights, first, second
 

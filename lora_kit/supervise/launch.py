@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from lora_kit.checkpoint.lease import KEEPER, Lease
+from lora_kit.checkpoint.lease import KEEPER, ORDERED, Lease
 from lora_kit.checkpoint.live import Phase, Word
 from lora_kit.console import Console
 from lora_kit.errors import Stopped
@@ -28,7 +28,7 @@ from lora_kit.supervise.keeper import LOOK_SECONDS, Keeper
 from lora_kit.supervise.zygote import BUFFER_BYTES, MESSAGE_BYTES, end_with_parent
 
 STOPPED = Stopped.exit_code
-PRELOAD = "lora_kit.trainer"
+PRELOAD = ("lora_kit.trainer", "datasets")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 FORWARDED_SECONDS = 2.0  # a signal that comes again so soon is a launcher passing on what its processes had heard
 SAME_FAILURES = 3  # so often at the same step, and no restart will help
@@ -78,7 +78,7 @@ class Zygote:
         # with this check torch's import leaves CUDA untouched, and a fork can use it
         environment = os.environ | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", KEEPER: str(os.getpid())}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "lora_kit.supervise.zygote", str(theirs.fileno()), PRELOAD],
+            [sys.executable, "-m", "lora_kit.supervise.zygote", str(theirs.fileno()), *PRELOAD],
             pass_fds=[theirs.fileno()],
             env=environment,
         )
@@ -111,11 +111,12 @@ class Zygote:
 
 def environments(processes: int) -> list[dict[str, str]]:
     """Return what each of the training processes of an attempt finds in its environment."""
+    ordered = {ORDERED: str(time.time())}
     if processes == 1:
-        return [{}]
+        return [ordered]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    common = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+    common = ordered | {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
     common |= {"MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
     return [common | {"RANK": str(index), "LOCAL_RANK": str(index)} for index in range(processes)]
 

@@ -5,6 +5,7 @@ its children begin anew as Python processes. Messages are JSON over a socket tha
 """
 
 import ctypes
+import gc
 import json
 import os
 import select
@@ -29,8 +30,8 @@ def end_with_parent(last: signal.Signals) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, last)
 
 
-def main(descriptor: int, module: str) -> None:
-    """Import a module, then fork a training process for every message, and tell how each ended."""
+def main(descriptor: int, modules: Sequence[str]) -> None:
+    """Import modules, then fork a training process for every message, and tell how each ended."""
     end_with_parent(signal.SIGKILL)
     orders = socket.socket(fileno=descriptor)
     orders.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
@@ -39,7 +40,9 @@ def main(descriptor: int, module: str) -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the keeper decides
-    import_module(module)  # what takes seconds
+    for module in modules:  # what takes seconds
+        import_module(module)
+    gc.freeze()  # else every collection in a child walks through what was imported, and copies its pages
     import torch
 
     touched = torch.cuda.is_initialized()
@@ -95,4 +98,4 @@ def _become(arguments: Sequence[str], environment: Mapping[str, str], orders: so
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), sys.argv[2:])

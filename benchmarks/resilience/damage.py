@@ -3,12 +3,11 @@
 import contextlib
 import hashlib
 import io
-import os
 import random
 import shutil
 from pathlib import Path
 
-from ground import finish, kill_all, lines, make_base, make_data, make_recipe, ours, peer, start, state_hash, wait_for
+from ground import finish, make_base, make_data, make_recipe, ours, peer, state_hash
 
 STEPS, STOPPED_AT = 16, 8
 
@@ -28,7 +27,6 @@ def measure(folder: Path, *, trials: int = 200, peer_trials: int = 20, seed: int
 
 
 def _ours(folder: Path, recipe: Path, half: Path, expected: str, trials: int, rng: random.Random) -> dict:
-    os.environ["LORA_KIT_IN_PROCESS"] = "1"
     from lora_kit.recipe import load_recipe
     from lora_kit.trainer import train
 

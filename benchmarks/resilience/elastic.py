@@ -42,7 +42,11 @@ def _peer(folder: Path, base: Path, data: Path, before: int, after: int) -> dict
     process = start(peer(base, data, out, *arguments, processes=before), folder / "elastic-peer.log")
     assert wait_for(lambda: (out / "checkpoint-10" / "trainer_state.json").is_file(), process)
     kill_all(process)
-    saved = max(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*") if (path / "rng_state.pth").is_file() or (path / "rng_state_0.pth").is_file())
+    saved = max(
+        int(path.name.split("-")[1])
+        for path in out.glob("checkpoint-*")
+        if (path / "rng_state.pth").is_file() or (path / "rng_state_0.pth").is_file()
+    )
     first = [lines(path)[:saved] for path in out.glob("seen.*.jsonl")]
     for path in out.glob("seen.*.jsonl"):
         path.unlink()

@@ -1,5 +1,6 @@
 """What every measurement stands on: bases of a given size, the same tokens for both sides, runs that are started."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -117,7 +118,8 @@ def finish(command: list[str], log: Path | None = None, *, timeout: float = 900)
 
 def kill_all(process: "subprocess.Popen[bytes]") -> None:
     """SIGKILL a command and everything that it started."""
-    os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 

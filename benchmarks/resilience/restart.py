@@ -7,7 +7,20 @@ import time
 from pathlib import Path
 
 import psutil
-from ground import finish, kill_all, lines, make_base, make_data, make_recipe, median, ours, peer, start, state_hash, wait_for
+from ground import (
+    finish,
+    kill_all,
+    lines,
+    make_base,
+    make_data,
+    make_recipe,
+    median,
+    ours,
+    peer,
+    start,
+    state_hash,
+    wait_for,
+)
 
 STEPS = 40
 

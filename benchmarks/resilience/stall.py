@@ -25,7 +25,7 @@ def measure(folder: Path, *, rounds: int = 3, threads: int = 1) -> dict:
     """Return the loop's waiting and the ratio of whole steps, with and without snapshots, ours and the peer's."""
     make_base(folder, "tiny")
     base, data = make_base(folder, "30M"), make_data(folder, 400)
-    recipe = make_recipe(folder, "stall", "30M", data, steps=STEPS, rank=RANK, batch=1, tokens=128)
+    recipe = make_recipe(folder, "stall", "30M", data, steps=STEPS, rank=RANK, batch=1, tokens=256)
     steps: dict[str, list[float]] = {"with": [], "without": [], "trainer every step": [], "trainer never": []}
     stalls, bytes_saved = list[float](), 0
     for number in range(rounds):

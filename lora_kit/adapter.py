@@ -106,11 +106,11 @@ class FlatState:
 
     def assert_views(self) -> None:
         """Check that the model still computes with these buffers; some loaders replace parameters in silence."""
-        for parameter, weight, gradient in zip(
-            self.parameters, self._split(self.weights), self._split(self.gradient), strict=True
-        ):
-            assert parameter.data_ptr() == weight.data_ptr(), "an adapter tensor left the flat buffer"
-            assert parameter.grad is not None and parameter.grad.data_ptr() == gradient.data_ptr()
+        weight, gradient = self.weights.data_ptr(), self.gradient.data_ptr()
+        for parameter in self.parameters:
+            assert parameter.data_ptr() == weight, "an adapter tensor left the flat buffer"
+            assert parameter.grad is not None and parameter.grad.data_ptr() == gradient
+            weight, gradient = weight + parameter.nbytes, gradient + parameter.nbytes
 
     def _split(self, flat: Tensor) -> list[Tensor]:
         sizes = [parameter.numel() for parameter in self.parameters]

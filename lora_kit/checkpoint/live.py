@@ -28,7 +28,7 @@ from lora_kit.errors import CheckpointError, LeaseError
 MAGIC = int.from_bytes(b"lorakit1", "little")
 PAGE, HEADER_BYTES, SLOTS = 4096, 65536, 3
 FAULT_AT = 2048  # in the first page: what the keeper could not write
-CHUNK = 1 << 19  # copied and hashed while it is in the cache
+CHUNK = 1 << 20  # copied and hashed while it is in the cache
 REGION, JOB = "region", "job.json"
 
 
@@ -181,13 +181,14 @@ def checksum(payload: memoryview) -> int:
 
 
 def copy_hashed(target: memoryview, sources: Sequence[memoryview]) -> int:
-    """Copy buffers one after the other and return the checksum of them all."""
-    digest, at = xxhash.xxh3_64(), 0
+    """Copy buffers one after the other and return the checksum of them all; other threads run meanwhile."""
+    digest, at, written = xxhash.xxh3_64(), 0, np.frombuffer(target, np.uint8)
     for source in sources:
-        for begin in range(0, len(source), CHUNK):
-            piece = source[begin : begin + CHUNK]
-            target[at : at + len(piece)] = piece
-            digest.update(target[at : at + len(piece)])
+        whole = np.frombuffer(source, np.uint8)
+        for begin in range(0, len(whole), CHUNK):
+            piece = whole[begin : begin + CHUNK]
+            np.copyto(written[at : at + len(piece)], piece)  # numpy lets go of the interpreter, a memoryview does not
+            digest.update(written[at : at + len(piece)])
             at += len(piece)
     return digest.intdigest()
 

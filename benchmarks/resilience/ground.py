@@ -35,11 +35,13 @@ def make_base(folder: Path, shape: str) -> Path:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils.logging import disable_progress_bar
 
     hidden, intermediate, layers, vocabulary, dtype = SHAPES[shape]
     target = folder / f"base-{shape}"
     if target.is_dir():
         return target
+    disable_progress_bar()
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=hidden,

@@ -188,7 +188,7 @@ def copy_hashed(target: memoryview, sources: Sequence[memoryview]) -> int:
         for begin in range(0, len(whole), CHUNK):
             piece = whole[begin : begin + CHUNK]
             np.copyto(written[at : at + len(piece)], piece)  # numpy lets go of the interpreter, a memoryview does not
-            digest.update(written[at : at + len(piece)])
+            digest.update(target[at : at + len(piece)])
             at += len(piece)
     return digest.intdigest()
 

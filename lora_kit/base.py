@@ -156,7 +156,7 @@ def leaks_when_packed(model: PreTrainedModel, vocabulary: int, device: torch.dev
     A model that takes no position ids, or whose windows attention by segment is not told of, counts as leaking.
     """
     first, second = (np.arange(start, start + length) * 7 % vocabulary for start, length in ((3, 17), (5, 30)))
-    inputs = model_inputs(model, _probe([first, second]), device)
+    inputs = model_inputs(model, probe_batch([first, second]), device)
     try:
         logits = model(**inputs).logits[0]
     except (TypeError, ValueError):
@@ -167,7 +167,7 @@ def leaks_when_packed(model: PreTrainedModel, vocabulary: int, device: torch.dev
     start = 0
     for example in (first, second):
         with own_attention(model):
-            alone = model(**model_inputs(model, _probe([example]), device)).logits[0]
+            alone = model(**model_inputs(model, probe_batch([example]), device)).logits[0]
         difference = (logits[start : start + len(example)] - alone).abs().max() / alone.abs().max()
         if not difference <= PROBE_TOLERANCE[alone.dtype]:
             return True
@@ -188,7 +188,8 @@ def _knows_windows(config: PreTrainedConfig, told: list[int | None]) -> bool:
     return "chunked_attention" not in layers and sum(window is not None for window in told) >= expected
 
 
-def _probe(examples: list[np.ndarray]) -> MicroBatch:
+def probe_batch(examples: list[np.ndarray]) -> MicroBatch:
+    """Return some examples (token ids) as a packed micro-batch."""
     ids = np.concatenate(examples)[None]
     position_ids = np.concatenate([np.arange(len(example)) for example in examples])[None]
     return MicroBatch(ids, ids, position_ids, None, tuple(map(len, examples)))

@@ -17,6 +17,7 @@ from lora_kit.errors import DataError
 from lora_kit.generation import Answering, answer, load, stop_ids
 from lora_kit.hub import checkpoint_at
 from lora_kit.kernels.attention import use_attention
+from lora_kit.kernels.choice import use_kernels
 from lora_kit.objective import sft
 from lora_kit.processes import Processes
 from lora_kit.recipe import Recipe, resolve_path
@@ -144,6 +145,7 @@ def evaluate(recipe: Recipe, checkpoint: str | Path) -> dict[str, Score]:
         model, tokenizer = load(checkpoint, base=resolve_path(recipe, recipe.base.repo), device=str(processes.device))
         resolved = json.loads((checkpoint / "manifest.json").read_text())["resolved"]
         use_attention(model, resolved["attention"])
+        use_kernels(model, resolved["kernels"])
         renderer = Renderer(tokenizer, stop_token=recipe.base.stop_token)
         held_out = held_out_of(recipe, prepare_data(recipe, renderer), renderer, padded=resolved["layout"] == "padded")
         if held_out is None:

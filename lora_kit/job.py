@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, cast
 
+import numpy as np
 import psutil
 import torch
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lora_kit.adapter import FlatState, flatten, inject
-from lora_kit.base import choose_attention, load_base, require_quantization
+from lora_kit.base import choose_attention, load_base, probe_batch, require_quantization
 from lora_kit.checkpoint.lease import ORDERED
 from lora_kit.checkpoint.live import Live
 from lora_kit.checkpoint.resume import OpenRun, Row, contract, describe, enforce, enforce_origin, still_bitwise, table
@@ -32,7 +33,9 @@ from lora_kit.data.vocabulary import check_tokenizer_fits, untrained_labels
 from lora_kit.errors import DataError
 from lora_kit.hub import unready
 from lora_kit.journal import Journal
+from lora_kit.kernels import choice
 from lora_kit.kernels.attention import use_attention
+from lora_kit.objective import model_inputs
 from lora_kit.processes import Processes
 from lora_kit.recipe import Recipe, dump, resolve_path
 from lora_kit.source import Source, load_renderer, locate
@@ -116,6 +119,7 @@ def prepare_job(
     console.tick("adapter: inject")
     model = inject(base, recipe.adapter, seed=recipe.train.seed, name=source.name, revision=source.commit)
     state = flatten(model.train())
+    resolved["kernels"] = fast_parts(model, recipe, resolved, processes)
     fill(state, run)
     plan = Plan(recipe, data.train, resolved["layout"] == "padded")
     manifest = facts | {
@@ -165,6 +169,16 @@ def fitted_base(
     check_tokenizer_fits(renderer.tokenizer, len(embedding), used=data.train)
     check_context(data, base.config)
     return base
+
+
+def fast_parts(model: PeftModel, recipe: Recipe, resolved: dict[str, Any], processes: Processes) -> list[str]:
+    """Let the model compute with the kernels that fit it, or with those that the run began with."""
+    if recipe.train.kernels == "none":
+        return []
+    known = resolved.get("kernels")
+    ids = np.arange(32) % model.config.get_text_config().vocab_size
+    inputs = None if known else model_inputs(model, probe_batch([ids]), processes.device)
+    return choice.use_kernels(model, known or None, inputs)
 
 
 def fill(state: FlatState, run: OpenRun) -> None:
@@ -307,6 +321,7 @@ def announce(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Cons
         f"{job.processes.count} process(es) on {job.processes.device.type}{threads}; {resolved['layout']} rows, "
         f"{resolved['attention']} attention; a resume is exact {'to the bit' if exact else 'to rounding'}"
     )
+    console.say(f"fast path: {choice.about(job.model, resolved['kernels'])}")
 
 
 def seconds_of(began: Mapping[str, float]) -> dict[str, float]:

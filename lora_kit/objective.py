@@ -4,12 +4,15 @@ A sum does not depend on how examples were packed, accumulated or dealt to proce
 weight of the whole step.
 """
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_kit.data.packing import IGNORE, MicroBatch
-from lora_kit.kernels.attention import SEGMENT, Segments, attention_of
+from lora_kit.kernels.attention import SEGMENT, Segments, attention_of, inner_of
+from lora_kit.kernels.choice import head_of
+from lora_kit.kernels.loss import summed_cross_entropy
 
 Inputs = dict[str, Tensor | Segments | bool]
 
@@ -30,15 +33,13 @@ def model_inputs(model: nn.Module, batch: MicroBatch, device: torch.device) -> I
     return inputs | {"use_cache": False}
 
 
-def summed_cross_entropy(
-    logits: Float[Tensor, "rows length vocab"], labels: Int64[Tensor, "rows length"]
-) -> Float[Tensor, ""]:
-    """Return the cross-entropy (nats) summed over the labels that are not IGNORE, in fp32."""
-    trained = labels != IGNORE
-    return nn.functional.cross_entropy(logits[trained].float(), labels[trained], reduction="sum")
-
-
 def sft(model: nn.Module, batch: MicroBatch, device: torch.device) -> Float[Tensor, ""]:
     """Return the summed loss of a micro-batch under supervised fine-tuning; its weight is `batch.weight`."""
-    logits = model(**model_inputs(model, batch, device)).logits
-    return summed_cross_entropy(logits, torch.from_numpy(batch.labels).to(device))
+    inputs, head, flat = model_inputs(model, batch, device), head_of(model), batch.labels.reshape(-1)
+    trained = np.flatnonzero(flat != IGNORE)
+    places, labels = (torch.from_numpy(one).to(device, non_blocking=True) for one in (trained, flat[trained]))
+    if head is None:
+        logits = model(**inputs).logits.flatten(0, 1)[places]
+        return nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+    hidden = inner_of(model).base_model(**inputs)[0].flatten(0, 1)
+    return summed_cross_entropy(hidden[places], head, labels)

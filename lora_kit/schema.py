@@ -117,6 +117,9 @@ class Train(Section):
     """The most tokens that one process computes at once; examples are packed into it."""
     activation_checkpointing: bool = False
     """Compute each layer's activations twice instead of keeping them: less memory, a third more time."""
+    kernels: Literal["auto", "none"] = "auto"
+    """Which parts of a step lora_kit computes by its own fast code: auto takes those that give this model's own
+    numbers, none leaves all to transformers and peft."""
     seed: int = Field(0, ge=0)
     """Of the order of the examples, of A's start and of dropout."""
     step_timeout: float | None = Field(None, gt=0)

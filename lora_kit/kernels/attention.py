@@ -18,6 +18,8 @@ from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
+from lora_kit.kernels.blocks import Block, BlockAttention, blocks_of
+
 SEGMENT = "segment"
 """The name of this attention in a model's configuration and in a run's manifest."""
 
@@ -38,12 +40,19 @@ class Segments:
     lengths: tuple[int, ...]
     boundaries: Tensor
     windows: list[int | None] = field(default_factory=list)
+    _blocks: dict[tuple[int | None, torch.dtype], list[Block]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> "Segments":
         """Return the segments of examples of these lengths."""
         ends = functional.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
         return cls(tuple(lengths), ends.to(device, non_blocking=True))
+
+    def blocks(self, window: int | None, dtype: torch.dtype) -> list[Block]:
+        """Return the row cut into blocks of queries; made once for all layers with this window."""
+        if (window, dtype) not in self._blocks:
+            self._blocks[window, dtype] = blocks_of(self.lengths, window, dtype=dtype, device=self.boundaries.device)
+        return self._blocks[window, dtype]
 
 
 def segment_attention(
@@ -88,10 +97,11 @@ def segment_attention(
     plain = softcap is None and s_aux is None
     if plain and _varlen_takes(query, value):
         return _varlen(query, key, value, segments, scale=scale, window=window), None
+    if plain:
+        parts = (one[0].contiguous() for one in (query, key, value))
+        return BlockAttention.apply(*parts, segments.blocks(window, query.dtype), scale)[None], None
     outputs = [
-        _sdpa(*parts, scale=scale, window=window)
-        if plain
-        else _spelled_out(*parts, scale=scale, window=window, softcap=softcap, sinks=s_aux)
+        _spelled_out(*parts, scale=scale, window=window, softcap=softcap, sinks=s_aux)
         for parts in zip(*(one.split(segments.lengths, dim=2) for one in (query, key, value)), strict=True)
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
@@ -121,20 +131,6 @@ def _varlen(
     )
     assert isinstance(output, Tensor)
     return output[None]
-
-
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None) -> Tensor:
-    """Attend inside one segment with torch's own attention."""
-    length = query.shape[2]
-    narrow = window is not None and window < length
-    return functional.scaled_dot_product_attention(
-        query,
-        _for_each_head(key, query),
-        _for_each_head(value, query),
-        attn_mask=visible(length, window, query.device) if narrow else None,
-        is_causal=not narrow,
-        scale=scale,
-    )
 
 
 def _spelled_out(
@@ -175,12 +171,12 @@ AttentionInterface.register(SEGMENT, segment_attention)
 
 def attention_of(model: nn.Module) -> str:
     """Return the name of the attention that a model, with or without an adapter, computes with."""
-    return str(_inner(model).config._attn_implementation)
+    return str(inner_of(model).config._attn_implementation)
 
 
 def use_attention(model: nn.Module, name: str | None) -> bool:
     """Switch a model to an attention of this name, None for its own default; return whether it can."""
-    inner = _inner(model)
+    inner = inner_of(model)
     if name != attention_of(model) and inner._can_set_attn_implementation():
         inner.set_attn_implementation(inner.get_correct_attn_implementation(name))
     return name in (None, attention_of(model))
@@ -198,5 +194,6 @@ def own_attention(model: nn.Module) -> Iterator[None]:
         use_attention(model, before)
 
 
-def _inner(model: nn.Module) -> PreTrainedModel:
+def inner_of(model: nn.Module) -> PreTrainedModel:
+    """Return the language model itself, whatever wraps it."""
     return next(module for module in model.modules() if isinstance(module, PreTrainedModel))

@@ -1,0 +1,147 @@
+"""Which fast parts a model computes with: each is tried against the model's own before it is used.
+
+A part replaces the `forward` of the modules that it fits and is left out where its numbers differ, so a family that
+nobody thought of trains by its own code, or by as much of it as is needed.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lora_kit.kernels import mlp, norm
+from lora_kit.kernels.attention import inner_of
+from lora_kit.kernels.lora import Together, covered
+from lora_kit.kernels.loss import Head
+
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+HEAD = "_head_of_lora_kit"  # where a model keeps what `head_of` returns
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def use_kernels(model: nn.Module, wanted: Sequence[str] | None, inputs: Mapping[str, Any] | None = None) -> list[str]:
+    """Let a model with an adapter compute with the fast parts that fit it.
+
+    Args:
+        model: In the place and precision that it trains in.
+        wanted: The parts that a run began with; None to find out.
+        inputs: Of a small call of the model, for finding out.
+
+    Returns:
+        The parts in use, of `lora`, `mlp`, `norm` and `loss`.
+    """
+    parts: dict[str, Callable[[], bool]] = {
+        "lora": lambda: _fuse_adapters(model),
+        "mlp": lambda: _fuse_mlps(model),
+        "norm": lambda: _fuse_norms(model),
+        "loss": lambda: _fuse_loss(model, None if wanted else inputs),
+    }
+    return [name for name, use in parts.items() if (wanted is None or name in wanted) and use()]
+
+
+def about(model: nn.Module, used: Sequence[str]) -> str:
+    """Return the parts in use in words."""
+    layers = [one for one in model.modules() if isinstance(one, LoraLayer)]
+    fused = sum(covered(one) for one in layers)
+    names = {
+        "lora": f"fused adapters ({fused} of {len(layers)}{'; the rest by peft' if fused < len(layers) else ''})",
+        "mlp": "gated MLP in one piece",
+        "norm": "norms in few passes",
+        "loss": "loss at trained positions",
+    }
+    return ", ".join(names[one] for one in used) or "none fits"
+
+
+def head_of(model: nn.Module) -> Head | None:
+    """Return the head that `loss` applies to the hidden states; None where the model makes its logits itself."""
+    found: Head | None = vars(inner_of(model)).get(HEAD)
+    return found
+
+
+def _fuse_adapters(model: nn.Module) -> bool:
+    """Compute plain adapters in one function with their layer, siblings that read the same input together."""
+    taken = set[nn.Module]()
+    for parent in list(model.modules()):
+        for names in SAME_INPUT:
+            together = [one for name, one in parent.named_children() if name in names and covered(one)]
+            taken.update(together)
+            if together:
+                Together(together)
+    alone = [one for one in model.modules() if covered(one) and one not in taken]
+    for one in alone:
+        Together([one])
+    return bool(taken or alone)
+
+
+def _fuse_mlps(model: nn.Module) -> bool:
+    facts = inner_of(model).config.get_text_config().to_dict()
+    activation = facts.get("hidden_activation") or facts.get("hidden_act") or ""
+    fitting = [one for one in model.modules() if activation in mlp.ACTIVATIONS and mlp.gated(one)]
+    return _use_where_equal(fitting, lambda one: mlp.fuse(one, activation), lambda one: one.gate_proj.in_features)
+
+
+def _fuse_norms(model: nn.Module) -> bool:
+    named = [one for one in model.modules() if type(one).__name__.endswith("RMSNorm")]
+    found = [one for one in named if {"variance_epsilon", "eps"} & vars(one).keys() and "weight" in one._parameters]
+    llama, gemma = (
+        _use_where_equal(found, partial(norm.fuse, gemma=gemma), lambda one: len(one.weight)) for gemma in (False, True)
+    )
+    return llama or gemma
+
+
+def _use_where_equal(
+    modules: Sequence[nn.Module], fuse: Callable[[Any], Callable[[], None]], width: Callable[[Any], int]
+) -> bool:
+    """Fuse the modules of every class whose first one computes the same with it."""
+    verdicts: dict[type[nn.Module], bool] = {}
+    for one in modules:
+        kind = type(one)
+        if kind not in verdicts:
+            x = _some_rows(width(one), next(one.parameters()))
+            before, undo = one(x), fuse(one)
+            verdicts[kind] = _equal(before, one(x))
+            undo()
+        if verdicts[kind]:
+            fuse(one)
+    return any(verdicts.values())
+
+
+def _some_rows(width: int, like: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    dtype = like.dtype if like.is_floating_point() else torch.float32
+    return torch.randn((1, 5, width), generator=generator).to(like.device, dtype)
+
+
+def _equal(theirs: Tensor, ours: Tensor) -> bool:
+    largest, tolerance = theirs.abs().max(), TOLERANCE.get(theirs.dtype, 0.0)
+    return theirs.dtype == ours.dtype and bool((theirs - ours).abs().max() <= tolerance * largest)
+
+
+def _fuse_loss(model: nn.Module, inputs: Mapping[str, Any] | None) -> bool:
+    """Apply the head only where tokens are trained, if the model's logits are its head's, scaled or capped."""
+    inner = inner_of(model)
+    head = next((one for one in _heads(inner) if inputs is None or _makes_the_logits(one, inner, inputs)), None)
+    if head is not None:
+        setattr(inner, HEAD, head)
+    return head is not None
+
+
+def _heads(inner: PreTrainedModel) -> Iterator[Head]:
+    output, facts = inner.get_output_embeddings(), inner.config.get_text_config().to_dict()
+    if type(output) is not nn.Linear or inner.base_model is inner:
+        return
+    cap = facts.get("final_logit_softcapping")
+    scale = facts.get("logit_scale") or 1 / (facts.get("logits_scaling") or 1)
+    yield Head(output.weight, cast(Tensor | None, output.bias), scale, cap)
+
+
+@torch.no_grad()
+def _makes_the_logits(head: Head, inner: PreTrainedModel, inputs: Mapping[str, Any]) -> bool:
+    try:
+        return _equal(inner(**inputs).logits, head.logits(inner.base_model(**inputs)[0]))
+    except (TypeError, ValueError, RuntimeError):
+        return False

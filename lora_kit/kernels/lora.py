@@ -1,0 +1,211 @@
+"""Linear maps with adapters, y = x W' + s (x A') B', with the fewest passes over memory.
+
+Adapters are cast to the base's dtype, not activations to the adapter's; what an adapter adds is accumulated by the
+product that computes it; and maps that read the same input (q, k, v; gate and up) share its reading, forward and back.
+A frozen weight needs no gradient, so each map costs two large products a step instead of three, and nothing is kept but
+the input and its few columns of x A'. Held in 4 or 8 bits, a weight is made whole where it is multiplied.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.autograd import Function
+from transformers.pytorch_utils import Conv1D
+
+ADAPTER = "default"
+KINDS = ("Linear", "Linear4bit", "Linear8bitLt")  # of peft's layers; those of bitsandbytes only exist where it does
+
+
+@dataclass(frozen=True)
+class Map:
+    """A frozen linear map and what its adapter needs beside A and B.
+
+    Attributes:
+        base: The layer that holds the frozen weight [outputs, inputs] and perhaps a bias.
+        scale: What the adapter's output is multiplied with, alpha / rank.
+        rank: Rows of A.
+        dropout: Of the adapter's input.
+    """
+
+    base: nn.Module
+    scale: float
+    rank: int
+    dropout: float
+
+    def weight(self, dtype: torch.dtype) -> Float[Tensor, "outputs inputs"]:
+        """Return the weight, made whole if it is held in fewer bits."""
+        base = cast(Any, self.base)
+        held = base.weight
+        whole: Tensor = held
+        if isinstance(base, Conv1D):
+            whole = held.T
+        elif type(held).__name__ == "Params4bit":
+            import bitsandbytes.functional
+
+            whole = bitsandbytes.functional.dequantize_4bit(held.data, held.quant_state).to(dtype)
+        elif type(held).__name__ == "Int8Params":  # until the first call of its own the codes are in the weight
+            codes, scales = (held.CB, held.SCB) if held.SCB is not None else (base.state.CB, base.state.SCB)
+            whole = (codes * (scales[:, None] / 127)).to(dtype)
+        return whole
+
+
+def covered(module: nn.Module) -> bool:
+    """Return whether a layer is one that this file computes: plain LoRA on a linear map, nothing else on it."""
+    if not isinstance(module, LoraLayer) or type(module).__name__ not in KINDS:
+        return False
+    if module.active_adapters != [ADAPTER] or module.merged or module.disable_adapters:
+        return False
+    base = module.get_base_layer()
+    known = isinstance(base, (nn.Linear, Conv1D)) and (type(base.weight) is nn.Parameter or _in_few_bits(base))
+    plain = ADAPTER in module.lora_A and ADAPTER not in module.lora_variant and not module.lora_bias[ADAPTER]
+    return known and plain
+
+
+def _in_few_bits(base: nn.Module) -> bool:
+    return type(base.weight).__name__ in ("Params4bit", "Int8Params")  # no import of what may not be installed
+
+
+def map_of(module: nn.Module) -> Map:
+    """Return what is fixed of a covered layer."""
+    layer = cast(Any, module)
+    dropout = getattr(layer.lora_dropout[ADAPTER], "p", 0.0)
+    return Map(layer.get_base_layer(), layer.scaling[ADAPTER], layer.r[ADAPTER], dropout if module.training else 0.0)
+
+
+def adapters_of(modules: Sequence[nn.Module]) -> list[Tensor]:
+    """Return the layers' A, then their B."""
+    layers = cast(Sequence[Any], modules)
+    return [one.lora_A[ADAPTER].weight for one in layers] + [one.lora_B[ADAPTER].weight for one in layers]
+
+
+@dataclass
+class Kept:
+    """What a group of maps keeps for its backward pass: its input, x A' and where dropout let through."""
+
+    rows: Float[Tensor, "rows inputs"]
+    low: Float[Tensor, "rows ranks"]
+    passed: list[Tensor | None]
+
+
+def project(
+    x: Float[Tensor, "rows inputs"], maps: Sequence[Map], adapters: Sequence[Tensor]
+) -> tuple[list[Tensor], Kept]:
+    """Return every map's output for one input, and what the way back needs."""
+    downs, ups = adapters[: len(maps)], adapters[len(maps) :]
+    passed = [_draw(x, one.dropout) for one in maps]
+    if any(mask is not None for mask in passed):
+        pairs = zip(maps, downs, passed, strict=True)
+        low = torch.cat([_through(x, mask, one) @ down.to(x.dtype).T for one, down, mask in pairs], dim=1)
+    else:
+        low = x @ _stack(downs, x.dtype).T
+    outputs = []
+    for one, up, part in zip(maps, ups, low.split([one.rank for one in maps], dim=1), strict=True):
+        bias = cast(Tensor | None, one.base.bias)
+        output = nn.functional.linear(x, one.weight(x.dtype), bias)
+        outputs.append(output.addmm_(part, up.to(x.dtype).T, alpha=one.scale))
+    return outputs, Kept(x, low, passed)
+
+
+def project_back(
+    gradients: Sequence[Float[Tensor, "rows _"]],
+    kept: Kept,
+    maps: Sequence[Map],
+    adapters: Sequence[Tensor],
+    *,
+    to_input: bool,
+) -> tuple[Tensor | None, list[Tensor]]:
+    """Return the gradient of the input, if it is wanted, and of every A, then of every B, in fp32."""
+    x, ranks = kept.rows, [one.rank for one in maps]
+    downs, ups = adapters[: len(maps)], adapters[len(maps) :]
+    of_low, of_ups = torch.empty_like(kept.low), []
+    parts = zip(maps, gradients, ups, kept.low.split(ranks, dim=1), of_low.split(ranks, dim=1), strict=True)
+    for one, gradient, up, low, target in parts:
+        target.copy_((gradient @ up.to(x.dtype)).mul_(one.scale))
+        of_ups.append((gradient.T @ low).float().mul_(one.scale))
+    if all(mask is None for mask in kept.passed):
+        of_downs = list((of_low.T @ x).float().split(ranks))
+        of_x = of_low @ _stack(downs, x.dtype) if to_input else torch.empty(0)
+    else:
+        several = list(zip(maps, downs, of_low.split(ranks, dim=1), kept.passed, strict=True))
+        of_downs = [(low.T @ _through(x, mask, one)).float() for one, _, low, mask in several]
+        of_x = torch.zeros_like(x)
+        for one, down, low, mask in several if to_input else ():
+            of_x += _through(low @ down.to(x.dtype), mask, one)
+    for one, gradient in zip(maps, gradients, strict=True) if to_input else ():
+        of_x.addmm_(gradient, one.weight(x.dtype))
+    return of_x if to_input else None, of_downs + of_ups
+
+
+def _stack(downs: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return (torch.cat(list(downs)) if len(downs) > 1 else downs[0]).to(dtype)
+
+
+def _draw(x: Tensor, dropout: float) -> Tensor | None:
+    return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
+
+
+def _through(x: Tensor, passed: Tensor | None, one: Map) -> Tensor:
+    """Return what dropout lets through."""
+    return x if passed is None else torch.where(passed, x, 0).div_(1 - one.dropout)
+
+
+class LoraLinear(Function):
+    """Several maps of one input [rows, inputs]; an output for each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, maps: Sequence[Map], *adapters: Tensor) -> tuple[Tensor, ...]:
+        """Compute every map."""
+        outputs, kept = project(x, maps, adapters)
+        ctx.save_for_backward(kept.rows, kept.low, *(one for one in kept.passed if one is not None), *adapters)
+        ctx.maps, ctx.masks = maps, sum(one is not None for one in kept.passed)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Take the gradients of the input and of the adapters."""
+        x, low, *rest = ctx.saved_tensors
+        passed = iter(rest[: ctx.masks])
+        kept = Kept(x, low, [next(passed) if one.dropout else None for one in ctx.maps])
+        to_input: bool = ctx.needs_input_grad[0]
+        of_x, of_adapters = project_back(gradients, kept, ctx.maps, rest[ctx.masks :], to_input=to_input)
+        return of_x, None, *of_adapters
+
+
+class Together:
+    """Layers that read the same input, computed at the first one's call; the others find their output ready.
+
+    Which input that was is remembered, so a layer that is called with another is computed by itself.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = list(modules)
+        self._own = [module.forward for module in modules]
+        self._x: Tensor | None = None
+        self._ready: dict[int, Tensor] = {}
+        for place, module in enumerate(modules):
+            module.forward = self._forward_of(place)
+
+    def _forward_of(self, place: int) -> Any:
+        own = self._own[place]
+
+        def forward(x: Tensor, *rest: Any, **named: Any) -> Tensor:
+            if rest or named or not all(covered(one) for one in self._modules):
+                return cast(Tensor, own(x, *rest, **named))
+            return self._output(x, place)
+
+        return forward
+
+    def _output(self, x: Tensor, place: int) -> Tensor:
+        if self._x is not x or place not in self._ready:
+            maps = [map_of(module) for module in self._modules]
+            outputs = LoraLinear.apply(x.reshape(-1, x.shape[-1]), maps, *adapters_of(self._modules))
+            self._x, self._ready = x, {at: one.view(*x.shape[:-1], -1) for at, one in enumerate(outputs)}
+        output = self._ready.pop(place)
+        if not self._ready:
+            self._x = None
+        return output

@@ -1,0 +1,76 @@
+"""Cross-entropy at the positions that are trained, without the logits of a whole micro-batch.
+
+The head is applied to a few hundred rows at a time; their gradient with respect to the hidden states is made in the
+forward pass, while their logits are there, so that no logits outlive their rows. The frozen head needs none.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.autograd import Function
+
+LOGITS = 1 << 23  # held at once
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns hidden states into logits: cap * tanh(scale * (x W' + bias) / cap).
+
+    Attributes:
+        weight: [vocabulary, width].
+        bias: [vocabulary], or none.
+        scale: 1 in most families.
+        cap: None in most families.
+    """
+
+    weight: Float[Tensor, "vocabulary width"]
+    bias: Float[Tensor, "vocabulary"] | None
+    scale: float = 1.0
+    cap: float | None = None
+
+    def logits(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocabulary"]:
+        """Return the logits of some rows."""
+        logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+    def back(self, of_logits: Float[Tensor, "rows vocabulary"], logits: Tensor) -> Float[Tensor, "rows width"]:
+        """Return the gradient of the hidden states from that of the logits, which is used up."""
+        if self.cap is not None:
+            of_logits = of_logits.mul_(1 - (logits / self.cap).square())
+        return of_logits.mul_(self.scale) @ self.weight if self.scale != 1.0 else of_logits @ self.weight
+
+
+class _CrossEntropy(Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Head, labels: Tensor, wanted: bool) -> Tensor:
+        rows = max(16, LOGITS // len(head.weight))
+        total = torch.zeros((), device=hidden.device)
+        of_hidden = torch.empty_like(hidden) if wanted else None
+        for begin in range(0, len(hidden), rows):
+            some, label = hidden[begin : begin + rows], labels[begin : begin + rows, None]
+            logits = head.logits(some)
+            total -= torch.log_softmax(logits, -1, dtype=torch.float32).gather(1, label).sum()
+            if of_hidden is not None:
+                shares = torch.softmax(logits, -1)
+                shares.scatter_(1, label, shares.gather(1, label) - 1)
+                of_hidden[begin : begin + rows] = head.back(shares, logits)
+        ctx.save_for_backward(of_hidden)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (of_hidden,) = ctx.saved_tensors
+        return of_hidden * gradient.to(of_hidden.dtype), None, None, None
+
+
+def summed_cross_entropy(
+    hidden: Float[Tensor, "rows width"], head: Head, labels: Int64[Tensor, "rows"]
+) -> Float[Tensor, ""]:
+    """Return the cross-entropy (nats) of the labels, summed, in fp32."""
+    total: Tensor = _CrossEntropy.apply(hidden, head, labels, torch.is_grad_enabled() and hidden.requires_grad)
+    return total

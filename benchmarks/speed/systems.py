@@ -1,0 +1,72 @@
+"""Which systems are measured, and with which settings: what they do by default, and the best that is known.
+
+What decides what is learned (examples a step, adapter, optimizer, learning rate) is the same everywhere; settings only
+decide how it is computed. `default` is what a user gets who names nothing else.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run a system.
+
+    Attributes:
+        rows: Rows of a batch on the device; examples a step are reached by accumulation.
+        arguments: More arguments for the system's configuration.
+        by_length: The examples of a step go through it ordered by length, so that rows of a batch are about equally
+            long. transformers' own sampler mixes 50 batches, and so trains other examples in each step.
+        flat: Batches are one row without padding (DataCollatorWithFlattening).
+        adapter_in_bf16: peft's `autocast_adapter_dtype=False`.
+        own_order: The system decides which examples a step trains on.
+    """
+
+    rows: int = 8
+    arguments: dict[str, Any] = field(default_factory=dict)
+    by_length: bool = False
+    flat: bool = False
+    adapter_in_bf16: bool = False
+    own_order: bool = False
+
+
+GROUPED = {"train_sampling_strategy": "group_by_length"}
+PLAIN_TRL = {"gradient_checkpointing": False}
+
+SYSTEMS: dict[str, dict[str, Setting]] = {
+    "lora_kit": {
+        "default": Setting(),
+        "best": Setting(arguments={"train.micro_batch_tokens": 2048}),
+    },
+    "trainer": {
+        "default": Setting(),
+        "best": Setting(rows=1, adapter_in_bf16=True),
+        "one": Setting(rows=1),
+        "two": Setting(rows=2, by_length=True, adapter_in_bf16=True),
+        "four": Setting(rows=4, by_length=True, adapter_in_bf16=True),
+        "grouped": Setting(rows=4, arguments=GROUPED, adapter_in_bf16=True, own_order=True),
+        "flat": Setting(rows=4, flat=True, adapter_in_bf16=True),
+        "flat-16": Setting(rows=16, flat=True, adapter_in_bf16=True),
+        "mixed": Setting(rows=1, arguments={"bf16": True}),
+        "compiled": Setting(rows=1, adapter_in_bf16=True, arguments={"torch_compile": True}),
+        "compiled-four": Setting(rows=4, by_length=True, adapter_in_bf16=True, arguments={"torch_compile": True}),
+    },
+    "trl": {
+        "default": Setting(),
+        "best": Setting(rows=1, arguments=PLAIN_TRL | {"bf16": False}, adapter_in_bf16=True),
+        "one": Setting(rows=1, arguments=PLAIN_TRL),
+        "four": Setting(rows=4, by_length=True, arguments=PLAIN_TRL | {"bf16": False}, adapter_in_bf16=True),
+        "padding-free": Setting(
+            rows=4,
+            arguments=PLAIN_TRL | {"bf16": False, "padding_free": True, "max_length": None},
+            adapter_in_bf16=True,
+        ),
+        "packed": Setting(
+            rows=1,
+            arguments=PLAIN_TRL | {"bf16": False, "packing": True, "packing_strategy": "bfd"},
+            adapter_in_bf16=True,
+            own_order=True,
+        ),
+        "compiled": Setting(rows=1, arguments=PLAIN_TRL | {"bf16": False, "torch_compile": True}, adapter_in_bf16=True),
+    },
+}

@@ -19,6 +19,7 @@ RANK, ALPHA, LEARNING_RATE = 16, 32, 2e-4
 class Measured:
     """One run: a loss and an end (seconds of some clock) for each step, and what it trained on."""
 
+    began: float = 0.0
     losses: list[float] = field(default_factory=list)
     ends: list[float] = field(default_factory=list)
     counts: list[Counts] = field(default_factory=list)
@@ -86,9 +87,11 @@ class Memory:
 
 
 def _clocks() -> tuple[float, float, float]:
-    """Return seconds: of a clock, of all processors at work, of this process."""
-    times = psutil.cpu_times()
-    return time.perf_counter(), sum(times) - times.idle - getattr(times, "iowait", 0.0), time.process_time()
+    """Return seconds: of a clock, of all processors at work, of this process and those that it started."""
+    times, process, own = psutil.cpu_times(), psutil.Process(), 0.0
+    for one in (process, *process.children(recursive=True)):  # compilers
+        own += sum(one.cpu_times()[: 4 if one == process else 2])
+    return time.perf_counter(), sum(times) - times.idle - getattr(times, "iowait", 0.0), own
 
 
 def _give_back() -> None:

@@ -35,7 +35,8 @@ def run(work: Work, setting: Setting, *, every_seconds: float = 30.0) -> Measure
         out = train(load_recipe(recipe, changes), Path(place) / "run")
         steps = lines(Path(place) / "run" / "metrics.jsonl")
         manifest = json.loads((out.checkpoints[-1] / "manifest.json").read_text())
-    measured = Measured(threads=manifest["resolved"]["threads"] or torch.get_num_threads())
+    began = steps[0]["time"] - steps[0]["tokens"] / steps[0]["tokens_per_second"]
+    measured = Measured(began, threads=manifest["resolved"]["threads"] or torch.get_num_threads())
     for number, step in enumerate(steps):
         measured.losses.append(step["loss"])
         measured.ends.append(step["time"])

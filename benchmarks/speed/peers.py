@@ -129,10 +129,11 @@ def _train(trainer: Any) -> Measured:
 
     trainer.add_callback(Clock())
     trainer.data_collator = counted = Counted(trainer.data_collator)
+    began = time.perf_counter()
     trainer.train()
     losses = [one["loss"] for one in trainer.state.log_history if "loss" in one]
     many = trainer.args.gradient_accumulation_steps
-    return Measured(losses, ends, _steps(counted.batches, many), torch.get_num_threads())
+    return Measured(began, losses, ends, _steps(counted.batches, many), torch.get_num_threads())
 
 
 def _steps(batches: Sequence[Counts], many: int) -> list[Counts]:

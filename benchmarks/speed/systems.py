@@ -49,6 +49,8 @@ SYSTEMS: dict[str, dict[str, Setting]] = {
         "flat-16": Setting(rows=16, flat=True, adapter_in_bf16=True),
         "mixed": Setting(rows=1, arguments={"bf16": True}),
         "compiled": Setting(rows=1, adapter_in_bf16=True, arguments={"torch_compile": True}),
+        "compiled-two": Setting(rows=2, by_length=True, adapter_in_bf16=True, arguments={"torch_compile": True}),
+        "compiled-flat": Setting(rows=2, flat=True, adapter_in_bf16=True, arguments={"torch_compile": True}),
         "compiled-four": Setting(rows=4, by_length=True, adapter_in_bf16=True, arguments={"torch_compile": True}),
     },
     "trl": {

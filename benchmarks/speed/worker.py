@@ -45,7 +45,7 @@ def measure(work: Work, system: str, name: str, setting: Setting) -> dict[str, A
         "mean_loss": round(_mean(measured.losses, supervised), 5),
         "tokens": timed.tokens,
         "seconds": round(seconds, 3),
-        "step_seconds": [round(later - sooner, 3) for sooner, later in pairwise(measured.ends)],
+        "step_seconds": [round(later - sooner, 3) for sooner, later in pairwise([measured.began, *measured.ends])],
         "model_flops_share": round(floor.model_flops(timed) / seconds / floor.flops_per_second, 4),
         "flops_per_second": round(floor.flops_per_second),
         "threads": measured.threads,

@@ -42,7 +42,7 @@ def main() -> int:
     """Measure what is asked for, print the table and return the exit code."""
     asked = _asked()
     console, rows, failed = Console(width=150), list[Row](), set[tuple[str, str]]()
-    size = SIZES[asked.size]
+    size, changes = SIZES[asked.size], [part for change in asked.set for part in ("--set", change)]
     with tempfile.TemporaryDirectory(prefix="lora_kit-") as place:
         work = Work(Path(place), asked.size, size.batch, asked.steps or size.steps)
         make_base(work.folder, asked.size)
@@ -54,12 +54,13 @@ def main() -> int:
                     if (system, name) in failed:
                         continue
                     console.print(f"{time.strftime('%H:%M:%S')} round {number + 1}: {system}, {name} ...")
-                    row = undisturbed(work, system, name, asked.set if system == "lora_kit" else [], console)
+                    measure = run if asked.anyway else undisturbed
+                    row = measure(work, system, name, changes if system == "lora_kit" else [], console)
                     if row is None:
                         failed.add((system, name))
                         continue
                     rows.append(row | {"round": number + 1, "machine": facts})
-                    _say(row, console)
+                    say(row, console)
                     if asked.json:
                         asked.json.write_text(json.dumps(rows, indent=1) + "\n")
     if not rows:
@@ -83,6 +84,7 @@ def _asked() -> argparse.Namespace:
         "--settings", nargs="+", default=["default", "best"], help="default, best, others of systems.py, or all"
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change lora_kit's recipe")
+    parser.add_argument("--anyway", action="store_true", help="measure even while other processes are at work")
     parser.add_argument("--json", type=Path, help="where the rows go")
     return parser.parse_args()
 
@@ -95,14 +97,14 @@ def _settings(system: str, wanted: list[str]) -> list[str]:
     return [name for name in SYSTEMS[system] if name in wanted or "all" in wanted]
 
 
-def undisturbed(work: Work, system: str, name: str, changes: list[str], console: Console) -> Row | None:
+def undisturbed(work: Work, system: str, name: str, more: list[str], console: Console) -> Row | None:
     """Measure when nobody else is at work, and again if somebody came; the least disturbed row of all tries."""
     best: Row | None = None
     for _ in range(TRIES):
         end = time.monotonic() + PATIENCE
         while psutil.cpu_percent(interval=2) / 100 > DISTURBED and time.monotonic() < end:
             pass
-        row = run(work, system, name, changes, console)
+        row = run(work, system, name, more, console)
         if row is None:
             return best
         if best is None or row["others_share"] < best["others_share"]:
@@ -113,13 +115,12 @@ def undisturbed(work: Work, system: str, name: str, changes: list[str], console:
     return best
 
 
-def run(work: Work, system: str, name: str, changes: list[str], console: Console) -> Row | None:
+def run(work: Work, system: str, name: str, more: list[str], console: Console) -> Row | None:
     """Measure in a process of its own; None, and a line that says why, when it fails."""
     row, log = work.folder / "row.json", work.folder / "log.txt"
     row.unlink(missing_ok=True)
     command = [sys.executable, str(HERE / "speed" / "worker.py"), str(work.folder), work.size]
-    command += [str(work.batch), str(work.steps), system, name, str(row)]
-    command += [part for change in changes for part in ("--set", change)]
+    command += [str(work.batch), str(work.steps), system, name, str(row), *more]
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -136,7 +137,8 @@ def run(work: Work, system: str, name: str, changes: list[str], console: Console
     return None
 
 
-def _say(row: Row, console: Console) -> None:
+def say(row: Row, console: Console) -> None:
+    """Print a measurement."""
     speed = f"{row['tokens_per_second']:,.0f} of {row['floor_tokens_per_second']:,.0f} tokens/s"
     rest = f"{row['peak_bytes'] / 1e6:,.0f} MB above the base, loss {row['loss']:.4f}"
     console.print(f"  {speed} ({row['floor_share']:.0%}), {rest}")
@@ -176,7 +178,7 @@ def table(rows: list[Row]) -> Table:
 
 
 def ratios(rows: list[Row]) -> Table:
-    """Return how lora_kit compares with its peers, the best of each taken from all that was measured."""
+    """Return how lora_kit compares with its peers' defaults, and with the fastest peer that was measured."""
     medians = _medians(rows)
     shown = Table("lora_kit", "against", "tokens/s", "memory above the base")
     ours = {name: row for (system, name), row in medians.items() if system == "lora_kit"}

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from sizes import Counts
 
-ROWS, BEST_OF, PATIENCE = 2048, 10, 6.0  # tokens of a matmul; seconds after which a shape is not tried again
+ROWS = {"cpu": 2048, "cuda": 8192}  # tokens of a matmul: the micro_batch_tokens that are best there
+BEST_OF, PATIENCE = 10, 6.0  # seconds after which a shape is not tried again
 
 
 @dataclass(frozen=True)
@@ -65,25 +66,26 @@ def linears(config: Mapping[str, Any]) -> Counter[tuple[int, int]]:
 def measure_floor(config: Mapping[str, Any], device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Floor:
     """Time the base's own shapes with all threads that this process has."""
     shapes, head_shape = linears(config), (config["hidden_size"], config["vocab_size"])
-    seconds = {shape: _both_ways(*shape, device, dtype) for shape in {*shapes, head_shape}}
+    rows = ROWS[device.type]
+    seconds = {shape: _both_ways(rows, *shape, device, dtype) for shape in {*shapes, head_shape}}
     layers = sum(count * seconds[shape] for shape, count in shapes.items())
     weights = sum(count * inputs * outputs for (inputs, outputs), count in shapes.items())
     width, heads = config["hidden_size"], config["num_attention_heads"]
     attended = heads * (config.get("head_dim") or width // heads)
     return Floor(
-        layers=layers / ROWS,
-        head=seconds[head_shape] / ROWS,
+        layers=layers / rows,
+        head=seconds[head_shape] / rows,
         attention=7 * attended * config["num_hidden_layers"],
-        flops_per_second=4 * ROWS * (weights + math.prod(head_shape)) / (layers + seconds[head_shape]),
+        flops_per_second=4 * rows * (weights + math.prod(head_shape)) / (layers + seconds[head_shape]),
         weights=weights,
         head_weights=math.prod(head_shape),
     )
 
 
-def _both_ways(inputs: int, outputs: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Return the best seconds of x W^T and y W for ROWS tokens."""
+def _both_ways(rows: int, inputs: int, outputs: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Return the best seconds of x W^T and y W for some tokens."""
     weight = torch.randn(outputs, inputs, dtype=dtype, device=device)
-    x, y = (torch.randn(ROWS, width, dtype=dtype, device=device) for width in (inputs, outputs))
+    x, y = (torch.randn(rows, width, dtype=dtype, device=device) for width in (inputs, outputs))
     forward, backward, end = math.inf, math.inf, time.perf_counter() + PATIENCE
     for _ in range(BEST_OF + 1):
         forward = min(forward, _timed(x, weight.T, device))

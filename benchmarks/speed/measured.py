@@ -17,13 +17,14 @@ RANK, ALPHA, LEARNING_RATE = 16, 32, 2e-4
 
 @dataclass
 class Measured:
-    """One run: a loss and an end (seconds of some clock) for each step, and what it trained on."""
+    """One run: a loss and an end (seconds of some clock) for each step, what it trained on and waited for a save."""
 
     began: float = 0.0
     losses: list[float] = field(default_factory=list)
     ends: list[float] = field(default_factory=list)
     counts: list[Counts] = field(default_factory=list)
     threads: int = 0
+    stalls: list[float] = field(default_factory=list)
 
 
 class Memory:

@@ -29,10 +29,29 @@ class Counted:
 
 def run_trainer(work: Work, setting: Setting) -> Measured:
     """Train with transformers' Trainer on a model of peft's."""
-    from datasets import Dataset
     from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(work.base, dtype="auto")
+    return _with_trainer(
+        get_peft_model(base, _adapter(), autocast_adapter_dtype=not setting.adapter_in_bf16), work, setting
+    )
+
+
+def run_unsloth(work: Work, setting: Setting) -> Measured:
+    """Train with transformers' Trainer on a model of Unsloth's."""
+    from unsloth import FastLanguageModel
+
+    base, _ = FastLanguageModel.from_pretrained(str(work.base), max_seq_length=LONGEST, load_in_4bit=False)
+    model = FastLanguageModel.get_peft_model(
+        base, r=RANK, lora_alpha=ALPHA, lora_dropout=0, use_gradient_checkpointing=False
+    )
+    return _with_trainer(model, work, setting)
+
+
+def _with_trainer(model: Any, work: Work, setting: Setting) -> Measured:
+    from datasets import Dataset
     from transformers import (
-        AutoModelForCausalLM,
         AutoTokenizer,
         DataCollatorForSeq2Seq,
         DataCollatorWithFlattening,
@@ -41,11 +60,6 @@ def run_trainer(work: Work, setting: Setting) -> Measured:
     )
 
     tokenizer = AutoTokenizer.from_pretrained(work.base)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(work.base, dtype="auto"),
-        _adapter(),
-        autocast_adapter_dtype=not setting.adapter_in_bf16,
-    )
     collator = DataCollatorWithFlattening() if setting.flat else DataCollatorForSeq2Seq(tokenizer)
     with tempfile.TemporaryDirectory(dir=work.folder) as out:
         trainer = Trainer(

@@ -4,7 +4,7 @@ What decides what is learned (examples a step, adapter, optimizer, learning rate
 decide how it is computed. `default` is what a user gets who names nothing else.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -20,6 +20,7 @@ class Setting:
         flat: Batches are one row without padding (DataCollatorWithFlattening).
         adapter_in_bf16: peft's `autocast_adapter_dtype=False`.
         own_order: The system decides which examples a step trains on.
+        requires: A package without which this setting is nothing.
     """
 
     rows: int = 8
@@ -28,6 +29,13 @@ class Setting:
     flat: bool = False
     adapter_in_bf16: bool = False
     own_order: bool = False
+    requires: str | None = None
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether activations are computed twice."""
+        names = ("gradient_checkpointing", "train.activation_checkpointing")
+        return any(str(self.arguments.get(name)).lower() == "true" for name in names)
 
 
 GROUPED = {"train_sampling_strategy": "group_by_length"}
@@ -72,3 +80,33 @@ SYSTEMS: dict[str, dict[str, Setting]] = {
         "compiled": Setting(rows=1, arguments=PLAIN_TRL | {"bf16": False, "torch_compile": True}, adapter_in_bf16=True),
     },
 }
+
+LONG_ROWS = {"train.micro_batch_tokens": 8192}
+GPU: dict[str, dict[str, Setting]] = {  # rows that 80 GB hold at 8B, most of them recomputing; more rows are no faster
+    "lora_kit": {
+        "best": Setting(arguments=LONG_ROWS),
+        "checkpointed": Setting(arguments=LONG_ROWS | {"train.activation_checkpointing": "true"}),
+    },
+    "trainer": {
+        "best": Setting(rows=4, by_length=True, adapter_in_bf16=True),
+        "checkpointed": Setting(
+            rows=8, by_length=True, adapter_in_bf16=True, arguments={"gradient_checkpointing": True}
+        ),
+        "flat": Setting(rows=8, flat=True, adapter_in_bf16=True),
+        "liger": Setting(
+            rows=4,
+            by_length=True,
+            adapter_in_bf16=True,
+            arguments={"use_liger_kernel": True},
+            requires="liger_kernel",
+        ),
+        "default": Setting(),
+    },
+    "unsloth": {"best": Setting(rows=4, by_length=True, requires="unsloth")},
+}
+
+
+def setting_of(system: str, name: str, changes: list[str], *, on_gpu: bool = False) -> Setting:
+    """Return a setting, with changes of a recipe (KEY=VALUE)."""
+    setting = (GPU if on_gpu else SYSTEMS)[system][name]
+    return replace(setting, arguments=setting.arguments | dict(one.split("=", 1) for one in changes))

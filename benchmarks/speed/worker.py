@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch  # noqa: E402
 from floor import measure_floor  # noqa: E402
 from measured import Measured, Memory, limit_memory  # noqa: E402
 from sizes import SIZES, WARM_UP_STEPS, Counts, Work  # noqa: E402
-from systems import SYSTEMS, Setting  # noqa: E402
+from systems import Setting, setting_of  # noqa: E402
 
 
 def measure(work: Work, system: str, name: str, setting: Setting) -> dict[str, Any]:
@@ -46,7 +46,10 @@ def measure(work: Work, system: str, name: str, setting: Setting) -> dict[str, A
         "tokens": timed.tokens,
         "seconds": round(seconds, 3),
         "step_seconds": [round(later - sooner, 3) for sooner, later in pairwise([measured.began, *measured.ends])],
-        "model_flops_share": round(floor.model_flops(timed) / seconds / floor.flops_per_second, 4),
+        "model_flops_share": round(
+            floor.model_flops(timed, recomputed=setting.recomputes) / seconds / floor.flops_per_second, 4
+        ),
+        "stall_seconds": measured.stalls[WARM_UP_STEPS:],
         "flops_per_second": round(floor.flops_per_second),
         "threads": measured.threads,
         "others_share": round(others, 3),
@@ -61,7 +64,7 @@ def _run(work: Work, system: str, setting: Setting) -> Measured:
         return ours.run(work, setting)
     import peers
 
-    return (peers.run_trl if system == "trl" else peers.run_trainer)(work, setting)
+    return {"trl": peers.run_trl, "trainer": peers.run_trainer, "unsloth": peers.run_unsloth}[system](work, setting)
 
 
 def _mean(losses: list[float], weights: list[int]) -> float:
@@ -79,11 +82,11 @@ def main() -> None:
     parser.add_argument("setting")
     parser.add_argument("row", type=Path)
     parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--gpu", action="store_true", help="the settings for a GPU")
     asked = parser.parse_args()
     warnings.filterwarnings("ignore")
     limit_memory()
-    setting = SYSTEMS[asked.system][asked.setting]
-    setting = replace(setting, arguments=setting.arguments | dict(one.split("=", 1) for one in asked.set))
+    setting = setting_of(asked.system, asked.setting, asked.set, on_gpu=asked.gpu)
     work = Work(asked.folder, asked.size, asked.batch, asked.steps)
     row = measure(work, asked.system, asked.setting, setting)
     asked.row.write_text(json.dumps(row))

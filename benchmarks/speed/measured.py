@@ -89,9 +89,8 @@ class Memory:
 
 def _clocks() -> tuple[float, float, float]:
     """Return seconds: of a clock, of all processors at work, of this process and those that it started."""
-    times, process, own = psutil.cpu_times(), psutil.Process(), 0.0
-    for one in (process, *process.children(recursive=True)):  # compilers
-        own += sum(one.cpu_times()[: 4 if one == process else 2])
+    times, process = psutil.cpu_times(), psutil.Process()
+    own = sum(sum(one.cpu_times()[:4]) for one in (process, *process.children(recursive=True)))  # compilers too
     return time.perf_counter(), sum(times) - times.idle - getattr(times, "iowait", 0.0), own
 
 

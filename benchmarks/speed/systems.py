@@ -41,6 +41,9 @@ class Setting:
 GROUPED = {"train_sampling_strategy": "group_by_length"}
 PLAIN_TRL = {"gradient_checkpointing": False}
 
+# `best` was found by measuring all others on two cores with AVX-512 bf16. One row at a time has no padding and lets
+# attention be causal without a mask, so at 30m (tokens/s) it beats flat rows with their block mask (1,544), rows of
+# like lengths (2: 1,604; 4: 1,245) and TRL's packing (1,035): 1,650, and compiled 1,892
 SYSTEMS: dict[str, dict[str, Setting]] = {
     "lora_kit": {
         "default": Setting(),
@@ -48,22 +51,23 @@ SYSTEMS: dict[str, dict[str, Setting]] = {
     },
     "trainer": {
         "default": Setting(),
-        "best": Setting(rows=1, adapter_in_bf16=True),
+        "best": Setting(rows=1, adapter_in_bf16=True, arguments={"torch_compile": True}),
         "one": Setting(rows=1),
+        "one-bf16": Setting(rows=1, adapter_in_bf16=True),
         "two": Setting(rows=2, by_length=True, adapter_in_bf16=True),
         "four": Setting(rows=4, by_length=True, adapter_in_bf16=True),
         "grouped": Setting(rows=4, arguments=GROUPED, adapter_in_bf16=True, own_order=True),
         "flat": Setting(rows=4, flat=True, adapter_in_bf16=True),
         "flat-16": Setting(rows=16, flat=True, adapter_in_bf16=True),
         "mixed": Setting(rows=1, arguments={"bf16": True}),
-        "compiled": Setting(rows=1, adapter_in_bf16=True, arguments={"torch_compile": True}),
         "compiled-two": Setting(rows=2, by_length=True, adapter_in_bf16=True, arguments={"torch_compile": True}),
         "compiled-flat": Setting(rows=2, flat=True, adapter_in_bf16=True, arguments={"torch_compile": True}),
         "compiled-four": Setting(rows=4, by_length=True, adapter_in_bf16=True, arguments={"torch_compile": True}),
     },
     "trl": {
         "default": Setting(),
-        "best": Setting(rows=1, arguments=PLAIN_TRL | {"bf16": False}, adapter_in_bf16=True),
+        "best": Setting(rows=1, arguments=PLAIN_TRL | {"bf16": False, "torch_compile": True}, adapter_in_bf16=True),
+        "one-bf16": Setting(rows=1, arguments=PLAIN_TRL | {"bf16": False}, adapter_in_bf16=True),
         "one": Setting(rows=1, arguments=PLAIN_TRL),
         "four": Setting(rows=4, by_length=True, arguments=PLAIN_TRL | {"bf16": False}, adapter_in_bf16=True),
         "padding-free": Setting(
@@ -77,7 +81,6 @@ SYSTEMS: dict[str, dict[str, Setting]] = {
             adapter_in_bf16=True,
             own_order=True,
         ),
-        "compiled": Setting(rows=1, arguments=PLAIN_TRL | {"bf16": False, "torch_compile": True}, adapter_in_bf16=True),
     },
 }
 

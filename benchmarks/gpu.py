@@ -12,6 +12,7 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ ORDER = ("llama-8b", "qwen-moe", "llama-1b")  # the one with a figure to reach c
 def main() -> int:
     """Measure what is asked for, print the table and return the exit code."""
     asked = _asked()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what was started and removes the base
     if asked.cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch

@@ -14,6 +14,7 @@ that compiles is told apart. Only real tokens count, no padding. The floor is th
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -41,6 +42,7 @@ TRIES, PATIENCE = 2, 60.0  # of a measurement that was disturbed; seconds to wai
 def main() -> int:
     """Measure what is asked for, print the table and return the exit code."""
     asked = _asked()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what was started and removes the base
     console, rows, failed = Console(width=150), list[Row](), set[tuple[str, str]]()
     size, changes = SIZES[asked.size], [part for change in asked.set for part in ("--set", change)]
     with tempfile.TemporaryDirectory(prefix="lora_kit-") as place:

@@ -80,6 +80,7 @@ def test_heads_may_share_keys_and_values_may_have_another_width(case, shape):
     compare(torch.float32, CASES[case], TOLERANCE[torch.float32], **shape)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("case", CASES)

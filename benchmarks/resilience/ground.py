@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 LETTERS = "abcdefgh "
@@ -33,8 +34,8 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKE
 def make_base(folder: Path, shape: str) -> Path:
     """Save a random Llama of a shape, with a tokenizer of a token a letter."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from tokenizers import decoders, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     hidden, intermediate, layers, vocabulary, dtype = SHAPES[shape]
@@ -55,10 +56,20 @@ def make_base(folder: Path, shape: str) -> Path:
     )
     LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(target)
     words = ["<pad>", "</s>", *LETTERS, *(f"<{number}>" for number in range(vocabulary - 2 - len(LETTERS)))]
-    inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<pad>"))
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>").save_pretrained(target)
+    save_tokenizer(target, words, pre_tokenizers.Split("", "isolated"), decoders.Fuse())
     return target
+
+
+def save_tokenizer(target: Path, words: list[str], split: Any, join: Any = None) -> None:
+    """Save a tokenizer of a token a word; the first word pads, the second ends."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=words[0]))
+    inner.pre_tokenizer = split
+    if join is not None:
+        inner.decoder = join
+    PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=words[0], eos_token=words[1]).save_pretrained(target)
 
 
 def make_data(folder: Path, examples: int, *, characters: int = 120) -> Path:

@@ -1,0 +1,47 @@
+#!/bin/bash
+# Everything that needs a GPU, within 10 minutes on one card, offline: throughput at real shapes, then the tests of the
+# kernels. Arguments go to benchmarks/gpu.py (see --help there); --cpu --size tiny tries the code without a GPU.
+#   PYTHON  the interpreter (default: python3)
+#   WHEELS  a folder of wheels for what is missing there
+set -u
+here=$(cd "$(dirname "$0")" && pwd)
+python=${PYTHON:-python3}
+export PYTHONPATH="$(dirname "$here")${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+missing() { # packages of lora_kit, and pytest, that this interpreter does not have
+    "$python" - <<'END'
+from importlib.util import find_spec
+modules = {"torch": "torch", "transformers": "transformers", "peft": "peft", "accelerate": "accelerate",
+           "datasets": "datasets", "safetensors": "safetensors", "huggingface_hub": "huggingface_hub",
+           "pydantic": "pydantic", "ruamel.yaml": "ruamel.yaml", "typer": "typer", "rich": "rich", "numpy": "numpy",
+           "jaxtyping": "jaxtyping", "psutil": "psutil", "xxhash": "xxhash", "platformdirs": "platformdirs",
+           "pytest": "pytest", "beartype": "beartype"}
+
+def there(name):
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+print(" ".join(package for name, package in modules.items() if not there(name)))
+END
+}
+
+wanted=$(missing) || { echo "benchmarks/gpu.sh: $python does not run; set PYTHON" >&2; exit 2; }
+if [ -n "$wanted" ] && [ -n "${WHEELS:-}" ]; then
+    extra=$(mktemp -d)
+    trap 'rm -rf "$extra"' EXIT
+    "$python" -m pip install --quiet --no-index --find-links "$WHEELS" --target "$extra" --no-deps $wanted
+    export PYTHONPATH="$PYTHONPATH:$extra"
+    wanted=$(missing)
+fi
+if [ -n "$wanted" ]; then
+    echo "benchmarks/gpu.sh: $python has no $wanted; install them, or set WHEELS to a folder of their wheels" >&2
+    exit 2
+fi
+
+"$python" "$here/gpu.py" "$@"
+measured=$?
+cd "$(dirname "$here")" && "$python" -m pytest -m gpu tests
+tested=$?
+exit $((measured || tested))

@@ -1,0 +1,39 @@
+"""The benchmark of throughput runs, and its systems train the same thing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "throughput.py"
+
+
+@pytest.mark.slow
+def test_systems_have_the_same_losses_and_are_told_apart_by_speed_and_memory(tmp_path):
+    rows_file = tmp_path / "rows.json"
+    command = [
+        sys.executable,
+        str(BENCHMARK),
+        "--size",
+        "tiny",
+        "--steps",
+        "2",
+        "--rounds",
+        "1",
+        "--json",
+        str(rows_file),
+    ]
+    command += ["--only", "lora_kit", "trainer", "--settings", "default", "--anyway"]
+    ended = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), timeout=120)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    ours, theirs = json.loads(rows_file.read_text())
+    assert [ours["system"], theirs["system"]] == ["lora_kit", "trainer"]
+    assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-2)
+    assert ours["tokens"] == theirs["tokens"]
+    for row in (ours, theirs):
+        assert row["peak_bytes"] > 0 and 0 < row["supervised_tokens_per_second"] < row["tokens_per_second"]
+        assert row["floor_share"] > 0 and row["round"] == 1 and row["machine"]["torch"]
+    assert "the best peer, trainer default" in ended.stdout

@@ -258,10 +258,9 @@ def _reserve(path: Path, payload_bytes: int) -> None:
 
 
 def discard(run: Path) -> None:
-    """Delete a run's region."""
-    folder = folder_of(run)
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)
+    """Delete a run's region, also one that a kill left half reserved."""
+    for place in _places():
+        shutil.rmtree(place / _name(run), ignore_errors=True)
 
 
 def reap_orphans() -> None:

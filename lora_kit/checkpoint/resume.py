@@ -154,7 +154,10 @@ def take_over(folder: Path, origin: Checkpoint | None = None) -> tuple[Lease, li
     known = {"checkpoints", "recipe.yaml", "lease.json", "events.jsonl"}
     if folder.is_dir() and (inside := {path.name for path in folder.iterdir()}) and not inside & known:
         raise InputError(f"{folder}: not empty and not a run's folder (it holds {min(inside)}); choose another --out")
-    lease = take(folder, above=store.newest_token(folder))
+    try:
+        lease = take(folder, above=store.newest_token(folder))
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written: {error.strerror}; mend that or choose another --out") from error
     store.sweep(folder)
     live.reap_orphans()
     notices = list(_go_back(folder, origin)) if origin and is_own(folder, origin) else []

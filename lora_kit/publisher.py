@@ -88,6 +88,11 @@ class Publisher:
             self._region.words[Word.PHASE] = Phase.TRAINING
             self._region.words[Word.BEAT] += 1
 
+    def no_more_steps(self) -> None:
+        """Tell the keeper that what follows takes its time, such as an upload, and that no silence of it is a hang."""
+        if self._region is not None:
+            self._region.words[Word.PHASE] = Phase.LOADING
+
     def begin(self, moving: Callable[[], Moving], *, due: bool) -> None:
         """Start to publish the state as it is now, once what was begun before is published.
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,7 +107,7 @@ def test_a_failed_write_is_told_again_and_again_and_made_good(trainer, monkeypat
     monkeypatch.setattr(keeping, "RETRY_SECONDS", 0.0)
     trainer.publish(1, due=True)
     settle(trainer.keeper)
-    monkeypatch.setattr(store, "_write_synced", lambda path, pieces: open("/dev/full", "w").write("x" * 10_000))
+    monkeypatch.setattr(store, "_write_synced", lambda path, pieces: Path("/dev/full").write_text("x"))
     for number in (2, 3, 4):
         trainer.publish(number, due=True)
         settle(trainer.keeper, turns=1)

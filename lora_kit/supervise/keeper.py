@@ -43,6 +43,7 @@ class Keeper:
         self._written = (0, 0)
         self._late = self._fenced = False
         self._beats, self._beat_at = 0, 0.0
+        self._end: int | None = None
 
     def turn(self) -> None:
         """Look once, and begin a write if one is due and none is in flight."""
@@ -141,8 +142,13 @@ class Keeper:
         return region, job, newest
 
     def end(self) -> int:
-        """Make everything durable and delete the region if that worked; return the newest durable step."""
-        step = self.flush()
+        """Make everything durable and delete the region if that worked; return the newest durable step.
+
+        Once is enough: what a full disk did not take stays live for the next start.
+        """
+        if self._end is not None:
+            return self._end
+        step = self._end = self.flush()
         if not self._fenced and self._unwritten() is None:
             live.discard(self.run)
         self._writer.shutdown()

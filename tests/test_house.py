@@ -226,6 +226,7 @@ def test_the_page_on_reliability_quotes_what_was_measured():
         f"durable and exited in {found['sigterm']['ours_median_seconds']} s",
         f"{found['damage']['ours']['final_bytes_equal']} of {found['damage']['ours']['trials']} noticed",
         found["crash_states"]["said"],
+        found["writer_kills"]["said"],
     ]
     page = PAGE.read_text()
     assert all(one["reached"] for one in found.values()) and not [text for text in quoted if text not in page]

@@ -22,7 +22,7 @@ from lora_kit.errors import LeaseError
 FILE = "lease.json"
 KEEPER = "LORA_KIT_KEEPER"  # set for processes whose keeper holds the lease: its process id
 ORDERED = "LORA_KIT_ORDERED"  # set for them, too: the Unix time at which the keeper asked for them
-PATIENCE_SECONDS = 0.5  # a killed holder takes a moment to be gone
+PATIENCE_SECONDS = 0.25  # a killed holder takes a moment to be gone
 BEAT_SECONDS, DEAD_SECONDS = 10.0, 60.0  # how often the holder's heartbeat moves, and when another machine's is dead
 
 

@@ -84,7 +84,6 @@ def train(
         from lora_kit.checkpoint import store
         from lora_kit.checkpoint.lease import KEEPER
         from lora_kit.checkpoint.resume import is_own, take_over
-        from lora_kit.hub import checkpoint_at
         from lora_kit.recipe import load_recipe
         from lora_kit.supervise.launch import follow_launcher, launch
 
@@ -98,7 +97,7 @@ def train(
 
             trainer.train(loaded, out, accept=accept, start_from=start_from)
             return
-        origin = store.open_checkpoint(checkpoint_at(start_from)) if start_from else None
+        origin = store.open_checkpoint(newest(start_from)) if start_from else None
         lease, notices = take_over(out, origin)
         arguments = ["train", str(recipe), "--out", str(out)]
         arguments += [part for text in set_ for part in ("--set", text)]
@@ -225,7 +224,7 @@ def _nothing() -> Iterator[None]:
     yield
 
 
-def newest(path: Path) -> Path:
+def newest(path: str | Path) -> Path:
     """Return a checkpoint as it is, of a run its newest that verifies, of a Hub name its download."""
     from lora_kit.hub import checkpoint_at
 

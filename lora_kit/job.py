@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -286,7 +287,7 @@ def announce(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Cons
     """Write the run's beginning to its logs and say what will be trained."""
     run, plan, train = job.run, job.plan, job.data.train
     track(job)
-    (run.folder / "recipe.yaml").write_text(dump(job.recipe))
+    keep_recipe(run.folder / "recipe.yaml", dump(job.recipe))
     facts: dict[str, Any] = {
         "step": job.start,
         "steps": plan.steps,
@@ -322,6 +323,15 @@ def announce(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Cons
         f"{resolved['attention']} attention; a resume is exact {'to the bit' if exact else 'to rounding'}"
     )
     console.say(f"fast path: {choice.about(job.model, resolved['kernels'])}")
+
+
+def keep_recipe(path: Path, text: str) -> None:
+    """Write the recipe as it runs, whole or not at all, unless it is there."""
+    if path.is_file() and path.read_text() == text:
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def seconds_of(began: Mapping[str, float]) -> dict[str, float]:

@@ -1,37 +1,58 @@
 """A run's two logs, and what they say: metrics.jsonl has a line a step, events.jsonl what happened and when.
 
 A line is written in one call, so it is there whole or not at all; a torn last line, left by a machine that died, is
-skipped. A resume cuts the metrics back to its checkpoint, so that no step stands there twice.
+skipped. What a full disk does not take waits for the next line: no log ever ends a run. A resume cuts the metrics back
+to its checkpoint, so that no step stands there twice.
 """
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Journal:
-    """The logs of the run in a folder."""
+    """The logs of the run in a folder.
+
+    Attributes:
+        run: The folder.
+        late: The lines that could not be written yet, each with its log's name.
+        trouble: Why; empty when all is well.
+    """
 
     run: Path
+    late: list[tuple[str, str]] = field(default_factory=list)
+    trouble: str = ""
+    _turn: Lock = field(default_factory=Lock, repr=False)
 
     def metrics(self, record: Mapping[str, Any]) -> None:
         """Append a finished step's line."""
-        _append(self.run / METRICS, record)
+        self._append(METRICS, record)
 
     def event(self, kind: str, **facts: Any) -> None:
         """Append what happened: started, resumed, went back, checkpoint, sample, skipped, fault, restart,
         failed, stopped, finished or pushed."""
-        _append(
-            self.run / EVENTS,
-            {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "kind": kind, **facts},
-        )
+        self._append(EVENTS, {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "kind": kind, **facts})
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        with self._turn:
+            self.late.append((name, _text(record)))
+            self.trouble = ""
+            while self.late and not self.trouble:
+                name, line = self.late[0]
+                try:
+                    _append(self.run / name, line.encode())
+                    del self.late[0]
+                except OSError as error:
+                    self.trouble = f"{self.run / name}: {error.strerror}; {len(self.late)} line(s) wait in memory"
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the finished steps' lines."""
@@ -74,15 +95,21 @@ def _text(record: Mapping[str, Any]) -> str:
 
 
 def _rewrite(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    text = "".join(_text(record) for record in records)
+    if path.is_file() and path.read_text(errors="replace") == text:
+        return  # as nearly always; and a full disk would not take it
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(_text(record) for record in records))
+    partial.write_text(text)
     partial.replace(path)
 
 
-def _append(path: Path, record: Mapping[str, Any]) -> None:
+def _append(path: Path, line: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, _text(record).encode())
+        written = os.write(descriptor, line)
+        if written < len(line):  # the disk had room for a part of it
+            os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
         os.close(descriptor)
 

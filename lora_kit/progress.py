@@ -16,6 +16,7 @@ from lora_kit.errors import PoisonError
 from lora_kit.job import Job
 from lora_kit.publisher import Moving, Publisher, numbers_of
 
+LATE_LINES = 50  # of the logs, between two warnings that they cannot be written
 STUCK = 5  # so many skipped steps in a row, and one more, end a run
 
 
@@ -81,6 +82,8 @@ def settle(job: Job, numbers: Numbers, live: Publisher, console: Console) -> boo
         tell(job, record, console)
         if fault := live.new_fault():
             console.warn(fault)
+        if job.journal.trouble and len(job.journal.late) % LATE_LINES == 1:
+            console.warn(job.journal.trouble)
     return numbers_of(numbers.seen)[1] > 0
 
 

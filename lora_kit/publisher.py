@@ -6,6 +6,7 @@ waits for its header: what metrics.jsonl shows can never be lost with a process.
 """
 
 import json
+import os
 import subprocess
 import threading
 import time
@@ -25,6 +26,7 @@ from lora_kit.checkpoint.live import Phase, Region, Word
 from lora_kit.errors import CheckpointError
 from lora_kit.job import Job
 from lora_kit.stopping import Stop
+from lora_kit.supervise import memory
 from lora_kit.supervise.keeper import start_beside
 
 Moving = dict[str, Any]  # the manifest's parts that change from step to step
@@ -42,8 +44,10 @@ class Publisher:
         self._queued = threading.Event()
         self._copied: Any = None
         self._faults = 0
+        self._alone = inherited(self._run) is None  # no keeper is this process's parent
         if job.processes.is_main:
             self._open(job)
+        self._score = memory.offer_to_the_oom_killer(os.getpid()) if self._alone else None
 
     def _open(self, job: Job) -> None:
         region = live.make_region(self._run, 12 * self._state.size)
@@ -70,7 +74,7 @@ class Publisher:
             self._side = torch.cuda.Stream()
             for target in self._targets:
                 _register(target)
-        if inherited(self._run) is None:
+        if self._alone:
             self._keeper = start_beside(self._run)
 
     @property
@@ -83,6 +87,11 @@ class Publisher:
         if self._region is not None:
             self._region.words[Word.PHASE] = Phase.TRAINING
             self._region.words[Word.BEAT] += 1
+
+    def no_more_steps(self) -> None:
+        """Tell the keeper that what follows takes its time, such as an upload, and that no silence of it is a hang."""
+        if self._region is not None:
+            self._region.words[Word.PHASE] = Phase.LOADING
 
     def begin(self, moving: Callable[[], Moving], *, due: bool) -> None:
         """Start to publish the state as it is now, once what was begun before is published.
@@ -181,12 +190,15 @@ class Publisher:
         """Start another keeper if ours has been killed."""
         if self._keeper is not None and self._keeper.poll() is not None:
             self._keeper = start_beside(self._run)
+            memory.offer_to_the_oom_killer(os.getpid())  # it has the score of this process
 
     def end(self) -> None:
         """Let the keeper make what is left durable, and wait for that if it is this process's own."""
+        if self._score is not None:
+            memory.set_score(os.getpid(), self._score)
+        self._thread.shutdown()
         if self._region is None:
             return
-        self._thread.shutdown()
         self._region.words[Word.PHASE] = Phase.ENDED
         if self._keeper is not None:
             self._keeper_lives()

@@ -86,6 +86,9 @@ def write_result(run: Run, step: int, metrics: dict[str, Any], *, base_bytes: in
         step: Its last.
         metrics: Scores of `base` and `adapter`.
         base_bytes: Of the base's weights.
+
+    Raises:
+        CheckpointError: There is no room for it; the run's last checkpoint is durable.
     """
     rates = [record["tokens_per_second"] for record in run.metrics]
     checkpoint = store.open_checkpoint(store.checkpoint_folder(run.folder, step))
@@ -99,8 +102,15 @@ def write_result(run: Run, step: int, metrics: dict[str, Any], *, base_bytes: in
         "best": str(run.best.relative_to(run.folder)) if run.best else None,
     }
     partial = run.folder / f".{RESULT}.partial"
-    partial.write_text(json.dumps(result, indent=2) + "\n")
-    partial.replace(run.folder / RESULT)
+    try:
+        partial.write_text(json.dumps(result, indent=2) + "\n")
+        partial.replace(run.folder / RESULT)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{run.folder / RESULT}: not written: {error.strerror}; the last checkpoint is durable, and "
+            "the same command ends the run when there is room"
+        ) from error
 
 
 def gained(result: dict[str, Any]) -> list[tuple[str, str]]:

@@ -109,6 +109,7 @@ def train(recipe: Recipe, out: str | Path, *, accept: Sequence[str] = (), start_
                 if stop:
                     raise stopped(job, done)
         finish(job, live, console, stop_wish)
+        live.no_more_steps()
         if processes.is_main:
             push_finished(recipe, job.run.folder, console, pause=stop_wish.wait)
         console.end()

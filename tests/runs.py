@@ -35,6 +35,14 @@ def train(recipe, out, *more, processes=1, expect=0, environment=None):
     return printed
 
 
+def go_on(recipe, out, *changes):
+    """Train to the end in this process, which has imported everything; return what that returns."""
+    from lora_kit import trainer
+    from lora_kit.recipe import load_recipe
+
+    return trainer.train(load_recipe(recipe, changes), out)
+
+
 def state_hash(run, step):
     """Return a hash of the adapter's and the optimizer's bytes after a step."""
     folder = Path(run) / "checkpoints" / f"step-{step:08d}"

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 
 from lora_kit.journal import Journal
 
@@ -57,3 +58,29 @@ def test_a_cut_drops_later_steps_and_torn_lines(tmp_path):
         2,
         3,
     ]
+
+
+def test_what_a_full_disk_does_not_take_waits_for_the_next_line(tmp_path, monkeypatch):
+    journal, write = Journal(tmp_path), os.write
+    journal.metrics(record(1))
+
+    def full(descriptor, data):
+        return write(descriptor, data[:7])  # there is room for a part of the line
+
+    monkeypatch.setattr(os, "write", full)
+    journal.metrics(record(2))
+    journal.event("checkpoint", step=2)
+    assert "No space left on device; 2 line(s) wait in memory" in journal.trouble
+    monkeypatch.undo()
+    assert journal.last_step() == 1 and not journal.read_events()
+    journal.metrics(record(3))
+    assert not journal.trouble and [one["step"] for one in journal.read_metrics()] == [1, 2, 3]
+    assert [one["kind"] for one in journal.read_events()] == ["checkpoint"]
+
+
+def test_a_cut_that_changes_nothing_writes_nothing(tmp_path, monkeypatch):
+    journal = Journal(tmp_path)
+    journal.metrics(record(1))
+    before = (tmp_path / "metrics.jsonl").stat().st_ino
+    journal.cut(1, samples=1)
+    assert (tmp_path / "metrics.jsonl").stat().st_ino == before

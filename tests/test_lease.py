@@ -11,7 +11,8 @@ import pytest
 
 from lora_kit.checkpoint import lease
 from lora_kit.checkpoint.lease import take
-from lora_kit.errors import LeaseError
+from lora_kit.checkpoint.resume import take_over
+from lora_kit.errors import InputError, LeaseError
 
 HOLDER = """
 import sys, time
@@ -85,3 +86,46 @@ def test_a_released_lease_that_was_taken_over_is_left_alone(tmp_path):
     (tmp_path / "lease.json").write_text(json.dumps({"token": 9, "holder": {"pid": os.getpid()}}))
     old.release()
     assert json.loads((tmp_path / "lease.json").read_text())["token"] == 9
+
+
+def test_of_two_that_see_the_same_dead_holder_one_gets_the_run(tmp_path, monkeypatch):
+    take(tmp_path)
+    content = json.loads((tmp_path / "lease.json").read_text())
+    content["holder"]["boot"] = "another"
+    (tmp_path / "lease.json").write_text(json.dumps(content))
+    claim = lease._claim
+
+    def overtaken(run, token):
+        monkeypatch.setattr(lease, "_claim", claim)
+        assert take(run).token == 2  # another sees the dead holder too, and is quicker
+        return claim(run, token)
+
+    monkeypatch.setattr(lease, "_claim", overtaken)
+    with pytest.raises(LeaseError, match="another process has just begun to train here"):
+        take(tmp_path)
+    assert json.loads((tmp_path / "lease.json").read_text())["token"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["lease.json"]
+
+
+@pytest.mark.parametrize("written", ["", '{"pid": 1'])
+def test_a_claim_whose_maker_was_killed_is_passed_by(tmp_path, written, monkeypatch):
+    monkeypatch.setattr(lease, "PATIENCE_SECONDS", 0.1)
+    (tmp_path / ".lease-1").write_text(written)
+    assert take(tmp_path).token == 2
+    assert not list(tmp_path.glob(".lease-*"))
+
+
+def test_a_living_claimant_is_respected(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "PATIENCE_SECONDS", 0.1)
+    (tmp_path / ".lease-1").write_text(json.dumps(lease._me()))
+    with pytest.raises(LeaseError, match=r"another process is starting here at this moment \(it made "):
+        take(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_with_the_reason(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(lease, "_write", full)
+    with pytest.raises(InputError, match=r"run: cannot be written: No space left on device; mend that or choose"):
+        take_over(tmp_path / "run")

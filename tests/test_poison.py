@@ -1,6 +1,7 @@
 """A loss or a gradient that is no number never reaches the adapter: its step is skipped, told, and skipped by all."""
 
 import json
+import math
 import os
 import signal
 
@@ -52,6 +53,9 @@ def test_a_poisoned_step_leaves_every_byte_as_it_was_and_is_told(run):
     assert all(f"step {step}: loss" in printed for step in bad) and "it is skipped" in printed
     manifest = json.loads((out / "checkpoints" / f"step-{STEPS:08d}" / "manifest.json").read_text())
     assert manifest["skipped_steps"] == bad
+    shown = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    seen = [one["step"] for one in shown if not math.isfinite(one["loss"] + one["grad_norm"])]
+    assert seen == bad, "the log hides nothing"
     arrays = load_file(out / "checkpoints" / f"step-{STEPS:08d}" / "adapter_model.safetensors")
     assert all(torch.from_numpy(array).isfinite().all() for array in arrays.values())
 

@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from lora_kit.errors import LeaseError
 FILE = "lease.json"
 KEEPER = "LORA_KIT_KEEPER"  # set for processes whose keeper holds the lease: its process id
 ORDERED = "LORA_KIT_ORDERED"  # set for them, too: the Unix time at which the keeper asked for them
-PATIENCE_SECONDS = 0.5  # a killed holder takes a moment to be gone
+PATIENCE_SECONDS = 0.25  # a killed holder takes a moment to be gone
 BEAT_SECONDS, DEAD_SECONDS = 10.0, 60.0  # how often the holder's heartbeat moves, and when another machine's is dead
 
 
@@ -80,18 +81,51 @@ def take(run: Path, *, above: int = 0) -> Lease:
             f"{run}: process {holder['pid']} on {holder['host']} is training here; wait for it, stop it, or use "
             "another --out"
         )
-    token = 1 + max(int(current.get("token", 0)), above)
-    claim = run / f".lease-{token}"  # of two that see the same dead holder, only one can create this
+    token, claim = _claim(run, 1 + max(int(current.get("token", 0)), above))
     try:
-        os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-    except FileExistsError as error:
-        raise LeaseError(
-            f"{run}: another process is starting here at this moment (it made {claim}); try again"
-        ) from error
-    taken = round(time.time(), 3)
-    _write(path, {"token": token, "taken": taken, "holder": _me()})
-    claim.unlink()
+        if _read(path) != current:
+            raise LeaseError(f"{run}: another process has just begun to train here; wait for it, or use another --out")
+        taken = round(time.time(), 3)
+        _write(path, {"token": token, "taken": taken, "holder": _me()})
+        for left in run.glob(".lease-*"):  # by those who were killed
+            left.unlink(missing_ok=True)
+    finally:
+        claim.unlink(missing_ok=True)
     return Lease(path, token, taken=taken)
+
+
+def _claim(run: Path, token: int) -> tuple[int, Path]:
+    """Make the file that only one of several who see the same dead holder can make; return its token too.
+
+    A process that was killed between making its claim and becoming the holder leaves it behind: its token is passed by.
+    """
+    while True:
+        claim = run / f".lease-{token}"
+        try:
+            descriptor = os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError as error:
+            if _claimant_lives(claim):
+                raise LeaseError(
+                    f"{run}: another process is starting here at this moment (it made {claim}); try again, and delete "
+                    "that file if its machine is gone"
+                ) from error
+            token += 1
+            continue
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(_me(), file)
+        return token, claim
+
+
+def _claimant_lives(claim: Path) -> bool:
+    """Return whether who made a claim still has it after a moment; one that does not even say its name has died."""
+    patience, maker = time.monotonic() + PATIENCE_SECONDS, dict[str, Any]()
+    while time.monotonic() < patience:
+        with suppress(ValueError):
+            maker = _read(claim)
+            if not _alive(maker) and not _elsewhere(maker):
+                return False
+        time.sleep(0.02)
+    return bool(maker)
 
 
 def is_held(run: Path) -> bool:

@@ -49,7 +49,7 @@ class Word(IntEnum):
 
 
 class Phase(IntEnum):
-    """What the trainer is doing."""
+    """What the trainer is doing; where no step is to be expected, as in an upload at the end, it counts as loading."""
 
     LOADING = 0
     TRAINING = 1
@@ -111,21 +111,26 @@ class Region:
             waiting()
             time.sleep(0.001)
         _write_cell(self._header(slot), None)
-        if self.words[Word.READING] == slot + 1:  # marked in the same moment: its reader finds the header gone
+        if self._being_read() == slot:  # marked in the same moment: its reader finds the header gone
             return self.claim(waiting)
         return slot
 
     def _free(self) -> int | None:
         """Return the oldest slot that is neither the newest, nor being read, nor due and unwritten."""
         published = self.snapshots()
-        handled, reading = self.words[Word.HANDLED], self.words[Word.READING]
+        handled, reading = self.words[Word.HANDLED], self._being_read()
         needed = {one.slot for one in published if one.header["due"] and one.header["sequence"] > handled}
         needed |= {one.slot for one in published[:1]}
-        if reading and psutil.pid_exists(self.words[Word.KEEPER]):
-            needed.add(reading - 1)
+        if reading is not None:
+            needed.add(reading)
         empty = set(range(SLOTS)) - {one.slot for one in published}
         oldest_first = [*sorted(empty), *(one.slot for one in reversed(published))]
         return next((slot for slot in oldest_first if slot not in needed), None)
+
+    def _being_read(self) -> int | None:
+        """Return the slot that a keeper reads; what a dead one has marked is nobody's."""
+        mark = self.words[Word.READING]
+        return mark - 1 if mark and psutil.pid_exists(self.words[Word.KEEPER]) else None
 
     def publish(self, slot: int, header: Mapping[str, Any]) -> None:
         """Make a filled slot the newest snapshot.
@@ -258,10 +263,9 @@ def _reserve(path: Path, payload_bytes: int) -> None:
 
 
 def discard(run: Path) -> None:
-    """Delete a run's region."""
-    folder = folder_of(run)
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)
+    """Delete a run's region, also one that a kill left half reserved."""
+    for place in _places():
+        shutil.rmtree(place / _name(run), ignore_errors=True)
 
 
 def reap_orphans() -> None:

@@ -41,6 +41,7 @@ VERDICTS: dict[str, Verdict] = {  # the first pattern that fits a key decides
     "hub.*": "harmless",
     "track.*": "harmless",
     "fingerprints.validation": "harmless",
+    "fingerprints.base.commit": "harmless",  # the bytes of its files decide
     "fingerprints.*": "refused",
     "versions.*": "harmless",
     "machine.processes": "harmless",
@@ -69,10 +70,19 @@ def contract(manifest: Mapping[str, Any], recipe: Recipe, facts: Mapping[str, Ma
         facts: The manifest's other sections as they are now: `fingerprints`, `versions`, `machine`.
     """
     found = list(difference(manifest["recipe"], recipe))
-    for section, now in facts.items():
-        then = manifest[section]
-        found += [(f"{section}.{key}", then.get(key), now[key]) for key in now if then.get(key) != now[key]]
+    for section in facts:
+        then, now = dict(_flat(section, manifest[section])), dict(_flat(section, facts[section]))
+        found += [(key, then.get(key), now.get(key)) for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
     return [Row(key, then, now, _verdict(key)) for key, then, now in found]
+
+
+def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested facts with dotted keys, so that a changed file of a base is named."""
+    if not isinstance(value, Mapping):
+        yield key, value
+        return
+    for name, one in value.items():
+        yield from _flat(f"{key}.{name}", one)
 
 
 def _verdict(key: str) -> Verdict:
@@ -155,7 +165,10 @@ def take_over(folder: Path, origin: Checkpoint | None = None) -> tuple[Lease, li
     known = {"checkpoints", "recipe.yaml", "lease.json", "events.jsonl"}
     if folder.is_dir() and (inside := {path.name for path in folder.iterdir()}) and not inside & known:
         raise InputError(f"{folder}: not empty and not a run's folder (it holds {min(inside)}); choose another --out")
-    lease = take(folder, above=store.newest_token(folder))
+    try:
+        lease = take(folder, above=store.newest_token(folder))
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written: {error.strerror}; mend that or choose another --out") from error
     store.sweep(folder)
     live.reap_orphans()
     notices = list(_go_back(folder, origin)) if origin and is_own(folder, origin) else []

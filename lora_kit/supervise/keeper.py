@@ -43,6 +43,7 @@ class Keeper:
         self._written = (0, 0)
         self._late = self._fenced = False
         self._beats, self._beat_at = 0, 0.0
+        self._end: int | None = None
 
     def turn(self) -> None:
         """Look once, and begin a write if one is due and none is in flight."""
@@ -141,8 +142,13 @@ class Keeper:
         return region, job, newest
 
     def end(self) -> int:
-        """Make everything durable and delete the region if that worked; return the newest durable step."""
-        step = self.flush()
+        """Make everything durable and delete the region if that worked; return the newest durable step.
+
+        Once is enough: what a full disk did not take stays live for the next start.
+        """
+        if self._end is not None:
+            return self._end
+        step = self._end = self.flush()
         if not self._fenced and self._unwritten() is None:
             live.discard(self.run)
         self._writer.shutdown()
@@ -163,16 +169,19 @@ def _identity(path: Path) -> tuple[int, int] | None:
 def start_beside(run: Path) -> "subprocess.Popen[bytes]":
     """Start a keeper as a child in a session of its own, which a signal to the terminal does not reach."""
     return subprocess.Popen(
-        [sys.executable, "-m", "lora_kit.supervise.keeper", str(run)],
+        [sys.executable, "-m", "lora_kit.supervise.keeper", str(run), str(os.getpid())],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         start_new_session=True,
     )
 
 
-def keep_beside(run: Path) -> None:
-    """Keep the run of the process that started this one, until it has ended its work or is gone."""
-    trainer, stop = os.getppid(), list[int]()
+def keep_beside(run: Path, trainer: int) -> None:
+    """Keep the run of the process that started this one, until it has ended its work or is gone.
+
+    It says who it is: it may be gone before this process has looked who its parent is.
+    """
+    stop = list[int]()
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, lambda heard, _: stop.append(heard))
     region = live.open_region(run)
@@ -202,4 +211,4 @@ def _looks() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    keep_beside(Path(sys.argv[1]))
+    keep_beside(Path(sys.argv[1]), int(sys.argv[2]))

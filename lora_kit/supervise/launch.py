@@ -24,6 +24,7 @@ from lora_kit.checkpoint.lease import KEEPER, ORDERED, Lease
 from lora_kit.checkpoint.live import Phase, Word
 from lora_kit.console import Console
 from lora_kit.errors import Stopped
+from lora_kit.supervise import memory
 from lora_kit.supervise.keeper import LOOK_SECONDS, Keeper
 from lora_kit.supervise.zygote import BUFFER_BYTES, MESSAGE_BYTES, end_with_parent
 
@@ -33,10 +34,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 FORWARDED_SECONDS = 2.0  # a signal that comes again so soon is a launcher passing on what its processes had heard
 SAME_FAILURES = 3  # so often at the same step, and no restart will help
 PATIENCE_SECONDS = 600.0  # without a sign of life before the first step
+LITTLE_WORK = 2.0  # CPU-seconds in that time: less is a hang, more is a large base or dataset
 LEAST_TIMEOUT_SECONDS, TIMEOUT_FACTOR = 60.0, 10.0  # of a step, when the recipe names none
 SIBLINGS_SECONDS = 0.3  # when one has failed, the others' errors follow; the first cause is what counts
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "Connection refused")
-OOM_WORDS = ("OutOfMemoryError", "MemoryError", "can't allocate memory", "not enough memory")
 
 
 def follow_launcher() -> None:
@@ -85,10 +86,11 @@ class Zygote:
         theirs.close()
 
     def start(self, arguments: Sequence[str], environments: Sequence[Mapping[str, str]]) -> None:
-        """Order a training process for every environment."""
+        """Order a training process for every environment; if this one has just been killed, its end is the news."""
         for index, environment in enumerate(environments):
             order = {"index": index, "arguments": list(arguments), "environment": dict(environment)}
-            self._socket.send(json.dumps(order).encode())
+            with suppress(BrokenPipeError, ConnectionResetError):
+                self._socket.send(json.dumps(order).encode())
 
     def news(self) -> list[dict[str, Any]]:
         """Return what has been told since the last call."""
@@ -134,7 +136,7 @@ class Launch:
         self.zygote = Zygote()
         self.attempt = Attempt()
         self._life = (0, 0, 0)
-        self._silent, self._longest, self._looked = 0.0, 0.0, time.monotonic()
+        self._silent, self._longest, self._worked, self._looked = 0.0, 0.0, 0.0, time.monotonic()
 
     def hear(self, number: int, frame: Any) -> None:
         """Note a signal; a second that was not only forwarded ends everything at once."""
@@ -156,7 +158,7 @@ class Launch:
                     return code
                 process, what = self.attempt.cause()
                 step, trace = self._newest(), self.attempt.traces.get(process, "")
-                same = seen.setdefault((what, step), [])
+                same = seen.setdefault((what.partition(": ")[2], step), [])  # whichever process it is in
                 same.append(trace)
                 hopeless = len(same) == SAME_FAILURES and (trace or "memory" in what)
                 last = hopeless or restart == max_restarts
@@ -173,13 +175,14 @@ class Launch:
             self.zygote.end()
             self._restore_cursor()
             self.keeper.end()
-            self.keeper.lease.release()
+            with suppress(OSError):  # a full disk; the next one sees that this process is dead
+                self.keeper.lease.release()
 
     def _begin(self) -> None:
         if self.zygote.process.poll() is not None:
             self.zygote.end()
             self.zygote = Zygote()
-        self.attempt, self._silent, self._longest = Attempt(), 0.0, 0.0
+        self.attempt, self._silent, self._longest, self._worked = Attempt(), 0.0, 0.0, 0.0
         self._looked = time.monotonic()
         if self.keeper.region is not None:
             self.keeper.region.words[Word.PHASE] = Phase.LOADING
@@ -215,10 +218,10 @@ class Launch:
         for one in self.zygote.news():
             if "started" in one:
                 attempt.running[one["index"]] = one["started"]
-                _offer_to_the_oom_killer(one["started"])
+                memory.offer_to_the_oom_killer(one["started"])
             elif "failed" in one:
                 attempt.traces[one["failed"]] = one["trace"]
-                kind = "out of memory: " if any(word in one["error"] for word in OOM_WORDS) else ""
+                kind = "out of memory: " if any(word in one["error"] for word in memory.WORDS) else ""
                 attempt.failures.append((one["failed"], f"process {self._index(one['failed'])}: {kind}{one['error']}"))
             else:
                 self._ended(one["ended"], one["code"])
@@ -256,9 +259,16 @@ class Launch:
         limit = PATIENCE_SECONDS
         if life[0] == Phase.TRAINING and self._longest:
             limit = self._step_timeout or max(LEAST_TIMEOUT_SECONDS, TIMEOUT_FACTOR * self._longest)
-        elif life[0] == Phase.LOADING and self._silent > (self._step_timeout or LEAST_TIMEOUT_SECONDS):
+        elif life[0] == Phase.LOADING and (self._step_timeout or LEAST_TIMEOUT_SECONDS) < self._silent <= limit:
             return any(_suspended(process) for process in self.attempt.running.values())
+        elif life[0] == Phase.LOADING and self._silent > limit and self._works():
+            self._silent = 0.0
         return life[0] != Phase.ENDED and self._silent > limit
+
+    def _works(self) -> bool:
+        """Return whether the training processes have computed since this was last asked: loading shows no more."""
+        before, self._worked = self._worked, sum(map(_cpu_seconds, self.attempt.running.values()))
+        return self._worked - before > LITTLE_WORK
 
     def _newest(self) -> int:
         published = self.keeper.region.snapshots() if self.keeper.region else []
@@ -316,19 +326,17 @@ def launch(
 def _died(number: int) -> str:
     """Say how a process died of a signal."""
     name = signal.Signals(number).name
-    return f"killed by {name}" + (" (out of memory?)" if number == signal.SIGKILL and _oom_kills() > _OOM_KILLS else "")
+    return f"killed by {name}" + (
+        " (out of memory?)" if number == signal.SIGKILL and memory.kernel_has_killed() else ""
+    )
 
 
-def _oom_kills() -> int:
-    """Return how many processes the kernel has killed for memory since it started; 0 where it does not say."""
+def _cpu_seconds(process: int) -> float:
     try:
-        lines = Path("/proc/vmstat").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
-
-
-_OOM_KILLS = _oom_kills()
+        times = psutil.Process(process).cpu_times()
+    except psutil.NoSuchProcess:
+        return 0.0
+    return float(times.user + times.system)
 
 
 def _suspended(process: int) -> bool:
@@ -336,10 +344,3 @@ def _suspended(process: int) -> bool:
         return psutil.Process(process).status() == psutil.STATUS_STOPPED
     except psutil.NoSuchProcess:
         return False
-
-
-def _offer_to_the_oom_killer(process: int) -> None:
-    """Let the kernel, when memory runs out, take a training process before the keeper, which saves its work."""
-    with suppress(OSError, ValueError):
-        score = Path(f"/proc/{process}/oom_score_adj")
-        score.write_text(str(min(1000, int(score.read_text()) + 200)))

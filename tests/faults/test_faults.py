@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import RECIPE
-from runs import command, start, state_hash, train, wait_for_lines
+from runs import command, go_on, start, state_hash, train, wait_for_lines
 
 from lora_kit.checkpoint import live, store
 
@@ -37,9 +37,7 @@ def recipe(tmp_path_factory, base_folder, data_file):
 
 @pytest.fixture(scope="module")
 def undisturbed(recipe, tmp_path_factory):
-    out = tmp_path_factory.mktemp("undisturbed") / "run"
-    train(recipe, out)
-    return state_hash(out, STEPS)
+    return state_hash(go_on(recipe, tmp_path_factory.mktemp("undisturbed") / "run").folder, STEPS)
 
 
 @pytest.fixture
@@ -136,7 +134,7 @@ def test_a_kill_of_the_keeper_in_a_commit_ends_all_and_the_run_goes_on(recipe, u
     psutil.wait_procs(family, timeout=5)
     assert process.returncode == -signal.SIGKILL and fired(tmp_path) == 1
     assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in family)
-    train(recipe, out, *EVERY)
+    go_on(recipe, out, EVERY[1])
     assert state_hash(out, STEPS) == undisturbed
     nothing_was_lost(out)
 
@@ -167,7 +165,25 @@ def test_a_stop_signal_makes_the_last_finished_step_durable(recipe, undisturbed,
     assert "the same command goes on" in printed
     assert store.find(out).latest.step == steps_shown(out)[-1]
     assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in workers)
-    train(recipe, out)
+    go_on(recipe, out)
+    assert state_hash(out, STEPS) == undisturbed
+    nothing_was_lost(out)
+
+
+def test_a_second_signal_ends_at_once_and_one_that_is_only_forwarded_does_not(recipe, undisturbed, faults, tmp_path):
+    out, plan = tmp_path / "run", {"phase": "write", "kind": "wait"}  # storage that takes 30 s
+    process = start(recipe, out, "--set", "checkpoint.every_steps=100", environment=faults(plan, sleep=0.1))
+    wait_for_lines(out / "metrics.jsonl", 2, process)
+    process.terminate()
+    while not fired(tmp_path):
+        time.sleep(0.01)
+    process.terminate()
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=2.2)
+    process.terminate()
+    assert process.wait(timeout=5) == 128 + signal.SIGTERM
+    assert store.find(out).latest is None
+    go_on(recipe, out)
     assert state_hash(out, STEPS) == undisturbed
     nothing_was_lost(out)
 
@@ -187,7 +203,7 @@ def test_a_stop_signal_while_loading_keeps_what_was_live(recipe, undisturbed, fa
     process.terminate()
     process.wait(timeout=60)
     assert process.returncode == 75 and store.find(out).latest.step >= shown
-    train(recipe, out)
+    go_on(recipe, out)
     assert state_hash(out, STEPS) == undisturbed
 
 
@@ -263,13 +279,13 @@ def test_a_disk_that_stays_full_fails_at_the_end_and_the_last_step_waits_in_memo
     printed = train(recipe, out, *EVERY, expect=1, environment=faults(plan))
     assert "No space left on device" in printed and "earlier checkpoints are untouched" in printed
     assert not store.folders(out) and steps_shown(out) == list(range(1, STEPS + 1))
-    train(recipe, out, *EVERY, "--set", "optim.learning_rate=1e-2")
+    go_on(recipe, out, EVERY[1])
     assert [one["step"] for one in events(out, "resumed")] == [STEPS]
     assert state_hash(out, STEPS) == undisturbed
     nothing_was_lost(out)
 
 
-def test_a_nan_on_one_process_is_skipped_by_all_and_in_every_replay(recipe, faults, tmp_path):
+def test_a_nan_on_one_process_is_skipped_by_all_and_in_every_replay(recipe, faults, tmp_path, capsys):
     plan = {"rank": 1, "step": 5, "phase": "reduce", "kind": "nan"}
     printed = train(recipe, tmp_path / "one", *EVERY, processes=2, environment=faults(plan))
     assert "step 5: loss" in printed and "it is skipped" in printed
@@ -281,7 +297,8 @@ def test_a_nan_on_one_process_is_skipped_by_all_and_in_every_replay(recipe, faul
     assert state_hash(tmp_path / "one", STEPS) == state_hash(tmp_path / "two", STEPS)
     for path in store.folders(tmp_path / "two")[:-1]:
         (path / store.MANIFEST).write_text("{}")
-    printed = train(recipe, tmp_path / "two", *more)  # from step 4, and nothing is wrong with step 5 now
+    go_on(recipe, tmp_path / "two", *more[1::2])  # from step 4, and nothing is wrong with step 5 now
+    printed = capsys.readouterr().out
     assert "falling back to step 4" in printed and "step 5: loss" in printed
     assert state_hash(tmp_path / "one", STEPS) == state_hash(tmp_path / "two", STEPS)
 
@@ -295,7 +312,7 @@ def test_replicas_that_differ_are_found_and_named_before_it_is_kept(recipe, faul
 
 def test_a_second_job_on_a_run_is_refused_and_the_first_goes_on(recipe, undisturbed, faults, tmp_path):
     out = tmp_path / "run"
-    process = start(recipe, out, *EVERY, environment=faults(sleep=0.3))
+    process = start(recipe, out, *EVERY, environment=faults(sleep=0.15))
     wait_for_lines(out / "metrics.jsonl", 1, process)
     second = subprocess.run(command(recipe, out), capture_output=True, text=True, timeout=60)
     assert second.returncode == 2 and "is training here" in second.stderr

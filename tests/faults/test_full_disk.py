@@ -1,0 +1,110 @@
+"""A real file system that fills up while a run trains on it: the run lives, what was there stays, nothing is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import RECIPE
+from runs import go_on, start, state_hash, wait_for_lines
+
+from lora_kit.checkpoint import live, store
+from lora_kit.checkpoint.live import Word
+
+STEPS = 30
+INJECT = Path(__file__).parent / "inject"
+SLOWLY = {"FAULTS_SLEEP": "0.05", "PYTHONPATH": os.pathsep.join([str(INJECT), os.environ.get("PYTHONPATH", "")])}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, base_folder, data_file):
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    path.write_text(RECIPE.format(base=base_folder, data=data_file).replace("steps: 8", f"steps: {STEPS}"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe, tmp_path_factory):
+    return state_hash(go_on(recipe, tmp_path_factory.mktemp("undisturbed") / "run").folder, STEPS)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 3 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(disk):
+    """Take every byte that is left."""
+    with (disk / "ballast").open("wb", buffering=0) as file:
+        for size in (1 << 16, 4096, 1):
+            try:
+                while True:
+                    file.write(bytes(size))
+            except OSError:
+                continue
+
+
+def fill_while_it_trains(recipe, disk):
+    """Start a run, fill its disk once it has a checkpoint, and wait until a write has failed; return both."""
+    out = disk / "run"
+    process = start(recipe, out, environment=SLOWLY)
+    wait_for_lines(out / "metrics.jsonl", 7, process)
+    while store.find(out).latest is None:
+        time.sleep(0.01)
+    fill(disk)
+    region = live.open_region(out)
+    while region.words[Word.FAULTS] < 2:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    return process, out
+
+
+def shown(out):
+    return [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_disk_that_fills_up_and_is_emptied_costs_nothing(recipe, undisturbed, disk):
+    process, out = fill_while_it_trains(recipe, disk)
+    assert store.find(out).latest.step >= 3, "what was durable before is untouched"
+    reached = live.open_region(out).snapshots()[0].step
+    while live.open_region(out).snapshots()[0].step < min(STEPS - 6, reached + 6):
+        assert process.poll() is None, process.stdout.read()
+    (disk / "ballast").unlink()
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, printed
+    assert printed.count("No space left on device") >= 1 and "earlier checkpoints are untouched" in printed
+    assert state_hash(out, STEPS) == undisturbed and shown(out) == list(range(1, STEPS + 1))
+
+
+def test_a_disk_that_stays_full_keeps_the_last_step_in_memory_until_there_is_room(recipe, undisturbed, disk):
+    process, out = fill_while_it_trains(recipe, disk)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in printed, printed
+    assert "No space left on device" in printed and store.find(out).latest.step < STEPS
+    (disk / "ballast").unlink()
+    go_on(recipe, out)
+    resumed = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()][-2:]
+    assert any(one["kind"] == "resumed" and one["step"] == STEPS for one in resumed) or shown(out)[-1] == STEPS
+    assert state_hash(out, STEPS) == undisturbed
+
+
+def test_a_stop_signal_on_a_full_disk_ends_with_75_and_loses_nothing(recipe, undisturbed, disk):
+    process, out = fill_while_it_trains(recipe, disk)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 75 and "Traceback" not in printed, printed
+    reached = live.open_region(out).snapshots()[0].step
+    (disk / "ballast").unlink()
+    go_on(recipe, out)
+    assert f'"kind": "resumed", "step": {reached}' in (out / "events.jsonl").read_text()
+    assert state_hash(out, STEPS) == undisturbed

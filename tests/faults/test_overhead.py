@@ -1,0 +1,55 @@
+"""A snapshot is one copy a step, in another thread, while the next step computes.
+
+How long the loop waits, and what the copy costs a whole step, is measured by benchmarks/resilience/stall.py.
+"""
+
+import threading
+
+from runs import go_on
+
+from lora_kit import trainer
+from lora_kit.checkpoint import live
+
+STEPS = 8
+
+
+def test_every_step_is_copied_once_and_not_by_the_thread_that_trains(recipe_file, tmp_path, monkeypatch):
+    threads, copy = [], live.copy_hashed
+
+    def noted(target, sources):
+        threads.append(threading.current_thread())
+        return copy(target, sources)
+
+    monkeypatch.setattr(live, "copy_hashed", noted)
+    go_on(recipe_file, tmp_path / "run")
+    assert len(threads) == STEPS
+    assert threading.current_thread() not in threads and len(set(threads)) == 1
+
+
+def test_the_next_step_computes_while_the_copy_has_not_ended(recipe_file, tmp_path, monkeypatch):
+    computing, overlapped, copy, loss = threading.Event(), [], live.copy_hashed, trainer.sft
+
+    def late(target, sources):
+        if len(overlapped) < STEPS - 1:  # after the last step nothing computes
+            overlapped.append(computing.wait(10))
+            computing.clear()
+        return copy(target, sources)
+
+    def forward(*arguments):
+        if live_steps:
+            computing.set()
+        return loss(*arguments)
+
+    live_steps = []
+    begin = trainer.Publisher.begin
+
+    def begun(self, *arguments, **named):
+        computing.clear()
+        live_steps.append(True)
+        begin(self, *arguments, **named)
+
+    monkeypatch.setattr(live, "copy_hashed", late)
+    monkeypatch.setattr(trainer, "sft", forward)
+    monkeypatch.setattr(trainer.Publisher, "begin", begun)
+    go_on(recipe_file, tmp_path / "run")
+    assert overlapped == [True] * (STEPS - 1)

@@ -1,0 +1,132 @@
+"""What other toolkits lose at a save or at a resume is not lost here: the cases that no other file has a test for."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from runs import go_on, state_hash
+
+from lora_kit import trainer
+from lora_kit.checkpoint import live, store
+from lora_kit.checkpoint.live import Phase, Word
+from lora_kit.checkpoint.store import FORMAT
+from lora_kit.recipe import load_recipe
+from lora_kit.supervise import launch as launching
+from lora_kit.supervise.launch import Attempt, Launch
+
+
+def test_a_checkpoint_is_four_files_however_long_the_run_and_whoever_tokenises(recipe_file, tmp_path):
+    sizes = []
+    for steps in (4, 60):
+        run = go_on(recipe_file, tmp_path / str(steps), f"train.steps={steps}", "checkpoint.every_steps=100")
+        names = {path.name: path.stat().st_size for path in run.latest.iterdir()}
+        assert sorted(names) == sorted([store.ADAPTER, store.ADAPTER_CONFIG, store.OPTIMIZER, store.MANIFEST])
+        sizes.append(sum(names.values()))
+    assert abs(sizes[0] - sizes[1]) < 200, "no history, no tokenizer and no model card travel with a checkpoint"
+
+
+def test_a_writer_that_wrote_more_than_was_predicted_is_an_error(tmp_path, monkeypatch):
+    write = store._write_synced
+    monkeypatch.setattr(store, "_write_synced", lambda path, pieces: write(path, [*pieces, b"base"]))
+    with pytest.raises(store.CheckpointError, match=r"bytes are there, .* were expected"):
+        store.commit(tmp_path, {store.ADAPTER: [b"a"]}, {"step": 1, "fencing_token": 1, "run_id": "r"})
+    assert not store.folders(tmp_path)
+
+
+def test_checkpoints_are_thinned_out_by_their_steps_and_not_by_file_times(tmp_path):
+    for step in range(1, 6):
+        path = store.commit(tmp_path, {store.ADAPTER: [b"a"]}, {"step": step, "fencing_token": 1, "run_id": "r"}).path
+        for file in (path, *path.iterdir()):
+            os.utime(file, (1e9 - step, 1e9 - step))  # the newest looks oldest
+    store.prune(tmp_path, 2)
+    assert [path.name[-1] for path in store.folders(tmp_path)] == ["5", "4"]
+
+
+def test_a_pinned_checkpoint_and_those_of_every_so_many_steps_stay(tmp_path):
+    for step in range(1, 8):
+        store.commit(tmp_path, {store.ADAPTER: [b"a"]}, {"step": step, "fencing_token": 1, "run_id": "r"})
+    (store.checkpoint_folder(tmp_path, 2) / store.PIN).touch()
+    store.prune(tmp_path, 2, keep_every=3)
+    assert [path.name[-1] for path in store.folders(tmp_path)] == ["7", "6", "3", "2"]
+
+
+def test_a_run_that_was_moved_goes_on_to_the_same_bytes(recipe_file, tmp_path):
+    whole = go_on(recipe_file, tmp_path / "here").folder
+    expected = state_hash(whole, 8)
+    shutil.rmtree(store.checkpoint_folder(whole, 8))
+    (whole / "result.json").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    moved = Path(shutil.move(whole, tmp_path / "elsewhere" / "there"))
+    go_on(recipe_file, moved)
+    assert state_hash(moved, 8) == expected
+    written = [path for path in moved.rglob("*") if path.is_file() and path.name != "events.jsonl"]
+    assert not any(str(whole).encode() in path.read_bytes() for path in written)
+
+
+def test_other_micro_batches_train_the_same_examples_at_the_same_rates(recipe_file, tmp_path):
+    wanted = {}
+    for tokens in (256, 512):
+        out = tmp_path / str(tokens)
+        go_on(recipe_file, out, "train.steps=8")
+        shutil.rmtree(store.checkpoint_folder(out, 8))
+        shutil.rmtree(store.checkpoint_folder(out, 6))
+        (out / "result.json").unlink()
+        trainer.train(
+            load_recipe(recipe_file, [f"train.micro_batch_tokens={tokens}"]), out, accept=["train.micro_batch_tokens"]
+        )
+        metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        wanted[tokens] = [(one["step"], one["examples"], one["tokens"], one["learning_rate"]) for one in metrics]
+        assert [one["step"] for one in metrics] == list(range(1, 9))
+    assert wanted[256] == wanted[512]
+
+
+def test_a_manifest_names_its_format_and_holds_nothing_but_json(recipe_file, tmp_path):
+    path = go_on(recipe_file, tmp_path / "run", "train.steps=1").latest
+    assert json.loads((path / store.MANIFEST).read_text())["format"] == FORMAT
+    assert not any(one.suffix in (".pt", ".bin", ".pth", ".pkl") for one in path.iterdir())
+
+
+def test_a_keeper_beside_a_trainer_outlives_it_when_memory_runs_out(recipe_file, tmp_path, monkeypatch):
+    scores, loss = [], trainer.sft
+    mine, out = Path("/proc/self/oom_score_adj"), tmp_path / "run"
+
+    def looked(*arguments):
+        keeper = live.open_region(out).words[Word.KEEPER]
+        theirs = Path(f"/proc/{keeper}/oom_score_adj")
+        if keeper and theirs.exists():
+            scores.append((int(mine.read_text()), int(theirs.read_text())))
+        return loss(*arguments)
+
+    before = int(mine.read_text())
+    monkeypatch.setattr(trainer, "sft", looked)
+    go_on(recipe_file, out, "train.steps=120")
+    assert scores and all(ours > theirs for ours, theirs in scores)
+    assert int(mine.read_text()) == before
+
+
+@pytest.fixture
+def supervisor(monkeypatch):
+    """The supervisor's clock alone: no process was started, and a tenth of a second is an hour."""
+    monkeypatch.setattr(launching, "PATIENCE_SECONDS", 0.1)
+    made = Launch.__new__(Launch)
+    made.keeper = type("NoRegion", (), {"region": None})()
+    made.attempt, made._step_timeout, made._life = Attempt(running={0: os.getpid()}), None, (0, 0, 0)
+    made._silent = made._longest = made._worked = 0.0
+    made._looked = 0.0
+    return made
+
+
+def test_a_base_that_takes_long_to_load_is_no_hang_and_a_start_that_does_nothing_is(supervisor):
+    assert not supervisor._hangs(), "this process has computed since it began"
+    supervisor._looked -= 1.0
+    assert supervisor._hangs(), "and has done nothing since"
+
+
+def test_an_upload_at_the_end_is_no_hang(recipe_file, tmp_path, monkeypatch):
+    phases = []
+    region = lambda: live.open_region(tmp_path / "run")  # noqa: E731
+    monkeypatch.setattr(trainer, "push_finished", lambda *a, **k: phases.append(region().words[Word.PHASE]))
+    go_on(recipe_file, tmp_path / "run", "train.steps=1")
+    assert phases == [Phase.LOADING]

@@ -14,14 +14,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-import psutil
 import torch
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lora_kit.adapter import FlatState, flatten, inject
-from lora_kit.base import choose_attention, load_base, probe_batch, require_quantization
+from lora_kit.base import choose_attention, load_base, require_quantization
 from lora_kit.checkpoint.lease import ORDERED
 from lora_kit.checkpoint.live import Live
 from lora_kit.checkpoint.resume import OpenRun, Row, contract, describe, enforce, enforce_origin, still_bitwise, table
@@ -36,14 +34,13 @@ from lora_kit.hub import unready
 from lora_kit.journal import Journal
 from lora_kit.kernels import choice
 from lora_kit.kernels.attention import use_attention
-from lora_kit.objective import model_inputs
 from lora_kit.processes import Processes
 from lora_kit.recipe import Recipe, dump, resolve_path
+from lora_kit.resolved import fast_parts, measured_threads, threads_for
 from lora_kit.source import Source, load_renderer, locate
 from lora_kit.targets import find_targets
 from lora_kit.trackers import STATE, Curves, Trackers, claim_id
 
-TINY_BASE_BYTES = 100_000_000  # below it, two threads spend more time meeting than computing
 MOVING = ("step", "examples_seen", "skipped_steps", "held_out_loss", "line")  # of a manifest, from step to step
 PACKAGES = ("lora_kit", "torch", "transformers", "peft", "accelerate", "tokenizers")
 
@@ -104,9 +101,7 @@ def prepare_job(
     processes.main_decides(lambda: enforce(rows, accept, run.folder))
     if run.origin is not None:
         enforce_origin(run.origin, recipe, source.fingerprint)
-    resolved: dict[str, Any] = (
-        dict(latest.manifest["resolved"]) if latest else {"threads": threads_for(source, processes)}
-    )
+    resolved = dict(latest.manifest["resolved"] if latest else {"threads": threads_for(source, processes)})
     if resolved["threads"]:
         torch.set_num_threads(resolved["threads"])
     base = fitted_base(recipe, source, data, renderer, processes, console)
@@ -121,6 +116,8 @@ def prepare_job(
     model = inject(base, recipe.adapter, seed=recipe.train.seed, name=source.name, revision=source.commit)
     state = flatten(model.train())
     resolved["kernels"] = fast_parts(model, recipe, resolved, processes)
+    if latest is None and resolved["threads"] == 1:
+        resolved["threads"] = measured_threads(model, state, processes)
     fill(state, run)
     plan = Plan(recipe, data.train, resolved["layout"] == "padded")
     manifest = facts | {
@@ -170,16 +167,6 @@ def fitted_base(
     check_tokenizer_fits(renderer.tokenizer, len(embedding), used=data.train)
     check_context(data, base.config)
     return base
-
-
-def fast_parts(model: PeftModel, recipe: Recipe, resolved: dict[str, Any], processes: Processes) -> list[str]:
-    """Let the model compute with the kernels that fit it, or with those that the run began with."""
-    if recipe.train.kernels == "none":
-        return []
-    known = resolved.get("kernels")
-    ids = np.arange(32) % model.config.get_text_config().vocab_size
-    inputs = None if known else model_inputs(model, probe_batch([ids]), processes.device)
-    return choice.use_kernels(model, known or None, inputs)
 
 
 def fill(state: FlatState, run: OpenRun) -> None:
@@ -250,16 +237,6 @@ def check_context(data: Prepared, config: PretrainedConfig) -> None:
 def template_of(renderer: Renderer) -> str:
     """Return the chat template in use; empty when there is none, as for raw text."""
     return str(renderer.template or renderer.tokenizer.chat_template or "")
-
-
-def threads_for(source: Source, processes: Processes) -> int | None:
-    """Return how many threads a process computes with on a CPU: chosen by the run, since it can change bits."""
-    if processes.device.type != "cpu":
-        return None
-    weights = sum(path.stat().st_size for path in source.folder.glob("*.safetensors"))
-    if weights < TINY_BASE_BYTES:
-        return 1
-    return max(1, (psutil.cpu_count(logical=False) or 1) // processes.count)
 
 
 def claim(latest: Checkpoint | Live | None, rows: Sequence[Row], processes: Processes) -> dict[str, str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lora_kit import trainer
+from lora_kit.kernels.attention import inner_of
 from lora_kit.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +39,7 @@ LAYERS = [
         "drill",
         "progress",
         "publisher",
+        "resolved",
     },
     {"cli", "__init__", "__main__", "integrations"},
 ]
@@ -161,7 +163,7 @@ def test_three_frames_of_ours_lead_from_the_command_to_the_model(recipe_file, tm
 
     def watched(*arguments, **named):
         job = prepare(*arguments, **named)
-        job.model.register_forward_pre_hook(lambda *_: stacks.append(traceback.extract_stack()))
+        inner_of(job.model).base_model.register_forward_pre_hook(lambda *_: stacks.append(traceback.extract_stack()))
         return job
 
     monkeypatch.setattr(trainer, "prepare_job", watched)

@@ -1,0 +1,67 @@
+"""What a run chooses by looking at the machine and the model: once, kept in the manifest, used again at every resume.
+
+Each of these can change bits, so a second start must not choose again.
+"""
+
+import time
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import nn
+
+from lora_kit.adapter import FlatState
+from lora_kit.base import probe_batch
+from lora_kit.kernels import choice
+from lora_kit.kernels.attention import inner_of
+from lora_kit.objective import model_inputs, sft
+from lora_kit.processes import Processes
+from lora_kit.recipe import Recipe
+from lora_kit.source import Source
+
+TINY_BASE_BYTES = 100_000_000  # below it, two threads may spend more time meeting than computing
+PROBE_EXAMPLES, PROBE_TOKENS = 8, 128
+WORTH_IT = 1.15  # so many times faster, or one thread it is: it leaves the other cores to others
+
+
+def threads_for(source: Source, processes: Processes) -> int | None:
+    """Return how many threads a process may compute with on a CPU; None elsewhere, 1 where that may be best."""
+    if processes.device.type != "cpu":
+        return None
+    weights = sum(path.stat().st_size for path in source.folder.glob("*.safetensors"))
+    return 1 if weights < TINY_BASE_BYTES else _cores(processes)
+
+
+def _cores(processes: Processes) -> int:
+    return max(1, (psutil.cpu_count(logical=False) or 1) // processes.count)
+
+
+def measured_threads(model: nn.Module, state: FlatState, processes: Processes) -> int:
+    """Return how many threads a tiny base is faster with: one, or all there are for a process."""
+    many = _cores(processes)
+    if many == 1:
+        return 1
+    vocabulary = inner_of(model).config.get_text_config().vocab_size
+    examples = [np.arange(PROBE_TOKENS) * (number + 1) % vocabulary for number in range(PROBE_EXAMPLES)]
+    seconds = {1: float("inf"), many: float("inf")}
+    for _ in range(3):
+        for threads in seconds:
+            torch.set_num_threads(threads)
+            began = time.perf_counter()
+            sft(model, probe_batch(examples), processes.device).backward()
+            seconds[threads] = min(seconds[threads], time.perf_counter() - began)
+    state.gradient.zero_()
+    chosen: int = processes.main_decides(lambda: many if seconds[1] > WORTH_IT * seconds[many] else 1)
+    torch.set_num_threads(chosen)
+    return chosen
+
+
+def fast_parts(model: nn.Module, recipe: Recipe, resolved: dict[str, Any], processes: Processes) -> list[str]:
+    """Let the model compute with the kernels that fit it, or with those that the run began with."""
+    if recipe.train.kernels == "none":
+        return []
+    known = resolved.get("kernels")
+    ids = np.arange(32) % inner_of(model).config.get_text_config().vocab_size
+    inputs = None if known else model_inputs(model, probe_batch([ids]), processes.device)
+    return choice.use_kernels(model, known or None, inputs)

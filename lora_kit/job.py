@@ -116,7 +116,7 @@ def prepare_job(
     model = inject(base, recipe.adapter, seed=recipe.train.seed, name=source.name, revision=source.commit)
     state = flatten(model.train())
     resolved["kernels"] = fast_parts(model, recipe, resolved, processes)
-    if latest is None and resolved["threads"] == 1:
+    if resolved["threads"] == 0:
         resolved["threads"] = measured_threads(model, state, processes)
     fill(state, run)
     plan = Plan(recipe, data.train, resolved["layout"] == "padded")

@@ -20,17 +20,20 @@ from lora_kit.processes import Processes
 from lora_kit.recipe import Recipe
 from lora_kit.source import Source
 
-TINY_BASE_BYTES = 100_000_000  # below it, two threads may spend more time meeting than computing
+TINY_BASE_BYTES = 20_000_000  # below it, two threads spend more time meeting than computing
+SMALL_BASE_BYTES = 100_000_000  # below it they may, and it is measured
 PROBE_EXAMPLES, PROBE_TOKENS = 8, 128
-WORTH_IT = 1.15  # so many times faster, or one thread it is: it leaves the other cores to others
+WORTH_IT = (
+    1.3  # so many times faster, or one thread it is: far from what noise does, so that a second run chooses alike
+)
 
 
 def threads_for(source: Source, processes: Processes) -> int | None:
-    """Return how many threads a process may compute with on a CPU; None elsewhere, 1 where that may be best."""
+    """Return how many threads a process computes with on a CPU; 0 where that is to be measured, None elsewhere."""
     if processes.device.type != "cpu":
         return None
     weights = sum(path.stat().st_size for path in source.folder.glob("*.safetensors"))
-    return 1 if weights < TINY_BASE_BYTES else _cores(processes)
+    return 1 if weights < TINY_BASE_BYTES else 0 if weights < SMALL_BASE_BYTES else _cores(processes)
 
 
 def _cores(processes: Processes) -> int:

@@ -54,10 +54,11 @@ class _CrossEntropy(Function):
         for begin in range(0, len(hidden), rows):
             some, label = hidden[begin : begin + rows], labels[begin : begin + rows, None]
             logits = head.logits(some)
-            total -= torch.log_softmax(logits, -1, dtype=torch.float32).gather(1, label).sum()
+            chosen = torch.log_softmax(logits, -1, dtype=torch.float32).gather(1, label)
+            total -= chosen.sum()
             if of_hidden is not None:
                 shares = torch.softmax(logits, -1)
-                shares.scatter_(1, label, shares.gather(1, label) - 1)
+                shares.scatter_(1, label, torch.expm1(chosen).to(shares.dtype))  # p - 1, of a p near 1 too
                 of_hidden[begin : begin + rows] = head.back(shares, logits)
         ctx.save_for_backward(of_hidden)
         return total

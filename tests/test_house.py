@@ -160,7 +160,9 @@ def test_three_frames_of_ours_lead_from_the_command_to_the_model(recipe_file, tm
 
     def watched(*arguments, **named):
         job = prepare(*arguments, **named)
-        job.model.register_forward_pre_hook(lambda *_: stacks.append(traceback.extract_stack()))
+        job.model.get_base_model().base_model.register_forward_pre_hook(
+            lambda *_: stacks.append(traceback.extract_stack())
+        )
         return job
 
     monkeypatch.setattr(trainer, "prepare_job", watched)

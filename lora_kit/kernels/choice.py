@@ -45,8 +45,8 @@ def use_kernels(model: nn.Module, wanted: Sequence[str] | None, inputs: Mapping[
 
 def about(model: nn.Module, used: Sequence[str]) -> str:
     """Return the parts in use in words."""
-    layers: dict[str, nn.Module] = {name: one for name, one in model.named_modules() if isinstance(one, LoraLayer)}
-    others = [name.removesuffix(".base_layer") for name, one in layers.items() if not covered(one)]
+    layers = [name for name, one in model.named_modules() if isinstance(one, LoraLayer)]
+    others = [name.removesuffix(".base_layer") for name in layers if not covered(model.get_submodule(name))]
     kinds = ", ".join(sorted({name.rpartition(".")[2] for name in others}))
     by_peft = f"; {kinds} by peft" if others else ""
     names = {

@@ -145,7 +145,7 @@ def evaluate(recipe: Recipe, checkpoint: str | Path) -> dict[str, Score]:
         model, tokenizer = load(checkpoint, base=resolve_path(recipe, recipe.base.repo), device=str(processes.device))
         resolved = json.loads((checkpoint / "manifest.json").read_text())["resolved"]
         use_attention(model, resolved["attention"])
-        use_kernels(model, resolved["kernels"])
+        use_kernels(model, resolved.get("kernels", []))
         renderer = Renderer(tokenizer, stop_token=recipe.base.stop_token)
         held_out = held_out_of(recipe, prepare_data(recipe, renderer), renderer, padded=resolved["layout"] == "padded")
         if held_out is None:

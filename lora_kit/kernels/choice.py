@@ -45,10 +45,12 @@ def use_kernels(model: nn.Module, wanted: Sequence[str] | None, inputs: Mapping[
 
 def about(model: nn.Module, used: Sequence[str]) -> str:
     """Return the parts in use in words."""
-    layers = [one for one in model.modules() if isinstance(one, LoraLayer)]
-    fused = sum(covered(one) for one in layers)
+    layers = [name for name, one in model.named_modules() if isinstance(one, LoraLayer)]
+    others = [name.removesuffix(".base_layer") for name in layers if not covered(model.get_submodule(name))]
+    kinds = ", ".join(sorted({name.rpartition(".")[2] for name in others}))
+    by_peft = f"; {kinds} by peft" if others else ""
     names = {
-        "lora": f"fused adapters ({fused} of {len(layers)}{'; the rest by peft' if fused < len(layers) else ''})",
+        "lora": f"fused adapters ({len(layers) - len(others)} of {len(layers)}{by_peft})",
         "mlp": "gated MLP in one piece",
         "norm": "norms in few passes",
         "loss": "loss at trained positions",
@@ -67,7 +69,8 @@ def _fuse_adapters(model: nn.Module) -> bool:
     taken = set[nn.Module]()
     for parent in list(model.modules()):
         for names in SAME_INPUT:
-            together = [one for name, one in parent.named_children() if name in names and covered(one)]
+            fitting = [one for name, one in parent.named_children() if name in names and covered(one)]
+            together = [one for one in fitting if one.in_features == fitting[0].in_features]
             taken.update(together)
             if together:
                 Together(together)
@@ -93,32 +96,34 @@ def _fuse_norms(model: nn.Module) -> bool:
     return llama or gemma
 
 
+@torch.no_grad()
 def _use_where_equal(
     modules: Sequence[nn.Module], fuse: Callable[[Any], Callable[[], None]], width: Callable[[Any], int]
 ) -> bool:
-    """Fuse the modules of every class whose first one computes the same with it."""
-    verdicts: dict[type[nn.Module], bool] = {}
+    """Fuse the modules that compute the same with it."""
+    used = False
     for one in modules:
-        kind = type(one)
-        if kind not in verdicts:
-            x = _some_rows(width(one), next(one.parameters()))
-            before, undo = one(x), fuse(one)
-            verdicts[kind] = _equal(before, one(x))
+        x = _some_rows(width(one), next(one.parameters()))
+        before, undo = one(x), fuse(one)
+        same = all(_equal(*rows) for rows in zip(before[0], one(x)[0], strict=True))
+        used |= same
+        if not same:
             undo()
-        if verdicts[kind]:
-            fuse(one)
-    return any(verdicts.values())
+    return used
 
 
 def _some_rows(width: int, like: Tensor) -> Tensor:
+    """Return rows of very different sizes: a small one shows an epsilon, a large one where a family clips."""
     generator = torch.Generator().manual_seed(0)
     dtype = like.dtype if like.is_floating_point() else torch.float32
-    return torch.randn((1, 5, width), generator=generator).to(like.device, dtype)
+    sizes = torch.tensor([1e-3, 0.1, 1.0, 30.0, 1000.0])[:, None]
+    return (torch.randn((1, 5, width), generator=generator) * sizes).to(like.device, dtype)
 
 
 def _equal(theirs: Tensor, ours: Tensor) -> bool:
-    largest, tolerance = theirs.abs().max(), TOLERANCE.get(theirs.dtype, 0.0)
-    return theirs.dtype == ours.dtype and bool((theirs - ours).abs().max() <= tolerance * largest)
+    if theirs.dtype != ours.dtype or theirs.shape != ours.shape:
+        return False
+    return bool((theirs - ours).abs().max() <= TOLERANCE.get(theirs.dtype, 0.0) * theirs.abs().max())
 
 
 def _fuse_loss(model: nn.Module, inputs: Mapping[str, Any] | None) -> bool:

@@ -61,13 +61,17 @@ def covered(module: nn.Module) -> bool:
     if module.active_adapters != [ADAPTER] or module.merged or module.disable_adapters:
         return False
     base = module.get_base_layer()
-    known = isinstance(base, (nn.Linear, Conv1D)) and (type(base.weight) is nn.Parameter or _in_few_bits(base))
+    plain_base = type(base) in (nn.Linear, Conv1D) and type(base.weight) is nn.Parameter  # a subclass may do otherwise
+    known = plain_base or _in_few_bits(base)
     plain = ADAPTER in module.lora_A and ADAPTER not in module.lora_variant and not module.lora_bias[ADAPTER]
     return known and plain
 
 
 def _in_few_bits(base: nn.Module) -> bool:
-    return type(base.weight).__name__ in ("Params4bit", "Int8Params")  # no import of what may not be installed
+    return isinstance(base, nn.Linear) and type(base.weight).__name__ in (
+        "Params4bit",
+        "Int8Params",
+    )  # no import of what may not be installed
 
 
 def map_of(module: nn.Module) -> Map:
@@ -163,17 +167,23 @@ class LoraLinear(Function):
         outputs, kept = project(x, maps, adapters)
         ctx.save_for_backward(kept.rows, kept.low, *(one for one in kept.passed if one is not None), *adapters)
         ctx.maps, ctx.masks = maps, sum(one is not None for one in kept.passed)
+        ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Take the gradients of the input and of the adapters."""
         x, low, *rest = ctx.saved_tensors
         passed = iter(rest[: ctx.masks])
         kept = Kept(x, low, [next(passed) if one.dropout else None for one in ctx.maps])
-        to_input: bool = ctx.needs_input_grad[0]
-        of_x, of_adapters = project_back(gradients, kept, ctx.maps, rest[ctx.masks :], to_input=to_input)
-        return of_x, None, *of_adapters
+        adapters, to_input = rest[ctx.masks :], ctx.needs_input_grad[0]
+        used = [one is not None for one in gradients]  # an output that nobody read trains nothing
+        whole = [
+            x.new_zeros(len(x), len(up)) if one is None else one
+            for one, up in zip(gradients, adapters[len(ctx.maps) :], strict=True)
+        ]
+        of_x, of_adapters = project_back(whole, kept, ctx.maps, adapters, to_input=to_input)
+        return of_x, None, *(one if there else None for one, there in zip(of_adapters, used * 2, strict=True))
 
 
 class Together:
@@ -186,6 +196,7 @@ class Together:
         self._modules = list(modules)
         self._own = [module.forward for module in modules]
         self._x: Tensor | None = None
+        self._to_train = False
         self._ready: dict[int, Tensor] = {}
         for place, module in enumerate(modules):
             module.forward = self._forward_of(place)
@@ -201,9 +212,10 @@ class Together:
         return forward
 
     def _output(self, x: Tensor, place: int) -> Tensor:
-        if self._x is not x or place not in self._ready:
+        if self._x is not x or self._to_train != torch.is_grad_enabled() or place not in self._ready:
             maps = [map_of(module) for module in self._modules]
             outputs = LoraLinear.apply(x.reshape(-1, x.shape[-1]), maps, *adapters_of(self._modules))
+            self._to_train = torch.is_grad_enabled()
             self._x, self._ready = x, {at: one.view(*x.shape[:-1], -1) for at, one in enumerate(outputs)}
         output = self._ready.pop(place)
         if not self._ready:

@@ -33,15 +33,23 @@ class Head:
 
     def logits(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocabulary"]:
         """Return the logits of some rows."""
+        return self.capped(self.before_cap(hidden))
+
+    def before_cap(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocabulary"]:
+        """Return the logits in units of the cap, if there is one."""
         logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
         if self.scale != 1.0:
             logits = logits * self.scale
-        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+        return logits if self.cap is None else torch.tanh(logits / self.cap)
 
-    def back(self, of_logits: Float[Tensor, "rows vocabulary"], logits: Tensor) -> Float[Tensor, "rows width"]:
+    def capped(self, before: Float[Tensor, "*rows vocabulary"]) -> Float[Tensor, "*rows vocabulary"]:
+        """Return the logits themselves."""
+        return before if self.cap is None else before * self.cap
+
+    def back(self, of_logits: Float[Tensor, "rows vocabulary"], before: Tensor) -> Float[Tensor, "rows width"]:
         """Return the gradient of the hidden states from that of the logits, which is used up."""
         if self.cap is not None:
-            of_logits = of_logits.mul_(1 - (logits / self.cap).square())
+            of_logits = torch.ops.aten.tanh_backward(of_logits, before)
         return of_logits.mul_(self.scale) @ self.weight if self.scale != 1.0 else of_logits @ self.weight
 
 
@@ -53,12 +61,14 @@ class _CrossEntropy(Function):
         of_hidden = torch.empty_like(hidden) if wanted else None
         for begin in range(0, len(hidden), rows):
             some, label = hidden[begin : begin + rows], labels[begin : begin + rows, None]
-            logits = head.logits(some)
-            total -= torch.log_softmax(logits, -1, dtype=torch.float32).gather(1, label).sum()
+            before = head.before_cap(some)
+            logits = head.capped(before)
+            chosen = torch.log_softmax(logits, -1, dtype=torch.float32).gather(1, label)
+            total -= chosen.sum()
             if of_hidden is not None:
                 shares = torch.softmax(logits, -1)
-                shares.scatter_(1, label, shares.gather(1, label) - 1)
-                of_hidden[begin : begin + rows] = head.back(shares, logits)
+                shares.scatter_(1, label, torch.expm1(chosen).to(shares.dtype))  # p - 1, of a p near 1 too
+                of_hidden[begin : begin + rows] = head.back(shares, before)
         ctx.save_for_backward(of_hidden)
         return total
 

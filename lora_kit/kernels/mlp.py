@@ -74,7 +74,7 @@ def fuse(mlp: nn.Module, activation: str) -> Callable[[], None]:
         if not gated(mlp):
             return cast(Tensor, own(x))
         maps, rows = [map_of(one) for one in parts], x.reshape(-1, x.shape[-1])
-        return cast(Tensor, GatedMlp.apply(rows, act, maps, *adapters_of(parts))).view(x.shape)
+        return cast(Tensor, GatedMlp.apply(rows, act, maps, *adapters_of(parts))).view(*x.shape[:-1], -1)
 
     mlp.forward = forward
     return lambda: setattr(mlp, "forward", own)

@@ -57,6 +57,8 @@ def fuse(norm: nn.Module, *, gemma: bool) -> Callable[[], None]:
     epsilon = cast(float, norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
 
     def forward(x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        if x.dtype != weight.dtype:  # whose product has a dtype of its own
+            return cast(Tensor, own(x))
         return cast(Tensor, RmsNorm.apply(x.reshape(-1, x.shape[-1]), weight, epsilon, gemma)).view(x.shape)
 
     norm.forward = forward

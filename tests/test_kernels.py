@@ -1,0 +1,453 @@
+"""Every kernel computes what plain PyTorch does, forward and back: to rounding in fp32, as near as PEFT in bf16."""
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from plain_loop import relative
+from test_families import EXPERTS_BY_NAME, save_family
+from torch import nn
+from torch.nn import functional
+from transformers.models.gemma.modeling_gemma import GemmaMLP, GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP, LlamaRMSNorm
+from transformers.pytorch_utils import Conv1D
+
+from lora_kit import trainer
+from lora_kit.base import load_base
+from lora_kit.kernels import choice, lora, loss, mlp, norm
+from lora_kit.recipe import load_recipe
+
+EXACT = 1e-5
+WORSE = 1.25  # than PEFT, from the truth
+ROUNDING = 2**-7  # of adapters' gradients in bf16, which PEFT takes in fp32; see test_precision for whole models
+GROUP = ("q_proj", "k_proj", "v_proj")
+
+
+class Layers(nn.Module):
+    """q, k and v of different widths, a bias here and there, and a Conv1D."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj = nn.Linear(24, 32, bias=True), nn.Linear(24, 8, bias=False)
+        self.v_proj, self.c_attn = nn.Linear(24, 16, bias=True), Conv1D(40, 24)
+
+    def forward(self, x, names=(*GROUP, "c_attn")):
+        return torch.cat([self.get_submodule(name)(x) for name in names], dim=-1)
+
+
+def adapted(model, *, targets=(*GROUP, "c_attn"), dropout=0.0, seed=0):
+    """A model with adapters that matter; what it computes with is frozen."""
+    torch.manual_seed(seed)
+    config = LoraConfig(r=4, lora_alpha=12, lora_dropout=dropout, target_modules=list(targets))
+    model = get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape) * 0.2
+    return model.train()
+
+
+def layers(**settings):
+    torch.manual_seed(1)
+    return adapted(Layers(), **settings)
+
+
+def fused(model):
+    model = copy.deepcopy(model)
+    assert choice._fuse_adapters(model)
+    return model
+
+
+def outcome(model, x, *, weights_seed=2, **named):
+    """The output, and the gradients of the input (where it has one) and of all that is trained, as one vector each."""
+    model.zero_grad()
+    x = x.detach().requires_grad_(x.requires_grad)
+    output = model(x, **named)
+    generator = torch.Generator().manual_seed(weights_seed)
+    (output.double() * torch.randn(output.shape, generator=generator).double()).sum().backward()
+    trained = [one.grad for one in model.parameters() if one.requires_grad and one.grad is not None]
+    found = [output.detach(), *([x.grad.flatten()] if x.requires_grad else [])]
+    found += [torch.cat([one.flatten() for one in trained])] if trained else []
+    return [one.double() for one in found]
+
+
+def rows(*shape, dtype=torch.float32, grad=True, seed=3):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_(grad)
+
+
+def same(ours, theirs, tolerance=EXACT):
+    assert len(ours) == len(theirs)
+    assert all(relative(*(one.detach() for one in pair)) < tolerance for pair in zip(ours, theirs, strict=True))
+
+
+def in_bf16(model, fuse, x):
+    """How many times as far from the truth as PEFT the output and the input's gradient are; the adapters' error."""
+    model = model.to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float() / 4
+    exact, ours = copy.deepcopy(model).double(), fuse(model)
+    far, adapters = [], [0.0]
+    for seed in range(4):
+        x = rows(*x.shape, dtype=torch.bfloat16, seed=seed)
+        truth, mine, theirs = outcome(exact, x.double()), outcome(ours, x), outcome(model, x)
+        adapters += [relative(*pair) for pair in zip(mine[2:], truth[2:], strict=True)]
+        far.append([[(one[at] - truth[at]).norm() for one in (mine, theirs)] for at in (0, 1)])
+    mine, theirs = torch.tensor(far).mean(0).unbind(-1)
+    return float((mine / theirs).max()), max(adapters)
+
+
+# adapters
+
+
+@pytest.mark.parametrize("shape", [(9, 24), (2, 9, 24), (1, 24)])
+@pytest.mark.parametrize("grad", [True, False])
+def test_adapted_layers_are_those_of_peft(shape, grad):
+    model, x = layers(), rows(*shape, grad=grad)
+    same(outcome(fused(model), x), outcome(model, x))
+
+
+def test_adapted_layers_in_bf16_are_as_near_the_truth():
+    worse, adapters = in_bf16(layers(), fused, rows(64, 24))
+    assert worse < WORSE and adapters < ROUNDING
+
+
+def test_only_some_of_a_group_may_be_adapted_or_called():
+    model, x = layers(targets=["q_proj", "v_proj"]), rows(5, 24)
+    same(outcome(fused(model), x), outcome(model, x))
+    model = layers()
+    ours = fused(model)
+    for names in (("k_proj",), ("v_proj", "q_proj"), ("q_proj", "q_proj", "k_proj")):
+        same(outcome(ours, x, names=names), outcome(model, x, names=names))
+    assert ours.base_model.model.v_proj.lora_A["default"].weight.grad is None  # nobody read it: as with peft
+
+
+def test_a_sibling_that_is_called_with_another_input_computes_with_that():
+    model, x, other = layers(), rows(5, 24), rows(5, 24, seed=9)
+    ours = fused(model)
+    for one in (ours, model):
+        inner = one.base_model.model
+        one.found = torch.cat([inner.q_proj(x), inner.k_proj(other), inner.v_proj(x)], dim=-1)
+    same([ours.found], [model.found])
+
+
+def test_what_was_computed_without_gradient_is_not_taken_for_training():
+    inner, x = fused(layers()).base_model.model, rows(5, 24)
+    with torch.no_grad():
+        inner.q_proj(x)
+    assert inner.k_proj(x).requires_grad
+
+
+def test_adapters_that_are_off_merged_or_not_plain_are_left_to_peft():
+    model, x = layers(), rows(5, 24)
+    ours = fused(model)
+    with ours.disable_adapter(), model.disable_adapter():
+        same([ours(x)], [model(x)])
+        assert not lora.covered(ours.base_model.model.q_proj)
+    ours.merge_adapter()
+    same([ours(x)], [model(x)])
+    ours.unmerge_adapter()
+    same(outcome(ours, x), outcome(model, x))
+    torch.manual_seed(0)
+    dora = get_peft_model(Layers(), LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
+    assert not lora.covered(dora.base_model.model.q_proj)
+
+
+def test_a_layer_that_only_looks_linear_is_left_to_peft():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(Doubled(24, 8))
+    assert not lora.covered(adapted(model, targets=["0"]).base_model.model[0])
+
+
+def test_siblings_of_different_inputs_are_computed_apart():
+    model = nn.ModuleDict({"q_proj": nn.Linear(24, 8), "k_proj": nn.Linear(12, 8)})
+    parts = fused(adapted(model, targets=["q_proj", "k_proj"])).base_model.model
+    assert parts["q_proj"](rows(5, 24)).shape == parts["k_proj"](rows(5, 12)).shape == (5, 8)
+
+
+def test_dropout_is_drawn_anew_keeps_the_mean_and_its_gradient_is_that_of_the_drawn_mask():
+    model = layers(dropout=0.3)
+    ours, x = fused(model).double(), rows(6, 24).double()
+    inputs = [x, *(one for one in ours.parameters() if one.requires_grad)]
+
+    def drawn(*_):
+        torch.manual_seed(5)
+        return ours(x)
+
+    assert torch.autograd.gradcheck(drawn, inputs, eps=1e-6, atol=1e-5)
+    with torch.no_grad():
+        assert not torch.equal(ours(x), ours(x))
+        several = torch.stack([ours(x) for _ in range(4000)])
+        expected = ours.eval()(x)
+    spread = several.std(0) / 4000**0.5
+    assert ((several.mean(0) - expected).abs() < 6 * spread + 1e-9).all()
+    assert relative(ours(x), model.double().eval()(x)) < EXACT
+
+
+@pytest.mark.parametrize("how", ["nf4", "int8"])
+def test_a_base_in_few_bits_counts_as_its_dequantised_weights(how):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    plain = Layers()
+    few = copy.deepcopy(plain)
+    for name in GROUP:
+        old = plain.get_submodule(name)
+        kind = bitsandbytes.nn.Linear4bit if how == "nf4" else bitsandbytes.nn.Linear8bitLt
+        more = {"quant_type": "nf4"} if how == "nf4" else {"has_fp16_weights": False}
+        new = kind(old.in_features, old.out_features, bias=old.bias is not None, **more)
+        new.load_state_dict(old.state_dict())
+        setattr(few, name, new.to("cpu"))
+    ours, x = fused(adapted(few)), rows(7, 24)
+    for name in GROUP:
+        one = lora.map_of(ours.base_model.model.get_submodule(name))
+        plain.get_submodule(name).weight.data = one.weight(torch.float32)
+        assert relative(one.weight(torch.float32), plain.get_submodule(name).weight) < 0.2
+    same(outcome(ours, x), outcome(adapted(plain), x))
+
+
+# the gated MLP
+
+
+def gated_mlp(kind, activation, *, dropout=0.0, seed=0):
+    torch.manual_seed(seed)
+    config = LlamaConfig(hidden_size=24, intermediate_size=40, hidden_act=activation, num_attention_heads=4)
+    config.hidden_activation = activation
+    return adapted(kind(config), targets=mlp.PARTS, dropout=dropout)
+
+
+def fused_mlp(activation, *, adapters=True):
+    def fuse(model):
+        model = copy.deepcopy(model)
+        if adapters:
+            choice._fuse_adapters(model)
+        mlp.fuse(model.base_model.model, activation)
+        return model
+
+    return fuse
+
+
+MLPS = [(LlamaMLP, "silu"), (GemmaMLP, "gelu_pytorch_tanh")]
+
+
+@pytest.mark.parametrize(("kind", "activation"), MLPS)
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_gated_mlp_is_that_of_transformers(kind, activation, grad):
+    model, x = gated_mlp(kind, activation), rows(2, 9, 24, grad=grad)
+    same(outcome(fused_mlp(activation)(model), x), outcome(model, x))
+
+
+@pytest.mark.parametrize(("kind", "activation"), MLPS)
+def test_a_gated_mlp_in_bf16_is_as_near_the_truth(kind, activation):
+    worse, adapters = in_bf16(gated_mlp(kind, activation), fused_mlp(activation), rows(64, 24))
+    assert worse < WORSE and adapters < ROUNDING
+
+
+def test_the_gradient_of_a_gated_mlp_with_dropout_is_that_of_the_drawn_masks():
+    ours = fused_mlp("silu")(gated_mlp(LlamaMLP, "silu", dropout=0.3)).double()
+    x = rows(4, 24).double()
+
+    def drawn(*_):
+        torch.manual_seed(5)
+        return ours(x)
+
+    inputs = [x, *(one for one in ours.parameters() if one.requires_grad)]
+    assert torch.autograd.gradcheck(drawn, inputs, eps=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_computing_again_in_the_backward_pass_changes_no_bit(dropout):
+    ours, x = fused_mlp("silu")(gated_mlp(LlamaMLP, "silu", dropout=dropout)), rows(4, 24)
+    again = nn.Module()
+    again.inner = ours
+    again.forward = lambda x: torch.utils.checkpoint.checkpoint(ours, x, use_reentrant=False)
+    found = []
+    for one in (ours, again):
+        torch.manual_seed(5)
+        found.append(outcome(one, x))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+# norms
+
+
+def norm_of(kind, width=24):
+    one = kind(width)
+    one.weight.data = rows(width, grad=False, seed=7) * 0.3 + (kind is LlamaRMSNorm)
+    return one.requires_grad_(False)
+
+
+def fused_norm(model):
+    model = copy.deepcopy(model)
+    norm.fuse(model, gemma=isinstance(model, GemmaRMSNorm))
+    return model
+
+
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, GemmaRMSNorm])
+@pytest.mark.parametrize("shape", [(2, 9, 24), (1, 5, 4, 24), (7, 24)])
+def test_norms_are_those_of_transformers_and_leave_their_input_alone(kind, shape, monkeypatch):
+    monkeypatch.setattr(norm, "AT_ONCE", 100)  # several portions
+    model, x = norm_of(kind), rows(*shape)
+    before = x.detach().clone()
+    same(outcome(fused_norm(model), x), outcome(model, x))
+    assert torch.equal(x, before)
+    turned = rows(*shape[::-1][1:], 24, grad=False).transpose(0, -2) if len(shape) > 2 else x
+    same([fused_norm(model)(turned)], [model(turned)])
+
+
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, GemmaRMSNorm])
+def test_norms_in_bf16_are_as_near_the_truth(kind):
+    assert in_bf16(norm_of(kind, 64), fused_norm, rows(32, 64))[0] < WORSE
+
+
+def test_a_norm_in_another_precision_than_its_input_keeps_its_own_way():
+    model = norm_of(LlamaRMSNorm)
+    x = rows(3, 24, dtype=torch.bfloat16)
+    assert fused_norm(model)(x).dtype == model(x).dtype == torch.float32
+
+
+# the loss
+
+
+HEADS = {"plain": {}, "bias": {"bias": True}, "scaled": {"scale": 0.25}, "capped": {"cap": 3.0, "scale": 0.5}}
+
+
+def head_and_rows(case, many, dtype=torch.float32, vocabulary=50):
+    case = dict(HEADS[case])
+    bias = rows(vocabulary, grad=False, dtype=dtype) if case.pop("bias", False) else None
+    head = loss.Head(rows(vocabulary, 16, grad=False, dtype=dtype), bias, **case)
+    labels = torch.randint(vocabulary, (many,), generator=torch.Generator().manual_seed(4))
+    return head, rows(many, 16, dtype=dtype, seed=5), labels
+
+
+def loss_by_torch(hidden, head, labels):
+    logits = functional.linear(hidden, head.weight, head.bias) * head.scale
+    logits = logits if head.cap is None else head.cap * torch.tanh(logits / head.cap)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return functional.cross_entropy(logits, labels, reduction="sum")
+
+
+def loss_and_gradient(hidden, compute):
+    hidden = hidden.detach().requires_grad_()
+    total = compute(hidden)
+    (total * 0.5).backward()
+    return [total.detach().double(), hidden.grad.double()]
+
+
+@pytest.mark.parametrize("many", [1, 16, 39])
+@pytest.mark.parametrize("case", HEADS)
+def test_the_loss_in_pieces_is_the_cross_entropy_of_all_logits(case, many, monkeypatch):
+    monkeypatch.setattr(loss, "LOGITS", 50 * 16)  # pieces of 16 rows
+    head, hidden, labels = head_and_rows(case, many)
+    ours = loss_and_gradient(hidden, lambda x: loss.summed_cross_entropy(x, head, labels))
+    same(ours, loss_and_gradient(hidden, lambda x: loss_by_torch(x, head, labels)))
+    with torch.no_grad():
+        assert loss.summed_cross_entropy(hidden, head, labels) == ours[0]
+
+
+@pytest.mark.parametrize("sure", [1.0, 6.0])
+@pytest.mark.parametrize("case", HEADS)
+def test_the_loss_in_bf16_is_as_near_the_truth_also_where_the_model_is_sure(case, sure):
+    head, hidden, _ = head_and_rows(case, 300, torch.bfloat16)
+    hidden = (hidden.detach() * sure).to(torch.bfloat16)
+    labels = head.logits(hidden).argmax(-1)
+    whole = loss.Head(
+        head.weight.double(), head.bias if head.bias is None else head.bias.double(), head.scale, head.cap
+    )
+    truth = loss_and_gradient(hidden.double(), lambda x: loss_by_torch(x, whole, labels))
+    ours = loss_and_gradient(hidden, lambda x: loss.summed_cross_entropy(x, head, labels))
+    theirs = loss_and_gradient(hidden, lambda x: loss_by_torch(x, head, labels))
+    assert (ours[1] - truth[1]).norm() < WORSE * (theirs[1] - truth[1]).norm()
+    assert relative(ours[0], theirs[0]) < EXACT
+
+
+def test_nothing_to_train_is_a_loss_of_nothing():
+    head, hidden, labels = head_and_rows("plain", 0)
+    total, gradient = loss_and_gradient(hidden, lambda x: loss.summed_cross_entropy(x, head, labels))
+    assert total == 0 and gradient.shape == (0, 16)
+
+
+# which of them a model uses
+
+
+class OtherRMSNorm(LlamaRMSNorm):
+    def forward(self, hidden_states):
+        return super().forward(hidden_states).clamp(-2, 2)
+
+
+class OtherMLP(LlamaMLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=7) * self.up_proj(x))
+
+
+def test_a_family_that_computes_otherwise_keeps_its_own_norm_and_mlp(recipe_file, tmp_path, monkeypatch, jobs):
+    def other(*arguments):
+        base = load_base(*arguments)
+        for module in base.modules():
+            for known, one in ((LlamaRMSNorm, OtherRMSNorm), (LlamaMLP, OtherMLP)):
+                module.__class__ = one if type(module) is known else type(module)
+        return base
+
+    monkeypatch.setattr("lora_kit.job.load_base", other)
+    trainer.train(load_recipe(recipe_file, ["train.steps=1"]), tmp_path / "run")
+    assert jobs[0].manifest["resolved"]["kernels"] == ["lora", "loss"]
+
+
+def test_only_the_modules_that_differ_keep_their_own_code():
+    model = nn.ModuleList([norm_of(OtherRMSNorm), norm_of(LlamaRMSNorm)])
+    assert choice._fuse_norms(model)
+    assert ["forward" in vars(one) and one.forward.__name__ for one in model] == ["forward", "forward"]
+    x = rows(3, 24) * 20
+    same([one(x) for one in model], [type(one).forward(one, x) for one in model])
+
+
+def test_the_fast_path_is_said_once_and_kept_at_a_resume(recipe_file, tmp_path, capsys, monkeypatch):
+    trainer.train(load_recipe(recipe_file, ["train.steps=2"]), tmp_path / "run")
+    printed = capsys.readouterr()
+    said = [line for line in (printed.out + printed.err).splitlines() if "fast path:" in line]
+    assert len(said) == 1 and said[0].endswith(
+        "fast path: fused adapters (14 of 14), gated MLP in one piece, norms in few passes, loss at trained positions"
+    )
+    monkeypatch.setattr(choice, "_makes_the_logits", lambda *_: pytest.fail("chosen again"))
+    run = trainer.train(load_recipe(recipe_file, ["train.steps=3"]), tmp_path / "run", accept=["train.steps"])
+    kernels = json.loads((run.latest / "manifest.json").read_text())["resolved"]["kernels"]
+    assert kernels == ["lora", "mlp", "norm", "loss"]
+
+
+def test_layers_that_peft_computes_are_named(recipe_file, tmp_path, base_folder, jobs):
+    folder = save_family(tmp_path / "base", "mixtral", base_folder)
+    changes = [f"base.repo={folder}", f"adapter.targets={EXPERTS_BY_NAME}", "adapter.dropout=0", "train.steps=1"]
+    trainer.train(load_recipe(recipe_file, changes), tmp_path / "run")
+    said = choice.about(jobs[0].model, jobs[0].manifest["resolved"]["kernels"])
+    assert said.startswith("fused adapters (2 of 6; experts by peft)")
+
+
+# what is not needed
+
+
+def test_no_gradient_is_computed_below_the_first_adapted_layer(recipe_file, tmp_path, monkeypatch):
+    wanted, found = [], []
+    for where in (lora, mlp):
+        back = where.project_back
+        monkeypatch.setattr(
+            where,
+            "project_back",
+            lambda *a, to_input, back=back: (wanted.append(to_input), back(*a, to_input=to_input))[1],
+        )
+    normal = norm.RmsNorm.backward
+    monkeypatch.setattr(norm.RmsNorm, "backward", lambda ctx, one: (found.append(0), normal(ctx, one))[1])
+
+    def watched(*arguments):
+        base = load_base(*arguments)
+        base.get_input_embeddings().register_forward_hook(lambda module, given, x: wanted.append(x.requires_grad))
+        return base
+
+    monkeypatch.setattr("lora_kit.job.load_base", watched)
+    changes = ["train.steps=1", "train.batch_size=1", "train.micro_batch_tokens=256"]
+    trainer.train(load_recipe(recipe_file, changes), tmp_path / "run")
+    layers = 2
+    assert wanted.count(True) == 4 * layers - 1 and not wanted[-1]  # q k v of the first layer, which comes last
+    assert len(found) == 2 * layers  # all norms but the first

@@ -36,6 +36,7 @@ LAYERS = [
         "report",
         "drill",
         "progress",
+        "profiling",
         "publisher",
     },
     {"cli", "__init__", "__main__", "integrations"},

@@ -75,6 +75,14 @@ def train(
         str | None,
         typer.Option("--from", metavar="PATH", help="Begin with this adapter, or go back to this run's checkpoint."),
     ] = None,
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile",
+            help="Show where a step's time goes: steps 3 to 5 of this start, as a table by part (also "
+            "RUN/profile/table.txt) and as a trace for ui.perfetto.dev (RUN/profile/trace.json).",
+        ),
+    ] = False,
     max_restarts: Annotated[
         int, typer.Option(min=0, help="How often a killed, crashed or hung process leads to another start.")
     ] = 10,
@@ -95,7 +103,7 @@ def train(
             follow_launcher()
             from lora_kit import trainer
 
-            trainer.train(loaded, out, accept=accept, start_from=start_from)
+            trainer.train(loaded, out, accept=accept, start_from=start_from, profile=profile)
             return
         origin = store.open_checkpoint(newest(start_from)) if start_from else None
         lease, notices = take_over(out, origin)
@@ -103,6 +111,7 @@ def train(
         arguments += [part for text in set_ for part in ("--set", text)]
         arguments += [part for text in accept for part in ("--accept", text)]
         arguments += ["--from", str(start_from)] if origin and not is_own(out, origin) else []
+        arguments += ["--profile"] if profile else []
         for notice in notices:
             print(f"warning: {notice}", file=sys.stderr)
         raise typer.Exit(

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lora_kit.data.cache import cache_folder
 from lora_kit.data.template import Renderer
 from lora_kit.errors import BaseError, DataError
 from lora_kit.recipe import BUILTIN, Base, Recipe, resolve_path
@@ -136,7 +136,7 @@ def file_hash(path: Path) -> str:
         return real.name
     stat = real.stat()
     key = hashlib.sha256(repr((str(real), stat.st_size, stat.st_mtime_ns, stat.st_ino)).encode()).hexdigest()
-    remembered = Path(platformdirs.user_cache_dir("lora_kit")) / "sha256" / key
+    remembered = cache_folder("sha256") / key
     if remembered.is_file() and len(known := remembered.read_text()) == 64:
         return known
     with real.open("rb") as file:

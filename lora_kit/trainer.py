@@ -29,6 +29,7 @@ from lora_kit.hub import checkpoint_at, push_finished
 from lora_kit.job import Job, prepare_job
 from lora_kit.objective import sft
 from lora_kit.processes import Processes
+from lora_kit.profiling import part, profiled
 from lora_kit.progress import Numbers, give_up_when_stuck, moving_parts, settle, tell, with_held_out
 from lora_kit.publisher import Publisher, publishing
 from lora_kit.recipe import Recipe
@@ -40,7 +41,14 @@ AGREE_EVERY = 10  # steps between two comparisons of the processes' states
 SAMPLES = 2  # answers that an evaluation on the way writes to the log
 
 
-def train(recipe: Recipe, out: str | Path, *, accept: Sequence[str] = (), start_from: str | Path | None = None) -> Run:
+def train(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    accept: Sequence[str] = (),
+    start_from: str | Path | None = None,
+    profile: bool = False,
+) -> Run:
     """Train a recipe into a run's folder, going on where an earlier call stopped.
 
     Args:
@@ -49,6 +57,7 @@ def train(recipe: Recipe, out: str | Path, *, accept: Sequence[str] = (), start_
         accept: Keys of the resume contract whose change is wanted, e.g. `optim.learning_rate`.
         start_from: A checkpoint, a run or a Hub name whose adapter a new run begins with; or one of this run's own
             checkpoints to go back to (newer ones are set aside, not deleted).
+        profile: Tell where the time of a few steps goes, in the run's folder `profile`.
 
     Raises:
         InputError: Recipe, data, base, launcher or folder cannot work; nothing was changed.
@@ -64,30 +73,27 @@ def train(recipe: Recipe, out: str | Path, *, accept: Sequence[str] = (), start_
         following(run.folder, console) as trackers,
         publishing(prepare_job(recipe, run, processes, console, trackers, accept=accept), stop_wish) as (job, live),
     ):
-        state, plan = job.state, job.plan
-        numbers = None
+        state, plan, numbers = job.state, job.plan, None
         console.begin(plan.steps, job.start, job.journal.read_metrics())
         catch_up(job, live, console)
-        for step in range(job.start, plan.steps):
+        for step in profiled(range(job.start, plan.steps), job, console, wanted=profile):
             began, done = time.perf_counter(), step + 1
             partial_sums: list[Tensor] = []
             # 1. this process's micro-batches; each gradient is divided by the weight of the whole step
             for batch, weight, merges in my_micro_batches(job, step):
                 live.alive()
-                loss = sft(job.model, batch, processes.device) / weight
-                loss.backward()
+                loss = part("loss", sft)(job.model, batch, processes.device) / weight
+                part("rest of the way back", loss.backward)()
                 state.gradient[LOSS] = loss.detach()
                 state.gradient[STOP] = float(stop_wish.is_set() or live.stop)
-                add_to_tree(partial_sums, state.gradient, merges)
+                part("reduction", add_to_tree)(partial_sums, state.gradient, merges)
             # 2. the sum over processes, in the order in which one process would have added
-            if partial_sums:
-                state.gradient.copy_(partial_sums.pop())
-            processes.tree_sum(state.gradient, contributors=min(processes.count, len(plan.micro_batches(step))))
+            part("reduction", sum_up)(job, partial_sums, step)
             if step == 0:
                 refuse_unreached(state)
             # 3. one update of the flat state, once the copy of the one before has ended
-            stall = live.release()
-            rate, norm, taken = update(job, step)
+            stall = part("publishing", live.release)()
+            rate, norm, taken = part("optimizer", update)(job, step)
             # 4. the numbers of the step before, now that this one is queued: nobody waits for the device
             stop = numbers is not None and settle(job, numbers, live, console)
             seen = torch.stack([*state.gradient[[LOSS, STOP]], norm, taken])
@@ -97,7 +103,7 @@ def train(recipe: Recipe, out: str | Path, *, accept: Sequence[str] = (), start_
             # 5. live while the next step computes; durable when that is due
             measured, last = due(done, recipe.evaluate.every_steps), stop or done == plan.steps
             save = due(done, recipe.checkpoint.every_steps) or last
-            live.begin(partial(moving_parts, job, numbers), due=save and not measured)
+            part("publishing", live.begin)(partial(moving_parts, job, numbers), due=save and not measured)
             state.gradient.zero_()
             if measured:
                 live.finished()
@@ -136,13 +142,14 @@ def my_micro_batches(job: Job, step: int) -> Iterator[tuple[MicroBatch, int, int
 
     The generator is seeded before each, so that dropout is the same whichever process runs it.
     """
-    groups = job.plan.micro_batches(step)
+    groups = part("data", job.plan.micro_batches)(step)
     weight = sum(job.data.train.weight(index) for group in groups for index in group)
     mine = range(job.processes.index, len(groups), job.processes.count)
     for place, merges in reduction_schedule(len(mine)):
         number = mine[place]
         torch.manual_seed(micro_batch_seed(job.recipe.train.seed, step, number))
-        yield collate(job.data.train, groups[number], padded=job.plan.padded), weight, merges
+        batch = part("data", collate)(job.data.train, groups[number], padded=job.plan.padded)
+        yield batch, weight, merges
 
 
 def add_to_tree(partial_sums: list[Tensor], gradient: Tensor, merges: int) -> None:
@@ -152,6 +159,14 @@ def add_to_tree(partial_sums: list[Tensor], gradient: Tensor, merges: int) -> No
         total = partial_sums.pop().add_(total)
     partial_sums.append(total)
     gradient.zero_()
+
+
+def sum_up(job: Job, partial_sums: list[Tensor], step: int) -> None:
+    """Replace the gradient by the sum over all micro-batches of the step, on every process."""
+    if partial_sums:
+        job.state.gradient.copy_(partial_sums.pop())
+    sharing = min(job.processes.count, len(job.plan.micro_batches(step)))
+    job.processes.tree_sum(job.state.gradient, contributors=sharing)
 
 
 def update(job: Job, step: int) -> tuple[float, Tensor, Tensor]:

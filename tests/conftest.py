@@ -1,11 +1,14 @@
 """Tiny real bases, tokenizers and datasets for the tests; one thread, no network."""
 
 import os
+import tempfile
 
+os.environ.update(LORA_KIT_CACHE=tempfile.mkdtemp(prefix="lora-kit-cache-"))
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
 
 import json
 import random
+import shutil
 import string
 from pathlib import Path
 
@@ -17,6 +20,12 @@ hook = install_import_hook(
     ["lora_kit.objective", "lora_kit.optim", "lora_kit.adapter", "lora_kit.processes", "lora_kit.kernels"],
     "beartype.beartype",
 )
+
+
+def pytest_unconfigure():
+    """Leave no cache behind."""
+    shutil.rmtree(os.environ["LORA_KIT_CACHE"], ignore_errors=True)
+
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<' + message.role + '>' + message.content }}"

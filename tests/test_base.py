@@ -88,14 +88,14 @@ def test_the_fingerprint_follows_the_bytes(tmp_path):
 
 
 def test_a_file_is_hashed_once_until_it_changes(tmp_path, monkeypatch):
-    monkeypatch.setattr(bases.platformdirs, "user_cache_dir", lambda _: str(tmp_path / "cache"))
+    monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "file"
     path.write_bytes(b"one")
     first = file_hash(path)
     monkeypatch.setattr(bases.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
     assert file_hash(path) == first
     monkeypatch.undo()
-    monkeypatch.setattr(bases.platformdirs, "user_cache_dir", lambda _: str(tmp_path / "cache"))
+    monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "cache"))
     path.write_bytes(b"two")
     os.utime(path, ns=(0, 0))
     assert file_hash(path) != first

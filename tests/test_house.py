@@ -38,6 +38,7 @@ LAYERS = [
         "report",
         "drill",
         "progress",
+        "profiling",
         "publisher",
         "resolved",
     },

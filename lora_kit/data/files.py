@@ -8,6 +8,7 @@ odd record can alter thousands of others (datasets 5.2). CSV fields stay strings
 import codecs
 import csv
 import glob
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ def open_file(path: Path, label: str) -> Part:
         raise DataError(f"{label}: the file is empty")
     source = glob.escape(str(path))
     if SUFFIXES[path.suffix] == "parquet":
-        rows = read_with(label, lambda library: library.load_dataset("parquet", data_files=[source], split="train"))
+        rows = read_with(label, _reader("parquet", path, source))
         return Part(label, path, "parquet", rows)
     _check_utf8(path, label)
     if SUFFIXES[path.suffix] == "csv":
@@ -96,8 +97,21 @@ def open_file(path: Path, label: str) -> Part:
     values = _json_list(path, label)
     if values is not None:
         return Part(label, path, "json", values)
-    rows = read_with(label, lambda library: library.load_dataset("text", data_files=[source], split="train"))
+    rows = read_with(label, _reader("text", path, source))
     return Part(label, path, "jsonl", rows)
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _reader(kind: str, path: Path, source: str, **how: Any) -> Callable[[ModuleType], Any]:
+    """Return a reader of one file; `datasets` keeps what it read by path and time, so its content gives it a name: an
+    edit that leaves the time as it was (rsync, tar, a coarse clock) would bring back the old rows."""
+    name = digest(path)
+    return lambda library: library.load_dataset(kind, name, data_files=[source], split="train", **how)
 
 
 def read_with(label: str, read: Callable[[ModuleType], Any]) -> Any:
@@ -192,7 +206,7 @@ def _open_csv(path: Path, label: str, source: str) -> Any:
         if not filled:  # the reader takes a header alone for a mistake
             return library.Dataset.from_dict({name: [] for name in header})
         strings = library.Features(dict.fromkeys(header, library.Value("string")))
-        return library.load_dataset("csv", data_files=[source], split="train", features=strings, keep_default_na=False)
+        return _reader("csv", path, source, features=strings, keep_default_na=False)(library)
 
     try:
         return read_with(label, read)

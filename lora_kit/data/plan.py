@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from lora_kit.data.cache import remembered
 from lora_kit.data.order import examples_of_step, total_examples, total_steps
 from lora_kit.data.packing import pack
 from lora_kit.data.template import Renderer
@@ -10,14 +11,13 @@ from lora_kit.recipe import Recipe
 
 
 def prepare_data(recipe: Recipe, renderer: Renderer) -> Prepared:
-    """Read, render and tokenise what a recipe trains on and holds out."""
-    return prepare(
-        recipe.data,
-        renderer,
-        base_dir=recipe.folder,
-        seed=recipe.train.seed,
-        prompts=recipe.evaluate.generate,
-    )
+    """Read, render and tokenise what a recipe trains on and holds out, or take it from an earlier call."""
+
+    def make() -> Prepared:
+        prompts = recipe.evaluate.generate
+        return prepare(recipe.data, renderer, base_dir=recipe.folder, seed=recipe.train.seed, prompts=prompts)
+
+    return remembered(recipe, renderer, make)
 
 
 @dataclass(frozen=True)

@@ -92,18 +92,31 @@ def load(source: str, *, base_dir: Path, max_examples: int | None = None) -> Rec
     Raises:
         DataError: There is no such source, it cannot be read, or it is empty.
     """
-    path, wanted = _local(source, base_dir)
-    if path is None:
+    found = files(source, base_dir)
+    if found is None:
         parts = [_from_hub(source)]
     else:
-        files = _files_of(path, source, wanted) if path.is_dir() else [path]
-        parts = [open_file(file, _label(file, path, source)) for file in files]
+        path, _ = _local(source, base_dir)
+        assert path is not None
+        parts = [open_file(file, _label(file, path, source)) for file in found]
     before = np.cumsum([0, *(len(part.rows) for part in parts)])
     numbers = [start + part.numbers() for start, part in zip(before, parts, strict=False)]
     positions = np.concatenate(numbers)[:max_examples]
     if not len(positions):
         raise DataError(f"{source}: there are no records in it")
     return Records(source, tuple(parts), positions)
+
+
+def files(source: str, base_dir: Path) -> list[Path] | None:
+    """Return the files that a source is read from, in order; None when it is on the Hub.
+
+    Raises:
+        DataError: There is no such source, or it is a folder from which none can be chosen.
+    """
+    path, wanted = _local(source, base_dir)
+    if path is None:
+        return None
+    return _files_of(path, source, wanted) if path.is_dir() else [path]
 
 
 def split(records: Records, fraction: float, seed: int) -> tuple[Records, Records]:

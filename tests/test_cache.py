@@ -1,0 +1,226 @@
+"""Tokens made once are found again, and never those of other data, another tokenizer, template or limit."""
+
+import json
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import make_records, make_tokenizer, write_jsonl
+from transformers import AutoTokenizer
+
+from lora_kit.data import cache, plan
+from lora_kit.data.plan import prepare_data
+from lora_kit.data.template import Renderer
+from lora_kit.errors import DataError
+from lora_kit.recipe import load_recipe
+
+RECIPE = """
+base: {repo: base}
+data: {train: train.jsonl, validation: 0.2, sequence_length: 200, overlong: truncate}
+train: {steps: 1}
+evaluate: {generate: 2}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A recipe's folder with its data, and a cache of its own."""
+    import datasets
+
+    monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    make_tokenizer(tmp_path / "base")
+    write_jsonl(tmp_path / "train.jsonl", make_records(30))
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """How often data was tokenised."""
+    calls = []
+    prepare = plan.prepare
+    monkeypatch.setattr(plan, "prepare", lambda *a, **k: calls.append(a) or prepare(*a, **k))
+    return calls
+
+
+def data_of(folder, *changes, **renderer):
+    recipe = load_recipe(folder / "recipe.yaml", changes)
+    return prepare_data(recipe, Renderer(AutoTokenizer.from_pretrained(folder / "base"), **renderer))
+
+
+def entries(folder):
+    return list((folder / "cache" / "tokens").iterdir())
+
+
+def same(one, other):
+    arrays = [
+        np.array_equal(getattr(getattr(one, part), name), getattr(getattr(other, part), name))
+        for part in ("train", "validation")
+        for name in ("ids", "trained", "offsets")
+    ]
+    return all(arrays) and (one.prompts, one.summary) == (other.prompts, other.summary)
+
+
+def test_a_second_start_tokenises_nothing_and_has_the_same(folder, made):
+    first, again = data_of(folder), data_of(folder)
+    assert len(made) == 1 and same(first, again)
+    assert [array.dtype for array in (again.train.ids, again.train.trained, again.train.offsets)] == [
+        np.int32,
+        np.bool_,
+        np.int64,
+    ]
+    assert len(again.prompts) == 2 and all(type(one.ids) is list for one in again.prompts)
+
+
+def test_without_held_out_data_too(folder, made):
+    first, again = (data_of(folder, "data.validation=null", "evaluate.generate=0") for _ in range(2))
+    assert len(made) == 1 and again.validation is None and again.train.fingerprint == first.train.fingerprint
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_one_byte_of_the_data_makes_new_tokens(folder, made, place):
+    first = data_of(folder)
+    path, stat = folder / "train.jsonl", (folder / "train.jsonl").stat()
+    text = bytearray(path.read_bytes())
+    letters = [index for index in range(len(text)) if text[index : index + 12] == b'"content": "']
+    letter = letters[place * (len(letters) // 3)] + 12
+    text[letter] = ord("z")
+    path.write_bytes(text)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as rsync and tar leave it: same size, same time
+    changed = data_of(folder)
+    assert len(made) == 2 and not same(first, changed)
+    letters = "".join(map(chr, text))
+    assert letters.count("z") == 1  # and it is among the tokens that were made
+    ids = np.concatenate([changed.train.ids, changed.validation.ids])
+    z = AutoTokenizer.from_pretrained(folder / "base").convert_tokens_to_ids("z")
+    assert (ids == z).sum() == 1
+
+
+def test_another_tokenizer_makes_new_tokens(folder, made):
+    first = data_of(folder)
+    path = folder / "base" / "tokenizer.json"
+    inner = json.loads(path.read_text())
+    vocabulary = inner["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(inner))
+    assert not same(first, data_of(folder)) and len(made) == 2
+
+
+@pytest.mark.parametrize("where", ["base", "recipe"])
+def test_another_template_makes_new_tokens(folder, made, where):
+    first = data_of(folder)
+    path = folder / "base" / "chat_template.jinja"
+    other = path.read_text().replace("'>'", "'> '")
+    if where == "base":
+        path.write_text(other)
+        changed = data_of(folder)
+    else:
+        changed = data_of(folder, template=other)
+    assert not same(first, changed) and len(made) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "data.sequence_length=20",
+        "data.max_examples=10",
+        "data.validation=0.5",
+        "train.seed=1",
+        "evaluate.generate=1",
+        "data.overlong=drop",
+        "data.format=messages",
+    ],
+)
+def test_another_setting_is_another_entry(folder, made, change):
+    data_of(folder)
+    changed = data_of(folder, change)
+    assert len(made) == 2 and len(entries(folder)) == 2
+    assert same(changed, data_of(folder, change)) and len(made) == 2
+
+
+@pytest.mark.parametrize("renderer", [{"train_on": "all"}, {"stop_token": "<user>", "train_on": "all"}])
+def test_another_way_to_train_is_another_entry(folder, made, renderer):
+    source = "train.jsonl" if "stop_token" not in renderer else "text.jsonl"
+    write_jsonl(folder / "text.jsonl", [{"text": text} for text in "abcdef"])
+    changes = [f"data.train={source}", "evaluate.generate=0"]
+    first, changed = data_of(folder, *changes), data_of(folder, *changes, **renderer)
+    assert len(made) == 2 and not same(first, changed)
+
+
+def test_other_code_is_another_entry(folder, made, monkeypatch):
+    data_of(folder)
+    monkeypatch.setattr(cache, "_code", lambda: ["edited"])
+    data_of(folder)
+    assert len(made) == 2
+
+
+def test_a_damaged_entry_is_made_again(folder, made):
+    first = data_of(folder)
+    (path,) = entries(folder)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for count, place in enumerate([0, 9, 200, len(whole) - 1, *rng.integers(0, len(whole), 20).tolist()], 1):
+        broken = bytearray(whole)
+        broken[place] ^= 1
+        path.write_bytes(broken)
+        assert same(first, data_of(folder)) and len(made) == 1 + count, f"byte {place}"
+    for length in (0, 4, len(whole) // 2):
+        path.write_bytes(whole[:length])
+        assert same(first, data_of(folder))
+    made.clear()
+    assert same(first, data_of(folder)) and entries(folder) == [path] and not made
+
+
+def test_data_that_changes_while_it_is_read_is_not_kept(folder, monkeypatch):
+    prepare = plan.prepare
+
+    def slow(*arguments, **named):
+        result = prepare(*arguments, **named)
+        write_jsonl(folder / "train.jsonl", make_records(31))
+        return result
+
+    monkeypatch.setattr(plan, "prepare", slow)
+    data_of(folder)
+    assert not (folder / "cache" / "tokens").exists()
+
+
+def test_what_cannot_be_hashed_is_not_kept(folder, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    renderer = Renderer(tokenizer)
+    floating, pinned = (
+        load_recipe(folder / "recipe.yaml", [f"data.train=someone/set@{revision}"]) for revision in ("main", "0a" * 20)
+    )
+    assert cache.key_of(floating, renderer) is None and cache.key_of(pinned, renderer)
+    assert cache.key_of(load_recipe(folder / "recipe.yaml"), renderer)
+    own = type("Own", (type(tokenizer),), {"__module__": "code_of_the_base"})
+    foreign = replace(renderer, tokenizer=own.from_pretrained(folder / "base"))
+    assert cache.key_of(load_recipe(folder / "recipe.yaml"), foreign) is None
+
+
+def test_problems_of_the_data_are_told_as_ever(folder):
+    (folder / "train.jsonl").write_text('{"messages": 1}\n')
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"train.jsonl:1: "):
+            data_of(folder, "data.validation=null", "evaluate.generate=0")
+    with pytest.raises(DataError, match="there is no"):
+        data_of(folder, "data.train=gone.jsonl")
+
+
+def test_a_disk_that_takes_nothing_changes_nothing(folder, made):
+    (folder / "cache").write_text("in the way")
+    assert same(data_of(folder), data_of(folder)) and len(made) == 2
+
+
+def test_entries_are_bounded_and_the_last_used_stay(folder, monkeypatch):
+    monkeypatch.setattr(cache, "KEPT", 3)
+    first = data_of(folder)
+    (oldest,) = entries(folder)
+    for seed in (1, 2, 3):
+        data_of(folder, f"train.seed={seed}")
+        assert same(data_of(folder), first)  # used again, so newest again
+    assert len(entries(folder)) == 3 and oldest in entries(folder)
+    monkeypatch.setattr(cache, "KEPT_BYTES", 1)
+    cache.prune(folder / "cache" / "tokens")
+    assert entries(folder) == [oldest]

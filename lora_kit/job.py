@@ -101,11 +101,7 @@ def prepare_job(
     processes.main_decides(lambda: enforce(rows, accept, run.folder))
     if run.origin is not None:
         enforce_origin(run.origin, recipe, source.fingerprint)
-<<<<<<< HEAD
-    resolved = dict(latest.manifest["resolved"] if latest else {"threads": threads_for(source, processes)})
-=======
     resolved = dict[str, Any](latest.manifest["resolved"] if latest else {"threads": threads_for(source, processes)})
->>>>>>> wt-d
     if resolved["threads"]:
         torch.set_num_threads(resolved["threads"])
     base = fitted_base(recipe, source, data, renderer, processes, console)

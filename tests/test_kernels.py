@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_kit import trainer
 from lora_kit.base import load_base
+from lora_kit.errors import ContractError
 from lora_kit.kernels import choice, lora, loss, mlp, norm
 from lora_kit.recipe import load_recipe
 
@@ -415,6 +416,16 @@ def test_the_fast_path_is_said_once_and_kept_at_a_resume(recipe_file, tmp_path, 
     run = trainer.train(load_recipe(recipe_file, ["train.steps=3"]), tmp_path / "run", accept=["train.steps"])
     kernels = json.loads((run.latest / "manifest.json").read_text())["resolved"]["kernels"]
     assert kernels == ["lora", "mlp", "norm", "loss"]
+
+
+def test_turning_the_fast_path_off_is_a_change_to_accept(recipe_file, tmp_path):
+    trainer.train(load_recipe(recipe_file, ["train.steps=2"]), tmp_path / "run")
+    slow = load_recipe(recipe_file, ["train.steps=3", "train.kernels=none"])
+    with pytest.raises(ContractError, match=r"accept +train\.kernels"):
+        trainer.train(slow, tmp_path / "run", accept=["train.steps"])
+    run = trainer.train(slow, tmp_path / "run", accept=["train.steps", "train.kernels"])
+    manifest = json.loads((run.latest / "manifest.json").read_text())
+    assert manifest["resolved"]["kernels"] == [] and manifest["claim"]["level"] == "rounding"
 
 
 def test_layers_that_peft_computes_are_named(recipe_file, tmp_path, base_folder, jobs):

@@ -1,11 +1,20 @@
 """Attention by segment is softmax attention inside each example: window, soft cap, sinks, shared keys and scaling."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_base
 from transformers import AutoModelForCausalLM
 
-from lora_kit.kernels.attention import SEGMENT, Segments, attention_of, own_attention, segment_attention, use_attention
+from lora_kit.kernels import blocks
+from lora_kit.kernels.attention import (
+    SEGMENT,
+    Segments,
+    attention_of,
+    own_attention,
+    segment_attention,
+    use_attention,
+)
 
 LENGTHS = (7, 1, 19, 12)
 CASES = {
@@ -29,11 +38,11 @@ def inputs(dtype, *, key_heads=2, value_width=8, device="cpu"):
     return [one.to(device, dtype).requires_grad_() for one in drawn]
 
 
-def oracle(query, key, value, *, scaling=None, sliding_window=None, softcap=None, s_aux=None):
+def oracle(query, key, value, lengths=LENGTHS, *, scaling=None, sliding_window=None, softcap=None, s_aux=None):
     """The definition, one query and one head at a time, in float64."""
-    scale = 8**-0.5 if scaling is None else scaling
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows, start = [], 0
-    for length in LENGTHS:
+    for length in lengths:
         for place in range(length):
             first = 0 if sliding_window is None else max(0, place - sliding_window + 1)
             seen = slice(start + first, start + place + 1)
@@ -78,6 +87,43 @@ def test_outputs_and_gradients_are_those_of_the_definition(case, dtype):
 @pytest.mark.parametrize("case", ["plain", "window", "sinks"])
 def test_heads_may_share_keys_and_values_may_have_another_width(case, shape):
     compare(torch.float32, CASES[case], TOLERANCE[torch.float32], **shape)
+
+
+def drawn(seed):
+    """Lengths, a window and a number of key heads: all kinds of places where blocks of 8 queries may begin and end."""
+    rng = np.random.default_rng(seed)
+    kinds = (
+        [1] * 11,
+        [37],
+        [8, 8],
+        [7, 1, 9],
+        [16, 3, 3, 3],
+        [1, 41, 1],
+        rng.integers(1, 20, 5),
+        rng.integers(1, 5, 9),
+    )
+    lengths = tuple(map(int, kinds[seed % len(kinds)]))
+    return lengths, (None, *range(1, 18), 40)[seed * 7 % 19], int(rng.choice([1, 2, 4]))
+
+
+@pytest.mark.parametrize("seed", range(57))
+def test_wherever_blocks_begin_and_end_the_definition_holds(seed, monkeypatch):
+    monkeypatch.setattr(blocks, "QUERIES", 8)
+    lengths, window, key_heads = drawn(seed)
+    generator, many = torch.Generator().manual_seed(seed), sum(lengths)
+    shapes = [(1, 4, many, 6), (1, key_heads, many, 6), (1, key_heads, many, 5)]
+    given = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    segments = Segments.of(lengths, torch.device("cpu"))
+    ours, _ = segment_attention(torch.nn.Identity(), *given, None, segments=segments, sliding_window=window)
+    exact = [one.detach().double().requires_grad_() for one in given]
+    theirs = oracle(*exact, lengths, sliding_window=window)
+    weights = torch.randn(theirs.shape, generator=generator)
+    found, right = (torch.autograd.grad((a * weights).sum(), b) for a, b in ((ours, given), (theirs, exact)))
+    for mine, one in zip((ours, *found), (theirs, *right), strict=True):
+        assert (mine - one).norm() < 1e-5 * max(one.norm(), 1)
+    cut = segments.blocks(window, torch.float32)
+    assert [one.first for one in cut] + [many] == [0, *(one.last for one in cut)]
+    assert all(one.last - one.first <= 8 for one in cut)
 
 
 @pytest.mark.gpu

@@ -122,7 +122,7 @@ def test_a_checkpoint_is_a_peft_adapter_with_the_same_logits(recipe_file, base_f
         ours, theirs = jobs[0].model.eval()(ids).logits, loaded(ids).logits
         with loaded.disable_adapter():
             base_logits = loaded(ids).logits
-    assert torch.equal(ours, theirs)
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
     assert (theirs - base_logits).abs().max() > 0.1, "the adapter learned nothing, so this proves nothing"
 
 

@@ -28,7 +28,8 @@ def test_a_loaded_checkpoint_has_the_trained_models_logits(recipe_file, tmp_path
     model, _ = lk.load(run.latest)
     ids = torch.arange(40)[None]
     with torch.no_grad(), own_attention(jobs[0].model):
-        assert torch.equal(model(ids).logits, jobs[0].model.eval()(ids).logits)
+        loaded, trained = model(ids).logits, jobs[0].model.eval()(ids).logits
+    assert (loaded - trained).abs().max() < 1e-5 * trained.abs().max()
 
 
 def test_answers_in_a_batch_equal_answers_alone(run):

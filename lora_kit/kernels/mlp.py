@@ -30,10 +30,9 @@ class GatedMlp(Function):
         into, out = _of_parts(adapters)
         (gate, up), kept = project(x, maps[:2], into)
         (output,), inner = project(act[0](gate).mul_(up), maps[2:], out)
-        ctx.masks = [*kept.passed, *inner.passed]
-        masks = [one for one in ctx.masks if one is not None]
+        masks = [one for one in (*kept.passed, *inner.passed) if one is not None]
         ctx.save_for_backward(kept.rows, kept.low, gate, up, inner.low, *adapters, *masks)
-        ctx.act, ctx.maps, ctx.masks = act, maps, [one is not None for one in ctx.masks]
+        ctx.act, ctx.maps = act, maps
         return output
 
     @staticmethod
@@ -41,7 +40,7 @@ class GatedMlp(Function):
         """Make the inner product again and go back through all three maps."""
         x, low, gate, up, inner_low, *rest = ctx.saved_tensors
         adapters, masks = rest[:6], iter(rest[6:])
-        passed = [next(masks) if there else None for there in ctx.masks]
+        passed = [next(masks) if one.dropout else None for one in ctx.maps]
         into, out = _of_parts(adapters)
         active = ctx.act[0](gate)
         inner = Kept(active * up, inner_low, passed[2:])

@@ -394,7 +394,7 @@ def test_a_family_that_computes_otherwise_keeps_its_own_norm_and_mlp(recipe_file
 
     monkeypatch.setattr("lora_kit.job.load_base", other)
     trainer.train(load_recipe(recipe_file, ["train.steps=1"]), tmp_path / "run")
-    assert jobs[0].manifest["resolved"]["kernels"] == ["lora", "loss"]
+    assert jobs[0].manifest["resolved"]["kernels"] == ["lora", "rotary", "loss"]
 
 
 def test_only_the_modules_that_differ_keep_their_own_code():
@@ -410,12 +410,13 @@ def test_the_fast_path_is_said_once_and_kept_at_a_resume(recipe_file, tmp_path, 
     printed = capsys.readouterr()
     said = [line for line in (printed.out + printed.err).splitlines() if "fast path:" in line]
     assert len(said) == 1 and said[0].endswith(
-        "fast path: fused adapters (14 of 14), gated MLP in one piece, norms in few passes, loss at trained positions"
+        "fast path: fused adapters (14 of 14), gated MLP in one piece, norms in few passes, rotary positions likewise, "
+        "loss at trained positions"
     )
     monkeypatch.setattr(choice, "_makes_the_logits", lambda *_: pytest.fail("chosen again"))
     run = trainer.train(load_recipe(recipe_file, ["train.steps=3"]), tmp_path / "run", accept=["train.steps"])
     kernels = json.loads((run.latest / "manifest.json").read_text())["resolved"]["kernels"]
-    assert kernels == ["lora", "mlp", "norm", "loss"]
+    assert kernels == ["lora", "mlp", "norm", "rotary", "loss"]
 
 
 def test_turning_the_fast_path_off_is_a_change_to_accept(recipe_file, tmp_path):

@@ -78,7 +78,7 @@ def by_the_fast_path(base, batch, seed):
     assert choose_attention(base, Base(repo="x", dtype="bfloat16"), cpu)["attention"] == SEGMENT
     model = with_adapter(base, seed)
     inputs = model_inputs(model, batch, cpu)
-    assert use_kernels(model, None, inputs) == ["lora", "mlp", "norm", "loss"]
+    assert use_kernels(model, None, inputs) == ["lora", "mlp", "norm", "rotary", "loss"]
     with torch.no_grad():
         logits = head_of(model).logits(inner_of(model).base_model(**inputs)[0])[0].float()
     losses, loss = cross_entropy(logits, torch.from_numpy(batch.labels[0])), sft(model, batch, cpu)

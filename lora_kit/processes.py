@@ -76,6 +76,7 @@ class Processes:
         guest, threads = is_initialized(), torch.get_num_threads()
         accelerator = Accelerator(cpu=not torch.cuda.is_available())
         torch.use_deterministic_algorithms(accelerator.device.type == "cuda", warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over memory for each tensor that is made
         atexit.unregister(_end_group)  # an earlier call's
         atexit.register(_end_group)
         return cls(accelerator, guest, threads)

@@ -10,12 +10,13 @@ generation, is an error instead of a leak. `own_attention` is the way back for s
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.nn import functional
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
 from lora_kit.kernels.blocks import Block, BlockAttention, blocks_of
@@ -96,7 +97,8 @@ def segment_attention(
     window, scale = sliding_window or None, scaling or query.shape[-1] ** -0.5
     plain = softcap is None and s_aux is None
     if plain and _varlen_takes(query, value):
-        return _varlen(query, key, value, segments, scale=scale, window=window), None
+        parts = (one[0].transpose(0, 1) for one in (query, key, value))
+        return VarlenAttention.apply(*parts, segments, scale, window)[None], None
     if plain:
         parts = (one[0].contiguous() for one in (query, key, value))
         return BlockAttention.apply(*parts, segments.blocks(window, query.dtype), scale)[None], None
@@ -112,25 +114,38 @@ def _varlen_takes(query: Tensor, value: Tensor) -> bool:
     return query.is_cuda and fits and query.shape[-1] % 8 == 0
 
 
-def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, scale: float, window: int | None
-) -> Float[Tensor, "one length heads width"]:
-    """Attend with torch's flash attention over segments of any lengths: one kernel, no mask."""
-    longest = max(segments.lengths)
-    output = varlen_attn(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        segments.boundaries,
-        segments.boundaries,
-        longest,
-        longest,
-        scale=scale,
-        window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    assert isinstance(output, Tensor)
-    return output[None]
+class VarlenAttention(Function):
+    """torch's flash attention over segments of any lengths, [length, heads, width]: one kernel, no mask.
+
+    Its backward pass adds up in any order unless torch is told that nothing else will do; so it is told.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, window: int | None
+    ) -> Tensor:
+        """Attend."""
+        longest, ends = max(segments.lengths), segments.boundaries
+        ctx.shape = (ends, ends, longest, longest, 0.0, window is None)  # no dropout
+        ctx.named = {"scale": scale}
+        if window is not None:
+            ctx.named |= {"window_size_left": window - 1, "window_size_right": 0}
+        flash = torch.ops.aten._flash_attention_forward
+        output, of_rows, *state, _ = flash(query, key, value, *ctx.shape, return_debug_mask=False, **ctx.named)
+        ctx.save_for_backward(query, key, value, output, of_rows, *state)
+        return cast(Tensor, output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Take the gradients of the three inputs."""
+        *tensors, seed, offset = ctx.saved_tensors
+        before = torch.get_deterministic_debug_mode()
+        torch.set_deterministic_debug_mode("error")
+        try:
+            flash = torch.ops.aten._flash_attention_backward
+            return *flash(gradient, *tensors, *ctx.shape, seed, offset, **ctx.named), None, None, None
+        finally:
+            torch.set_deterministic_debug_mode(before)
 
 
 def _spelled_out(

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.autograd import Function
 
-LOGITS = 1 << 23  # held at once
+LOGITS = {"cpu": 1 << 23, "cuda": 1 << 27}  # held at once: a GPU reads the head anew for each chunk of rows
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Head:
 class _CrossEntropy(Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Head, labels: Tensor, wanted: bool) -> Tensor:
-        rows = max(16, LOGITS // len(head.weight))
+        rows = max(16, LOGITS[hidden.device.type] // len(head.weight))
         total = torch.zeros((), device=hidden.device)
         of_hidden = torch.empty_like(hidden) if wanted else None
         for begin in range(0, len(hidden), rows):

@@ -22,6 +22,24 @@ hook = install_import_hook(
 )
 
 
+def pytest_runtest_setup(item):
+    """Skip what needs a GPU where there is none."""
+    import torch
+
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    """Where a test computes; a run of it too."""
+    import torch
+
+    if request.param == "cpu":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return torch.device(request.param)
+
+
 def pytest_unconfigure():
     """Leave no cache behind."""
     shutil.rmtree(os.environ["LORA_KIT_CACHE"], ignore_errors=True)

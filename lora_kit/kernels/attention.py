@@ -7,14 +7,16 @@ without one transformers makes no mask at all (and asks the device nothing), and
 generation, is an error instead of a leak. `own_attention` is the way back for such calls.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -25,6 +27,7 @@ SEGMENT = "segment"
 
 VARLEN_DTYPES = (torch.bfloat16, torch.float16)
 VARLEN_WIDTH = 256  # the widest head of torch's flash attention
+VARLEN_TAKES = inspect.signature(varlen_attn).parameters  # windows since 2.11, enable_gqa since 2.12
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,20 @@ class Segments:
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> "Segments":
         """Return the segments of examples of these lengths."""
-        ends = functional.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
-        return cls(tuple(lengths), ends.to(device, non_blocking=True))
+        ends = np.cumsum([0, *lengths], dtype=np.int32)
+        return cls(tuple(lengths), moved(ends, device))
 
     def blocks(self, window: int | None, dtype: torch.dtype) -> list[Block]:
         """Return the row cut into blocks of queries; made once for all layers with this window."""
         if (window, dtype) not in self._blocks:
             self._blocks[window, dtype] = blocks_of(self.lengths, window, dtype=dtype, device=self.boundaries.device)
         return self._blocks[window, dtype]
+
+
+def moved(array: np.ndarray, device: torch.device) -> Tensor:
+    """Return an array's values on a device; nobody waits for what the device has still to do."""
+    values = torch.from_numpy(array)
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def segment_attention(
@@ -109,14 +118,15 @@ def segment_attention(
 
 def _varlen_takes(query: Tensor, value: Tensor) -> bool:
     fits = query.dtype in VARLEN_DTYPES and query.shape[-1] == value.shape[-1] <= VARLEN_WIDTH
-    return query.is_cuda and fits and query.shape[-1] % 8 == 0
+    return query.is_cuda and fits and query.shape[-1] % 8 == 0 and "window_size" in VARLEN_TAKES
 
 
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, scale: float, window: int | None
 ) -> Float[Tensor, "one length heads width"]:
     """Attend with torch's flash attention over segments of any lengths: one kernel, no mask."""
-    longest = max(segments.lengths)
+    longest, shared = max(segments.lengths), query.shape[1] != key.shape[1]
+    more: dict[str, Any] = {"enable_gqa": True} if shared and "enable_gqa" in VARLEN_TAKES else {}
     output = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -127,10 +137,30 @@ def _varlen(
         longest,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **more,
     )
     assert isinstance(output, Tensor)
+    _add_in_one_order(output)
     return output[None]
+
+
+def _add_in_one_order(output: Tensor) -> None:
+    """Let the way back through flash attention give the same bits every time.
+
+    It does so only in torch's strict mode, in which other operations of a model may be refused: so for it alone.
+    """
+    before = list[int]()
+
+    def begin(_: object) -> None:
+        before.append(torch.get_deterministic_debug_mode())
+        torch.set_deterministic_debug_mode("error")
+
+    def end(*_: object) -> None:
+        torch.set_deterministic_debug_mode(before.pop())
+
+    if output.grad_fn is not None:
+        output.grad_fn.register_prehook(begin)
+        output.grad_fn.register_hook(end)
 
 
 def _spelled_out(

@@ -31,7 +31,7 @@ from lora_kit.objective import sft
 from lora_kit.processes import Processes
 from lora_kit.profiling import part, profiled
 from lora_kit.progress import Numbers, give_up_when_stuck, moving_parts, settle, tell, with_held_out
-from lora_kit.publisher import Publisher, publishing
+from lora_kit.publisher import Publisher, on_its_way, publishing
 from lora_kit.recipe import Recipe
 from lora_kit.run import Run, show, write_result
 from lora_kit.stopping import Stop, stop_signals
@@ -96,7 +96,7 @@ def train(
             rate, norm, taken = part("optimizer", update)(job, step)
             # 4. the numbers of the step before, now that this one is queued: nobody waits for the device
             stop = numbers is not None and settle(job, numbers, live, console)
-            seen = torch.stack([*state.gradient[[LOSS, STOP]], norm, taken])
+            seen = on_its_way(torch.stack([*state.gradient[LOSS:], norm, taken]))
             numbers = Numbers(step, rate, seen, time.perf_counter() - began, stall)
             give_up_when_stuck(job, numbers, live)
             agree(job, done)

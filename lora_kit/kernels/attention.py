@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 
 from lora_kit.kernels.blocks import Block, BlockAttention, blocks_of
@@ -46,14 +46,20 @@ class Segments:
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> "Segments":
         """Return the segments of examples of these lengths."""
-        ends = functional.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
-        return cls(tuple(lengths), ends.to(device, non_blocking=True))
+        ends = np.cumsum([0, *lengths], dtype=np.int32)
+        return cls(tuple(lengths), moved(ends, device))
 
     def blocks(self, window: int | None, dtype: torch.dtype) -> list[Block]:
         """Return the row cut into blocks of queries; made once for all layers with this window."""
         if (window, dtype) not in self._blocks:
             self._blocks[window, dtype] = blocks_of(self.lengths, window, dtype=dtype, device=self.boundaries.device)
         return self._blocks[window, dtype]
+
+
+def moved(array: np.ndarray, device: torch.device) -> Tensor:
+    """Return an array's values on a device; nobody waits for what the device has still to do."""
+    values = torch.from_numpy(array)
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def segment_attention(

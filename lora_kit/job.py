@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
 
+import lora_kit
 from lora_kit.adapter import FlatState, flatten, inject
 from lora_kit.base import choose_attention, load_base, require_quantization
 from lora_kit.checkpoint.lease import ORDERED
@@ -42,7 +43,7 @@ from lora_kit.targets import find_targets
 from lora_kit.trackers import STATE, Curves, Trackers, claim_id
 
 MOVING = ("step", "examples_seen", "skipped_steps", "held_out_loss", "line")  # of a manifest, from step to step
-PACKAGES = ("lora_kit", "torch", "transformers", "peft", "accelerate", "tokenizers")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def observed(
             "train": data.train.fingerprint,
             "validation": data.validation.fingerprint if data.validation else None,
         },
-        "versions": {name: version(name) for name in PACKAGES} | quantizer,
+        "versions": {"lora_kit": lora_kit.__version__} | {name: version(name) for name in PACKAGES} | quantizer,
         "machine": {
             "processes": processes.count,
             "device": torch.cuda.get_device_name(processes.device) if cuda else f"cpu {platform.machine()}",

@@ -34,5 +34,5 @@ def plain_loop(job, weights, members, base=None):
 
 
 def relative(ours, theirs):
-    ours, theirs = ours.cpu(), theirs.cpu()
+    ours, theirs = ours.detach().cpu(), theirs.detach().cpu()
     return float((ours - theirs).norm() / theirs.norm())

@@ -204,11 +204,16 @@ def use_attention(model: nn.Module, name: str | None) -> bool:
 
 
 @contextmanager
-def own_attention(model: nn.Module) -> Iterator[None]:
-    """Let a model that attends by segment compute calls of another kind: padded rows, generation with a cache."""
+def own_attention(model: nn.Module, name: str | None = None) -> Iterator[None]:
+    """Let a model that attends by segment compute calls of another kind: padded rows, generation with a cache.
+
+    Args:
+        model: Any; one with another attention keeps it, unless a name is given.
+        name: Of transformers' implementation; by default the model's own choice.
+    """
     before = attention_of(model)
-    if before == SEGMENT:
-        use_attention(model, None)
+    if name or before == SEGMENT:
+        use_attention(model, name)
     try:
         yield
     finally:

@@ -3,15 +3,21 @@
 import pytest
 import torch
 from plain_loop import relative
+from torch.nn import functional
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from lora_kit.kernels.attention import Segments, visible
 from lora_kit.kernels.mlp import ACTIVATIONS
 
+gpu_attention = pytest.importorskip(
+    "lora_kit.kernels.gpu_attention", reason="Triton is not installed", exc_type=ImportError
+)
 gpu = pytest.importorskip("lora_kit.kernels.gpu", reason="Triton is not installed", exc_type=ImportError)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 overflows = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # which sigmoid is made for
 pytestmark = [overflows, *([pytest.mark.gpu] if DEVICE == "cuda" else [])]
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}  # the interpreter cuts to bf16 where a GPU rounds
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # the interpreter cuts, a GPU rounds
+IN_DOTS = [torch.float32, torch.bfloat16 if DEVICE == "cuda" else torch.float16]  # which it does not know in bf16
 
 
 def drawn(dtype, *shape, seed=0):
@@ -36,15 +42,43 @@ def test_a_norm_and_its_gradient(dtype, gemma, shape):
     near([output, gpu.norm_back(above, x, weight, inverse, gemma=gemma)], [expected.to(dtype), of_x.to(dtype)])
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", IN_DOTS)
+@pytest.mark.parametrize("ranks", [(16, 16), (8, 40)])
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_a_gated_activation_and_its_gradients(dtype, name):
-    gate, up, above = (3 * drawn(dtype, 50, 100, seed=seed) for seed in range(3))
-    plain = [one.float().requires_grad_() for one in (gate, up)]
+def test_a_gated_activation_with_adapters_and_its_gradients(dtype, ranks, name):
+    shapes = [(50, 200), (50, 200), (50, sum(ranks)), (200, ranks[0]), (200, ranks[1]), (50, 200)]
+    gate, up, low, *ups, above = (drawn(dtype, *shape, seed=seed) for seed, shape in enumerate(shapes))
+    lows = low.float().split(ranks, dim=1)
+    plain = [
+        one.float() + scale * part @ b.float().T
+        for one, scale, part, b in zip((gate, up), (2.0, 0.5), lows, ups, strict=True)
+    ]
+    plain = [one.requires_grad_() for one in plain]
     expected = ACTIVATIONS[name][0](plain[0]) * plain[1]
     gradients = torch.autograd.grad(expected, plain, above.float())
-    near([gpu.gate(gate, up, name)], [expected.to(dtype)])
-    near(gpu.gate_back(above.clone(), gate, up, name), [one.to(dtype) for one in gradients])
+    gated = gpu.Gated(gate, up, low, tuple(ups), (2.0, 0.5), name)
+    near([gated.product()], [expected.to(dtype)])
+    near(gated.back(above.clone()), [one.to(dtype) for one in gradients])
+
+
+@pytest.mark.parametrize("dtype", IN_DOTS)
+@pytest.mark.parametrize("width", [24, 64])
+@pytest.mark.parametrize("window", [None, 20])
+def test_attention_inside_examples_and_its_gradients(dtype, width, window):
+    lengths, heads, shared = (130, 3, 70), 4, 2
+    shapes = [(sum(lengths), many, width) for many in (heads, shared, shared, heads)]
+    *given, above = (drawn(dtype, *shape, seed=seed) for seed, shape in enumerate(shapes))
+    plain, outputs = [one.float().requires_grad_() for one in given], []
+    for parts in zip(*(one.split(lengths) for one in plain), strict=True):
+        by_head = [part.transpose(0, 1).repeat_interleave(heads // part.shape[1], dim=0) for part in parts]
+        seen = visible(len(parts[0]), window, parts[0].device)
+        outputs.append(functional.scaled_dot_product_attention(*by_head, seen, scale=0.3).transpose(0, 1))
+    expected = torch.cat(outputs)
+    gradients = torch.autograd.grad(expected, plain, above.float())
+    blocks = Segments.of(lengths, torch.device(DEVICE)).starts(gpu_attention.block_rows(width))
+    output, sums = gpu_attention.attend(*given, blocks, 0.3, window)
+    ours = gpu_attention.attend_back(above, *given, output, sums, blocks, 0.3, window)
+    near([output, *ours], [one.to(dtype) for one in (expected, *gradients)])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -4,12 +4,15 @@ The blocks are fixed by the model's widths, never tuned by timing, so that a rep
 compiled once for a width, in about a second, and Triton keeps it on disk. Only imported where there is a CUDA device.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 TILE = 4096  # elements that a program holds, in rows of the width
+MANY, WIDE = 32, 128  # rows and columns, where the width is cut too
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -57,23 +60,58 @@ def _activated(x, activation: tl.constexpr):
     return 0.5 * x * (1 + tanh), 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * slope
 
 
-@triton.jit(do_not_specialize=["count"])
-def _gate(gate, up, output, count, activation: tl.constexpr, many: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * many + tl.arange(0, many)
-    there = at < count
-    active, _ = _activated(tl.load(gate + at, there).to(tl.float32), activation)
-    product = active * tl.load(up + at, there).to(tl.float32)
-    tl.store(output + at, product.to(output.dtype.element_ty), there)
+@triton.jit
+def _with_adapter(
+    x, low, up, row, column, rows, width, ranks, scale, rank: tl.constexpr, step: tl.constexpr, precision: tl.constexpr
+):
+    """Return a tile of x + scale low up', in fp32."""
+    there = (row < rows)[:, None] & (column < width)[None, :]
+    whole = tl.load(x + row[:, None] * width + column[None, :], there, 0.0).to(tl.float32)
+    added = tl.zeros_like(whole)
+    for begin in tl.static_range(0, rank, step):
+        inner = begin + tl.arange(0, step)
+        some = (row < rows)[:, None] & (inner < rank)[None, :]
+        left = tl.load(low + row[:, None] * ranks + inner[None, :], some, 0.0)
+        some = (column < width)[None, :] & (inner < rank)[:, None]
+        right = tl.load(up + column[None, :] * rank + inner[:, None], some, 0.0)
+        added = tl.dot(left, right, added, input_precision=precision)
+    return whole + scale * added
 
 
-@triton.jit(do_not_specialize=["count"])
-def _gate_back(gradient, gate, up, of_gate, of_up, count, activation: tl.constexpr, many: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * many + tl.arange(0, many)
-    there = at < count
-    above = tl.load(gradient + at, there).to(tl.float32)
-    active, slope = _activated(tl.load(gate + at, there).to(tl.float32), activation)
-    along = above * tl.load(up + at, there).to(tl.float32) * slope
-    tl.store(of_gate + at, along.to(of_gate.dtype.element_ty), there)
+@triton.jit(do_not_specialize=["rows"])
+def _gate(
+    gate, up, low, up_of_gate, up_of_up, output, rows, width, ranks, scale_of_gate, scale_of_up,
+    activation: tl.constexpr, rank: tl.constexpr, rank_of_up: tl.constexpr, step: tl.constexpr,
+    precision: tl.constexpr, many: tl.constexpr, wide: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1).to(tl.int64) * many + tl.arange(0, many)
+    column = tl.program_id(0) * wide + tl.arange(0, wide)
+    g = _with_adapter(gate, low, up_of_gate, row, column, rows, width, ranks, scale_of_gate, rank, step, precision)
+    u = _with_adapter(
+        up, low + rank, up_of_up, row, column, rows, width, ranks, scale_of_up, rank_of_up, step, precision
+    )
+    active, _ = _activated(g, activation)
+    there = (row < rows)[:, None] & (column < width)[None, :]
+    tl.store(output + row[:, None] * width + column[None, :], (active * u).to(output.dtype.element_ty), there)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _gate_back(
+    gradient, gate, up, low, up_of_gate, up_of_up, of_gate, of_up, rows, width, ranks, scale_of_gate, scale_of_up,
+    activation: tl.constexpr, rank: tl.constexpr, rank_of_up: tl.constexpr, step: tl.constexpr,
+    precision: tl.constexpr, many: tl.constexpr, wide: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1).to(tl.int64) * many + tl.arange(0, many)
+    column = tl.program_id(0) * wide + tl.arange(0, wide)
+    g = _with_adapter(gate, low, up_of_gate, row, column, rows, width, ranks, scale_of_gate, rank, step, precision)
+    u = _with_adapter(
+        up, low + rank, up_of_up, row, column, rows, width, ranks, scale_of_up, rank_of_up, step, precision
+    )
+    active, slope = _activated(g, activation)
+    there = (row < rows)[:, None] & (column < width)[None, :]
+    at = row[:, None] * width + column[None, :]
+    above = tl.load(gradient + at, there, 0.0).to(tl.float32)
+    tl.store(of_gate + at, (above * u * slope).to(of_gate.dtype.element_ty), there)
     tl.store(of_up + at, (above * active).to(of_up.dtype.element_ty), there)
 
 
@@ -113,20 +151,58 @@ def norm_back(gradient: Tensor, rows: Tensor, weight: Tensor, inverse: Tensor, *
     return output
 
 
-def gate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """Return act(gate) * up."""
-    output = torch.empty_like(gate)
-    _gate[triton.cdiv(gate.numel(), TILE),](
-        gate, up, output, gate.numel(), activation=activation, many=TILE, num_warps=8
-    )
-    return output
+@dataclass(frozen=True)
+class Gated:
+    """The inputs of a gated activation act(gate + s low up') * (up + ...), whose adapters are added on the way.
 
+    Attributes:
+        gate: [rows, width], of the frozen weight alone.
+        up: Likewise.
+        low: [rows, ranks], what both A make of the input, gate's first.
+        ups: Both B, [width, rank], in the same dtype.
+        scales: Of both adapters.
+        activation: One of `mlp.ACTIVATIONS`.
+    """
 
-def gate_back(gradient: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """Return the gradients of gate and up, the first in the place of the product's."""
-    of_up, grid = torch.empty_like(up), (triton.cdiv(gate.numel(), TILE),)
-    _gate_back[grid](gradient, gate, up, gradient, of_up, gate.numel(), activation=activation, many=TILE, num_warps=8)
-    return gradient, of_up
+    gate: Tensor
+    up: Tensor
+    low: Tensor
+    ups: tuple[Tensor, Tensor]
+    scales: tuple[float, float]
+    activation: str
+
+    def product(self) -> Tensor:
+        """Return act(gate) * up."""
+        output = torch.empty_like(self.gate)
+        _gate[self._grid()](self.gate, self.up, self.low, *self.ups, output, *self._rest(), **self._fixed())
+        return output
+
+    def back(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of gate and up; the first takes the place of the product's."""
+        of_up = torch.empty_like(self.up)
+        inputs = (gradient, self.gate, self.up, self.low, *self.ups)
+        _gate_back[self._grid()](*inputs, gradient, of_up, *self._rest(), **self._fixed())
+        return gradient, of_up
+
+    def _grid(self) -> tuple[int, int]:
+        rows, width = self.gate.shape
+        return triton.cdiv(width, WIDE), triton.cdiv(rows, MANY)
+
+    def _rest(self) -> tuple[float, ...]:
+        return *self.gate.shape, self.low.stride(0), *self.scales
+
+    def _fixed(self) -> dict[str, object]:
+        ranks = [one.shape[1] for one in self.ups]
+        return {
+            "activation": self.activation,
+            "rank": ranks[0],
+            "rank_of_up": ranks[1],
+            "step": min(32, max(16, triton.next_power_of_2(max(ranks)))),
+            "precision": "ieee" if self.gate.dtype == torch.float32 else "tf32",
+            "many": MANY,
+            "wide": WIDE,
+            "num_warps": 4,
+        }
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """A gated MLP, down(act(gate(x)) * up(x)), with adapters: its inner product is computed again instead of kept."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -29,8 +30,9 @@ class GatedMlp(Function):
     def forward(ctx: Any, x: Tensor, act: str, maps: Sequence[Map], *adapters: Tensor) -> Tensor:
         """Compute it; the maps are gate, up and down."""
         into, out = _of_parts(adapters)
-        (gate, up), kept = project(x, maps[:2], into)
-        (output,), inner = project(_product(gate, up, act), maps[2:], out)
+        (gate, up), kept = project(x, maps[:2], into, whole=not by_triton(x))
+        active = _gated(gate, up, kept.low, maps, into, act)
+        (output,), inner = project(active.product(), maps[2:], out)
         masks = [one for one in (*kept.passed, *inner.passed) if one is not None]
         ctx.save_for_backward(kept.rows, kept.low, gate, up, inner.low, *adapters, *masks)
         ctx.act, ctx.maps = act, maps
@@ -43,10 +45,11 @@ class GatedMlp(Function):
         adapters, masks = rest[:6], iter(rest[6:])
         passed = [next(masks) if one.dropout else None for one in ctx.maps]
         into, out = _of_parts(adapters)
-        inner = Kept(_product(gate, up, ctx.act), inner_low, passed[2:])
+        active = _gated(gate, up, low, ctx.maps, into, ctx.act)
+        inner = Kept(active.product(), inner_low, passed[2:])
         of_inner, of_out = project_back([gradient], inner, ctx.maps[2:], out, to_input=True)
         assert of_inner is not None
-        of_gate, of_up = _product_back(of_inner, gate, up, ctx.act)
+        of_gate, of_up = active.back(of_inner)
         of_x, of_into = project_back(
             [of_gate, of_up], Kept(x, low, passed[:2]), ctx.maps[:2], into, to_input=ctx.needs_input_grad[0]
         )
@@ -54,24 +57,33 @@ class GatedMlp(Function):
         return of_x, None, None, *downs, *ups
 
 
-def _product(gate: Tensor, up: Tensor, act: str) -> Tensor:
-    """Return act(gate) * up."""
-    if by_triton(gate):
-        from lora_kit.kernels import gpu
+@dataclass(frozen=True)
+class Gated:
+    """A gated activation, act(gate) * up."""
 
-        return gpu.gate(gate, up, act)
-    return ACTIVATIONS[act][0](gate).mul_(up)
+    gate: Tensor
+    up: Tensor
+    activation: str
+
+    def product(self) -> Tensor:
+        """Return it."""
+        return ACTIVATIONS[self.activation][0](self.gate).mul_(self.up)
+
+    def back(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of gate and up from that of their product, which is used up."""
+        active, back = ACTIVATIONS[self.activation]
+        of_up = active(self.gate).mul_(gradient)
+        return back(gradient.mul_(self.up), self.gate), of_up
 
 
-def _product_back(gradient: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    """Return the gradients of gate and up from that of their product, which is used up."""
-    if by_triton(gate):
-        from lora_kit.kernels import gpu
+def _gated(gate: Tensor, up: Tensor, low: Tensor, maps: Sequence[Map], into: Sequence[Tensor], act: str) -> Any:
+    """Return the gated activation; on a GPU it adds what the adapters make of the input on the way."""
+    if not by_triton(gate):
+        return Gated(gate, up, act)
+    from lora_kit.kernels import gpu
 
-        return gpu.gate_back(gradient, gate, up, act)
-    active, back = ACTIVATIONS[act]
-    of_up = active(gate).mul_(gradient)
-    return back(gradient.mul_(up), gate), of_up
+    of_gate, of_up = (one.to(gate.dtype) for one in into[2:])
+    return gpu.Gated(gate, up, low, (of_gate, of_up), (maps[0].scale, maps[1].scale), act)
 
 
 def _of_parts(adapters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -59,7 +59,7 @@ class Segments:
         return self._blocks[window, dtype]
 
     def starts(self, rows: int) -> Int32[Tensor, "blocks three"]:
-        """Return the row cut into blocks of so many: where the example begins, the block's first row, the example's end."""
+        """Return the row cut into blocks of so many: where the example begins, its first row, the example's end."""
         if rows not in self._starts:
             ends = np.cumsum(self.lengths, dtype=np.int32)
             found = [
@@ -152,10 +152,10 @@ class VarlenAttention(Function):
         if by_triton(query) and longest <= SHORT:
             from lora_kit.kernels import gpu_attention
 
-            parts = [one.contiguous() for one in (query, key, value)]
+            query, key, value = (one.contiguous() for one in (query, key, value))
             ctx.blocks = (segments.starts(gpu_attention.block_rows(query.shape[-1])), scale, window)
-            output, of_rows = gpu_attention.attend(*parts, *ctx.blocks)
-            ctx.save_for_backward(*parts, output, of_rows)
+            output, of_rows = gpu_attention.attend(query, key, value, *ctx.blocks)
+            ctx.save_for_backward(query, key, value, output, of_rows)
             return output
         ctx.shape = (ends, ends, longest, longest, 0.0, window is None)  # no dropout
         ctx.named = {"scale": scale}

@@ -203,7 +203,7 @@ def measure(job: Job, done: int, live: Publisher, console: Console) -> float:
         live.alive()
         console.tick(what)
 
-    held_out = evaluation.held_out_of(job.recipe, job.data, job.renderer, padded=job.plan.padded)
+    held_out = evaluation.held_out_of(job.plan, job.data, job.renderer)
     assert held_out is not None
     loss_alone, few = replace(held_out, prompts=()), held_out.prompts[:SAMPLES]
     score = evaluation.score(job.model, job.renderer, loss_alone, processes=job.processes, tick=tick)
@@ -280,7 +280,7 @@ def finish(job: Job, live: Publisher, console: Console, stop_wish: Stop) -> None
         live.alive()
         console.tick(what)
 
-    held_out = evaluation.held_out_of(job.recipe, job.data, job.renderer, padded=job.plan.padded)
+    held_out = evaluation.held_out_of(job.plan, job.data, job.renderer)
     scores = {}
     if held_out is not None:
         scores = evaluation.compare(job.model, job.renderer, held_out, processes=job.processes, tick=tick)

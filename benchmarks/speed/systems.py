@@ -84,11 +84,10 @@ SYSTEMS: dict[str, dict[str, Setting]] = {
     },
 }
 
-LONG_ROWS = {"train.micro_batch_tokens": 8192}
 GPU: dict[str, dict[str, Setting]] = {  # rows that 80 GB hold at 8B, most of them recomputing; more rows are no faster
     "lora_kit": {
-        "best": Setting(arguments=LONG_ROWS),
-        "checkpointed": Setting(arguments=LONG_ROWS | {"train.activation_checkpointing": "true"}),
+        "default": Setting(),
+        "checkpointed": Setting(arguments={"train.micro_batch_tokens": 8192, "train.activation_checkpointing": "true"}),
     },
     "trainer": {
         "best": Setting(rows=4, by_length=True, adapter_in_bf16=True),

@@ -97,12 +97,13 @@ def estimate(recipe: Recipe, *, shapes: Path | None = None, offline: bool = Fals
         BaseError: The configuration cannot be had, or is of a family that is not counted.
     """
     shape = read_config(_config_path(recipe, shapes, offline=offline))
-    return _estimate(recipe, shape, choose(recipe, shape, this_machine()))
+    machine = this_machine()
+    return _estimate(recipe, shape, choose(recipe, shape, machine), machine)
 
 
-def _estimate(recipe: Recipe, shape: Shape, portions: Portions) -> Estimate:
+def _estimate(recipe: Recipe, shape: Shape, portions: Portions, machine: Machine) -> Estimate:
     tokens, recompute = portions.micro_batch_tokens, portions.activation_checkpointing
-    return estimate_memory(shape, recipe, tokens=tokens, recompute=recompute)
+    return estimate_memory(shape, recipe, tokens=tokens, recompute=recompute, device=machine.device)
 
 
 def _config_path(recipe: Recipe, shapes: Path | None, *, offline: bool) -> Path:
@@ -215,7 +216,7 @@ def check(recipe: Recipe, *, offline: bool = False, shapes: Path | None = None, 
     except InputError as error:
         report.unchecked.append(f"sizes and memory: {error}")
     portions = report.portions = choose(recipe, shape, report.machine)
-    report.estimate = _estimate(recipe, shape, portions) if shape else None
+    report.estimate = _estimate(recipe, shape, portions, report.machine) if shape else None
     try:
         source = _light_source(recipe, offline=offline)
     except InputError as error:

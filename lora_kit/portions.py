@@ -68,8 +68,9 @@ def choose(recipe: Recipe, shape: Shape | None, machine: Machine) -> Portions:
         return Portions(sizes[0], ways[0] if machine.device == "cpu" else ways[-1])
     enough = min(sizes[-1], max(ENOUGH, recipe.data.sequence_length))
     for way in ways:
-        needed = {size: estimate_memory(shape, recipe, tokens=size, recompute=way).device_bytes for size in sizes}
-        most = max((size for size in sizes if needed[size] <= ROOM[machine.device] * machine.memory), default=0)
+        estimates = [estimate_memory(shape, recipe, tokens=one, recompute=way, device=machine.device) for one in sizes]
+        fitting = [one for one in estimates if one.device_bytes <= ROOM[machine.device] * machine.memory]
+        most = max((one.micro_batch_tokens for one in fitting), default=0)
         if most >= enough or (most and way is ways[-1]):
             return Portions(most, way)
     return Portions(sizes[0], ways[-1])

@@ -31,7 +31,7 @@ READS = {  # the linear maps of a layer by what they read; those in one line sha
     "inner": ("down_proj",),
 }
 GATED = ("gate_proj", "up_proj", "down_proj")  # that kernels/mlp.py computes in one piece
-LOGITS = 1 << 23  # held at once by kernels/loss.py
+LOGITS = {"cpu": 1 << 23, "cuda": 1 << 26}  # held at once by kernels/loss.py
 QUERIES = 256  # of a block in kernels/blocks.py, and the columns of most masks
 
 
@@ -196,7 +196,7 @@ def in_words(count: int) -> str:
     return f"{number:.3g} {units[0]}" if number < 100 else f"{number:.0f} {units[0]}"
 
 
-def estimate_memory(shape: Shape, recipe: Recipe, *, tokens: int, recompute: bool) -> Estimate:
+def estimate_memory(shape: Shape, recipe: Recipe, *, tokens: int, recompute: bool, device: str = "cpu") -> Estimate:
     """Return what a recipe weighs on a base of this shape.
 
     Args:
@@ -204,6 +204,7 @@ def estimate_memory(shape: Shape, recipe: Recipe, *, tokens: int, recompute: boo
         recipe: Its own micro_batch_tokens and activation_checkpointing may be auto, and are not looked at.
         tokens: Of a micro-batch.
         recompute: Compute activations twice.
+        device: cpu or cuda.
     """
     adapted = shape.adapted(recipe.adapter.targets)
     trainable = shape.layers * recipe.adapter.rank * sum(one.inputs + one.outputs for one in adapted)
@@ -220,7 +221,7 @@ def estimate_memory(shape: Shape, recipe: Recipe, *, tokens: int, recompute: boo
         micro_batch_tokens=tokens,
         activation_checkpointing=recompute,
         activation_bytes=layers + around,
-        working_bytes=_working_bytes(shape, recipe, tokens),
+        working_bytes=_working_bytes(shape, recipe, tokens, device),
         checkpoint_bytes=12 * trainable + 6 * HEADER_BYTES * shape.layers * len(adapted) + MANIFEST_BYTES,
         vocabulary=shape.vocabulary,
         context=shape.context,
@@ -261,13 +262,13 @@ def _kept_by_layer(shape: Shape, recipe: Recipe, tokens: int) -> int:
     return tokens * (own + gate + attention + masks + numbers + _spelled_out(shape, recipe, tokens, size + 8))
 
 
-def _working_bytes(shape: Shape, recipe: Recipe, tokens: int) -> int:
+def _working_bytes(shape: Shape, recipe: Recipe, tokens: int, device: str) -> int:
     """Return the bytes that are held for a moment: by the loss, or on the way back through attention or an MLP."""
     size, width, inner = BYTES[recipe.base.dtype], shape.width, shape.wide("inner")
     longest = min(tokens, recipe.data.sequence_length)
     logits = tokens * shape.vocabulary
     if recipe.train.kernels == "auto":
-        logits = min(logits, max(LOGITS, 16 * shape.vocabulary))
+        logits = min(logits, max(LOGITS[device], 16 * shape.vocabulary))
     loss = logits * (8 + 3 * size) + 2 * tokens * width * size
     blocks = shape.heads * min(QUERIES, longest) * longest * 5 * size
     attention = tokens * _spelled_out(shape, recipe, tokens, 4) if shape.soft_cap else blocks

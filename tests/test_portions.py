@@ -146,7 +146,7 @@ def test_a_gpu_is_filled_as_far_as_the_estimate_allows_and_no_further(name, giga
     found = choose(recipe, shape, Machine("cuda", gigabytes * GB))
 
     def fits(tokens, recompute):
-        estimate = estimate_memory(shape, recipe, tokens=tokens, recompute=recompute)
+        estimate = estimate_memory(shape, recipe, tokens=tokens, recompute=recompute, device="cuda")
         return estimate.device_bytes <= ROOM["cuda"] * gigabytes * GB
 
     tokens, twice = found.micro_batch_tokens, found.activation_checkpointing

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from plain_loop import relative
-from torch.nn import functional
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from lora_kit.kernels.attention import Segments, visible
+from lora_kit import kernels, trainer
+from lora_kit.kernels import mlp, norm, rotary
 from lora_kit.kernels.mlp import ACTIVATIONS
+from lora_kit.recipe import load_recipe
 
 gpu_attention = pytest.importorskip(
     "lora_kit.kernels.gpu_attention", reason="Triton is not installed", exc_type=ImportError
@@ -61,26 +62,6 @@ def test_a_gated_activation_with_adapters_and_its_gradients(dtype, ranks, name):
     near(gated.back(above.clone()), [one.to(dtype) for one in gradients])
 
 
-@pytest.mark.parametrize("dtype", IN_DOTS)
-@pytest.mark.parametrize("width", [24, 64])
-@pytest.mark.parametrize("window", [None, 20])
-def test_attention_inside_examples_and_its_gradients(dtype, width, window):
-    lengths, heads, shared = (130, 3, 70), 4, 2
-    shapes = [(sum(lengths), many, width) for many in (heads, shared, shared, heads)]
-    *given, above = (drawn(dtype, *shape, seed=seed) for seed, shape in enumerate(shapes))
-    plain, outputs = [one.float().requires_grad_() for one in given], []
-    for parts in zip(*(one.split(lengths) for one in plain), strict=True):
-        by_head = [part.transpose(0, 1).repeat_interleave(heads // part.shape[1], dim=0) for part in parts]
-        seen = visible(len(parts[0]), window, parts[0].device)
-        outputs.append(functional.scaled_dot_product_attention(*by_head, seen, scale=0.3).transpose(0, 1))
-    expected = torch.cat(outputs)
-    gradients = torch.autograd.grad(expected, plain, above.float())
-    blocks = Segments.of(lengths, torch.device(DEVICE)).starts(gpu_attention.block_rows(width))
-    output, sums = gpu_attention.attend(*given, blocks, 0.3, window)
-    ours = gpu_attention.attend_back(above, *given, output, sums, blocks, 0.3, window)
-    near([output, *ours], [one.to(dtype) for one in (expected, *gradients)])
-
-
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("width", [24, 64])
 def test_rotary_positions(dtype, width):
@@ -97,3 +78,27 @@ def test_rows_of_any_number_are_computed_alike():
     whole, _ = gpu.norm(x, weight, 1e-5, gemma=False)
     for rows in (1, 16, 33):
         assert torch.equal(gpu.norm(x[:rows], weight, 1e-5, gemma=False)[0], whole[:rows])
+
+
+@pytest.mark.parametrize("dropout", [0, 0.1])
+def test_a_step_with_them_is_the_step_without(dropout, recipe_file, tmp_path, captured, jobs, monkeypatch):
+    changes = ["train.steps=1", "train.batch_size=2", f"adapter.dropout={dropout}", "adapter.rank=3"]
+    for there in (False, True):
+        for one in (mlp, norm, rotary):
+            monkeypatch.setattr(one, "by_triton", lambda x, there=there: there)
+        trainer.train(load_recipe(recipe_file, changes), tmp_path / str(there))
+    (_, plain), (_, ours) = captured
+    assert jobs[1].manifest["resolved"]["kernels"] == ["lora", "mlp", "norm", "rotary", "loss"]
+    assert 0 < relative(ours, plain) < 1e-5  # 0 would be the same code twice
+
+
+def test_where_triton_compiles_nothing_there_is_a_warning_and_the_plain_way(monkeypatch):
+    def refused(*_, **__):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(gpu, "norm", refused)
+    monkeypatch.setattr(torch, "ones", lambda *shape, **_: torch.zeros(shape))
+    kernels._triton_compiles.cache_clear()
+    with pytest.warns(UserWarning, match="Triton compiles nothing here, .*: Failed to find C compiler"):
+        assert not kernels._triton_compiles()
+    kernels._triton_compiles.cache_clear()

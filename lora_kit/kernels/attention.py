@@ -14,12 +14,11 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import Function
 from transformers import AttentionInterface, PreTrainedModel
 
-from lora_kit.kernels import by_triton
 from lora_kit.kernels.blocks import Block, BlockAttention, blocks_of
 
 SEGMENT = "segment"
@@ -27,7 +26,6 @@ SEGMENT = "segment"
 
 VARLEN_DTYPES = (torch.bfloat16, torch.float16)
 VARLEN_WIDTH = 256  # the widest head of torch's flash attention
-SHORT = 2048  # tokens of the longest example up to which our own kernels take less time on a GPU than torch's
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,6 @@ class Segments:
     boundaries: Tensor
     windows: list[int | None] = field(default_factory=list)
     _blocks: dict[tuple[int | None, torch.dtype], list[Block]] = field(default_factory=dict)
-    _starts: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> "Segments":
@@ -57,18 +54,6 @@ class Segments:
         if (window, dtype) not in self._blocks:
             self._blocks[window, dtype] = blocks_of(self.lengths, window, dtype=dtype, device=self.boundaries.device)
         return self._blocks[window, dtype]
-
-    def starts(self, rows: int) -> Int32[Tensor, "blocks three"]:
-        """Return the row cut into blocks of so many: where the example begins, its first row, the example's end."""
-        if rows not in self._starts:
-            ends = np.cumsum(self.lengths, dtype=np.int32)
-            found = [
-                (end - length, first, end)
-                for end, length in zip(ends, self.lengths, strict=True)
-                for first in range(end - length, end, rows)
-            ]
-            self._starts[rows] = moved(np.array(found, np.int32), self.boundaries.device)
-        return self._starts[rows]
 
 
 def moved(array: np.ndarray, device: torch.device) -> Tensor:
@@ -136,10 +121,9 @@ def _varlen_takes(query: Tensor, value: Tensor) -> bool:
 
 
 class VarlenAttention(Function):
-    """Attention over segments of any lengths, [length, heads, width], without a mask: torch's flash attention, or our
-    own kernels where no segment is long.
+    """torch's flash attention over segments of any lengths, [length, heads, width]: one kernel, no mask.
 
-    The way back of torch's adds up in any order unless torch is told that nothing else will do; so it is told.
+    Its way back adds up in any order unless torch is told that nothing else will do; so it is told.
     """
 
     @staticmethod
@@ -148,15 +132,6 @@ class VarlenAttention(Function):
     ) -> Tensor:
         """Attend."""
         longest, ends = max(segments.lengths), segments.boundaries
-        ctx.blocks = None
-        if by_triton(query) and longest <= SHORT:
-            from lora_kit.kernels import gpu_attention
-
-            query, key, value = (one.contiguous() for one in (query, key, value))
-            ctx.blocks = (segments.starts(gpu_attention.block_rows(query.shape[-1])), scale, window)
-            output, of_rows = gpu_attention.attend(query, key, value, *ctx.blocks)
-            ctx.save_for_backward(query, key, value, output, of_rows)
-            return output
         ctx.shape = (ends, ends, longest, longest, 0.0, window is None)  # no dropout
         ctx.named = {"scale": scale}
         if window is not None:
@@ -169,10 +144,6 @@ class VarlenAttention(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Take the gradients of the three inputs."""
-        if ctx.blocks is not None:
-            from lora_kit.kernels import gpu_attention
-
-            return *gpu_attention.attend_back(gradient.contiguous(), *ctx.saved_tensors, *ctx.blocks), None, None, None
         *tensors, seed, offset = ctx.saved_tensors
         before = torch.get_deterministic_debug_mode()
         torch.set_deterministic_debug_mode("error")

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lora_kit.data.packing import IGNORE, MicroBatch
 from lora_kit.kernels.attention import SEGMENT, Segments, attention_of, inner_of, moved
-from lora_kit.kernels.choice import head_of
+from lora_kit.kernels.choice import head_of, last_mlp_of
 from lora_kit.kernels.loss import summed_cross_entropy
+from lora_kit.kernels.mlp import at_rows
 
 Inputs = dict[str, Tensor | Segments | bool]
 
@@ -41,5 +42,6 @@ def sft(model: nn.Module, batch: MicroBatch, device: torch.device) -> Float[Tens
     if head is None:
         logits = model(**inputs).logits.flatten(0, 1)[places]
         return nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-    hidden = inner_of(model).base_model(**inputs)[0].flatten(0, 1)
+    with at_rows(last_mlp_of(model), places):
+        hidden = inner_of(model).base_model(**inputs)[0].flatten(0, 1)
     return summed_cross_entropy(hidden[places], head, labels)

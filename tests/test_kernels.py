@@ -18,6 +18,7 @@ from lora_kit import trainer
 from lora_kit.base import load_base
 from lora_kit.errors import ContractError
 from lora_kit.kernels import choice, lora, loss, mlp, norm
+from lora_kit.kernels.attention import inner_of
 from lora_kit.recipe import load_recipe
 
 EXACT = 1e-5
@@ -449,12 +450,12 @@ def test_the_fast_path_is_said_once_and_kept_at_a_resume(recipe_file, tmp_path, 
     said = [line for line in (printed.out + printed.err).splitlines() if "fast path:" in line]
     assert len(said) == 1 and said[0].endswith(
         "fast path: fused adapters (14 of 14), gated MLP in one piece, norms in few passes, rotary positions likewise, "
-        "loss at trained positions"
+        "loss at trained positions, last MLP there alone"
     )
     monkeypatch.setattr(choice, "_makes_the_logits", lambda *_: pytest.fail("chosen again"))
     run = trainer.train(load_recipe(recipe_file, ["train.steps=3"]), tmp_path / "run", accept=["train.steps"])
     kernels = json.loads((run.latest / "manifest.json").read_text())["resolved"]["kernels"]
-    assert kernels == ["lora", "mlp", "norm", "rotary", "loss"]
+    assert kernels == ["lora", "mlp", "norm", "rotary", "loss", "last mlp"]
 
 
 def test_turning_the_fast_path_off_is_a_change_to_accept(recipe_file, tmp_path):
@@ -501,3 +502,35 @@ def test_no_gradient_is_computed_below_the_first_adapted_layer(recipe_file, tmp_
     layers = 2
     assert wanted.count(True) == 4 * layers - 1 and not wanted[-1]  # q k v of the first layer, which comes last
     assert len(found) == 2 * layers  # all norms but the first
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_the_last_mlp_is_computed_where_tokens_are_trained_and_nothing_else_changes(
+    twice, recipe_file, tmp_path, captured, monkeypatch
+):
+    seen, batches, own, loss_of = [], [], mlp.GatedMlp.forward, trainer.sft
+    monkeypatch.setattr(mlp.GatedMlp, "forward", lambda ctx, x, *rest: (seen.append(len(x)), own(ctx, x, *rest))[1])
+    monkeypatch.setattr(trainer, "sft", lambda model, one, *rest: (batches.append(one), loss_of(model, one, *rest))[1])
+    changes = ["train.steps=1", "adapter.dropout=0", f"train.activation_checkpointing={str(twice).lower()}"]
+    trainer.train(load_recipe(recipe_file, changes), tmp_path / "narrow")
+    expected = []
+    for one in batches:
+        expected += [one.ids.size, one.weight] + [one.weight, one.ids.size] * twice
+    assert seen[-len(expected) :] == expected and batches[0].weight < batches[0].ids.size
+    monkeypatch.setattr(choice, "_narrow_last_mlp", lambda *_: False)
+    trainer.train(load_recipe(recipe_file, changes), tmp_path / "whole")
+    (_, ours), (_, whole) = captured
+    assert relative(ours, whole) < 1e-6
+
+
+def test_calls_that_ask_for_no_rows_get_all_of_them(recipe_file, tmp_path, jobs):
+    trainer.train(load_recipe(recipe_file, ["train.steps=1"]), tmp_path / "run")
+    model, last = jobs[0].model.eval(), choice.last_mlp_of(jobs[0].model)
+    x = rows(6, 32)
+    whole = last(x)
+    with mlp.at_rows(last, torch.tensor([1, 4])):
+        narrow = last(x)
+    same([narrow[[1, 4]]], [whole[[1, 4]]])
+    assert not narrow[[0, 2, 3, 5]].any()
+    assert torch.equal(last(x), whole)
+    assert mlp.fused(last) and last is inner_of(model).base_model.layers[-1].mlp

@@ -3,6 +3,7 @@
 import json
 import shutil
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from lora_kit import check as checking
 from lora_kit import portions, resolved, trainer
 from lora_kit.checkpoint import store
 from lora_kit.errors import ContractError
+from lora_kit.kernels import choice
 from lora_kit.kernels.attention import inner_of
 from lora_kit.objective import sft
 from lora_kit.portions import ROOM, Machine, Portions, choose
@@ -123,7 +125,8 @@ def test_what_a_forward_pass_keeps_is_what_was_estimated_or_a_little_less(micro_
 def test_no_more_is_ever_live_than_was_estimated(micro_batch, recompute):
     job, batch = micro_batch
     if recompute:
-        inner_of(job.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        alike = {"use_reentrant": False, "context_fn": partial(choice.alike, job.model)}
+        inner_of(job.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=alike)
     with Live(of_the_model(job)) as live:
         sft(job.model, batch, torch.device("cpu")).backward()
     estimate = expected(job, recompute=recompute)

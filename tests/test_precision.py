@@ -78,7 +78,7 @@ def by_the_fast_path(base, batch, seed, device):
     assert choose_attention(base.to(device), Base(repo="x"), device)["attention"] == SEGMENT
     model = with_adapter(base, seed, device)
     inputs = model_inputs(model, batch, device)
-    assert use_kernels(model, None, inputs) == ["lora", "mlp", "norm", "rotary", "loss"]
+    assert use_kernels(model, None, inputs) == ["lora", "mlp", "norm", "rotary", "loss", "last mlp"]
     with torch.no_grad():
         logits = head_of(model).logits(inner_of(model).base_model(**inputs)[0])[0].float()
     losses, loss = cross_entropy(logits.cpu(), torch.from_numpy(batch.labels[0])), sft(model, batch, device)

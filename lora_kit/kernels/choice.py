@@ -5,6 +5,7 @@ nobody thought of trains by its own code, or by as much of it as is needed.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from lora_kit.kernels.loss import Head
 
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 HEAD = "_head_of_lora_kit"  # where a model keeps what `head_of` returns
+LAST = "_last_mlp_of_lora_kit"  # and what `last_mlp_of` does
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -32,7 +34,7 @@ def use_kernels(model: nn.Module, wanted: Sequence[str] | None, inputs: Mapping[
         inputs: Of a small call of the model, for finding out.
 
     Returns:
-        The parts in use, of `lora`, `mlp`, `norm`, `rotary` and `loss`.
+        The parts in use, of `lora`, `mlp`, `norm`, `rotary`, `loss` and `last mlp`.
     """
     parts: dict[str, Callable[[], bool]] = {
         "lora": lambda: _fuse_adapters(model),
@@ -40,6 +42,7 @@ def use_kernels(model: nn.Module, wanted: Sequence[str] | None, inputs: Mapping[
         "norm": lambda: _fuse_norms(model),
         "rotary": lambda: _fuse_rotary(model),
         "loss": lambda: _fuse_loss(model, None if wanted else inputs),
+        "last mlp": lambda: _narrow_last_mlp(model, None if wanted else inputs),
     }
     return [name for name, use in parts.items() if (wanted is None or name in wanted) and use()]
 
@@ -56,6 +59,7 @@ def about(model: nn.Module, used: Sequence[str]) -> str:
         "norm": "norms in few passes",
         "rotary": "rotary positions likewise",
         "loss": "loss at trained positions",
+        "last mlp": "last MLP there alone",
     }
     return ", ".join(names[one] for one in used) or "none fits"
 
@@ -64,6 +68,18 @@ def head_of(model: nn.Module) -> Head | None:
     """Return the head that `loss` applies to the hidden states; None where the model makes its logits itself."""
     found: Head | None = vars(inner_of(model)).get(HEAD)
     return found
+
+
+def last_mlp_of(model: nn.Module) -> nn.Module | None:
+    """Return the MLP of the last layer, if only the rows whose hidden states are asked for matter to it."""
+    found: nn.Module | None = vars(inner_of(model)).get(LAST)
+    return found
+
+
+def alike(model: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return in what layers are computed now, and again on the way back, for torch.utils.checkpoint."""
+    last = last_mlp_of(model)
+    return nullcontext(), mlp.at_rows(last, vars(last)[mlp.ASKED] if last else None)
 
 
 def _fuse_adapters(model: nn.Module) -> bool:
@@ -174,3 +190,22 @@ def _makes_the_logits(head: Head, inner: PreTrainedModel, inputs: Mapping[str, A
         return _equal(inner(**inputs).logits, head.logits(inner.base_model(**inputs)[0]))
     except (TypeError, ValueError, RuntimeError):
         return False
+
+
+@torch.no_grad()
+def _narrow_last_mlp(model: nn.Module, inputs: Mapping[str, Any] | None) -> bool:
+    """Compute the last layer's MLP only where tokens are trained: what follows it does not mix rows."""
+    inner = inner_of(model)
+    layers = getattr(inner.base_model, "layers", None)
+    last = [one for one in layers[-1].modules() if mlp.fused(one)] if layers else []
+    if head_of(model) is None or len(last) != 1:
+        return False
+    if inputs is not None:
+        asked = torch.arange(0, inputs["input_ids"].numel(), 3, device=inputs["input_ids"].device)
+        whole = inner.base_model(**inputs)[0].flatten(0, 1)[asked]
+        with mlp.at_rows(last[0], asked):
+            narrow = inner.base_model(**inputs)[0].flatten(0, 1)[asked]
+        if not _equal(whole, narrow):
+            return False
+    vars(inner)[LAST] = last[0]
+    return True

@@ -1,11 +1,12 @@
 """A gated MLP, down(act(gate(x)) * up(x)), with adapters: its inner product is computed again instead of kept."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.autograd import Function
 
@@ -21,6 +22,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tenso
 }
 """Of each name that configurations use: the activation, and what turns its gradient back."""
 PARTS = ("gate_proj", "up_proj", "down_proj")
+ASKED = "_rows_of_lora_kit"  # where an MLP finds what `at_rows` asks of it
 
 
 class GatedMlp(Function):
@@ -103,8 +105,34 @@ def fuse(mlp: nn.Module, activation: str) -> Callable[[], None]:
     def forward(x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         if not gated(mlp):
             return cast(Tensor, own(x))
-        maps, rows = [map_of(one) for one in parts], x.reshape(-1, x.shape[-1])
-        return cast(Tensor, GatedMlp.apply(rows, activation, maps, *adapters_of(parts))).view(*x.shape[:-1], -1)
+        maps, rows, asked = [map_of(one) for one in parts], x.reshape(-1, x.shape[-1]), vars(mlp)[ASKED]
+        some = rows if asked is None else rows.index_select(0, asked)
+        output = cast(Tensor, GatedMlp.apply(some, activation, maps, *adapters_of(parts)))
+        if asked is not None:
+            output = output.new_zeros(len(rows), output.shape[1]).index_copy(0, asked, output)
+        return output.view(*x.shape[:-1], -1)
 
-    mlp.forward = forward
-    return lambda: setattr(mlp, "forward", own)
+    def undo() -> None:
+        mlp.forward = own
+        del vars(mlp)[ASKED]
+
+    mlp.forward, vars(mlp)[ASKED] = forward, None
+    return undo
+
+
+def fused(module: nn.Module) -> bool:
+    """Return whether `fuse` has been at a module."""
+    return ASKED in vars(module)
+
+
+@contextmanager
+def at_rows(mlp: nn.Module | None, rows: Int64[Tensor, "asked"] | None) -> Iterator[None]:
+    """Let a fused MLP, if there is one, compute these rows alone and leave zeros in the others."""
+    if mlp is None:
+        yield
+        return
+    vars(mlp)[ASKED] = rows
+    try:
+        yield
+    finally:
+        vars(mlp)[ASKED] = None

@@ -70,7 +70,7 @@ def _asked() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=GPU, default=list(GPU), metavar="SYSTEM")
     parser.add_argument("--steps", type=int, help="timed steps; by default what the size can take")
     parser.add_argument(
-        "--minutes", type=float, default=8.5, help="after which nothing is begun (default: %(default)s)"
+        "--minutes", type=float, default=5.5, help="after which nothing is begun (default: %(default)s)"
     )
     parser.add_argument("--cpu", action="store_true", help="try the code without a GPU")
     parser.add_argument("--json", type=Path, help="where the rows go")

@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,9 @@ def locate(base: Base, folder: Path | None) -> Source:
     names = {path.name for pattern in WANTED for path in found.glob(pattern)}
     if not any(name.endswith(".safetensors") for name in names):
         raise BaseError(f"base.repo: {base.repo} has no .safetensors weights; lora_kit opens no pickled ones")
-    hashes = {name: file_hash(found / name) for name in sorted(names)}
+    ordered = sorted(names)
+    with ThreadPoolExecutor() as threads:  # a large base has many files, and hashing leaves Python alone
+        hashes = dict(zip(ordered, threads.map(file_hash, [found / name for name in ordered]), strict=True))
     return Source(base.repo if folder is None else str(folder), found, None if folder else found.name, hashes)
 
 

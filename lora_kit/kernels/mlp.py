@@ -46,8 +46,10 @@ class GatedMlp(Function):
         inner = Kept(active * up, inner_low, passed[2:])
         of_inner, of_out = project_back([gradient], inner, ctx.maps[2:], out, to_input=True)
         assert of_inner is not None
+        del inner
         of_up = active.mul_(of_inner)
         of_gate = ctx.act[1](of_inner.mul_(up), gate)
+        del of_inner
         of_x, of_into = project_back(
             [of_gate, of_up], Kept(x, low, passed[:2]), ctx.maps[:2], into, to_input=ctx.needs_input_grad[0]
         )

@@ -2,7 +2,7 @@
 # Everything that needs a GPU, within 10 minutes on one card, offline: throughput at real shapes, then the tests of the
 # kernels. Arguments go to benchmarks/gpu.py (see --help there); --cpu --size tiny tries the code without a GPU.
 #   PYTHON  the interpreter (default: python3)
-#   WHEELS  a folder of wheels for what is missing there
+#   WHEELS  a folder of wheels for what is missing there, and for what they need
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python3}
@@ -31,7 +31,7 @@ wanted=$(missing) || { echo "benchmarks/gpu.sh: $python does not run; set PYTHON
 if [ -n "$wanted" ] && [ -n "${WHEELS:-}" ]; then
     extra=$(mktemp -d)
     trap 'rm -rf "$extra"' EXIT
-    "$python" -m pip install --quiet --no-index --find-links "$WHEELS" --target "$extra" --no-deps $wanted
+    "$python" -m pip install --quiet --no-index --no-deps --target "$extra" "$WHEELS"/*.whl
     export PYTHONPATH="$PYTHONPATH:$extra"
     wanted=$(missing)
 fi

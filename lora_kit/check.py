@@ -19,8 +19,9 @@ from lora_kit.data.plan import Plan, prepare_data
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.tokens import Prepared, Tokens
 from lora_kit.data.vocabulary import check_tokenizer_fits
-from lora_kit.errors import BaseError, InputError, RecipeError
+from lora_kit.errors import InputError, RecipeError
 from lora_kit.hub import unready
+from lora_kit.portions import Machine, Portions, choose, described, this_machine
 from lora_kit.recipe import Recipe, resolve_path
 from lora_kit.shapes import Estimate, Shape, estimate_memory, read_config
 from lora_kit.source import Source, base_folder, load_renderer
@@ -85,7 +86,7 @@ def _runs(tokens: Tokens, index: int, renderer: Renderer) -> Iterator[tuple[str,
 
 
 def estimate(recipe: Recipe, *, shapes: Path | None = None, offline: bool = False) -> Estimate:
-    """Return what a recipe's base and adapter weigh, counted from the base's configuration.
+    """Return what a recipe's base and adapter weigh on this machine, counted from the base's configuration.
 
     Args:
         recipe: From `load_recipe`.
@@ -95,17 +96,13 @@ def estimate(recipe: Recipe, *, shapes: Path | None = None, offline: bool = Fals
     Raises:
         BaseError: The configuration cannot be had, or is of a family that is not counted.
     """
-    return estimate_memory(_shape(recipe, shapes, offline=offline), recipe)
+    shape = read_config(_config_path(recipe, shapes, offline=offline))
+    return _estimate(recipe, shape, choose(recipe, shape, this_machine()))
 
 
-def _shape(recipe: Recipe, shapes: Path | None, *, offline: bool) -> Shape:
-    path = _config_path(recipe, shapes, offline=offline)
-    try:
-        return read_config(path)
-    except KeyError as error:
-        raise BaseError(f"{path}: it leaves out {error}, so that nothing can be counted") from error
-    except ValueError as error:
-        raise BaseError(f"{path}: not JSON: {error}") from error
+def _estimate(recipe: Recipe, shape: Shape, portions: Portions) -> Estimate:
+    tokens, recompute = portions.micro_batch_tokens, portions.activation_checkpointing
+    return estimate_memory(shape, recipe, tokens=tokens, recompute=recompute)
 
 
 def _config_path(recipe: Recipe, shapes: Path | None, *, offline: bool) -> Path:
@@ -129,20 +126,25 @@ class Report:
     """What a check found.
 
     Attributes:
+        machine: What a run would compute on.
         problems: What would stop the run; empty when it can start.
         unchecked: What could not be looked at, and why.
         notes: What a person should know.
         data: Counts of the training and validation data.
         schedule: Steps, examples and tokens of the run.
+        portions: How many tokens are computed at once, and what of them is kept: as the recipe says, or as a run that
+            began here would choose.
         estimate: Sizes and memory.
         preview: The first examples.
     """
 
+    machine: Machine
     problems: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
+    portions: Portions | None = None
     estimate: Estimate | None = None
     preview: Preview | None = None
 
@@ -178,6 +180,8 @@ class Report:
             yield Text(f"{name}: " + ", ".join(f"{key} {_plain(value)}" for key, value in counts.items() if value))
         if self.schedule:
             yield Text("schedule: " + ", ".join(f"{key} {_plain(value)}" for key, value in self.schedule.items()))
+        if self.portions is not None:
+            yield Text(described(self.portions, self.machine))
         if self.estimate is not None:
             yield from (Text(line) for line in self.estimate.lines())
         yield from (Text(f"note: {note}", style="yellow") for note in self.notes)
@@ -199,17 +203,19 @@ def check(recipe: Recipe, *, offline: bool = False, shapes: Path | None = None, 
         shapes: A folder of `<owner>--<name>.json` configurations, for sizes of bases that are not here.
         processes: How many will train together.
     """
-    report = Report()
+    report = Report(this_machine(processes))
     try:
         require(recipe.track.names)
     except InputError as error:
         report.problems.append(str(error))
+    shape: Shape | None = None
     try:
-        shape = _shape(recipe, shapes, offline=offline)
-        report.estimate = estimate_memory(shape, recipe)
+        shape = read_config(_config_path(recipe, shapes, offline=offline))
         _check_targets(shape, recipe, report)
     except InputError as error:
         report.unchecked.append(f"sizes and memory: {error}")
+    portions = report.portions = choose(recipe, shape, report.machine)
+    report.estimate = _estimate(recipe, shape, portions) if shape else None
     try:
         source = _light_source(recipe, offline=offline)
     except InputError as error:
@@ -223,7 +229,9 @@ def check(recipe: Recipe, *, offline: bool = False, shapes: Path | None = None, 
         if offline and any(_on_the_hub(recipe, one) for one in (recipe.data.train, recipe.data.validation)):
             report.unchecked.append("data: a Hub dataset, and --offline was asked for")
         else:
-            _check_data(recipe, prepare_data(recipe, renderer), renderer, report, processes)
+            data = prepare_data(recipe, renderer)
+            plan = Plan(recipe, data.train, portions.micro_batch_tokens, padded=False)
+            _check_data(plan, data, renderer, report, processes)
     except InputError as error:
         report.problems += str(error).splitlines()
     return report
@@ -260,11 +268,11 @@ def _on_the_hub(recipe: Recipe, source: str | float | None) -> bool:
         return False
 
 
-def _check_data(recipe: Recipe, data: Prepared, renderer: Renderer, report: Report, processes: int) -> None:
+def _check_data(plan: Plan, data: Prepared, renderer: Renderer, report: Report, processes: int) -> None:
+    recipe = plan.recipe
     report.data = {name: data.summary[name] for name in ("train", "validation") if data.summary[name]}
     report.notes += [*data.summary["notes"], *unready(recipe)]
     report.preview = _preview(data.train, renderer, 2)
-    plan = Plan(recipe, data.train, padded=False)
     report.schedule = {
         "steps": plan.steps,
         "examples": plan.total,

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 
 from lora_kit.data.packing import collate, pack
-from lora_kit.data.plan import prepare_data
+from lora_kit.data.plan import Plan, prepare_data
 from lora_kit.data.template import Prompt, Renderer
 from lora_kit.data.tokens import Prepared, Tokens
 from lora_kit.errors import DataError
@@ -61,14 +61,14 @@ class HeldOut:
     how: Answering
 
 
-def held_out_of(recipe: Recipe, data: Prepared, renderer: Renderer, *, padded: bool) -> HeldOut | None:
-    """Return what a recipe holds out, None when it has no validation data."""
+def held_out_of(plan: Plan, data: Prepared, renderer: Renderer) -> HeldOut | None:
+    """Return what is held out, to be run as training is planned; None when there is no validation data."""
     if data.validation is None:
         return None
     # an answer that has outgrown the longest expected one cannot be equal to it
     longest = max((len(renderer.tokenizer(one.expected)["input_ids"]) for one in data.prompts), default=0)
     how = Answering(stop_ids(renderer), max_new_tokens=longest + 8)
-    return HeldOut(data.validation, data.prompts, recipe.train.micro_batch_tokens, padded, how)
+    return HeldOut(data.validation, data.prompts, plan.micro_batch_tokens, plan.padded, how)
 
 
 def score(
@@ -143,11 +143,14 @@ def evaluate(recipe: Recipe, checkpoint: str | Path) -> dict[str, Score]:
     try:
         checkpoint = checkpoint_at(checkpoint)
         model, tokenizer = load(checkpoint, base=resolve_path(recipe, recipe.base.repo), device=str(processes.device))
-        resolved = json.loads((checkpoint / "manifest.json").read_text())["resolved"]
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        resolved = manifest["recipe"]["train"] | manifest["resolved"]
         use_attention(model, resolved["attention"])
         use_kernels(model, resolved.get("kernels", []))
         renderer = Renderer(tokenizer, stop_token=recipe.base.stop_token)
-        held_out = held_out_of(recipe, prepare_data(recipe, renderer), renderer, padded=resolved["layout"] == "padded")
+        data, named = prepare_data(recipe, renderer), recipe.train.micro_batch_tokens
+        tokens = named if isinstance(named, int) else resolved["micro_batch_tokens"]
+        held_out = held_out_of(Plan(recipe, data.train, tokens, resolved["layout"] == "padded"), data, renderer)
         if held_out is None:
             raise DataError("data.validation: the recipe names none; add a file, a Hub name or a fraction such as 0.05")
         return compare(model, renderer, held_out, processes=processes)

@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
 
+import lora_kit
 from lora_kit.adapter import FlatState, flatten, inject
 from lora_kit.base import choose_attention, load_base, require_quantization
 from lora_kit.checkpoint.lease import ORDERED
@@ -34,15 +35,16 @@ from lora_kit.hub import unready
 from lora_kit.journal import Journal
 from lora_kit.kernels import choice
 from lora_kit.kernels.attention import use_attention
+from lora_kit.portions import Portions
 from lora_kit.processes import Processes
 from lora_kit.recipe import Recipe, dump, resolve_path
-from lora_kit.resolved import fast_parts, measured_threads, threads_for
+from lora_kit.resolved import choices, fast_parts, measured_threads
 from lora_kit.source import Source, load_renderer, locate
 from lora_kit.targets import find_targets
 from lora_kit.trackers import STATE, Curves, Trackers, claim_id
 
 MOVING = ("step", "examples_seen", "skipped_steps", "held_out_loss", "line")  # of a manifest, from step to step
-PACKAGES = ("lora_kit", "torch", "transformers", "peft", "accelerate", "tokenizers")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def prepare_job(
     processes.main_decides(lambda: enforce(rows, accept, run.folder))
     if run.origin is not None:
         enforce_origin(run.origin, recipe, source.fingerprint)
-    resolved = dict[str, Any](latest.manifest["resolved"] if latest else {"threads": threads_for(source, processes)})
+    resolved = choices(recipe, latest.manifest["resolved"] if latest else None, rows, source, processes)
     if resolved["threads"]:
         torch.set_num_threads(resolved["threads"])
     base = fitted_base(recipe, source, data, renderer, processes, console)
@@ -110,7 +112,7 @@ def prepare_job(
             warn_of_what_stays(base, recipe, data, renderer, console)
         resolved |= choose_attention(base, recipe.base, processes.device)
     use_attention(base, resolved["attention"])
-    if recipe.train.activation_checkpointing:
+    if resolved["activation_checkpointing"]:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     console.tick("adapter: inject")
     model = inject(base, recipe.adapter, seed=recipe.train.seed, name=source.name, revision=source.commit)
@@ -119,7 +121,7 @@ def prepare_job(
     if resolved["threads"] == 0:
         resolved["threads"] = measured_threads(model, state, processes)
     fill(state, run)
-    plan = Plan(recipe, data.train, resolved["layout"] == "padded")
+    plan = Plan(recipe, data.train, resolved["micro_batch_tokens"], resolved["layout"] == "padded")
     manifest = facts | {
         "template": renderer.template,
         "data": {name: data.summary[name] for name in ("train", "validation")},
@@ -190,7 +192,7 @@ def observed(
             "train": data.train.fingerprint,
             "validation": data.validation.fingerprint if data.validation else None,
         },
-        "versions": {name: version(name) for name in PACKAGES} | quantizer,
+        "versions": {"lora_kit": lora_kit.__version__} | {name: version(name) for name in PACKAGES} | quantizer,
         "machine": {
             "processes": processes.count,
             "device": torch.cuda.get_device_name(processes.device) if cuda else f"cpu {platform.machine()}",
@@ -299,7 +301,8 @@ def announce(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Cons
         f"{job.processes.count} process(es) on {job.processes.device.type}{threads}; {resolved['layout']} rows, "
         f"{resolved['attention']} attention; a resume is exact {'to the bit' if exact else 'to rounding'}"
     )
-    console.say(f"fast path: {choice.about(job.model, resolved['kernels'])}")
+    portions = Portions(plan.micro_batch_tokens, resolved["activation_checkpointing"])
+    console.say(f"micro-batches: {portions}; fast path: {choice.about(job.model, resolved['kernels'])}")
 
 
 def keep_recipe(path: Path, text: str) -> None:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_kit.data.packing import IGNORE, MicroBatch
-from lora_kit.kernels.attention import SEGMENT, Segments, attention_of, inner_of
+from lora_kit.kernels.attention import SEGMENT, Segments, attention_of, inner_of, moved
 from lora_kit.kernels.choice import head_of
 from lora_kit.kernels.loss import summed_cross_entropy
 
@@ -27,7 +27,7 @@ def model_inputs(model: nn.Module, batch: MicroBatch, device: torch.device) -> I
     arrays = {"input_ids": batch.ids, "position_ids": batch.position_ids}
     if batch.attention_mask is not None:
         arrays["attention_mask"] = batch.attention_mask
-    inputs: Inputs = {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
+    inputs: Inputs = {name: moved(array, device) for name, array in arrays.items()}
     if attention_of(model) == SEGMENT:
         inputs["segments"] = Segments.of(batch.segments, device)
     return inputs | {"use_cache": False}
@@ -37,7 +37,7 @@ def sft(model: nn.Module, batch: MicroBatch, device: torch.device) -> Float[Tens
     """Return the summed loss of a micro-batch under supervised fine-tuning; its weight is `batch.weight`."""
     inputs, head, flat = model_inputs(model, batch, device), head_of(model), batch.labels.reshape(-1)
     trained = np.flatnonzero(flat != IGNORE)
-    places, labels = (torch.from_numpy(one).to(device, non_blocking=True) for one in (trained, flat[trained]))
+    places, labels = (moved(one, device) for one in (trained, flat[trained]))
     if head is None:
         logits = model(**inputs).logits.flatten(0, 1)[places]
         return nn.functional.cross_entropy(logits.float(), labels, reduction="sum")

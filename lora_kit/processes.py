@@ -8,7 +8,7 @@ many processes there are (1, 2, 4, 8, ...; for other numbers the result is equal
 import atexit
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -61,11 +61,15 @@ class Processes:
         accelerator: What they are reached through.
         guest: Whether someone else in this process had set accelerate up before.
         threads: How many threads torch had before the run chose.
+        determinism: torch's debug mode of determinism before, likewise.
+        fills: Whether torch filled new memory in that mode, likewise.
     """
 
     accelerator: Accelerator
-    guest: bool = True
-    threads: int = field(default_factory=torch.get_num_threads)
+    guest: bool
+    threads: int
+    determinism: int
+    fills: bool
 
     @classmethod
     def start(cls, dtype: str) -> "Processes":
@@ -73,12 +77,15 @@ class Processes:
         refuse_contradictions(dict(os.environ), dtype)
         if torch.cuda.is_available():
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed one
-        guest, threads = is_initialized(), torch.get_num_threads()
+        guest, threads, determinism = is_initialized(), torch.get_num_threads(), torch.get_deterministic_debug_mode()
+        fills: bool = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
         accelerator = Accelerator(cpu=not torch.cuda.is_available())
-        torch.use_deterministic_algorithms(accelerator.device.type == "cuda", warn_only=True)
+        if accelerator.device.type == "cuda":
+            torch.set_deterministic_debug_mode("warn")
+            _fill_new_memory(False)  # else every buffer is filled before its use
         atexit.unregister(_end_group)  # an earlier call's
         atexit.register(_end_group)
-        return cls(accelerator, guest, threads)
+        return cls(accelerator, guest, threads, determinism, fills)
 
     def leave(self) -> None:
         """Leave this process as it was found: a notebook may train again, alone or with others.
@@ -86,6 +93,8 @@ class Processes:
         accelerate remembers who was alone, and then starts no others from the same notebook.
         """
         torch.set_num_threads(self.threads)
+        torch.set_deterministic_debug_mode(self.determinism)
+        _fill_new_memory(self.fills)
         if self.count == 1 and not self.guest:
             AcceleratorState._reset_state(reset_partial_state=True)  # as transformers does between two trainers
 
@@ -155,6 +164,10 @@ class Processes:
     def barrier(self) -> None:
         """Wait for all processes."""
         self.accelerator.wait_for_everyone()
+
+
+def _fill_new_memory(wanted: bool) -> None:
+    torch.utils.deterministic.fill_uninitialized_memory = wanted  # type: ignore[attr-defined]
 
 
 def _end_group() -> None:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity
 
@@ -116,6 +117,7 @@ def times(events: Sequence[Any], *, cuda: bool) -> dict[str, float]:
         events: Of torch's profiler.
         cuda: Whether a GPU computes; what it waits for the loop is part of `other`.
     """
+    events = [event for event in events if event.device_type == DeviceType.CPU]  # theirs is what they started there
     ordered = sorted(events, key=lambda event: (event.time_range.start, -event.time_range.end))
     forward: dict[int, str] = {}  # the part of the last operation with this number: it is the one that made the node
     found: dict[int, str] = {}

@@ -5,16 +5,15 @@ A step's line in metrics.jsonl travels in its snapshot too, so that a run that e
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-from torch import Tensor
 
 from lora_kit.checkpoint import store
 from lora_kit.console import Console
 from lora_kit.errors import PoisonError
 from lora_kit.job import Job
-from lora_kit.publisher import Moving, Publisher, numbers_of
+from lora_kit.publisher import Moving, Publisher
 
 LATE_LINES = 50  # of the logs, between two warnings that they cannot be written
 STUCK = 5  # so many skipped steps in a row, and one more, end a run
@@ -22,11 +21,11 @@ STUCK = 5  # so many skipped steps in a row, and one more, end a run
 
 @dataclass(frozen=True)
 class Numbers:
-    """What one step was: loss, the wish to stop, norm and whether it was taken are still on the device."""
+    """What one step was; `seen` waits for what is on its way: loss, the wish to stop, norm and whether it was taken."""
 
     step: int
     learning_rate: float
-    seen: Tensor
+    seen: Callable[[], list[float]]
     seconds: float
     stall_seconds: float
     held_out_loss: float | None = None
@@ -34,7 +33,7 @@ class Numbers:
 
 def moving_parts(job: Job, numbers: Numbers) -> Moving:
     """Return the parts of a manifest that change from step to step; `line` is the step's in metrics.jsonl."""
-    loss, _, norm, taken = numbers_of(numbers.seen)
+    loss, _, norm, taken = numbers.seen()
     done = numbers.step + 1
     groups = job.plan.micro_batches(numbers.step)
     tokens = int(sum(job.data.train.lengths[group].sum() for group in groups))
@@ -84,7 +83,7 @@ def settle(job: Job, numbers: Numbers, live: Publisher, console: Console) -> boo
             console.warn(fault)
         if job.journal.trouble and len(job.journal.late) % LATE_LINES == 1:
             console.warn(job.journal.trouble)
-    return numbers_of(numbers.seen)[1] > 0
+    return numbers.seen()[1] > 0
 
 
 def tell(job: Job, record: dict[str, Any], console: Console) -> None:
@@ -101,7 +100,7 @@ def give_up_when_stuck(job: Job, numbers: Numbers, live: Publisher) -> None:
         PoisonError: The last steps and this one were skipped.
     """
     first = numbers.step - STUCK  # so many steps were done before the first of them
-    if job.skipped[-STUCK:] != list(range(first + 1, numbers.step + 1)) or numbers_of(numbers.seen)[3]:
+    if job.skipped[-STUCK:] != list(range(first + 1, numbers.step + 1)) or numbers.seen()[3]:
         return
     if job.processes.is_main:
         job.journal.event("went back", step=first)  # what comes after it may be tried again with another recipe

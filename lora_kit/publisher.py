@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,7 @@ class Publisher:
         self._job: Future[Moving] | None = None
         self._queued = threading.Event()
         self._copied: Any = None
+        self._registered = False
         self._faults = 0
         self._alone = inherited(self._run) is None  # no keeper is this process's parent
         if job.processes.is_main:
@@ -71,9 +72,7 @@ class Publisher:
         self._region = region
         self._targets = [region.payload(slot) for slot in range(live.SLOTS)]
         if self._state.weights.is_cuda:
-            self._side = torch.cuda.Stream()
-            for target in self._targets:
-                _register(target)
+            self._side, self._registered = torch.cuda.Stream(), _register(region.whole)
         if self._alone:
             self._keeper = start_beside(self._run)
 
@@ -118,13 +117,10 @@ class Publisher:
             checksum = self._copy(slot, ready)
         finally:
             self._queued.set()
+        facts = moving()
         if ready is not None:
-            with torch.cuda.stream(self._side):
-                facts = moving()
-                self._side.synchronize()
+            self._side.synchronize()
             checksum = live.checksum(self._targets[slot])
-        else:
-            facts = moving()
         skipped = facts["step"] in facts["skipped_steps"]
         header = {"token": self._token, "sequence": sequence, "checksum": checksum, "due": due, "skipped": skipped}
         region.publish(slot, header | {"moving": facts})
@@ -199,22 +195,43 @@ class Publisher:
         self._thread.shutdown()
         if self._region is None:
             return
+        if self._registered:
+            _unregister(self._region.whole)
         self._region.words[Word.PHASE] = Phase.ENDED
         if self._keeper is not None:
             self._keeper_lives()
             self._keeper.wait()
 
 
-def _register(target: memoryview) -> None:
+def _register(whole: memoryview) -> bool:
     """Let CUDA copy straight into shared memory; without that it copies through a buffer of its own, only slower."""
-    buffer = torch.frombuffer(target, dtype=torch.uint8)
-    torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
+    buffer = torch.frombuffer(whole, dtype=torch.uint8)
+    failed = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0))
+    if failed:  # CUDA shows the failure again at the next kernel, whose it is not: let that be this one
+        with suppress(RuntimeError):
+            torch.ones(1, device="cuda")
+    return not failed
 
 
-def numbers_of(seen: Tensor) -> list[float]:
-    """Return values from the device in one transfer."""
-    values: list[float] = seen.tolist()
-    return values
+def _unregister(whole: memoryview) -> None:
+    """End what `_register` began: once unmapped, CUDA would copy to where the memory was."""
+    torch.cuda.cudart().cudaHostUnregister(torch.frombuffer(whole, dtype=torch.uint8).data_ptr())
+
+
+def on_its_way(seen: Tensor) -> Callable[[], list[float]]:
+    """Send values from the device; what is returned waits for them, and for nothing that is queued after them."""
+    if not seen.is_cuda:
+        return seen.tolist
+    values, arrived = torch.empty(seen.shape, dtype=seen.dtype, pin_memory=True), torch.cuda.Event()
+    values.copy_(seen, non_blocking=True)
+    arrived.record()
+
+    def wait() -> list[float]:
+        arrived.synchronize()
+        numbers: list[float] = values.tolist()
+        return numbers
+
+    return wait
 
 
 @contextmanager

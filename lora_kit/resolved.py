@@ -4,6 +4,8 @@ Each of these can change bits, so a second start must not choose again.
 """
 
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -11,13 +13,17 @@ import psutil
 import torch
 from torch import nn
 
+from lora_kit import portions
 from lora_kit.adapter import FlatState
 from lora_kit.base import probe_batch
+from lora_kit.checkpoint.resume import Row
+from lora_kit.errors import BaseError
 from lora_kit.kernels import choice
 from lora_kit.kernels.attention import inner_of
 from lora_kit.objective import model_inputs, sft
 from lora_kit.processes import Processes
 from lora_kit.recipe import Recipe
+from lora_kit.shapes import read_config
 from lora_kit.source import Source
 
 TINY_BASE_BYTES = 20_000_000  # below it, two threads spend more time meeting than computing
@@ -26,6 +32,40 @@ PROBE_EXAMPLES, PROBE_TOKENS = 8, 128
 WORTH_IT = (
     1.3  # so many times faster, or one thread it is: far from what noise does, so that a second run chooses alike
 )
+
+
+PORTIONS = ("micro_batch_tokens", "activation_checkpointing")
+
+
+def choices(
+    recipe: Recipe, before: Mapping[str, Any] | None, rows: Sequence[Row], source: Source, processes: Processes
+) -> dict[str, Any]:
+    """Return what a run has chosen, or chooses before its base is loaded; the same on all processes.
+
+    Args:
+        recipe: The recipe.
+        before: What the run chose when it began; None when it begins.
+        rows: What a resume changes; such a field is read, or chosen, anew.
+        source: The base.
+        processes: That train together.
+    """
+    resolved = {"threads": threads_for(source, processes)} if before is None else dict(before)
+    changed = {row.key for row in rows}
+    known = {name: resolved[name] for name in PORTIONS if name in resolved and f"train.{name}" not in changed}
+    settled = recipe.model_copy(update={"train": recipe.train.model_copy(update=known)})
+    try:
+        shape = read_config(source.folder / "config.json")
+    except BaseError:
+        shape = None
+    return resolved | asdict(portions.choose(settled, shape, machine_of(processes)))
+
+
+def machine_of(processes: Processes) -> portions.Machine:
+    """Return what the processes compute on, with the memory of the one that has least."""
+    if processes.device.type == "cuda":
+        mine = torch.cuda.get_device_properties(processes.device).total_memory
+        return portions.Machine("cuda", min(processes.gather([mine])))
+    return portions.Machine("cpu", min(processes.gather([portions.host_memory() // processes.count])))
 
 
 def threads_for(source: Source, processes: Processes) -> int | None:

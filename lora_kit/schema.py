@@ -113,10 +113,13 @@ class Train(Section):
     """Visits of every example; or name steps."""
     batch_size: int = Field(16, gt=0)
     """Examples an optimizer step, over ALL processes; accumulation follows from it."""
-    micro_batch_tokens: int = Field(8192, gt=0)
-    """The most tokens that one process computes at once; examples are packed into it."""
-    activation_checkpointing: bool = False
-    """Compute each layer's activations twice instead of keeping them: less memory, a third more time."""
+    micro_batch_tokens: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
+    """The most tokens that one process computes at once; examples are packed into it. auto takes 2,048 on a CPU, and on
+    a GPU the most of 2,048 to 16,384 that fits, but never less than `data.sequence_length`. A run keeps what was
+    chosen."""
+    activation_checkpointing: Literal["auto"] | bool = "auto"
+    """Compute each layer's activations twice instead of keeping them: less memory, a third more time. auto does so only
+    where fewer than 4,096 tokens would fit without."""
     kernels: Literal["auto", "none"] = "auto"
     """Which parts of a step lora_kit computes by its own fast code: auto takes those that give this model's own
     numbers, none leaves all to transformers and peft."""
@@ -216,9 +219,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fields_that_need_each_other(self) -> "Recipe":
-        if self.train.micro_batch_tokens < self.data.sequence_length:
+        tokens = self.train.micro_batch_tokens
+        if isinstance(tokens, int) and tokens < self.data.sequence_length:
             raise ValueError(
-                f"train.micro_batch_tokens is {self.train.micro_batch_tokens}, less than data.sequence_length "
+                f"train.micro_batch_tokens is {tokens}, less than data.sequence_length "
                 f"({self.data.sequence_length}); an example is never split, so raise the one or lower the other"
             )
         if self.evaluate.every_steps and self.data.validation is None:

@@ -1,7 +1,8 @@
 """Sizes in closed form from a base's configuration: parameters, adapter, checkpoint and memory, without a weight.
 
 A decoder layer is a handful of linear maps and norms; knowing their shapes is knowing everything that is counted here.
-The counts are exact for the families listed; memory is an estimate.
+The counts are exact for the families listed; memory is an estimate, a little above what tensors take. It follows from
+what each part in kernels/ keeps for its backward pass, or, with `kernels: none`, transformers and peft.
 """
 
 import json
@@ -23,6 +24,15 @@ HEAD_SIZES = {
 BYTES = {"bfloat16": 2, "float32": 4}
 HEADER_BYTES = 320  # of a safetensors header, for each tensor of the adapter and its two moments
 MANIFEST_BYTES = 8_000
+READS = {  # the linear maps of a layer by what they read; those in one line share it
+    "attention": ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+    "attended": ("o_proj",),
+    "mlp": ("gate_proj", "up_proj", "gate_up_proj"),
+    "inner": ("down_proj",),
+}
+GATED = ("gate_proj", "up_proj", "down_proj")  # that kernels/mlp.py computes in one piece
+LOGITS = 1 << 23  # held at once by kernels/loss.py
+QUERIES = 256  # of a block in kernels/blocks.py, and the columns of most masks
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,11 @@ class Shape:
     linears: tuple[Linear, ...]
     norms: int
     """Norm parameters of one layer."""
+    heads: int
+    normed: int
+    """Numbers of one token that one layer's norms read."""
+    soft_cap: bool
+    """Attention scores are capped, so their weights are spelled out and kept."""
 
     @property
     def parameters(self) -> int:
@@ -59,28 +74,49 @@ class Shape:
         """Return one layer's linear maps that get an adapter."""
         return [one for one in self.linears if targets == "all-linear" or one.name in targets]
 
+    def wide(self, reads: str, *, outputs: bool = False) -> int:
+        """Return how wide an input of READS is, or all that the maps that read it give out."""
+        maps = [one for one in self.linears if one.name in READS[reads]]
+        return sum(one.outputs for one in maps) if outputs else maps[0].inputs
+
 
 def read_config(path: Path) -> Shape:
     """Read the shape of a base from its config.json.
 
     Raises:
-        BaseError: Its family is not counted.
+        BaseError: Its family is not counted, or the file says too little.
     """
-    config = json.loads(path.read_text())
-    family = config.get("model_type")
-    if family not in FAMILIES:
-        raise BaseError(f"sizes of the family {family!r} are not counted; these are: {', '.join(FAMILIES)}")
+    try:
+        config = json.loads(path.read_text())
+        if config.get("model_type") in FAMILIES:
+            return _shape_of(config)
+    except KeyError as error:
+        raise BaseError(f"{path}: it leaves out {error}, so that nothing can be counted") from error
+    except ValueError as error:
+        raise BaseError(f"{path}: not JSON: {error}") from error
+    raise BaseError(
+        f"sizes of the family {config.get('model_type')!r} are not counted; these are: {', '.join(FAMILIES)}"
+    )
+
+
+def _shape_of(config: Mapping[str, Any]) -> Shape:
+    family = config["model_type"]
     heads, width = config["num_attention_heads"], config["hidden_size"]
     head = config.get("head_dim") or HEAD_SIZES.get(family, width // heads)
     norms = {"gemma2": 4 * width, "qwen3": 2 * width + 2 * head}.get(family, 2 * width)
+    linears = tuple(_linears(config, family, head))
+    of_heads = sum(one.outputs for one in linears if one.name in ("q_proj", "k_proj"))
     return Shape(
         layers=config["num_hidden_layers"],
         width=width,
         vocabulary=config["vocab_size"],
         context=config["max_position_embeddings"],
         tied=config.get("tie_word_embeddings", family in TIED),
-        linears=tuple(_linears(config, family, head)),
+        linears=linears,
         norms=norms,
+        heads=heads,
+        normed={"gemma2": 4 * width, "qwen3": 2 * width + of_heads}.get(family, 2 * width),
+        soft_cap=family == "gemma2" and bool(config.get("attn_logit_softcapping", 50.0)),
     )
 
 
@@ -111,8 +147,10 @@ class Estimate:
         trainable_parameters: Exact.
         base_bytes: The frozen weights.
         state_bytes: Master weights, gradient, two moments and the sums of the reduction.
-        activation_bytes: Of one micro-batch, estimated.
-        logits_bytes: Of one micro-batch, estimated.
+        micro_batch_tokens: Of the micro-batch that the next three are of.
+        activation_checkpointing: Whether its activations are computed twice.
+        activation_bytes: What it keeps for the backward pass, estimated.
+        working_bytes: What the loss or the backward pass of a layer holds for a moment, estimated.
         checkpoint_bytes: On disk.
         vocabulary: Rows of the embedding.
         context: Positions that the base was made for.
@@ -122,8 +160,10 @@ class Estimate:
     trainable_parameters: int
     base_bytes: int
     state_bytes: int
+    micro_batch_tokens: int
+    activation_checkpointing: bool
     activation_bytes: int
-    logits_bytes: int
+    working_bytes: int
     checkpoint_bytes: int
     vocabulary: int
     context: int
@@ -131,23 +171,24 @@ class Estimate:
     @property
     def device_bytes(self) -> int:
         """All of it together."""
-        return self.base_bytes + self.state_bytes + self.activation_bytes + self.logits_bytes
+        return self.base_bytes + self.state_bytes + self.activation_bytes + self.working_bytes
 
     def lines(self) -> list[str]:
         """Return the estimate as text."""
         share = self.trainable_parameters / self.base_parameters
         parts = (
-            f"weights {_size(self.base_bytes)}, adapter state {_size(self.state_bytes)}, "
-            f"activations {_size(self.activation_bytes)}, logits {_size(self.logits_bytes)}"
+            f"weights {in_words(self.base_bytes)}, adapter state {in_words(self.state_bytes)}, "
+            f"activations {in_words(self.activation_bytes)}, working space {in_words(self.working_bytes)}"
         )
         return [
             f"base: {self.base_parameters:,} parameters; trainable: {self.trainable_parameters:,} ({share:.2%})",
-            f"memory a device, estimated: {_size(self.device_bytes)} ({parts})",
-            f"a checkpoint: {_size(self.checkpoint_bytes)}",
+            f"memory a device, estimated: {in_words(self.device_bytes)} ({parts})",
+            f"a checkpoint: {in_words(self.checkpoint_bytes)}",
         ]
 
 
-def _size(count: int) -> str:
+def in_words(count: int) -> str:
+    """Return a number of bytes as people read it."""
     number, units = float(count), ["B", "kB", "MB", "GB", "TB"]
     while number >= 1000 and len(units) > 1:
         number /= 1000
@@ -155,21 +196,31 @@ def _size(count: int) -> str:
     return f"{number:.3g} {units[0]}" if number < 100 else f"{number:.0f} {units[0]}"
 
 
-def estimate_memory(shape: Shape, recipe: Recipe) -> Estimate:
-    """Return what a recipe weighs on a base of this shape."""
+def estimate_memory(shape: Shape, recipe: Recipe, *, tokens: int, recompute: bool) -> Estimate:
+    """Return what a recipe weighs on a base of this shape.
+
+    Args:
+        shape: Of the base.
+        recipe: Its own micro_batch_tokens and activation_checkpointing may be auto, and are not looked at.
+        tokens: Of a micro-batch.
+        recompute: Compute activations twice.
+    """
     adapted = shape.adapted(recipe.adapter.targets)
     trainable = shape.layers * recipe.adapter.rank * sum(one.inputs + one.outputs for one in adapted)
-    tokens, size = recipe.train.micro_batch_tokens, BYTES[recipe.base.dtype]
+    size = BYTES[recipe.base.dtype]
     sums = max(1, (recipe.train.batch_size - 1).bit_length())
-    layer = _layer_activations(shape, adapted, size) * tokens + tokens * tokens * size  # and the packed mask
-    checkpointed = shape.layers * shape.width * size * tokens + layer
+    layer = _kept_by_layer(shape, recipe, tokens)
+    layers = shape.layers * shape.width * size * tokens + layer if recompute else layer * shape.layers
+    around = (3 * shape.width + QUERIES) * size * tokens  # last norm, head, and the masks that all layers share
     return Estimate(
         base_parameters=shape.parameters,
         trainable_parameters=trainable,
         base_bytes=_base_bytes(shape, recipe),
         state_bytes=trainable * 4 * (4 + sums),
-        activation_bytes=checkpointed if recipe.train.activation_checkpointing else layer * shape.layers,
-        logits_bytes=tokens * shape.vocabulary * (size + 12),  # and fp32 logits, log-probabilities, their gradient
+        micro_batch_tokens=tokens,
+        activation_checkpointing=recompute,
+        activation_bytes=layers + around,
+        working_bytes=_working_bytes(shape, recipe, tokens),
         checkpoint_bytes=12 * trainable + 6 * HEADER_BYTES * shape.layers * len(adapted) + MANIFEST_BYTES,
         vocabulary=shape.vocabulary,
         context=shape.context,
@@ -189,12 +240,44 @@ def _base_bytes(shape: Shape, recipe: Recipe) -> int:
     return (shape.parameters - linear) * size + held[recipe.base.quantization]
 
 
-def _layer_activations(shape: Shape, adapted: list[Linear], size: int) -> int:
-    """Return the bytes that one token leaves in one layer for the backward pass.
+def _kept_by_layer(shape: Shape, recipe: Recipe, tokens: int) -> int:
+    """Return the bytes that a micro-batch leaves in one layer for the backward pass.
 
-    What a frozen linear map read is not kept; what its adapter read is, in fp32 where peft casts it.
+    What a frozen linear map read is not kept; what its adapter read is, once where adapters share it.
     """
-    outputs = sum(one.outputs for one in shape.linears)
-    inner = max(one.inputs for one in shape.linears)
-    cast = sum(one.inputs for one in adapted) * (4 if size < 4 else 0)
-    return size * (4 * shape.width + outputs + 2 * inner) + cast
+    size, rank, fused = BYTES[recipe.base.dtype], recipe.adapter.rank, recipe.train.kernels == "auto"
+    adapted = shape.adapted(recipe.adapter.targets)
+    names, inner = {one.name for one in adapted}, shape.wide("inner")
+    in_one_piece = fused and names.issuperset(GATED)
+    if fused:
+        read = sum(shape.wide(place) for place, maps in READS.items() if names.intersection(maps))
+        own = size * (shape.normed + read - in_one_piece * inner + rank * len(adapted))
+    else:  # norms are computed in fp32, and peft casts what each adapter reads to it
+        own = 4 * (shape.normed + sum(one.inputs for one in adapted) + rank * len(adapted))
+    gate = size * inner * (2 if in_one_piece else 3)
+    attention = size * shape.wide("attention", outputs=True) + 4 * shape.heads
+    masks = sum(one.inputs for one in adapted) * (1 if fused else 4) if recipe.adapter.dropout else 0
+    numbers = 4 * (shape.normed // shape.width + 1)  # what each norm divided a row by
+    return tokens * (own + gate + attention + masks + numbers + _spelled_out(shape, recipe, tokens, size + 8))
+
+
+def _working_bytes(shape: Shape, recipe: Recipe, tokens: int) -> int:
+    """Return the bytes that are held for a moment: by the loss, or on the way back through attention or an MLP."""
+    size, width, inner = BYTES[recipe.base.dtype], shape.width, shape.wide("inner")
+    longest = min(tokens, recipe.data.sequence_length)
+    logits = tokens * shape.vocabulary
+    if recipe.train.kernels == "auto":
+        logits = min(logits, max(LOGITS, 16 * shape.vocabulary))
+    loss = logits * (8 + 3 * size) + 2 * tokens * width * size
+    blocks = shape.heads * min(QUERIES, longest) * longest * 5 * size
+    attention = tokens * _spelled_out(shape, recipe, tokens, 4) if shape.soft_cap else blocks
+    mlp = tokens * 5 * inner * size
+    layer = max(attention, mlp) + 6 * tokens * width * size
+    whole = max(one.inputs * one.outputs for one in shape.linears) * (4 + size)  # a quantised weight in use
+    return max(loss, layer) + (0 if recipe.base.quantization == "none" else whole)
+
+
+def _spelled_out(shape: Shape, recipe: Recipe, tokens: int, each: int) -> int:
+    """Return the bytes for one token's attention weights, of `each` bytes, where they are kept."""
+    longest = min(tokens, recipe.data.sequence_length)
+    return (shape.heads * each + 1) * longest + 4 * shape.width * BYTES["float32"] if shape.soft_cap else 0

@@ -31,7 +31,7 @@ from lora_kit.objective import sft
 from lora_kit.processes import Processes
 from lora_kit.profiling import part, profiled
 from lora_kit.progress import Numbers, give_up_when_stuck, moving_parts, settle, tell, with_held_out
-from lora_kit.publisher import Publisher, publishing
+from lora_kit.publisher import Publisher, on_its_way, publishing
 from lora_kit.recipe import Recipe
 from lora_kit.run import Run, show, write_result
 from lora_kit.stopping import Stop, stop_signals
@@ -96,7 +96,7 @@ def train(
             rate, norm, taken = part("optimizer", update)(job, step)
             # 4. the numbers of the step before, now that this one is queued: nobody waits for the device
             stop = numbers is not None and settle(job, numbers, live, console)
-            seen = torch.stack([*state.gradient[[LOSS, STOP]], norm, taken])
+            seen = on_its_way(torch.stack([*state.gradient[LOSS:], norm, taken]))
             numbers = Numbers(step, rate, seen, time.perf_counter() - began, stall)
             give_up_when_stuck(job, numbers, live)
             agree(job, done)
@@ -203,7 +203,7 @@ def measure(job: Job, done: int, live: Publisher, console: Console) -> float:
         live.alive()
         console.tick(what)
 
-    held_out = evaluation.held_out_of(job.recipe, job.data, job.renderer, padded=job.plan.padded)
+    held_out = evaluation.held_out_of(job.plan, job.data, job.renderer)
     assert held_out is not None
     loss_alone, few = replace(held_out, prompts=()), held_out.prompts[:SAMPLES]
     score = evaluation.score(job.model, job.renderer, loss_alone, processes=job.processes, tick=tick)
@@ -280,7 +280,7 @@ def finish(job: Job, live: Publisher, console: Console, stop_wish: Stop) -> None
         live.alive()
         console.tick(what)
 
-    held_out = evaluation.held_out_of(job.recipe, job.data, job.renderer, padded=job.plan.padded)
+    held_out = evaluation.held_out_of(job.plan, job.data, job.renderer)
     scores = {}
     if held_out is not None:
         scores = evaluation.compare(job.model, job.renderer, held_out, processes=job.processes, tick=tick)

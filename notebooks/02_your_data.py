@@ -82,7 +82,7 @@ data:
   sequence_length: 128
 adapter: {rank: 8, alpha: 16}
 optim: {learning_rate: 3e-3}  # high, because the base is tiny; 2e-4, the default, is right for a large one
-train: {steps: 120, batch_size: 16, micro_batch_tokens: 1024}
+train: {steps: 120, batch_size: 16}
 evaluate: {generate: 20}
 """)
 

@@ -6,6 +6,11 @@ import tempfile
 os.environ.update(LORA_KIT_CACHE=tempfile.mkdtemp(prefix="lora-kit-cache-"))
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
 
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.update(TRITON_INTERPRET="1")  # before Triton is imported: its kernels run here too, slowly
+
 import json
 import random
 import shutil
@@ -16,10 +21,27 @@ import pytest
 from jaxtyping import install_import_hook
 
 # shapes and dtypes in the annotations are checked at every call while the tests run
-hook = install_import_hook(
-    ["lora_kit.objective", "lora_kit.optim", "lora_kit.adapter", "lora_kit.processes", "lora_kit.kernels"],
-    "beartype.beartype",
-)
+CHECKED = ["objective", "optim", "adapter", "processes"]
+CHECKED += [f"kernels.{name}" for name in ("attention", "blocks", "choice", "lora", "loss", "mlp", "norm", "rotary")]
+hook = install_import_hook([f"lora_kit.{name}" for name in CHECKED], "beartype.beartype")  # not what Triton reads
+
+
+def pytest_runtest_setup(item):
+    """Skip what needs a GPU where there is none."""
+    import torch
+
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    """Where a test computes; a run of it too."""
+    import torch
+
+    if request.param == "cpu":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return torch.device(request.param)
 
 
 def pytest_unconfigure():

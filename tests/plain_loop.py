@@ -20,7 +20,7 @@ def plain_loop(job, weights, members, base=None):
         ),
     )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    torch.nn.utils.vector_to_parameters(weights, parameters)
+    torch.nn.utils.vector_to_parameters(weights.cpu(), parameters)
     weight = sum(int(job.data.train.example(index)[1][1:].sum()) for index in members)
     total = 0.0
     for index in members:
@@ -34,4 +34,5 @@ def plain_loop(job, weights, members, base=None):
 
 
 def relative(ours, theirs):
+    ours, theirs = ours.detach().cpu(), theirs.detach().cpu()
     return float((ours - theirs).norm() / theirs.norm())

@@ -9,10 +9,11 @@ import torch
 from conftest import make_base
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lora_kit import base, trainer
 from lora_kit import source as bases
-from lora_kit import trainer
 from lora_kit.base import leaks_when_packed, load_base
 from lora_kit.errors import BaseError
+from lora_kit.kernels.attention import SEGMENT, use_attention
 from lora_kit.recipe import Base, load_recipe
 from lora_kit.source import file_hash, locate
 
@@ -38,12 +39,13 @@ FAMILIES = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_probe_knows_which_models_leak_between_packed_examples(family):
+def test_the_probe_knows_which_models_leak_between_packed_examples(family, dtype):
     changes, leaks = FAMILIES[family]
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **SMALL | changes, bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     model.config.use_cache = False
     assert leaks_when_packed(model, 64, torch.device("cpu")) is leaks
 
@@ -54,6 +56,17 @@ def test_the_probe_is_not_fooled_by_rounding(base_folder, dtype):
     model = load_base(source, Base(repo="x", dtype=dtype), torch.device("cpu"))
     assert model.dtype == getattr(torch, dtype)
     assert not leaks_when_packed(model, model.config.vocab_size, torch.device("cpu"))
+
+
+def test_the_probe_is_not_fooled_where_rounding_grows_through_many_layers(monkeypatch):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 40, "initializer_range": 0.1}
+    config = AutoConfig.for_model("llama", **SMALL | shape)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    apart, own = [], base._apart
+    monkeypatch.setattr(base, "_apart", lambda *a: apart.append(own(*a)) or apart[-1])
+    assert use_attention(model, SEGMENT) and not leaks_when_packed(model, 64, torch.device("cpu"))
+    assert max(apart) > 1.5 * base.PROBE_TOLERANCE[torch.bfloat16]
 
 
 def test_a_leaking_model_trains_on_padded_rows_and_the_log_says_so(recipe_file, tmp_path, base_folder, capsys):

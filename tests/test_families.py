@@ -178,7 +178,7 @@ def test_experts_are_trained_when_they_are_named(family, recipe_file, tmp_path, 
     ids = torch.arange(20)[None]
     loaded, _ = load(run.latest)
     with torch.no_grad(), own_attention(jobs[0].model):
-        assert torch.equal(loaded(ids).logits, jobs[0].model.eval()(ids).logits)
+        assert relative(loaded(ids).logits, jobs[0].model.eval()(ids).logits) < 1e-5
         with loaded.disable_adapter():
             base = loaded(ids).logits
         assert not torch.equal(loaded(ids).logits, base)

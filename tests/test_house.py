@@ -28,6 +28,7 @@ LAYERS = [
         "trackers",
         "check",
         "shapes",
+        "portions",
         "evaluation",
         "generation",
         "export",
@@ -125,7 +126,7 @@ LIGHT += [
     "supervise.keeper",
     "stopping",
 ]
-LIGHT += ["source", "check", "shapes", "trackers", "card", "hub"]
+LIGHT += ["source", "check", "shapes", "portions", "trackers", "card", "hub"]
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -38,7 +38,7 @@ class Layers(nn.Module):
         return torch.cat([self.get_submodule(name)(x) for name in names], dim=-1)
 
 
-def adapted(model, *, targets=(*GROUP, "c_attn"), dropout=0.0, seed=0):
+def adapted(model, *, targets=(*GROUP, "c_attn"), dropout=0.0, seed=0, device="cpu"):
     """A model with adapters that matter; what it computes with is frozen."""
     torch.manual_seed(seed)
     config = LoraConfig(r=4, lora_alpha=12, lora_dropout=dropout, target_modules=list(targets))
@@ -46,7 +46,7 @@ def adapted(model, *, targets=(*GROUP, "c_attn"), dropout=0.0, seed=0):
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = torch.randn(parameter.shape) * 0.2
-    return model.train()
+    return model.to(device).train()
 
 
 def layers(**settings):
@@ -65,16 +65,17 @@ def outcome(model, x, *, weights_seed=2, **named):
     model.zero_grad()
     x = x.detach().requires_grad_(x.requires_grad)
     output = model(x, **named)
-    generator = torch.Generator().manual_seed(weights_seed)
-    (output.double() * torch.randn(output.shape, generator=generator).double()).sum().backward()
+    weights = rows(*output.shape, grad=False, seed=weights_seed, device=output.device)
+    (output.double() * weights.double()).sum().backward()
     trained = [one.grad for one in model.parameters() if one.requires_grad and one.grad is not None]
     found = [output.detach(), *([x.grad.flatten()] if x.requires_grad else [])]
     found += [torch.cat([one.flatten() for one in trained])] if trained else []
     return [one.double() for one in found]
 
 
-def rows(*shape, dtype=torch.float32, grad=True, seed=3):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_(grad)
+def rows(*shape, dtype=torch.float32, grad=True, seed=3, device="cpu"):
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return drawn.to(device, dtype).requires_grad_(grad)
 
 
 def same(ours, theirs, tolerance=EXACT):
@@ -91,10 +92,10 @@ def in_bf16(model, fuse, x):
     exact, ours = copy.deepcopy(model).double(), fuse(model)
     far, adapters = [], [0.0]
     for seed in range(4):
-        x = rows(*x.shape, dtype=torch.bfloat16, seed=seed)
+        x = rows(*x.shape, dtype=torch.bfloat16, seed=seed, device=x.device)
         truth, mine, theirs = outcome(exact, x.double()), outcome(ours, x), outcome(model, x)
         adapters += [relative(*pair) for pair in zip(mine[2:], truth[2:], strict=True)]
-        far.append([[(one[at] - truth[at]).norm() for one in (mine, theirs)] for at in (0, 1)])
+        far.append([[float((one[at] - truth[at]).norm()) for one in (mine, theirs)] for at in (0, 1)])
     mine, theirs = torch.tensor(far).mean(0).unbind(-1)
     return float((mine / theirs).max()), max(adapters)
 
@@ -104,20 +105,20 @@ def in_bf16(model, fuse, x):
 
 @pytest.mark.parametrize("shape", [(9, 24), (2, 9, 24), (1, 24)])
 @pytest.mark.parametrize("grad", [True, False])
-def test_adapted_layers_are_those_of_peft(shape, grad):
-    model, x = layers(), rows(*shape, grad=grad)
+def test_adapted_layers_are_those_of_peft(shape, grad, device):
+    model, x = layers(device=device), rows(*shape, grad=grad, device=device)
     same(outcome(fused(model), x), outcome(model, x))
 
 
-def test_adapted_layers_in_bf16_are_as_near_the_truth():
-    worse, adapters = in_bf16(layers(), fused, rows(64, 24))
+def test_adapted_layers_in_bf16_are_as_near_the_truth(device):
+    worse, adapters = in_bf16(layers(device=device), fused, rows(64, 24, device=device))
     assert worse < WORSE and adapters < ROUNDING
 
 
-def test_only_some_of_a_group_may_be_adapted_or_called():
-    model, x = layers(targets=["q_proj", "v_proj"]), rows(5, 24)
+def test_only_some_of_a_group_may_be_adapted_or_called(device):
+    model, x = layers(targets=["q_proj", "v_proj"], device=device), rows(5, 24, device=device)
     same(outcome(fused(model), x), outcome(model, x))
-    model = layers()
+    model = layers(device=device)
     ours = fused(model)
     for names in (("k_proj",), ("v_proj", "q_proj"), ("q_proj", "q_proj", "k_proj")):
         same(outcome(ours, x, names=names), outcome(model, x, names=names))
@@ -170,9 +171,9 @@ def test_siblings_of_different_inputs_are_computed_apart():
     assert parts["q_proj"](rows(5, 24)).shape == parts["k_proj"](rows(5, 12)).shape == (5, 8)
 
 
-def test_dropout_is_drawn_anew_keeps_the_mean_and_its_gradient_is_that_of_the_drawn_mask():
-    model = layers(dropout=0.3)
-    ours, x = fused(model).double(), rows(6, 24).double()
+def test_dropout_is_drawn_anew_keeps_the_mean_and_its_gradient_is_that_of_the_drawn_mask(device):
+    model = layers(dropout=0.3, device=device)
+    ours, x = fused(model).double(), rows(6, 24, device=device).double()
     inputs = [x, *(one for one in ours.parameters() if one.requires_grad)]
 
     def drawn(*_):
@@ -190,7 +191,7 @@ def test_dropout_is_drawn_anew_keeps_the_mean_and_its_gradient_is_that_of_the_dr
 
 
 @pytest.mark.parametrize("how", ["nf4", "int8"])
-def test_a_base_in_few_bits_counts_as_its_dequantised_weights(how):
+def test_a_base_in_few_bits_counts_as_its_dequantised_weights(how, device):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     plain = Layers()
@@ -201,23 +202,24 @@ def test_a_base_in_few_bits_counts_as_its_dequantised_weights(how):
         more = {"quant_type": "nf4"} if how == "nf4" else {"has_fp16_weights": False}
         new = kind(old.in_features, old.out_features, bias=old.bias is not None, **more)
         new.load_state_dict(old.state_dict())
-        setattr(few, name, new.to("cpu"))
-    ours, x = fused(adapted(few)), rows(7, 24)
+        setattr(few, name, new.to(device))
+    plain = plain.to(device)
+    ours, x = fused(adapted(few, device=device)), rows(7, 24, device=device)
     for name in GROUP:
         one = lora.map_of(ours.base_model.model.get_submodule(name))
         plain.get_submodule(name).weight.data = one.weight(torch.float32)
         assert relative(one.weight(torch.float32), plain.get_submodule(name).weight) < 0.2
-    same(outcome(ours, x), outcome(adapted(plain), x))
+    same(outcome(ours, x), outcome(adapted(plain, device=device), x))
 
 
 # the gated MLP
 
 
-def gated_mlp(kind, activation, *, dropout=0.0, seed=0):
+def gated_mlp(kind, activation, *, dropout=0.0, seed=0, device="cpu"):
     torch.manual_seed(seed)
     config = LlamaConfig(hidden_size=24, intermediate_size=40, hidden_act=activation, num_attention_heads=4)
     config.hidden_activation = activation
-    return adapted(kind(config), targets=mlp.PARTS, dropout=dropout)
+    return adapted(kind(config), targets=mlp.PARTS, dropout=dropout, device=device)
 
 
 def fused_mlp(activation, *, adapters=True):
@@ -236,20 +238,21 @@ MLPS = [(LlamaMLP, "silu"), (GemmaMLP, "gelu_pytorch_tanh")]
 
 @pytest.mark.parametrize(("kind", "activation"), MLPS)
 @pytest.mark.parametrize("grad", [True, False])
-def test_a_gated_mlp_is_that_of_transformers(kind, activation, grad):
-    model, x = gated_mlp(kind, activation), rows(2, 9, 24, grad=grad)
+def test_a_gated_mlp_is_that_of_transformers(kind, activation, grad, device):
+    model, x = gated_mlp(kind, activation, device=device), rows(2, 9, 24, grad=grad, device=device)
     same(outcome(fused_mlp(activation)(model), x), outcome(model, x))
 
 
 @pytest.mark.parametrize(("kind", "activation"), MLPS)
-def test_a_gated_mlp_in_bf16_is_as_near_the_truth(kind, activation):
-    worse, adapters = in_bf16(gated_mlp(kind, activation), fused_mlp(activation), rows(64, 24))
+def test_a_gated_mlp_in_bf16_is_as_near_the_truth(kind, activation, device):
+    model, x = gated_mlp(kind, activation, device=device), rows(64, 24, device=device)
+    worse, adapters = in_bf16(model, fused_mlp(activation), x)
     assert worse < WORSE and adapters < ROUNDING
 
 
-def test_the_gradient_of_a_gated_mlp_with_dropout_is_that_of_the_drawn_masks():
-    ours = fused_mlp("silu")(gated_mlp(LlamaMLP, "silu", dropout=0.3)).double()
-    x = rows(4, 24).double()
+def test_the_gradient_of_a_gated_mlp_with_dropout_is_that_of_the_drawn_masks(device):
+    ours = fused_mlp("silu")(gated_mlp(LlamaMLP, "silu", dropout=0.3, device=device)).double()
+    x = rows(4, 24, device=device).double()
 
     def drawn(*_):
         torch.manual_seed(5)
@@ -260,8 +263,9 @@ def test_the_gradient_of_a_gated_mlp_with_dropout_is_that_of_the_drawn_masks():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_computing_again_in_the_backward_pass_changes_no_bit(dropout):
-    ours, x = fused_mlp("silu")(gated_mlp(LlamaMLP, "silu", dropout=dropout)), rows(4, 24)
+def test_computing_again_in_the_backward_pass_changes_no_bit(dropout, device):
+    ours = fused_mlp("silu")(gated_mlp(LlamaMLP, "silu", dropout=dropout, device=device))
+    x = rows(4, 24, device=device)
     again = nn.Module()
     again.inner = ours
     again.forward = lambda x: torch.utils.checkpoint.checkpoint(ours, x, use_reentrant=False)
@@ -275,10 +279,10 @@ def test_computing_again_in_the_backward_pass_changes_no_bit(dropout):
 # norms
 
 
-def norm_of(kind, width=24):
+def norm_of(kind, width=24, device="cpu"):
     one = kind(width)
     one.weight.data = rows(width, grad=False, seed=7) * 0.3 + (kind is LlamaRMSNorm)
-    return one.requires_grad_(False)
+    return one.to(device).requires_grad_(False)
 
 
 def fused_norm(model):
@@ -289,19 +293,19 @@ def fused_norm(model):
 
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, GemmaRMSNorm])
 @pytest.mark.parametrize("shape", [(2, 9, 24), (1, 5, 4, 24), (7, 24)])
-def test_norms_are_those_of_transformers_and_leave_their_input_alone(kind, shape, monkeypatch):
+def test_norms_are_those_of_transformers_and_leave_their_input_alone(kind, shape, monkeypatch, device):
     monkeypatch.setattr(norm, "AT_ONCE", 100)  # several portions
-    model, x = norm_of(kind), rows(*shape)
+    model, x = norm_of(kind, device=device), rows(*shape, device=device)
     before = x.detach().clone()
     same(outcome(fused_norm(model), x), outcome(model, x))
     assert torch.equal(x, before)
-    turned = rows(*shape[::-1][1:], 24, grad=False).transpose(0, -2) if len(shape) > 2 else x
+    turned = rows(*shape[::-1][1:], 24, grad=False, device=device).transpose(0, -2) if len(shape) > 2 else x
     same([fused_norm(model)(turned)], [model(turned)])
 
 
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, GemmaRMSNorm])
-def test_norms_in_bf16_are_as_near_the_truth(kind):
-    assert in_bf16(norm_of(kind, 64), fused_norm, rows(32, 64))[0] < WORSE
+def test_norms_in_bf16_are_as_near_the_truth(kind, device):
+    assert in_bf16(norm_of(kind, 64, device), fused_norm, rows(32, 64, device=device))[0] < WORSE
 
 
 def test_a_norm_in_another_precision_than_its_input_keeps_its_own_way():
@@ -316,12 +320,12 @@ def test_a_norm_in_another_precision_than_its_input_keeps_its_own_way():
 HEADS = {"plain": {}, "bias": {"bias": True}, "scaled": {"scale": 0.25}, "capped": {"cap": 3.0, "scale": 0.5}}
 
 
-def head_and_rows(case, many, dtype=torch.float32, vocabulary=50):
-    case = dict(HEADS[case])
-    bias = rows(vocabulary, grad=False, dtype=dtype) if case.pop("bias", False) else None
-    head = loss.Head(rows(vocabulary, 16, grad=False, dtype=dtype), bias, **case)
-    labels = torch.randint(vocabulary, (many,), generator=torch.Generator().manual_seed(4))
-    return head, rows(many, 16, dtype=dtype, seed=5), labels
+def head_and_rows(case, many, dtype=torch.float32, vocabulary=50, device="cpu"):
+    case, fixed = dict(HEADS[case]), {"grad": False, "dtype": dtype, "device": device}
+    bias = rows(vocabulary, **fixed) if case.pop("bias", False) else None
+    head = loss.Head(rows(vocabulary, 16, **fixed), bias, **case)
+    labels = torch.randint(vocabulary, (many,), generator=torch.Generator().manual_seed(4)).to(device)
+    return head, rows(many, 16, dtype=dtype, seed=5, device=device), labels
 
 
 def loss_by_torch(hidden, head, labels):
@@ -340,9 +344,9 @@ def loss_and_gradient(hidden, compute):
 
 @pytest.mark.parametrize("many", [1, 16, 39])
 @pytest.mark.parametrize("case", HEADS)
-def test_the_loss_in_pieces_is_the_cross_entropy_of_all_logits(case, many, monkeypatch):
-    monkeypatch.setattr(loss, "LOGITS", 50 * 16)  # pieces of 16 rows
-    head, hidden, labels = head_and_rows(case, many)
+def test_the_loss_in_pieces_is_the_cross_entropy_of_all_logits(case, many, monkeypatch, device):
+    monkeypatch.setitem(loss.LOGITS, device.type, 50 * 16)  # pieces of 16 rows
+    head, hidden, labels = head_and_rows(case, many, device=device)
     ours = loss_and_gradient(hidden, lambda x: loss.summed_cross_entropy(x, head, labels))
     same(ours, loss_and_gradient(hidden, lambda x: loss_by_torch(x, head, labels)))
     with torch.no_grad():
@@ -351,8 +355,8 @@ def test_the_loss_in_pieces_is_the_cross_entropy_of_all_logits(case, many, monke
 
 @pytest.mark.parametrize("sure", [1.0, 6.0])
 @pytest.mark.parametrize("case", HEADS)
-def test_the_loss_in_bf16_is_as_near_the_truth_also_where_the_model_is_sure(case, sure):
-    head, hidden, _ = head_and_rows(case, 300, torch.bfloat16)
+def test_the_loss_in_bf16_is_as_near_the_truth_also_where_the_model_is_sure(case, sure, device):
+    head, hidden, _ = head_and_rows(case, 300, torch.bfloat16, device=device)
     hidden = (hidden.detach() * sure).to(torch.bfloat16)
     labels = head.logits(hidden).argmax(-1)
     whole = loss.Head(
@@ -365,10 +369,44 @@ def test_the_loss_in_bf16_is_as_near_the_truth_also_where_the_model_is_sure(case
     assert relative(ours[0], theirs[0]) < EXACT
 
 
-def test_nothing_to_train_is_a_loss_of_nothing():
-    head, hidden, labels = head_and_rows("plain", 0)
+def test_nothing_to_train_is_a_loss_of_nothing(device):
+    head, hidden, labels = head_and_rows("plain", 0, device=device)
     total, gradient = loss_and_gradient(hidden, lambda x: loss.summed_cross_entropy(x, head, labels))
     assert total == 0 and gradient.shape == (0, 16)
+
+
+# all of them, again
+
+
+REPLAYED = {
+    "adapters": lambda device: (fused(layers(dropout=0.3, device=device)), 24),
+    "mlp": lambda device: (fused_mlp("silu")(gated_mlp(LlamaMLP, "silu", dropout=0.3, device=device)), 24),
+    "gemma's mlp": lambda device: (
+        fused_mlp("gelu_pytorch_tanh")(gated_mlp(GemmaMLP, "gelu_pytorch_tanh", device=device)),
+        24,
+    ),
+    "norm": lambda device: (fused_norm(norm_of(LlamaRMSNorm, 64, device)), 64),
+    "gemma's norm": lambda device: (fused_norm(norm_of(GemmaRMSNorm, 64, device)), 64),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernel", REPLAYED)
+def test_a_replay_has_the_same_bits(kernel, dtype, device):
+    model, width = REPLAYED[kernel](device)
+    model, found = model.to(dtype), []
+    for _ in range(3):
+        torch.manual_seed(5)
+        found.append(outcome(model, rows(700, width, dtype=dtype, device=device)))
+    assert all(torch.equal(a, b) for again in found[1:] for a, b in zip(found[0], again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", HEADS)
+def test_the_loss_of_a_replay_has_the_same_bits(case, dtype, device):
+    head, hidden, labels = head_and_rows(case, 700, dtype, vocabulary=1000, device=device)
+    found = [loss_and_gradient(hidden, lambda x: loss.summed_cross_entropy(x, head, labels)) for _ in range(3)]
+    assert all(torch.equal(a, b) for again in found[1:] for a, b in zip(found[0], again, strict=True))
 
 
 # which of them a model uses
@@ -394,7 +432,7 @@ def test_a_family_that_computes_otherwise_keeps_its_own_norm_and_mlp(recipe_file
 
     monkeypatch.setattr("lora_kit.job.load_base", other)
     trainer.train(load_recipe(recipe_file, ["train.steps=1"]), tmp_path / "run")
-    assert jobs[0].manifest["resolved"]["kernels"] == ["lora", "loss"]
+    assert jobs[0].manifest["resolved"]["kernels"] == ["lora", "rotary", "loss"]
 
 
 def test_only_the_modules_that_differ_keep_their_own_code():
@@ -410,12 +448,13 @@ def test_the_fast_path_is_said_once_and_kept_at_a_resume(recipe_file, tmp_path, 
     printed = capsys.readouterr()
     said = [line for line in (printed.out + printed.err).splitlines() if "fast path:" in line]
     assert len(said) == 1 and said[0].endswith(
-        "fast path: fused adapters (14 of 14), gated MLP in one piece, norms in few passes, loss at trained positions"
+        "fast path: fused adapters (14 of 14), gated MLP in one piece, norms in few passes, rotary positions likewise, "
+        "loss at trained positions"
     )
     monkeypatch.setattr(choice, "_makes_the_logits", lambda *_: pytest.fail("chosen again"))
     run = trainer.train(load_recipe(recipe_file, ["train.steps=3"]), tmp_path / "run", accept=["train.steps"])
     kernels = json.loads((run.latest / "manifest.json").read_text())["resolved"]["kernels"]
-    assert kernels == ["lora", "mlp", "norm", "loss"]
+    assert kernels == ["lora", "mlp", "norm", "rotary", "loss"]
 
 
 def test_turning_the_fast_path_off_is_a_change_to_accept(recipe_file, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import make_base
 from peft import LoraConfig, get_peft_model
+from plain_loop import relative
 from test_families import save_family
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -44,7 +45,7 @@ def packed(vocabulary, seed, text=None):
     return MicroBatch(ids, labels, np.concatenate([np.arange(one) for one in LENGTHS])[None], None, LENGTHS)
 
 
-def with_adapter(base, seed):
+def with_adapter(base, seed, device):
     """A base with an adapter that matters, the same for the same seed."""
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     generator = torch.Generator().manual_seed(seed)
@@ -52,41 +53,40 @@ def with_adapter(base, seed):
         if "lora_" in name:
             spread = 0.02 if "lora_B" in name else parameter.shape[1] ** -0.5
             parameter.data = torch.randn(parameter.shape, generator=generator) * spread
-    return model.train()
+    return model.to(device).train()
 
 
 def gradient_of(model, loss):
     """The flat gradient of all adapters."""
     loss.backward()
-    return torch.cat([one.grad.flatten() for name, one in model.named_parameters() if "lora_" in name])
+    return torch.cat([one.grad.flatten() for name, one in model.named_parameters() if "lora_" in name]).cpu()
 
 
-def by_peft(base, batch, seed):
+def by_peft(base, batch, seed, device):
     """The loss of every token and the gradient of their sum: transformers and peft, one example at a time."""
-    model, start, losses = with_adapter(base, seed), 0, []
+    model, start, losses = with_adapter(base, seed, device), 0, []
     for length in LENGTHS:
-        ids, labels = (torch.from_numpy(one[0, start : start + length]) for one in (batch.ids, batch.labels))
+        ids, labels = (torch.from_numpy(one[0, start : start + length]).to(device) for one in (batch.ids, batch.labels))
         losses.append(cross_entropy(model(input_ids=ids[None], use_cache=False).logits[0].float(), labels))
         start += length
     losses = torch.cat(losses)
-    return losses.detach(), gradient_of(model, losses.sum())
+    return losses.detach().cpu(), gradient_of(model, losses.sum())
 
 
-def by_the_fast_path(base, batch, seed):
+def by_the_fast_path(base, batch, seed, device):
     """Likewise, by this package."""
-    cpu = torch.device("cpu")
-    assert choose_attention(base, Base(repo="x", dtype="bfloat16"), cpu)["attention"] == SEGMENT
-    model = with_adapter(base, seed)
-    inputs = model_inputs(model, batch, cpu)
-    assert use_kernels(model, None, inputs) == ["lora", "mlp", "norm", "loss"]
+    assert choose_attention(base.to(device), Base(repo="x"), device)["attention"] == SEGMENT
+    model = with_adapter(base, seed, device)
+    inputs = model_inputs(model, batch, device)
+    assert use_kernels(model, None, inputs) == ["lora", "mlp", "norm", "rotary", "loss"]
     with torch.no_grad():
         logits = head_of(model).logits(inner_of(model).base_model(**inputs)[0])[0].float()
-    losses, loss = cross_entropy(logits, torch.from_numpy(batch.labels[0])), sft(model, batch, cpu)
+    losses, loss = cross_entropy(logits.cpu(), torch.from_numpy(batch.labels[0])), sft(model, batch, device)
     assert float(loss.detach()) == pytest.approx(float(losses.sum()), rel=1e-5)
     return losses, gradient_of(model, loss)
 
 
-def ratios(folder, text=None, seeds=range(3)):
+def ratios(folder, text=None, seeds=range(3), device="cpu"):
     """How many times as far from the truth as PEFT the fast path is, in the losses of tokens and in the gradient."""
     settings = Base(repo="x", dtype="bfloat16")
     rounded = load_base(locate(settings, folder), settings, torch.device("cpu"))
@@ -96,7 +96,7 @@ def ratios(folder, text=None, seeds=range(3)):
     for seed in seeds:
         batch = packed(rounded.config.vocab_size, seed, text)
         truth, *others = (
-            make(copy.deepcopy(base), batch, seed)
+            make(copy.deepcopy(base), batch, seed, torch.device(device))
             for make, base in ((by_peft, exact), (by_peft, rounded), (by_the_fast_path, rounded))
         )
         far.append([[float((mine - right).norm()) for mine, right in zip(one, truth, strict=True)] for one in others])
@@ -105,9 +105,23 @@ def ratios(folder, text=None, seeds=range(3)):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_is_as_near_the_truth_as_with_peft(family, tmp_path, base_folder):
+def test_a_family_is_as_near_the_truth_as_with_peft(family, tmp_path, base_folder, device):
     folder = save_family(tmp_path / "base", family, base_folder, WIDE | FAMILIES[family])
-    assert max(ratios(folder).values()) < WORSE
+    assert max(ratios(folder, device=device).values()) < WORSE
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_fp32_a_gpu_computes_what_a_cpu_does_and_what_peft_does_there(family, tmp_path, base_folder):
+    folder = save_family(tmp_path / "base", family, base_folder, WIDE | FAMILIES[family])
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    batch, (cpu, gpu) = packed(base.config.vocab_size, 0), map(torch.device, ("cpu", "cuda"))
+    peft, ours, on_cpu = (
+        make(copy.deepcopy(base), batch, 0, device)
+        for make, device in ((by_peft, gpu), (by_the_fast_path, gpu), (by_the_fast_path, cpu))
+    )
+    for one, by_peft_there, here in zip(ours, peft, on_cpu, strict=True):
+        assert relative(one, by_peft_there) < 1e-5 and relative(one, here) < 1e-4
 
 
 def test_large_scores_are_no_exception(tmp_path):

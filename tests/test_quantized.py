@@ -35,7 +35,7 @@ def dequantized(job):
     """A plain fp32 base whose linear weights are what the quantised ones stand for."""
     plain = AutoModelForCausalLM.from_pretrained(job.source.folder, dtype=torch.float32)
     for name, module in linears(job.model.get_base_model()).items():
-        plain.get_submodule(name.removesuffix(".base_layer")).weight.data = whole(module).float()
+        plain.get_submodule(name.removesuffix(".base_layer")).weight.data = whole(module).float().cpu()
     return plain
 
 
@@ -45,7 +45,7 @@ def held(model):
 
 @pytest.mark.parametrize("how", ["nf4", "int8"])
 def test_gradients_are_those_of_the_dequantised_weights_also_after_an_evaluation(
-    how, recipe_file, tmp_path, captured, jobs
+    how, recipe_file, tmp_path, captured, jobs, device
 ):
     changes = [f"base.quantization={how}", "train.steps=3", "adapter.dropout=0", "optim.max_grad_norm=null"]
     changes += ["data.validation=0.2", "evaluate.every_steps=1", "evaluate.generate=2"]
@@ -55,11 +55,13 @@ def test_gradients_are_those_of_the_dequantised_weights_also_after_an_evaluation
     for step, (weights, gradient) in enumerate(captured):
         members = [index for group in job.plan.micro_batches(step) for index in group]
         expected, _ = plain_loop(job, weights, members, dequantized(job))
-        assert relative(gradient, expected) < 1e-5
+        assert relative(gradient, expected) < (1e-5 if device.type == "cpu" else 1e-4)
 
 
 @pytest.mark.parametrize("how", ["nf4", "int8"])
-def test_training_evaluation_and_checkpoints_leave_the_base_as_it_was(how, recipe_file, tmp_path, jobs, monkeypatch):
+def test_training_evaluation_and_checkpoints_leave_the_base_as_it_was(
+    how, recipe_file, tmp_path, jobs, monkeypatch, device
+):
     before = {}
     load = load_base
     monkeypatch.setattr("lora_kit.job.load_base", lambda *a: (model := load(*a), before.update(held(model)))[0])

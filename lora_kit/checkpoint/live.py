@@ -88,6 +88,11 @@ class Region:
         self.words = self._map[:FAULT_AT].cast("Q")
         self.payload_bytes = self.words[Word.PAYLOAD]
 
+    @property
+    def whole(self) -> memoryview:
+        """All of its memory."""
+        return self._map
+
     def _header(self, slot: int) -> memoryview:
         return self._map[PAGE + slot * HEADER_BYTES :][:HEADER_BYTES]
 

@@ -21,6 +21,7 @@ import platformdirs
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+import lora_kit
 from lora_kit.data import sources
 from lora_kit.data.files import digest
 from lora_kit.data.template import Prompt, Renderer
@@ -30,7 +31,7 @@ from lora_kit.recipe import Recipe
 
 PLACE = "LORA_KIT_CACHE"  # the environment variable that names another folder
 KEPT, KEPT_BYTES = 20, 8 << 30  # entries, and what they may take together
-PACKAGES = ("lora_kit", "transformers", "tokenizers", "datasets", "jinja2", "numpy", "pyarrow")
+PACKAGES = ("transformers", "tokenizers", "datasets", "jinja2", "numpy", "pyarrow")
 COMMIT = re.compile("[0-9a-f]{40}")
 VALIDATION = "validation."  # before the names of its arrays
 
@@ -76,7 +77,7 @@ def key_of(recipe: Recipe, renderer: Renderer) -> str | None:
         "tokenizer": [type(tokenizer).__qualname__, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template],
         "special": [tokenizer.special_tokens_map, tokenizer.init_kwargs],
         "code": _code(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {"lora_kit": lora_kit.__version__} | {name: version(name) for name in PACKAGES},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode()).hexdigest()
 

@@ -22,10 +22,18 @@ def prepare_data(recipe: Recipe, renderer: Renderer) -> Prepared:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which examples each step trains on, and in which micro-batches: a pure function of the step."""
+    """Which examples each step trains on, and in which micro-batches: a pure function of the step.
+
+    Attributes:
+        recipe: Says which examples.
+        tokens: Of all examples.
+        micro_batch_tokens: What the run has settled on; the recipe may say auto.
+        padded: Whether micro-batches are rows of one example each.
+    """
 
     recipe: Recipe
     tokens: Tokens
+    micro_batch_tokens: int
     padded: bool
 
     @property
@@ -51,7 +59,7 @@ class Plan:
         )
         members = [position.example for position in positions]
         lengths = self.tokens.lengths[members].tolist()
-        groups = pack(lengths, train.micro_batch_tokens, padded=self.padded)
+        groups = pack(lengths, self.micro_batch_tokens, padded=self.padded)
         return [[members[index] for index in group] for group in groups]
 
     def idle_share(self, processes: int) -> float:

@@ -10,14 +10,16 @@ generation, is an error instead of a leak. `own_attention` is the way back for s
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, cast
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.attention.varlen import varlen_attn
+from torch.autograd import Function
 from transformers import AttentionInterface, PreTrainedModel
 
+from lora_kit.kernels import by_triton
 from lora_kit.kernels.blocks import BlockAttention, Blocks, blocks_of
 
 SEGMENT = "segment"
@@ -25,6 +27,7 @@ SEGMENT = "segment"
 
 VARLEN_DTYPES = (torch.bfloat16, torch.float16)
 VARLEN_WIDTH = 256  # the widest head of torch's flash attention
+SHORT = 2048  # tokens of the longest example up to which our own kernels take less time on a GPU than torch's
 
 
 @dataclass(frozen=True)
@@ -41,18 +44,37 @@ class Segments:
     boundaries: Tensor
     windows: list[int | None] = field(default_factory=list)
     _blocks: dict[tuple[int | None, torch.dtype], Blocks] = field(default_factory=dict)
+    _starts: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> "Segments":
         """Return the segments of examples of these lengths."""
-        ends = functional.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
-        return cls(tuple(lengths), ends.to(device, non_blocking=True))
+        ends = np.cumsum([0, *lengths], dtype=np.int32)
+        return cls(tuple(lengths), moved(ends, device))
 
     def blocks(self, window: int | None, dtype: torch.dtype) -> Blocks:
         """Return the row cut into blocks of queries; made once for all layers with this window."""
         if (window, dtype) not in self._blocks:
             self._blocks[window, dtype] = blocks_of(self.lengths, window, dtype=dtype, device=self.boundaries.device)
         return self._blocks[window, dtype]
+
+    def starts(self, rows: int) -> Int32[Tensor, "blocks three"]:
+        """Return the row cut into blocks of so many: where the example begins, its first row, the example's end."""
+        if rows not in self._starts:
+            ends = np.cumsum(self.lengths, dtype=np.int32)
+            found = [
+                (end - length, first, end)
+                for end, length in zip(ends, self.lengths, strict=True)
+                for first in range(end - length, end, rows)
+            ]
+            self._starts[rows] = moved(np.array(found, np.int32), self.boundaries.device)
+        return self._starts[rows]
+
+
+def moved(array: np.ndarray, device: torch.device) -> Tensor:
+    """Return an array's values on a device; nobody waits for what the device has still to do."""
+    values = torch.from_numpy(array)
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def segment_attention(
@@ -96,7 +118,8 @@ def segment_attention(
     window, scale = sliding_window or None, scaling or query.shape[-1] ** -0.5
     plain = softcap is None and s_aux is None
     if plain and _varlen_takes(query, value):
-        return _varlen(query, key, value, segments, scale=scale, window=window), None
+        parts = (one[0].transpose(0, 1) for one in (query, key, value))
+        return VarlenAttention.apply(*parts, segments, scale, window)[None], None
     if plain:
         row = segments.blocks(window, query.dtype)
         return BlockAttention.apply(query[0], key[0], value[0], row, scale)[None], None
@@ -112,25 +135,52 @@ def _varlen_takes(query: Tensor, value: Tensor) -> bool:
     return query.is_cuda and fits and query.shape[-1] % 8 == 0
 
 
-def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, scale: float, window: int | None
-) -> Float[Tensor, "one length heads width"]:
-    """Attend with torch's flash attention over segments of any lengths: one kernel, no mask."""
-    longest = max(segments.lengths)
-    output = varlen_attn(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        segments.boundaries,
-        segments.boundaries,
-        longest,
-        longest,
-        scale=scale,
-        window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    assert isinstance(output, Tensor)
-    return output[None]
+class VarlenAttention(Function):
+    """Attention over segments of any lengths, [length, heads, width], without a mask: torch's flash attention, or our
+    own kernels where no segment is long.
+
+    The way back of torch's adds up in any order unless torch is told that nothing else will do; so it is told.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, window: int | None
+    ) -> Tensor:
+        """Attend."""
+        longest, ends = max(segments.lengths), segments.boundaries
+        ctx.blocks = None
+        if by_triton(query) and longest <= SHORT:
+            from lora_kit.kernels import gpu_attention
+
+            query, key, value = (one.contiguous() for one in (query, key, value))
+            ctx.blocks = (segments.starts(gpu_attention.block_rows(query.shape[-1])), scale, window)
+            output, of_rows = gpu_attention.attend(query, key, value, *ctx.blocks)
+            ctx.save_for_backward(query, key, value, output, of_rows)
+            return output
+        ctx.shape = (ends, ends, longest, longest, 0.0, window is None)  # no dropout
+        ctx.named = {"scale": scale}
+        if window is not None:
+            ctx.named |= {"window_size_left": window - 1, "window_size_right": 0}
+        flash = torch.ops.aten._flash_attention_forward
+        output, of_rows, *state, _ = flash(query, key, value, *ctx.shape, return_debug_mask=False, **ctx.named)
+        ctx.save_for_backward(query, key, value, output, of_rows, *state)
+        return cast(Tensor, output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Take the gradients of the three inputs."""
+        if ctx.blocks is not None:
+            from lora_kit.kernels import gpu_attention
+
+            return *gpu_attention.attend_back(gradient.contiguous(), *ctx.saved_tensors, *ctx.blocks), None, None, None
+        *tensors, seed, offset = ctx.saved_tensors
+        before = torch.get_deterministic_debug_mode()
+        torch.set_deterministic_debug_mode("error")
+        try:
+            flash = torch.ops.aten._flash_attention_backward
+            return *flash(gradient, *tensors, *ctx.shape, seed, offset, **ctx.named), None, None, None
+        finally:
+            torch.set_deterministic_debug_mode(before)
 
 
 def _spelled_out(
@@ -183,11 +233,16 @@ def use_attention(model: nn.Module, name: str | None) -> bool:
 
 
 @contextmanager
-def own_attention(model: nn.Module) -> Iterator[None]:
-    """Let a model that attends by segment compute calls of another kind: padded rows, generation with a cache."""
+def own_attention(model: nn.Module, name: str | None = None) -> Iterator[None]:
+    """Let a model that attends by segment compute calls of another kind: padded rows, generation with a cache.
+
+    Args:
+        model: Any; one with another attention keeps it, unless a name is given.
+        name: Of transformers' implementation; by default the model's own choice.
+    """
     before = attention_of(model)
-    if before == SEGMENT:
-        use_attention(model, None)
+    if name or before == SEGMENT:
+        use_attention(model, name)
     try:
         yield
     finally:

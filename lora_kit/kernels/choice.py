@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lora_kit.kernels import mlp, norm
+from lora_kit.kernels import mlp, norm, rotary
 from lora_kit.kernels.attention import inner_of
 from lora_kit.kernels.lora import Together, covered
 from lora_kit.kernels.loss import Head
@@ -32,12 +32,13 @@ def use_kernels(model: nn.Module, wanted: Sequence[str] | None, inputs: Mapping[
         inputs: Of a small call of the model, for finding out.
 
     Returns:
-        The parts in use, of `lora`, `mlp`, `norm` and `loss`.
+        The parts in use, of `lora`, `mlp`, `norm`, `rotary` and `loss`.
     """
     parts: dict[str, Callable[[], bool]] = {
         "lora": lambda: _fuse_adapters(model),
         "mlp": lambda: _fuse_mlps(model),
         "norm": lambda: _fuse_norms(model),
+        "rotary": lambda: _fuse_rotary(model),
         "loss": lambda: _fuse_loss(model, None if wanted else inputs),
     }
     return [name for name, use in parts.items() if (wanted is None or name in wanted) and use()]
@@ -53,6 +54,7 @@ def about(model: nn.Module, used: Sequence[str]) -> str:
         "lora": f"fused adapters ({len(layers) - len(others)} of {len(layers)}{by_peft})",
         "mlp": "gated MLP in one piece",
         "norm": "norms in few passes",
+        "rotary": "rotary positions likewise",
         "loss": "loss at trained positions",
     }
     return ", ".join(names[one] for one in used) or "none fits"
@@ -94,6 +96,28 @@ def _fuse_norms(model: nn.Module) -> bool:
         _use_where_equal(found, partial(norm.fuse, gemma=gemma), lambda one: len(one.weight)) for gemma in (False, True)
     )
     return llama or gemma
+
+
+@torch.no_grad()
+def _fuse_rotary(model: nn.Module) -> bool:
+    used = False
+    for one in model.modules():
+        own, width = rotary.rotation_of(one), getattr(one, "head_dim", None)
+        if own is not None and width is not None and _turn_alike(own, width, next(one.parameters())):
+            rotary.fuse(one)
+            used = True
+    return used
+
+
+def _turn_alike(own: rotary.Rotation, width: int, like: Tensor) -> bool:
+    """Return whether a family turns queries and keys as we do."""
+    heads, angles = _some_rows(3 * width, like).view(1, 5, 3, width).transpose(1, 2), _some_rows(width, like)
+    given = (heads[:, :2], heads[:, 2:], angles.cos(), angles.sin())
+    try:
+        both = zip(own(*given), rotary.rotated(own, *given), strict=True)
+        return all(_equal(*row) for pair in both for row in zip(*(one.unbind(2) for one in pair), strict=True))
+    except (TypeError, ValueError, RuntimeError):
+        return False
 
 
 @torch.no_grad()

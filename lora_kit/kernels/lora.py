@@ -97,9 +97,9 @@ class Kept:
 
 
 def project(
-    x: Float[Tensor, "rows inputs"], maps: Sequence[Map], adapters: Sequence[Tensor]
+    x: Float[Tensor, "rows inputs"], maps: Sequence[Map], adapters: Sequence[Tensor], *, whole: bool = True
 ) -> tuple[list[Tensor], Kept]:
-    """Return every map's output for one input, and what the way back needs."""
+    """Return every map's output for one input, or the frozen weight's part of it, and what the way back needs."""
     downs, ups = adapters[: len(maps)], adapters[len(maps) :]
     passed = [_draw(x, one.dropout) for one in maps]
     if any(mask is not None for mask in passed):
@@ -111,7 +111,7 @@ def project(
     for one, up, part in zip(maps, ups, low.split([one.rank for one in maps], dim=1), strict=True):
         bias = cast(Tensor | None, one.base.bias)
         output = nn.functional.linear(x, one.weight(x.dtype), bias)
-        outputs.append(output.addmm_(part, up.to(x.dtype).T, alpha=one.scale))
+        outputs.append(output.addmm_(part, up.to(x.dtype).T, alpha=one.scale) if whole else output)
     return outputs, Kept(x, low, passed)
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.autograd import Function
 
-LOGITS = 1 << 23  # held at once
+LOGITS = {"cpu": 1 << 23, "cuda": 1 << 27}  # held at once: a GPU reads the head anew for each chunk of rows
 AT_ONCE = 1 << 18  # logits that stay in a CPU's cache
 
 
@@ -58,11 +58,11 @@ class _CrossEntropy(Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Head, labels: Tensor, wanted: bool) -> Tensor:
         total, of_hidden = torch.zeros((), device=hidden.device), torch.empty_like(hidden)
-        rows = max(16, LOGITS // len(head.weight))
+        rows = max(16, LOGITS[hidden.device.type] // len(head.weight))
         for some, label, target in zip(hidden.split(rows), labels.split(rows), of_hidden.split(rows), strict=True):
             before = head.before_cap(some)
             logits = head.capped(before)
-            total -= _to_gradient(logits, label[:, None])
+            total -= _chosen(logits, label[:, None], to_gradient=wanted)
             if wanted:
                 target.copy_(head.back(logits, before))
         ctx.save_for_backward(of_hidden)
@@ -74,15 +74,16 @@ class _CrossEntropy(Function):
         return of_hidden * gradient.to(of_hidden.dtype), None, None, None
 
 
-def _to_gradient(logits: Tensor, labels: Tensor) -> Tensor:
-    """Turn logits into the gradient of their loss, a few rows at a time; return the sum of the labels' logarithms."""
+def _chosen(logits: Tensor, labels: Tensor, *, to_gradient: bool) -> Tensor:
+    """Return the sum of the labels' log-probabilities, a few rows at a time; turn logits into their loss's gradient."""
     total = torch.zeros((), device=logits.device)
     few = len(logits) if logits.is_cuda else max(1, AT_ONCE // logits.shape[1])
     for part, label in zip(logits.split(few), labels.split(few), strict=True):
         chosen = torch.log_softmax(part, -1, dtype=torch.float32).gather(1, label)
         total += chosen.sum()
-        part.copy_(torch.softmax(part, -1))
-        part.scatter_(1, label, torch.expm1(chosen).to(part.dtype))  # p - 1, of a p near 1 too
+        if to_gradient:
+            part.copy_(torch.softmax(part, -1))
+            part.scatter_(1, label, torch.expm1(chosen).to(part.dtype))  # p - 1, of a p near 1 too
     return total
 
 

@@ -1,6 +1,7 @@
 """A gated MLP, down(act(gate(x)) * up(x)), with adapters: its inner product is computed again instead of kept."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -8,16 +9,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from lora_kit.kernels import by_triton
 from lora_kit.kernels.lora import Kept, Map, adapters_of, covered, map_of, project, project_back
 
-Activation = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]  # and what turns its gradient back
-ACTIVATIONS: dict[str, Activation] = {
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "silu": (nn.functional.silu, torch.ops.aten.silu_backward),
     "gelu_pytorch_tanh": (
         lambda x: nn.functional.gelu(x, approximate="tanh"),
         lambda gradient, x: torch.ops.aten.gelu_backward(gradient, x, approximate="tanh"),
     ),
 }
+"""Of each name that configurations use: the activation, and what turns its gradient back."""
 PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -25,11 +27,12 @@ class GatedMlp(Function):
     """The whole MLP of a layer, for `x` [rows, width]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, act: Activation, maps: Sequence[Map], *adapters: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, act: str, maps: Sequence[Map], *adapters: Tensor) -> Tensor:
         """Compute it; the maps are gate, up and down."""
         into, out = _of_parts(adapters)
-        (gate, up), kept = project(x, maps[:2], into)
-        (output,), inner = project(act[0](gate).mul_(up), maps[2:], out)
+        (gate, up), kept = project(x, maps[:2], into, whole=not by_triton(x))
+        active = _gated(gate, up, kept.low, maps, into, act)
+        (output,), inner = project(active.product(), maps[2:], out)
         masks = [one for one in (*kept.passed, *inner.passed) if one is not None]
         ctx.save_for_backward(kept.rows, kept.low, gate, up, inner.low, *adapters, *masks)
         ctx.act, ctx.maps = act, maps
@@ -42,19 +45,47 @@ class GatedMlp(Function):
         adapters, masks = rest[:6], iter(rest[6:])
         passed = [next(masks) if one.dropout else None for one in ctx.maps]
         into, out = _of_parts(adapters)
-        active = ctx.act[0](gate)
-        inner = Kept(active * up, inner_low, passed[2:])
+        active = _gated(gate, up, low, ctx.maps, into, ctx.act)
+        inner = Kept(active.product(), inner_low, passed[2:])
         of_inner, of_out = project_back([gradient], inner, ctx.maps[2:], out, to_input=True)
         assert of_inner is not None
         del inner
-        of_up = active.mul_(of_inner)
-        of_gate = ctx.act[1](of_inner.mul_(up), gate)
+        of_gate, of_up = active.back(of_inner)
         del of_inner
         of_x, of_into = project_back(
             [of_gate, of_up], Kept(x, low, passed[:2]), ctx.maps[:2], into, to_input=ctx.needs_input_grad[0]
         )
         downs, ups = [*of_into[:2], of_out[0]], [*of_into[2:], of_out[1]]
         return of_x, None, None, *downs, *ups
+
+
+@dataclass(frozen=True)
+class Gated:
+    """A gated activation, act(gate) * up."""
+
+    gate: Tensor
+    up: Tensor
+    activation: str
+
+    def product(self) -> Tensor:
+        """Return it."""
+        return ACTIVATIONS[self.activation][0](self.gate).mul_(self.up)
+
+    def back(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of gate and up from that of their product, which is used up."""
+        active, back = ACTIVATIONS[self.activation]
+        of_up = active(self.gate).mul_(gradient)
+        return back(gradient.mul_(self.up), self.gate), of_up
+
+
+def _gated(gate: Tensor, up: Tensor, low: Tensor, maps: Sequence[Map], into: Sequence[Tensor], act: str) -> Any:
+    """Return the gated activation; on a GPU it adds what the adapters make of the input on the way."""
+    if not by_triton(gate):
+        return Gated(gate, up, act)
+    from lora_kit.kernels import gpu
+
+    of_gate, of_up = (one.to(gate.dtype) for one in into[2:])
+    return gpu.Gated(gate, up, low, (of_gate, of_up), (maps[0].scale, maps[1].scale), act)
 
 
 def _of_parts(adapters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -69,13 +100,13 @@ def gated(mlp: nn.Module) -> bool:
 
 def fuse(mlp: nn.Module, activation: str) -> Callable[[], None]:
     """Let a gated MLP compute in one piece wherever its adapters are plain and on; return the way back."""
-    own, parts, act = mlp.forward, [mlp.get_submodule(name) for name in PARTS], ACTIVATIONS[activation]
+    own, parts = mlp.forward, [mlp.get_submodule(name) for name in PARTS]
 
     def forward(x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         if not gated(mlp):
             return cast(Tensor, own(x))
         maps, rows = [map_of(one) for one in parts], x.reshape(-1, x.shape[-1])
-        return cast(Tensor, GatedMlp.apply(rows, act, maps, *adapters_of(parts))).view(*x.shape[:-1], -1)
+        return cast(Tensor, GatedMlp.apply(rows, activation, maps, *adapters_of(parts))).view(*x.shape[:-1], -1)
 
     mlp.forward = forward
     return lambda: setattr(mlp, "forward", own)

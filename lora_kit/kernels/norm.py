@@ -1,4 +1,4 @@
-"""Root mean square norms with few passes over memory: a hundred rows at a time, which stay in the cache.
+"""Root mean square norms with few passes over memory: one on a GPU, elsewhere some rows at a time in the cache.
 
 Nothing is kept but the input, which the residual stream holds anyway, and a number for each row.
 """
@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from lora_kit.kernels import by_triton
+
 AT_ONCE = 1 << 18  # elements; a GPU takes all rows at once
 
 
@@ -20,6 +22,14 @@ class RmsNorm(Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, epsilon: float, gemma: bool) -> Tensor:
         """Normalise every row of `rows` [rows, width]."""
+        ctx.gemma = gemma
+        if by_triton(rows):
+            from lora_kit.kernels import gpu
+
+            rows = rows.contiguous()
+            output, inverse = gpu.norm(rows, weight, epsilon, gemma=gemma)
+            ctx.save_for_backward(rows, weight, inverse)
+            return output
         output, inverse = torch.empty_like(rows), rows.new_empty(len(rows), 1, dtype=torch.float32)
         for some in _portions(rows):
             part = rows[some].to(torch.float32, copy=True)
@@ -29,13 +39,16 @@ class RmsNorm(Function):
             output[some] = part.mul_(1 + weight.float()) if gemma else weight * part.to(rows.dtype)
             inverse[some] = of_row
         ctx.save_for_backward(rows, weight, inverse)
-        ctx.gemma = gemma
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Take the gradient of the rows."""
         rows, weight, inverse = ctx.saved_tensors
+        if by_triton(rows):
+            from lora_kit.kernels import gpu
+
+            return gpu.norm_back(gradient, rows, weight, inverse, gemma=ctx.gemma), None, None, None
         of_rows = torch.empty_like(rows)
         weight = 1 + weight.float() if ctx.gemma else weight
         for some in _portions(rows):

@@ -1,0 +1,297 @@
+"""What `auto` chooses fits, depends on nothing but recipe, base and memory, and is chosen once in a run's life."""
+
+import json
+import shutil
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RECIPE, make_records, make_tokenizer, write_jsonl
+from runs import state_hash, train
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lora_kit import check as checking
+from lora_kit import portions, resolved, trainer
+from lora_kit.checkpoint import store
+from lora_kit.errors import ContractError
+from lora_kit.kernels.attention import inner_of
+from lora_kit.objective import sft
+from lora_kit.portions import ROOM, Machine, Portions, choose
+from lora_kit.recipe import load_recipe
+from lora_kit.shapes import estimate_memory, read_config
+
+ROOT = Path(__file__).parents[1]
+GB = 1_000_000_000
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 1024,
+}
+LEFT_OPEN = ["train.micro_batch_tokens=auto", "train.activation_checkpointing=auto"]
+
+
+@pytest.fixture(params=["bfloat16", "float32", "dropout", "none", "gemma2", "qwen3", "attention alone"])
+def micro_batch(request, recipe_file, tmp_path, jobs):
+    """A job of one of the ways to train, and a full micro-batch of it."""
+    changes = ["adapter.rank=4", "data.sequence_length=512", "train.micro_batch_tokens=512", "train.steps=1"]
+    changes += ["train.activation_checkpointing=false", "base.dtype=bfloat16", "adapter.dropout=0"]
+    more = {
+        "float32": ["base.dtype=float32"],
+        "dropout": ["adapter.dropout=0.1"],
+        "none": ["train.kernels=none"],
+        "attention alone": ["adapter.targets=[q_proj, v_proj]"],
+    }
+    changes += more.get(request.param, [])
+    family = request.param if request.param in ("gemma2", "qwen3") else "llama"
+    folder = base_of(tmp_path / "base", family)
+    data = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "a" * 40, "completion": "b" * 470}] * 4)
+    recipe = load_recipe(recipe_file, [*changes, f"base.repo={folder}", f"data.train={data}"])
+    trainer.train(recipe, tmp_path / "run")
+    job = jobs[0]
+    batch = trainer.collate(job.data.train, [0], padded=False)
+    assert batch.ids.size > 500
+    return job, batch
+
+
+def base_of(folder, family):
+    config = AutoConfig.for_model(family, vocab_size=make_tokenizer(folder), pad_token_id=0, eos_token_id=1, **SIZES)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def expected(job, *, recompute):
+    shape = read_config(job.source.folder / "config.json")
+    return estimate_memory(shape, job.recipe, tokens=512, recompute=recompute)
+
+
+class Live(TorchDispatchMode):
+    """The bytes of all tensors that are made while it is on, at the moment when they are most."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.sizes, self.now, self.most = dict.fromkeys(known, 0), 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for one in tree_leaves(result):
+            storage = one.untyped_storage() if isinstance(one, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._gone, storage._cdata)
+        return result
+
+    def _gone(self, key):
+        self.now -= self.sizes.pop(key)
+
+
+def of_the_model(job):
+    tensors = [*job.model.parameters(), *job.model.buffers(), job.state.weights, job.state.gradient]
+    return {one.untyped_storage()._cdata for one in tensors}
+
+
+def kept_by_autograd(job, batch):
+    """The bytes of all storages that a forward pass saves, beside the model's own."""
+    known, saved = of_the_model(job), {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        saved[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = sft(job.model, batch, torch.device("cpu"))
+    del loss
+    return sum(storage.nbytes() for key, storage in saved.items() if key not in known)
+
+
+def test_what_a_forward_pass_keeps_is_what_was_estimated_or_a_little_less(micro_batch):
+    job, batch = micro_batch
+    kept, estimate = kept_by_autograd(job, batch), expected(job, recompute=False)
+    assert kept <= estimate.activation_bytes <= 1.25 * kept
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_no_more_is_ever_live_than_was_estimated(micro_batch, recompute):
+    job, batch = micro_batch
+    if recompute:
+        inner_of(job.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with Live(of_the_model(job)) as live:
+        sft(job.model, batch, torch.device("cpu")).backward()
+    estimate = expected(job, recompute=recompute)
+    assert live.most <= estimate.activation_bytes + estimate.working_bytes <= 1.6 * live.most
+
+
+def shape_of(name):
+    return read_config(ROOT / "tests" / "shapes" / f"meta-llama--{name}-Instruct.json")
+
+
+def large(name, *changes):
+    return load_recipe(ROOT / "recipes" / f"{name}.yaml", changes)
+
+
+@pytest.mark.parametrize("gigabytes", [8, 12, 16, 24, 40, 48, 80, 141])
+@pytest.mark.parametrize("name", ["sft-bf16-1b", "sft-bf16-8b", "sft-nf4-8b", "sft-int8-8b"])
+def test_a_gpu_is_filled_as_far_as_the_estimate_allows_and_no_further(name, gigabytes):
+    recipe = large(name, "data.sequence_length=2048", *LEFT_OPEN)
+    shape = shape_of("Llama-3.2-1B" if "1b" in name else "Llama-3.1-8B")
+    found = choose(recipe, shape, Machine("cuda", gigabytes * GB))
+
+    def fits(tokens, recompute):
+        estimate = estimate_memory(shape, recipe, tokens=tokens, recompute=recompute)
+        return estimate.device_bytes <= ROOM["cuda"] * gigabytes * GB
+
+    tokens, twice = found.micro_batch_tokens, found.activation_checkpointing
+    assert tokens in (2048, 4096, 8192) and twice is not fits(4096, False)
+    if fits(2048, twice):
+        assert fits(tokens, twice) and (tokens == 8192 or not fits(2 * tokens, twice))
+    else:
+        assert (tokens, twice) == (2048, True)
+
+
+def test_a_narrow_base_on_a_large_gpu_gets_more_tokens_and_long_examples_fit_whatever_the_ladder_says(recipe_file):
+    gpu = Machine("cuda", 80 * GB)
+    tiny = read_config(Path(load_recipe(recipe_file).base.repo) / "config.json")
+    assert choose(load_recipe(recipe_file, LEFT_OPEN), tiny, gpu) == Portions(16384, False)
+    recipe = large("sft-bf16-8b", "data.sequence_length=10000", *LEFT_OPEN)
+    assert choose(recipe, shape_of("Llama-3.1-8B"), gpu).micro_batch_tokens == 10000
+
+
+def test_on_a_cpu_memory_decides_nothing_but_whether_to_compute_twice():
+    recipe, shape = large("sft-bf16-1b", *LEFT_OPEN), shape_of("Llama-3.2-1B")
+    found = [choose(recipe, shape, Machine("cpu", size * GB)) for size in (1, 2, 4, 8, 16, 64)]
+    assert {one.micro_batch_tokens for one in found} == {2048}
+    assert [one.activation_checkpointing for one in found] == [True] * 4 + [False] * 2
+    longer = large("sft-bf16-1b", "data.sequence_length=5000", *LEFT_OPEN)
+    assert choose(longer, shape, Machine("cpu", 64 * GB)) == Portions(5000, False)
+
+
+def test_what_a_recipe_names_is_what_it_gets_whether_it_fits_or_not():
+    shape, small = shape_of("Llama-3.1-8B"), Machine("cuda", GB)
+    named = large("sft-bf16-8b", "train.micro_batch_tokens=9000", "train.activation_checkpointing=false")
+    assert choose(named, shape, small) == Portions(9000, False)
+    half = large("sft-bf16-8b", "train.micro_batch_tokens=9000", "train.activation_checkpointing=auto")
+    assert choose(half, shape, small) == Portions(9000, True)
+    other = large("sft-bf16-1b", "train.micro_batch_tokens=auto", "train.activation_checkpointing=false")
+    assert choose(other, shape, Machine("cuda", 24 * GB)) == Portions(2048, False)
+
+
+def test_a_base_that_is_not_counted_fills_no_gpu():
+    recipe = large("sft-bf16-1b", *LEFT_OPEN)
+    assert choose(recipe, None, Machine("cuda", 80 * GB)) == Portions(4096, True)
+    assert choose(recipe, None, Machine("cpu", 80 * GB)) == Portions(2048, False)
+
+
+@pytest.mark.parametrize(("limit", "least"), [("max\n", None), (f"{GB}\n", GB)])
+def test_a_container_has_what_it_may_use(monkeypatch, limit, least):
+    monkeypatch.setattr(Path, "read_text", lambda _: limit)
+    assert portions.host_memory() == least or (least is None and portions.host_memory() > GB)
+
+
+def test_a_check_reads_the_memory_of_the_gpus_that_a_run_would_see(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\ncase "$*" in *--id=*) echo 24000;; *) printf "80000\\n24000\\n";; esac\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert portions.this_machine() == Machine("cuda", 24000 << 20)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert portions.this_machine() == Machine("cuda", 24000 << 20)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert portions.this_machine(2) == Machine("cpu", portions.host_memory() // 2)
+
+
+@pytest.fixture
+def open_recipe(tmp_path, base_folder):
+    """A recipe that leaves both open, with steps of more than 2,048 tokens."""
+    data = write_jsonl(tmp_path / "train.jsonl", make_records(80))
+    text = RECIPE.format(base=base_folder, data=data).replace("micro_batch_tokens: 256", "micro_batch_tokens: auto")
+    path = tmp_path / "open.yaml"
+    path.write_text(text.replace("batch_size: 5", "batch_size: 64").replace("steps: 8", "steps: 6"))
+    return path
+
+
+def manifest_of(run):
+    return json.loads((store.find(run).latest.path / store.MANIFEST).read_text())
+
+
+def test_auto_gives_the_bits_of_the_number_that_it_stands_for(open_recipe, tmp_path, jobs):
+    for name, tokens in {"auto": "auto", "named": 2048, "fewer": 512}.items():
+        trainer.train(load_recipe(open_recipe, [f"train.micro_batch_tokens={tokens}"]), tmp_path / name)
+    assert len(jobs[0].plan.micro_batches(0)) > 1, "or every number would do"
+    assert state_hash(tmp_path / "auto", 6) == state_hash(tmp_path / "named", 6) != state_hash(tmp_path / "fewer", 6)
+    recorded, names = manifest_of(tmp_path / "auto"), ("micro_batch_tokens", "activation_checkpointing")
+    assert [recorded["recipe"]["train"][name] for name in names] == ["auto", "auto"]
+    assert [recorded["resolved"][name] for name in names] == [2048, False]
+    assert manifest_of(tmp_path / "named")["resolved"] == recorded["resolved"]
+
+
+def test_a_run_keeps_its_choice_when_memory_is_another(open_recipe, tmp_path, monkeypatch, jobs, capsys):
+    out = tmp_path / "run"
+    monkeypatch.setattr(portions, "host_memory", lambda: 1000)
+    trainer.train(load_recipe(open_recipe), out)
+    assert "micro-batches: at most 2,048 tokens, activations computed twice" in capsys.readouterr().out
+    expected = state_hash(out, 6)
+    monkeypatch.setattr(portions, "host_memory", lambda: 64 * GB)
+    monkeypatch.setattr(portions, "ON_CPU", 512)
+    shutil.rmtree(store.checkpoint_folder(out, 6))
+    (out / "result.json").unlink()
+    trainer.train(load_recipe(open_recipe), out)
+    printed = capsys.readouterr().out
+    assert "same recipe, base, data and machine" in printed and "activations computed twice" in printed
+    assert inner_of(jobs[-1].model).is_gradient_checkpointing and jobs[-1].plan.micro_batch_tokens == 2048
+    assert state_hash(out, 6) == expected
+    assert manifest_of(out)["resolved"]["micro_batch_tokens"] == 2048
+
+
+def test_only_an_accepted_change_of_the_recipe_changes_what_was_chosen(open_recipe, tmp_path):
+    out, key = tmp_path / "run", "train.micro_batch_tokens"
+    trainer.train(load_recipe(open_recipe, ["train.steps=3"]), out)
+    with pytest.raises(ContractError, match=rf"needs --accept +{key}: auto -> 512"):
+        trainer.train(load_recipe(open_recipe, ["train.steps=3", f"{key}=512"]), out)
+    changes = ["train.steps=4", f"{key}=512"]
+    trainer.train(load_recipe(open_recipe, changes), out, accept=["train.steps", key])
+    assert manifest_of(out)["resolved"]["micro_batch_tokens"] == 512
+    trainer.train(load_recipe(open_recipe, ["train.steps=5"]), out, accept=["train.steps", key])
+    assert manifest_of(out)["resolved"]["micro_batch_tokens"] == 2048
+
+
+@pytest.mark.slow
+def test_a_resume_on_another_number_of_processes_keeps_the_choice_and_the_bits(open_recipe, tmp_path):
+    for name, processes in {"one": 1, "two": 2}.items():
+        train(open_recipe, tmp_path / name, processes=processes)
+    first, second = (manifest_of(tmp_path / name)["resolved"] for name in ("one", "two"))
+    assert first == second and first["micro_batch_tokens"] == 2048
+    expected = state_hash(tmp_path / "one", 6)
+    assert state_hash(tmp_path / "two", 6) == expected
+    shutil.rmtree(store.checkpoint_folder(tmp_path / "one", 6))
+    (tmp_path / "one" / "result.json").unlink()
+    printed = train(open_recipe, tmp_path / "one", processes=2)
+    assert "machine.processes: 1 -> 2" in printed and "at most 2,048 tokens, activations kept" in printed
+    assert manifest_of(tmp_path / "one")["resolved"] == first and state_hash(tmp_path / "one", 6) == expected
+
+
+def test_the_process_with_least_memory_decides_for_all(monkeypatch):
+    class Two:
+        device, count = torch.device("cpu"), 2
+        gather = staticmethod(lambda mine: [*mine, 3 * GB])
+
+    monkeypatch.setattr(portions, "host_memory", lambda: 10 * GB)
+    assert resolved.machine_of(Two) == Machine("cpu", 3 * GB)
+
+
+def test_a_check_tells_what_a_run_would_choose(open_recipe, monkeypatch):
+    monkeypatch.setattr(checking, "this_machine", lambda processes=1: Machine("cuda", 80 * GB))
+    report = checking.check(load_recipe(open_recipe))
+    assert report.portions == Portions(16384, False) and report.estimate.micro_batch_tokens == 16384
+    assert "micro-batches: at most 16,384 tokens, activations kept (cuda with 80 GB)" in repr(report)
+    assert json.loads(json.dumps(report.to_dict()))["portions"]["micro_batch_tokens"] == 16384
+    assert checking.estimate(load_recipe(open_recipe)) == report.estimate

@@ -1,0 +1,99 @@
+"""The kernels for GPUs against the same in plain PyTorch: by Triton's interpreter where there is no GPU."""
+
+import pytest
+import torch
+from plain_loop import relative
+from torch.nn import functional
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from lora_kit.kernels.attention import Segments, visible
+from lora_kit.kernels.mlp import ACTIVATIONS
+
+gpu_attention = pytest.importorskip(
+    "lora_kit.kernels.gpu_attention", reason="Triton is not installed", exc_type=ImportError
+)
+gpu = pytest.importorskip("lora_kit.kernels.gpu", reason="Triton is not installed", exc_type=ImportError)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+overflows = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # which sigmoid is made for
+pytestmark = [overflows, *([pytest.mark.gpu] if DEVICE == "cuda" else [])]
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # the interpreter cuts, a GPU rounds
+IN_DOTS = [torch.float32, torch.bfloat16 if DEVICE == "cuda" else torch.float16]  # which it does not know in bf16
+
+
+def drawn(dtype, *shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def near(ours, theirs):
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        assert relative(one.float(), other.float()) < TOLERANCE[one.dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("gemma", [False, True])
+@pytest.mark.parametrize("shape", [(37, 64), (5, 100), (1, 5000)])
+def test_a_norm_and_its_gradient(dtype, gemma, shape):
+    x, weight, above = drawn(dtype, *shape), drawn(dtype, shape[1], seed=1), drawn(dtype, *shape, seed=2)
+    plain = x.float().requires_grad_()
+    expected = torch.nn.functional.rms_norm(plain, shape[1:], eps=1e-5) * (weight.float() + gemma)
+    (of_x,) = torch.autograd.grad(expected, plain, above.float())
+    output, inverse = gpu.norm(x, weight, 1e-5, gemma=gemma)
+    near([output, gpu.norm_back(above, x, weight, inverse, gemma=gemma)], [expected.to(dtype), of_x.to(dtype)])
+
+
+@pytest.mark.parametrize("dtype", IN_DOTS)
+@pytest.mark.parametrize("ranks", [(16, 16), (8, 40)])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_a_gated_activation_with_adapters_and_its_gradients(dtype, ranks, name):
+    shapes = [(50, 200), (50, 200), (50, sum(ranks)), (200, ranks[0]), (200, ranks[1]), (50, 200)]
+    gate, up, low, *ups, above = (drawn(dtype, *shape, seed=seed) for seed, shape in enumerate(shapes))
+    lows = low.float().split(ranks, dim=1)
+    plain = [
+        one.float() + scale * part @ b.float().T
+        for one, scale, part, b in zip((gate, up), (2.0, 0.5), lows, ups, strict=True)
+    ]
+    plain = [one.requires_grad_() for one in plain]
+    expected = ACTIVATIONS[name][0](plain[0]) * plain[1]
+    gradients = torch.autograd.grad(expected, plain, above.float())
+    gated = gpu.Gated(gate, up, low, tuple(ups), (2.0, 0.5), name)
+    near([gated.product()], [expected.to(dtype)])
+    near(gated.back(above.clone()), [one.to(dtype) for one in gradients])
+
+
+@pytest.mark.parametrize("dtype", IN_DOTS)
+@pytest.mark.parametrize("width", [24, 64])
+@pytest.mark.parametrize("window", [None, 20])
+def test_attention_inside_examples_and_its_gradients(dtype, width, window):
+    lengths, heads, shared = (130, 3, 70), 4, 2
+    shapes = [(sum(lengths), many, width) for many in (heads, shared, shared, heads)]
+    *given, above = (drawn(dtype, *shape, seed=seed) for seed, shape in enumerate(shapes))
+    plain, outputs = [one.float().requires_grad_() for one in given], []
+    for parts in zip(*(one.split(lengths) for one in plain), strict=True):
+        by_head = [part.transpose(0, 1).repeat_interleave(heads // part.shape[1], dim=0) for part in parts]
+        seen = visible(len(parts[0]), window, parts[0].device)
+        outputs.append(functional.scaled_dot_product_attention(*by_head, seen, scale=0.3).transpose(0, 1))
+    expected = torch.cat(outputs)
+    gradients = torch.autograd.grad(expected, plain, above.float())
+    blocks = Segments.of(lengths, torch.device(DEVICE)).starts(gpu_attention.block_rows(width))
+    output, sums = gpu_attention.attend(*given, blocks, 0.3, window)
+    ours = gpu_attention.attend_back(above, *given, output, sums, blocks, 0.3, window)
+    near([output, *ours], [one.to(dtype) for one in (expected, *gradients)])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("width", [24, 64])
+def test_rotary_positions(dtype, width):
+    x, cos, sin = drawn(dtype, 37, 5, width), drawn(dtype, 37, width, seed=1), drawn(dtype, 37, width, seed=2)
+    queries, angles = x.transpose(0, 1)[None].float(), (cos[None].float(), sin[None].float())
+    expected = apply_rotary_pos_emb(queries, queries, *angles)[0][0].transpose(0, 1)
+    near([gpu.rotate(x, cos, sin)], [expected.to(dtype)])
+    with_gaps = torch.cat([x, x], dim=1)[:, 5:]
+    assert not with_gaps.is_contiguous() and torch.equal(gpu.rotate(with_gaps, cos, sin), gpu.rotate(x, cos, sin))
+
+
+def test_rows_of_any_number_are_computed_alike():
+    x, weight = drawn(torch.bfloat16, 64, 128), drawn(torch.bfloat16, 128, seed=1)
+    whole, _ = gpu.norm(x, weight, 1e-5, gemma=False)
+    for rows in (1, 16, 33):
+        assert torch.equal(gpu.norm(x[:rows], weight, 1e-5, gemma=False)[0], whole[:rows])

@@ -126,7 +126,7 @@ def test_wherever_blocks_begin_and_end_the_definition_holds(seed, monkeypatch):
     found, right = (torch.autograd.grad((a * weights).sum(), b) for a, b in ((ours, given), (theirs, exact)))
     for mine, one in zip((ours, *found), (theirs, *right), strict=True):
         assert (mine - one).norm() < 1e-5 * max(one.norm(), 1)
-    cut = segments.blocks(window, torch.float32)
+    cut = segments.blocks(window, torch.float32).blocks
     assert [one.first for one in cut] + [many] == [0, *(one.last for one in cut)]
     assert all(one.last - one.first <= 8 + blocks.ALIGNED for one in cut)
 

@@ -489,7 +489,7 @@ def test_no_gradient_is_computed_below_the_first_adapted_layer(recipe_file, tmp_
             lambda *a, to_input, back=back: (wanted.append(to_input), back(*a, to_input=to_input))[1],
         )
     normal = norm.RmsNorm.backward
-    monkeypatch.setattr(norm.RmsNorm, "backward", lambda ctx, one: (found.append(0), normal(ctx, one))[1])
+    monkeypatch.setattr(norm.RmsNorm, "backward", lambda ctx, *of: (found.append(0), normal(ctx, *of))[1])
 
     def watched(*arguments):
         base = load_base(*arguments)

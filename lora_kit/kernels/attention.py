@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from transformers import AttentionInterface, PreTrainedModel
 
-from lora_kit.kernels.blocks import Block, BlockAttention, blocks_of
+from lora_kit.kernels.blocks import BlockAttention, Blocks, blocks_of
 
 SEGMENT = "segment"
 """The name of this attention in a model's configuration and in a run's manifest."""
@@ -41,7 +41,7 @@ class Segments:
     lengths: tuple[int, ...]
     boundaries: Tensor
     windows: list[int | None] = field(default_factory=list)
-    _blocks: dict[tuple[int | None, torch.dtype], list[Block]] = field(default_factory=dict)
+    _blocks: dict[tuple[int | None, torch.dtype], Blocks] = field(default_factory=dict)
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> "Segments":
@@ -49,7 +49,7 @@ class Segments:
         ends = np.cumsum([0, *lengths], dtype=np.int32)
         return cls(tuple(lengths), moved(ends, device))
 
-    def blocks(self, window: int | None, dtype: torch.dtype) -> list[Block]:
+    def blocks(self, window: int | None, dtype: torch.dtype) -> Blocks:
         """Return the row cut into blocks of queries; made once for all layers with this window."""
         if (window, dtype) not in self._blocks:
             self._blocks[window, dtype] = blocks_of(self.lengths, window, dtype=dtype, device=self.boundaries.device)
@@ -106,8 +106,8 @@ def segment_attention(
         parts = (one[0].transpose(0, 1) for one in (query, key, value))
         return VarlenAttention.apply(*parts, segments, scale, window)[None], None
     if plain:
-        parts = (one[0].contiguous() for one in (query, key, value))
-        return BlockAttention.apply(*parts, segments.blocks(window, query.dtype), scale)[None], None
+        row = segments.blocks(window, query.dtype)
+        return BlockAttention.apply(query[0], key[0], value[0], row, scale)[None], None
     outputs = [
         _spelled_out(*parts, scale=scale, window=window, softcap=softcap, sinks=s_aux)
         for parts in zip(*(one.split(segments.lengths, dim=2) for one in (query, key, value)), strict=True)

@@ -6,6 +6,7 @@ computes the weights again. Long examples are cut into several blocks, neighbour
 takes less time than torch's flash attention.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,19 +25,59 @@ class Block:
     """Queries that are computed together, and what they see.
 
     Attributes:
-        keys: The first key that any of them sees; the last is the last query's own.
-        first: The first query.
+        first: The first query, counted in the packed row.
         last: The end of the queries.
+        height: As many rows are computed; those after the queries are padding.
+        keys: The first key that any of them sees, counted in the padded row.
+        end: The end of the keys, which is the padded end of the queries.
         mask: 0 or minus infinity, added to the scores of the last keys, as many as it has columns.
     """
 
-    keys: int
     first: int
     last: int
-    mask: Float[Tensor, "queries masked"]
+    height: int
+    keys: int
+    end: int
+    mask: Float[Tensor, "height masked"]
 
 
-def blocks_of(lengths: Sequence[int], window: int | None, *, dtype: torch.dtype, device: torch.device) -> list[Block]:
+@dataclass(frozen=True)
+class Blocks:
+    """A packed row with padding, so that blocks begin and end at multiples of ALIGNED, and its blocks.
+
+    oneDNN compiles a product for every shape and keeps it (0.3 MB, 0.6 MB for an odd one), so there should be few.
+
+    Attributes:
+        spans: Where examples that are cut up together are: their first, their end, and their first in the padded row.
+        length: Of the padded row.
+        blocks: In order.
+    """
+
+    spans: list[tuple[int, int, int]]
+    length: int
+    blocks: list[Block]
+
+    def spread(self, rows: Float[Tensor, "heads length width"]) -> Float[Tensor, "heads padded width"]:
+        """Copy a packed row, padded with zeros."""
+        spread = rows.new_zeros(len(rows), self.length, rows.shape[2])
+        for first, last, place in self.spans:
+            spread[:, place : place + last - first] = rows[:, first:last]
+        return spread
+
+    def gather(self, spread: Float[Tensor, "heads padded width"]) -> Float[Tensor, "heads length width"]:
+        """Copy what was spread back, in the order of a linear layer's output."""
+        heads, _, width = spread.shape
+        rows = spread.new_empty(self.spans[-1][1], heads, width).transpose(0, 1)
+        for first, last, place in self.spans:
+            rows[:, first:last] = spread[:, place : place + last - first]
+        return rows
+
+    def most(self, heads: int) -> int:
+        """Return how many scores a block has at most."""
+        return max(heads * one.height * (one.end - one.keys) for one in self.blocks)
+
+
+def blocks_of(lengths: Sequence[int], window: int | None, *, dtype: torch.dtype, device: torch.device) -> Blocks:
     """Cut a packed row into blocks.
 
     Args:
@@ -46,23 +87,29 @@ def blocks_of(lengths: Sequence[int], window: int | None, *, dtype: torch.dtype,
         device: Where they are computed.
     """
     masks: dict[tuple[int, ...], Tensor] = {}
-    blocks = []
+    blocks, spans, place = list[Block](), list[tuple[int, int, int]](), 0
     window = window if window is not None and window < max(lengths) else None
     for start, members in _shared(lengths):
         length = sum(members)
-        rows = -(-length // -(-length // QUERIES))
-        for begin in range(0, length, rows := -(-rows // ALIGNED) * ALIGNED):
-            end = min(length, begin + rows)
-            seen = 0 if window is None else max(0, begin - window + 1)
-            before = -(end - seen) % ALIGNED  # keys of earlier examples, hidden by the mask
-            before = before if before <= start + seen else 0
-            whole = bool(before) or window is not None or len(members) > 1
-            columns = end - seen + before if whole else end - begin
+        padded = _aligned(length)
+        whole = window is not None or len(members) > 1
+        rows = _aligned(-(-padded // -(-padded // QUERIES)))
+        for begin in range(0, padded, rows):
+            end = min(padded, begin + rows)
+            seen = 0 if window is None else max(0, begin - window + 1) // ALIGNED * ALIGNED
+            columns = end - seen if whole else end - begin
             shape = (begin, end, columns, *members) if whole else (end - begin,)
             if shape not in masks:
                 masks[shape] = _mask(members, range(begin, end), columns, window).to(device, dtype)
-            blocks.append(Block(start + seen - before, start + begin, start + end, masks[shape]))
-    return blocks
+            last = start + min(length, end)
+            blocks.append(Block(start + begin, last, end - begin, place + seen, place + end, masks[shape]))
+        spans.append((start, start + length, place))
+        place += padded
+    return Blocks(spans, place, blocks)
+
+
+def _aligned(count: int) -> int:
+    return -(-count // ALIGNED) * ALIGNED
 
 
 def _shared(lengths: Sequence[int]) -> Iterator[tuple[int, tuple[int, ...]]]:
@@ -78,10 +125,13 @@ def _shared(lengths: Sequence[int]) -> Iterator[tuple[int, tuple[int, ...]]]:
 
 
 def _mask(members: Sequence[int], queries: range, columns: int, window: int | None) -> Tensor:
-    """Return what the queries of some examples, counted from the first one's start, see of the last `columns` keys."""
-    example = torch.repeat_interleave(torch.arange(len(members)), torch.tensor(members))
+    """Return what the queries of some examples, counted from the first one's start, see of the last `columns` keys.
+
+    Padding goes on with the last example: nobody before it sees it, and it has something to see.
+    """
+    ends = torch.tensor(members).cumsum(0)[:-1]
     query, key = torch.arange(queries.start, queries.stop)[:, None], torch.arange(queries.stop - columns, queries.stop)
-    seen = (example[query] == example[key.clamp(min=0)]) & (query >= key) & (key >= 0)
+    seen = (torch.bucketize(query, ends, right=True) == torch.bucketize(key, ends, right=True)) & (query >= key)
     if window is not None:
         seen &= query - key < window
     return torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
@@ -92,62 +142,82 @@ class BlockAttention(Function):
     [length, heads, value_width]."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[Block], scale: float) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, row: Blocks, scale: float) -> Tensor:
         """Attend, block by block."""
-        (heads, length, _), (groups, _, width) = query.shape, value.shape
-        output = query.new_empty(length, heads, width)
-        by_group = output.view(length, groups, heads // groups, width)
-        tops = []
-        for one in blocks:
-            top = _scores(query, key, one, scale, None).amax(-1, keepdim=True)
-            part = torch.bmm(torch.softmax(_scores(query, key, one, scale, top), -1), value[:, one.keys : one.last])
-            tops.append(top)
-            by_group[one.first : one.last] = part.view(groups, heads // groups, -1, width).permute(2, 0, 1, 3)
-        ctx.save_for_backward(query, key, value, *tops)
-        ctx.blocks, ctx.scale = blocks, scale
-        return output
+        (heads, length, _), groups = query.shape, len(key)
+        output = query.new_empty(length, heads, value.shape[2]).transpose(0, 1)
+        key, value = row.spread(key), row.spread(value)
+        room = query.new_empty(2, row.most(heads))
+        kept = []
+        for one in row.blocks:
+            keys = slice(one.keys, one.end)
+            asking, asked = _rows(query, one, groups), key[:, keys].transpose(1, 2)
+            scores, weights = _rooms(room, asking, asked)
+            top = None
+            if query.dtype != torch.float32:
+                top = _scores(asking, asked, one, scale, None, scores).amax(-1, keepdim=True)
+            torch.softmax(_scores(asking, asked, one, scale, top, scores), -1, out=weights)
+            part = torch.bmm(weights, value[:, keys]).view(heads, one.height, -1)
+            output[:, one.first : one.last] = part[:, : one.last - one.first]
+            kept += [asking, top]
+        ctx.save_for_backward(key, value, *kept)
+        ctx.row, ctx.scale = row, scale
+        return output.transpose(0, 1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the weights again and take the gradients of the three inputs."""
-        query, key, value, *tops = ctx.saved_tensors
-        (heads, length, width), groups = query.shape, key.shape[0]
-        of_query = query.new_empty(length, groups, heads // groups, width)
+        key, value, *kept = ctx.saved_tensors
+        (length, heads, _), (groups, _, width) = gradient.shape, key.shape
+        of_query = key.new_empty(length, heads, width).transpose(0, 1)
         of_key, of_value = torch.zeros_like(key), torch.zeros_like(value)
-        by_head = gradient.transpose(0, 1).contiguous()
-        for one, top in zip(ctx.blocks, tops, strict=True):
-            keys = slice(one.keys, one.last)
-            weights = torch.softmax(_scores(query, key, one, ctx.scale, top), -1)
-            above, asking = (_rows(part, one, groups) for part in (by_head, query))
+        room, by_head = key.new_empty(3, ctx.row.most(heads)), gradient.transpose(0, 1)
+        for one, asking, top in zip(ctx.row.blocks, kept[::2], kept[1::2], strict=True):
+            keys = slice(one.keys, one.end)
+            asked, above = key[:, keys].transpose(1, 2), _rows(by_head, one, groups)
+            scores, weights, of_weights = _rooms(room, asking, asked)
+            torch.softmax(_scores(asking, asked, one, ctx.scale, top, scores), -1, out=weights)
             of_value[:, keys].baddbmm_(weights.transpose(1, 2), above)
-            of_weights = torch.bmm(above, value[:, keys].transpose(1, 2))
-            of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+            torch.bmm(above, value[:, keys].transpose(1, 2), out=of_weights)
+            of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype, grad_input=scores)
             of_key[:, keys].baddbmm_(of_scores.transpose(1, 2), asking, alpha=ctx.scale)
-            part = _product(of_scores, key[:, keys], ctx.scale)
-            of_query[one.first : one.last] = part.view(groups, heads // groups, -1, width).permute(2, 0, 1, 3)
-        return of_query.view(length, heads, width).transpose(0, 1), of_key, of_value, None, None
+            part = _product(of_scores, key[:, keys], ctx.scale).view(heads, one.height, width)
+            of_query[:, one.first : one.last] = part[:, : one.last - one.first]
+        return of_query, ctx.row.gather(of_key), ctx.row.gather(of_value), None, None
 
 
 def _rows(heads: Tensor, block: Block, groups: int) -> Tensor:
-    """Return a block's rows [groups, rows, width]: those of heads that share keys one after the other."""
-    return heads[:, block.first : block.last].reshape(groups, -1, heads.shape[2])
+    """Return a block's rows [groups, rows, width], padded with zeros: those of heads that share keys one after the
+    other."""
+    count, many = block.last - block.first, len(heads)
+    rows = heads.new_empty(many, block.height, heads.shape[2])
+    rows[:, :count] = heads[:, block.first : block.last]
+    rows[:, count:] = 0
+    return rows.view(groups, many // groups * block.height, -1)
 
 
-def _scores(query: Tensor, key: Tensor, block: Block, scale: float, top: Tensor | None) -> Tensor:
-    """Return the scores [groups, rows, keys] of a block, less each row's top.
+def _rooms(room: Tensor, asking: Tensor, asked: Tensor) -> list[Tensor]:
+    """Return the beginning of each room as one of [groups, rows, keys]."""
+    shape = (*asking.shape[:2], asked.shape[2])
+    return [one[: math.prod(shape)].view(shape) for one in room]
+
+
+def _scores(asking: Tensor, asked: Tensor, block: Block, scale: float, top: Tensor | None, scores: Tensor) -> Tensor:
+    """Fill `scores` [groups, rows, keys] with those of a block, less each row's top.
 
     Softmax is the same whatever is taken from a row, but bf16 is not: it rounds a score of 30 by as much as 0.06. Taken
     inside the product, before it rounds, the top leaves those that matter near zero, where bf16 is fine.
     """
-    groups, keys = key.shape[0], block.last - block.keys
-    asking, asked = _rows(query, block, groups), key[:, block.keys : block.last].transpose(1, 2)
-    if top is None:
-        scores = _product(asking, asked, scale)
-    else:
-        scores = torch.baddbmm(-top.expand(-1, -1, keys), asking, asked, alpha=scale)
+    groups, _, keys = scores.shape
     rows, columns = block.mask.shape
-    scores.view(groups, -1, rows, keys)[..., keys - columns :].add_(block.mask)
-    return scores
+    whole, masked = scores, scores.view(groups, -1, rows, keys)[..., keys - columns :]
+    if top is None:
+        torch.baddbmm(whole, asking, asked, beta=0, alpha=scale, out=whole)
+        masked.add_(block.mask)
+        return scores
+    scores[..., : keys - columns] = -top
+    torch.sub(block.mask, top.view(groups, -1, rows, 1), out=masked)
+    return scores.baddbmm_(asking, asked, alpha=scale)
 
 
 def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:

@@ -87,17 +87,62 @@ def adapters_of(modules: Sequence[nn.Module]) -> list[Tensor]:
     return [one.lora_A[ADAPTER].weight for one in layers] + [one.lora_B[ADAPTER].weight for one in layers]
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a norm made an input of: rows * of_row * of_column. They are there anyway, so the input need not be kept.
+
+    Attributes:
+        rows: Of the residual stream.
+        of_row: In fp32.
+        of_column: The norm's weight.
+    """
+
+    rows: Float[Tensor, "rows inputs"]
+    of_row: Float[Tensor, "rows one"]
+    of_column: Float[Tensor, "inputs"]
+
+
+ORIGIN = "_origin_in_lora_kit"  # where an output of a norm carries its origin
+
+
+def origin_of(x: Tensor) -> Origin | None:
+    """Return what a norm made an input of, if that is known."""
+    found: Origin | None = vars(x).get(ORIGIN)
+    return found
+
+
 @dataclass
 class Kept:
-    """What a group of maps keeps for its backward pass: its input, x A' and where dropout let through."""
+    """What a group of maps keeps for its backward pass: its input, x A' and where dropout let through.
+
+    Attributes:
+        rows: The input, or its origin's rows.
+        low: x A'.
+        passed: Of each map.
+        of_row: The origin's; None where `rows` is the input itself.
+        of_column: Likewise.
+    """
 
     rows: Float[Tensor, "rows inputs"]
     low: Float[Tensor, "rows ranks"]
     passed: list[Tensor | None]
+    of_row: Float[Tensor, "rows one"] | None = None
+    of_column: Float[Tensor, "inputs"] | None = None
+
+    def of_downs(self, of_low: Float[Tensor, "rows ranks"]) -> Float[Tensor, "ranks inputs"]:
+        """Return the gradient of A from that of x A', in fp32."""
+        if self.of_row is None or self.of_column is None:
+            return (of_low.T @ self.rows).float()
+        return ((of_low * self.of_row).to(of_low.dtype).T @ self.rows).float().mul_(self.of_column)
 
 
 def project(
-    x: Float[Tensor, "rows inputs"], maps: Sequence[Map], adapters: Sequence[Tensor], *, whole: bool = True
+    x: Float[Tensor, "rows inputs"],
+    maps: Sequence[Map],
+    adapters: Sequence[Tensor],
+    *,
+    origin: Origin | None = None,
+    whole: bool = True,
 ) -> tuple[list[Tensor], Kept]:
     """Return every map's output for one input, or the frozen weight's part of it, and what the way back needs."""
     downs, ups = adapters[: len(maps)], adapters[len(maps) :]
@@ -112,7 +157,9 @@ def project(
         bias = cast(Tensor | None, one.base.bias)
         output = nn.functional.linear(x, one.weight(x.dtype), bias)
         outputs.append(output.addmm_(part, up.to(x.dtype).T, alpha=one.scale) if whole else output)
-    return outputs, Kept(x, low, passed)
+    if origin is None or any(mask is not None for mask in passed):
+        return outputs, Kept(x, low, passed)
+    return outputs, Kept(origin.rows, low, passed, origin.of_row, origin.of_column)
 
 
 def project_back(
@@ -132,7 +179,7 @@ def project_back(
         target.copy_((gradient @ up.to(x.dtype)).mul_(one.scale))
         of_ups.append((gradient.T @ low).float().mul_(one.scale))
     if all(mask is None for mask in kept.passed):
-        of_downs = list((of_low.T @ x).float().split(ranks))
+        of_downs = list(kept.of_downs(of_low).split(ranks))
         of_x = of_low @ _stack(downs, x.dtype) if to_input else torch.empty(0)
     else:
         several = list(zip(maps, downs, of_low.split(ranks, dim=1), kept.passed, strict=True))
@@ -162,10 +209,13 @@ class LoraLinear(Function):
     """Several maps of one input [rows, inputs]; an output for each."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, maps: Sequence[Map], *adapters: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, origin: Origin | None, maps: Sequence[Map], *adapters: Tensor
+    ) -> tuple[Tensor, ...]:
         """Compute every map."""
-        outputs, kept = project(x, maps, adapters)
-        ctx.save_for_backward(kept.rows, kept.low, *(one for one in kept.passed if one is not None), *adapters)
+        outputs, kept = project(x, maps, adapters, origin=origin)
+        masks = [one for one in kept.passed if one is not None]
+        ctx.save_for_backward(kept.rows, kept.of_row, kept.of_column, kept.low, *masks, *adapters)
         ctx.maps, ctx.masks = maps, sum(one is not None for one in kept.passed)
         ctx.set_materialize_grads(False)
         return tuple(outputs)
@@ -173,9 +223,9 @@ class LoraLinear(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Take the gradients of the input and of the adapters."""
-        x, low, *rest = ctx.saved_tensors
+        x, of_row, of_column, low, *rest = ctx.saved_tensors
         passed = iter(rest[: ctx.masks])
-        kept = Kept(x, low, [next(passed) if one.dropout else None for one in ctx.maps])
+        kept = Kept(x, low, [next(passed) if one.dropout else None for one in ctx.maps], of_row, of_column)
         adapters, to_input = rest[ctx.masks :], ctx.needs_input_grad[0]
         used = [one is not None for one in gradients]  # an output that nobody read trains nothing
         whole = [
@@ -183,7 +233,7 @@ class LoraLinear(Function):
             for one, up in zip(gradients, adapters[len(ctx.maps) :], strict=True)
         ]
         of_x, of_adapters = project_back(whole, kept, ctx.maps, adapters, to_input=to_input)
-        return of_x, None, *(one if there else None for one, there in zip(of_adapters, used * 2, strict=True))
+        return of_x, None, None, *(one if there else None for one, there in zip(of_adapters, used * 2, strict=True))
 
 
 class Together:
@@ -214,7 +264,7 @@ class Together:
     def _output(self, x: Tensor, place: int) -> Tensor:
         if self._x is not x or self._to_train != torch.is_grad_enabled() or place not in self._ready:
             maps = [map_of(module) for module in self._modules]
-            outputs = LoraLinear.apply(x.reshape(-1, x.shape[-1]), maps, *adapters_of(self._modules))
+            outputs = LoraLinear.apply(x.reshape(-1, x.shape[-1]), origin_of(x), maps, *adapters_of(self._modules))
             self._to_train = torch.is_grad_enabled()
             self._x, self._ready = x, {at: one.view(*x.shape[:-1], -1) for at, one in enumerate(outputs)}
         output = self._ready.pop(place)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 LOGITS = {"cpu": 1 << 23, "cuda": 1 << 26}  # held at once: a GPU reads the head anew for each chunk of rows
+AT_ONCE = 1 << 18  # logits that stay in a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -56,19 +57,14 @@ class Head:
 class _CrossEntropy(Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Head, labels: Tensor, wanted: bool) -> Tensor:
+        total, of_hidden = torch.zeros((), device=hidden.device), torch.empty_like(hidden)
         rows = max(16, LOGITS[hidden.device.type] // len(head.weight))
-        total = torch.zeros((), device=hidden.device)
-        of_hidden = torch.empty_like(hidden) if wanted else None
-        for begin in range(0, len(hidden), rows):
-            some, label = hidden[begin : begin + rows], labels[begin : begin + rows, None]
+        for some, label, target in zip(hidden.split(rows), labels.split(rows), of_hidden.split(rows), strict=True):
             before = head.before_cap(some)
             logits = head.capped(before)
-            chosen = torch.log_softmax(logits, -1, dtype=torch.float32).gather(1, label)
-            total -= chosen.sum()
-            if of_hidden is not None:
-                shares = torch.softmax(logits, -1)
-                shares.scatter_(1, label, torch.expm1(chosen).to(shares.dtype))  # p - 1, of a p near 1 too
-                of_hidden[begin : begin + rows] = head.back(shares, before)
+            total -= _chosen(logits, label[:, None], to_gradient=wanted)
+            if wanted:
+                target.copy_(head.back(logits, before))
         ctx.save_for_backward(of_hidden)
         return total
 
@@ -76,6 +72,19 @@ class _CrossEntropy(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (of_hidden,) = ctx.saved_tensors
         return of_hidden * gradient.to(of_hidden.dtype), None, None, None
+
+
+def _chosen(logits: Tensor, labels: Tensor, *, to_gradient: bool) -> Tensor:
+    """Return the sum of the labels' log-probabilities, a few rows at a time; turn logits into their loss's gradient."""
+    total = torch.zeros((), device=logits.device)
+    few = len(logits) if logits.is_cuda else max(1, AT_ONCE // logits.shape[1])
+    for part, label in zip(logits.split(few), labels.split(few), strict=True):
+        chosen = torch.log_softmax(part, -1, dtype=torch.float32).gather(1, label)
+        total += chosen.sum()
+        if to_gradient:
+            part.copy_(torch.softmax(part, -1))
+            part.scatter_(1, label, torch.expm1(chosen).to(part.dtype))  # p - 1, of a p near 1 too
+    return total
 
 
 def summed_cross_entropy(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from lora_kit.kernels import by_triton
-from lora_kit.kernels.lora import Kept, Map, adapters_of, covered, map_of, project, project_back
+from lora_kit.kernels.lora import Kept, Map, Origin, adapters_of, covered, map_of, origin_of, project, project_back
 
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "silu": (nn.functional.silu, torch.ops.aten.silu_backward),
@@ -29,21 +29,22 @@ class GatedMlp(Function):
     """The whole MLP of a layer, for `x` [rows, width]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, act: str, maps: Sequence[Map], *adapters: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, origin: Origin | None, act: str, maps: Sequence[Map], *adapters: Tensor) -> Tensor:
         """Compute it; the maps are gate, up and down."""
         into, out = _of_parts(adapters)
-        (gate, up), kept = project(x, maps[:2], into, whole=not by_triton(x))
+        (gate, up), kept = project(x, maps[:2], into, origin=origin, whole=not by_triton(x))
         active = _gated(gate, up, kept.low, maps, into, act)
         (output,), inner = project(active.product(), maps[2:], out)
         masks = [one for one in (*kept.passed, *inner.passed) if one is not None]
-        ctx.save_for_backward(kept.rows, kept.low, gate, up, inner.low, *adapters, *masks)
+        made_of = (kept.rows, kept.of_row, kept.of_column)
+        ctx.save_for_backward(*made_of, kept.low, gate, up, inner.low, *adapters, *masks)
         ctx.act, ctx.maps = act, maps
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Make the inner product again and go back through all three maps."""
-        x, low, gate, up, inner_low, *rest = ctx.saved_tensors
+        x, of_row, of_column, low, gate, up, inner_low, *rest = ctx.saved_tensors
         adapters, masks = rest[:6], iter(rest[6:])
         passed = [next(masks) if one.dropout else None for one in ctx.maps]
         into, out = _of_parts(adapters)
@@ -51,12 +52,13 @@ class GatedMlp(Function):
         inner = Kept(active.product(), inner_low, passed[2:])
         of_inner, of_out = project_back([gradient], inner, ctx.maps[2:], out, to_input=True)
         assert of_inner is not None
+        del inner
         of_gate, of_up = active.back(of_inner)
-        of_x, of_into = project_back(
-            [of_gate, of_up], Kept(x, low, passed[:2]), ctx.maps[:2], into, to_input=ctx.needs_input_grad[0]
-        )
+        del of_inner
+        kept = Kept(x, low, passed[:2], of_row, of_column)
+        of_x, of_into = project_back([of_gate, of_up], kept, ctx.maps[:2], into, to_input=ctx.needs_input_grad[0])
         downs, ups = [*of_into[:2], of_out[0]], [*of_into[2:], of_out[1]]
-        return of_x, None, None, *downs, *ups
+        return of_x, None, None, None, *downs, *ups
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,8 @@ def fuse(mlp: nn.Module, activation: str) -> Callable[[], None]:
         if not gated(mlp):
             return cast(Tensor, own(x))
         maps, rows, asked = [map_of(one) for one in parts], x.reshape(-1, x.shape[-1]), vars(mlp)[ASKED]
-        some = rows if asked is None else rows.index_select(0, asked)
-        output = cast(Tensor, GatedMlp.apply(some, activation, maps, *adapters_of(parts)))
+        some, origin = (rows, origin_of(x)) if asked is None else (rows.index_select(0, asked), None)
+        output = cast(Tensor, GatedMlp.apply(some, origin, activation, maps, *adapters_of(parts)))
         if asked is not None:
             output = output.new_zeros(len(rows), output.shape[1]).index_copy(0, asked, output)
         return output.view(*x.shape[:-1], -1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from lora_kit.kernels import by_triton
+from lora_kit.kernels.lora import ORIGIN, Origin
 
 AT_ONCE = 1 << 18  # elements; a GPU takes all rows at once
 
@@ -20,8 +21,8 @@ class RmsNorm(Function):
     """weight * x / sqrt(mean(x^2) + epsilon), in fp32; the weight is frozen and may be meant as 1 + weight."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, epsilon: float, gemma: bool) -> Tensor:
-        """Normalise every row of `rows` [rows, width]."""
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, epsilon: float, gemma: bool) -> tuple[Tensor, Tensor]:
+        """Normalise every row of `rows` [rows, width]; return also what each was multiplied with."""
         ctx.gemma = gemma
         if by_triton(rows):
             from lora_kit.kernels import gpu
@@ -29,7 +30,8 @@ class RmsNorm(Function):
             rows = rows.contiguous()
             output, inverse = gpu.norm(rows, weight, epsilon, gemma=gemma)
             ctx.save_for_backward(rows, weight, inverse)
-            return output
+            ctx.mark_non_differentiable(inverse)
+            return output, inverse
         output, inverse = torch.empty_like(rows), rows.new_empty(len(rows), 1, dtype=torch.float32)
         for some in _portions(rows):
             part = rows[some].to(torch.float32, copy=True)
@@ -39,10 +41,11 @@ class RmsNorm(Function):
             output[some] = part.mul_(1 + weight.float()) if gemma else weight * part.to(rows.dtype)
             inverse[some] = of_row
         ctx.save_for_backward(rows, weight, inverse)
-        return output
+        ctx.mark_non_differentiable(inverse)
+        return output, inverse
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """Take the gradient of the rows."""
         rows, weight, inverse = ctx.saved_tensors
         if by_triton(rows):
@@ -67,12 +70,17 @@ def _portions(rows: Tensor) -> list[slice]:
 def fuse(norm: nn.Module, *, gemma: bool) -> Callable[[], None]:
     """Let a norm of this kind compute with few passes; return the way back."""
     own, weight = norm.forward, cast(Tensor, norm.weight)
+    gain = 1 + weight.detach().float() if gemma else weight.detach()
     epsilon = cast(float, norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
 
     def forward(x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         if x.dtype != weight.dtype:  # whose product has a dtype of its own
             return cast(Tensor, own(x))
-        return cast(Tensor, RmsNorm.apply(x.reshape(-1, x.shape[-1]), weight, epsilon, gemma)).view(x.shape)
+        rows = x.reshape(-1, x.shape[-1])
+        normal, inverse = RmsNorm.apply(rows, weight, epsilon, gemma)
+        output = cast(Tensor, normal).view(x.shape)
+        setattr(output, ORIGIN, Origin(rows.detach(), inverse, gain))
+        return output
 
     norm.forward = forward
     return lambda: setattr(norm, "forward", own)

@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn import functional
 from transformers.models.gemma.modeling_gemma import GemmaMLP, GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotary
+from transformers.models.olmo2.modeling_olmo2 import apply_rotary_pos_emb as olmo_rotary
 from transformers.pytorch_utils import Conv1D
 
 from lora_kit import trainer
@@ -19,6 +21,7 @@ from lora_kit.base import load_base
 from lora_kit.errors import ContractError
 from lora_kit.kernels import choice, lora, loss, mlp, norm
 from lora_kit.kernels.attention import inner_of
+from lora_kit.kernels.rotary import rotated
 from lora_kit.recipe import load_recipe
 
 EXACT = 1e-5
@@ -442,6 +445,14 @@ def test_only_the_modules_that_differ_keep_their_own_code():
     assert ["forward" in vars(one) and one.forward.__name__ for one in model] == ["forward", "forward"]
     x = rows(3, 24) * 20
     same([one(x) for one in model], [type(one).forward(one, x) for one in model])
+
+
+@pytest.mark.parametrize("turn", [olmo_rotary, llama_rotary])
+def test_angles_in_fp32_are_left_to_the_family_s_own_function(turn):
+    queries, angles = rows(1, 3, 5, 16, dtype=torch.bfloat16), rows(1, 5, 16)
+    given = (queries, queries, angles.cos(), angles.sin())
+    for ours, theirs in zip(rotated(turn, *given), turn(*given), strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
 
 def test_the_fast_path_is_said_once_and_kept_at_a_resume(recipe_file, tmp_path, capsys, monkeypatch):

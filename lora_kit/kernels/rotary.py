@@ -65,8 +65,9 @@ def rotated(
     *rest: object,
     **named: object,
 ) -> tuple[Tensor, Tensor]:
-    """Turn queries and keys; by their own function if they are of several rows or turned in part."""
-    if rest or named or cos.shape != (1, query.shape[2], query.shape[3]) or len(query) != 1:
+    """Turn queries and keys; by their own function if they are of several rows, turned in part, or by fp32 angles."""
+    alike = cos.dtype == query.dtype and cos.shape == (1, query.shape[2], query.shape[3]) and len(query) == 1
+    if rest or named or not alike:
         return own(query, key, cos, sin, *rest, **named)
     query, key = (Rotary.apply(one[0], cos[0], sin[0])[None] for one in (query, key))
     return query, key

@@ -30,8 +30,10 @@ READS = {  # the linear maps of a layer by what they read; those in one line sha
     "mlp": ("gate_proj", "up_proj", "gate_up_proj"),
     "inner": ("down_proj",),
 }
+NORMED = ("attention", "mlp")  # what a norm gave out, which is made again from what the norm read
 GATED = ("gate_proj", "up_proj", "down_proj")  # that kernels/mlp.py computes in one piece
 LOGITS = {"cpu": 1 << 23, "cuda": 1 << 26}  # held at once by kernels/loss.py
+LOGITS_IN_CACHE = 1 << 18  # of these, in fp32
 QUERIES = 256  # of a block in kernels/blocks.py, and the columns of most masks
 
 
@@ -251,7 +253,8 @@ def _kept_by_layer(shape: Shape, recipe: Recipe, tokens: int) -> int:
     names, inner = {one.name for one in adapted}, shape.wide("inner")
     in_one_piece = fused and names.issuperset(GATED)
     if fused:
-        read = sum(shape.wide(place) for place, maps in READS.items() if names.intersection(maps))
+        kept = [place for place in READS if recipe.adapter.dropout or place not in NORMED]
+        read = sum(shape.wide(place) for place in kept if names.intersection(READS[place]))
         own = size * (shape.normed + read - in_one_piece * inner + rank * len(adapted))
     else:  # norms are computed in fp32, and peft casts what each adapter reads to it
         own = 4 * (shape.normed + sum(one.inputs for one in adapted) + rank * len(adapted))
@@ -269,8 +272,12 @@ def _working_bytes(shape: Shape, recipe: Recipe, tokens: int, device: str) -> in
     logits = tokens * shape.vocabulary
     if recipe.train.kernels == "auto":
         logits = min(logits, max(LOGITS[device], 16 * shape.vocabulary))
-    loss = logits * (8 + 3 * size) + 2 * tokens * width * size
-    blocks = shape.heads * min(QUERIES, longest) * longest * 5 * size
+        in_fp32 = logits if device == "cuda" else min(logits, max(LOGITS_IN_CACHE, shape.vocabulary))
+        loss = logits * size + in_fp32 * (4 + size)
+    else:
+        loss = logits * (8 + 3 * size)
+    loss += 2 * tokens * width * size
+    blocks = shape.heads * min(QUERIES, longest) * longest * 3 * size
     attention = tokens * _spelled_out(shape, recipe, tokens, 4) if shape.soft_cap else blocks
     mlp = tokens * 5 * inner * size
     layer = max(attention, mlp) + 6 * tokens * width * size

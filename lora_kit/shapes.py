@@ -262,7 +262,8 @@ def _kept_by_layer(shape: Shape, recipe: Recipe, tokens: int) -> int:
     attention = size * shape.wide("attention", outputs=True) + 4 * shape.heads
     masks = sum(one.inputs for one in adapted) * (1 if fused else 4) if recipe.adapter.dropout else 0
     numbers = 4 * (shape.normed // shape.width + 1)  # what each norm divided a row by
-    return tokens * (own + gate + attention + masks + numbers + _spelled_out(shape, recipe, tokens, size + 8))
+    weights = _spelled_out(shape, recipe, tokens, size + (8 if shape.soft_cap else 4))
+    return tokens * (own + gate + attention + masks + numbers + weights)
 
 
 def _working_bytes(shape: Shape, recipe: Recipe, tokens: int, device: str) -> int:
@@ -278,7 +279,7 @@ def _working_bytes(shape: Shape, recipe: Recipe, tokens: int, device: str) -> in
         loss = logits * (8 + 3 * size)
     loss += 2 * tokens * width * size
     blocks = shape.heads * min(QUERIES, longest) * longest * 3 * size
-    attention = tokens * _spelled_out(shape, recipe, tokens, 4) if shape.soft_cap else blocks
+    attention = tokens * _spelled_out(shape, recipe, tokens, 4) or blocks
     mlp = tokens * 5 * inner * size
     layer = max(attention, mlp) + 6 * tokens * width * size
     whole = max(one.inputs * one.outputs for one in shape.linears) * (4 + size)  # a quantised weight in use
@@ -287,5 +288,8 @@ def _working_bytes(shape: Shape, recipe: Recipe, tokens: int, device: str) -> in
 
 def _spelled_out(shape: Shape, recipe: Recipe, tokens: int, each: int) -> int:
     """Return the bytes for one token's attention weights, of `each` bytes, where they are kept."""
-    longest = min(tokens, recipe.data.sequence_length)
-    return (shape.heads * each + 1) * longest + 4 * shape.width * BYTES["float32"] if shape.soft_cap else 0
+    eager = recipe.base.attention == "eager"  # which weighs every pair of a row, of one example or of many
+    if not (shape.soft_cap or eager):
+        return 0
+    longest = tokens if eager else min(tokens, recipe.data.sequence_length)
+    return (shape.heads * each + 1) * longest + 4 * shape.width * BYTES["float32"]

@@ -39,7 +39,7 @@ SIZES = {
 LEFT_OPEN = ["train.micro_batch_tokens=auto", "train.activation_checkpointing=auto"]
 
 
-@pytest.fixture(params=["bfloat16", "float32", "dropout", "none", "gemma2", "qwen3", "attention alone"])
+@pytest.fixture(params=["bfloat16", "float32", "dropout", "none", "gemma2", "qwen3", "attention alone", "eager"])
 def micro_batch(request, recipe_file, tmp_path, jobs):
     """A job of one of the ways to train, and a full micro-batch of it."""
     changes = ["adapter.rank=4", "data.sequence_length=512", "train.micro_batch_tokens=512", "train.steps=1"]
@@ -48,6 +48,7 @@ def micro_batch(request, recipe_file, tmp_path, jobs):
         "float32": ["base.dtype=float32"],
         "dropout": ["adapter.dropout=0.1"],
         "none": ["train.kernels=none"],
+        "eager": ["base.attention=eager"],
         "attention alone": ["adapter.targets=[q_proj, v_proj]"],
     }
     changes += more.get(request.param, [])
@@ -185,6 +186,12 @@ def test_what_a_recipe_names_is_what_it_gets_whether_it_fits_or_not():
     assert choose(half, shape, small) == Portions(9000, True)
     other = large("sft-bf16-1b", "train.micro_batch_tokens=auto", "train.activation_checkpointing=false")
     assert choose(other, shape, Machine("cuda", 24 * GB)) == Portions(2048, False)
+
+
+def test_attention_that_weighs_every_pair_of_a_row_gets_short_rows():
+    recipe = large("sft-bf16-8b", "data.sequence_length=2048", "base.attention=eager", *LEFT_OPEN)
+    assert choose(recipe, shape_of("Llama-3.1-8B"), Machine("cuda", 80 * GB)) == Portions(8192, True)
+    assert choose(recipe, shape_of("Llama-3.1-8B"), Machine("cuda", 40 * GB)) == Portions(4096, True)
 
 
 def test_a_base_that_is_not_counted_fills_no_gpu():

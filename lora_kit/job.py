@@ -10,7 +10,6 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -114,9 +113,7 @@ def prepare_job(
         resolved |= choose_attention(base, recipe.base, processes.device)
     use_attention(base, resolved["attention"])
     if resolved["activation_checkpointing"]:
-        base.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": partial(choice.alike, base)}
-        )
+        choice.compute_twice(base)
     console.tick("adapter: inject")
     model = inject(base, recipe.adapter, seed=recipe.train.seed, name=source.name, revision=source.commit)
     state = flatten(model.train())

@@ -3,7 +3,6 @@
 import json
 import shutil
 import weakref
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -126,8 +125,7 @@ def test_what_a_forward_pass_keeps_is_what_was_estimated_or_a_little_less(micro_
 def test_no_more_is_ever_live_than_was_estimated(micro_batch, recompute):
     job, batch = micro_batch
     if recompute:
-        alike = {"use_reentrant": False, "context_fn": partial(choice.alike, job.model)}
-        inner_of(job.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=alike)
+        choice.compute_twice(inner_of(job.model))
     with Live(of_the_model(job)) as live:
         sft(job.model, batch, torch.device("cpu")).backward()
     estimate = expected(job, recompute=recompute)

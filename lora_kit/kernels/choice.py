@@ -76,6 +76,12 @@ def last_mlp_of(model: nn.Module) -> nn.Module | None:
     return found
 
 
+def compute_twice(model: PreTrainedModel) -> None:
+    """Let a model's layers be computed again on the way back instead of keeping what they computed."""
+    settings = {"use_reentrant": False, "context_fn": partial(alike, model)}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+
 def alike(model: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Return in what layers are computed now, and again on the way back, for torch.utils.checkpoint."""
     last = last_mlp_of(model)

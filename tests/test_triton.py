@@ -95,8 +95,10 @@ def test_where_triton_compiles_nothing_there_is_a_warning_and_the_plain_way(monk
     def refused(*_, **__):
         raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(gpu, "norm", refused)
-    monkeypatch.setattr(torch, "ones", lambda *shape, **_: torch.zeros(shape))
+    monkeypatch.setattr(torch, "ones", lambda *shape, dtype, **_: torch.zeros(shape, dtype=dtype))
+    kernels._triton_compiles.cache_clear()
+    assert kernels._triton_compiles()
+    monkeypatch.setattr(gpu.Gated, "back", refused)
     kernels._triton_compiles.cache_clear()
     with pytest.warns(UserWarning, match="Triton compiles nothing here, .*: Failed to find C compiler"):
         assert not kernels._triton_compiles()

@@ -15,13 +15,17 @@ def by_triton(x: Tensor) -> bool:
 
 @cache
 def _triton_compiles() -> bool:
-    """Try a kernel: Triton also needs a C compiler, a folder for what it compiles, and a GPU that it knows."""
+    """Try the kernels: Triton also needs a C compiler, a folder for what it compiles, and a GPU that it knows."""
     if find_spec("triton") is None:
         return False
     try:
         from lora_kit.kernels import gpu
 
-        gpu.norm(torch.ones(1, 16, device="cuda"), torch.ones(16, device="cuda"), 1e-6, gemma=False)
+        x = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda")
+        gpu.norm_back(x, x, x[0], gpu.norm(x, x[0], 1e-6, gemma=False)[1], gemma=False)
+        gated = gpu.Gated(x, x, torch.cat([x, x], 1), (x, x), (1.0, 1.0), "silu")
+        gated.back(gated.product())
+        gpu.rotate(x[None], x[:1], x[:1])
     except Exception as error:  # of Triton, its compilers or the driver: there is no end to their kinds
         warnings.warn(f"Triton compiles nothing here, so norms and activations take longer: {error}", stacklevel=2)
         return False

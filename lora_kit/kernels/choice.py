@@ -203,7 +203,7 @@ def _narrow_last_mlp(model: nn.Module, inputs: Mapping[str, Any] | None) -> bool
     """Compute the last layer's MLP only where tokens are trained: what follows it does not mix rows."""
     inner = inner_of(model)
     layers = getattr(inner.base_model, "layers", None)
-    last = [one for one in layers[-1].modules() if mlp.fused(one)] if layers else []
+    last = [one for one in layers[-1].children() if mlp.fused(one)] if layers else []
     if head_of(model) is None or len(last) != 1:
         return False
     if inputs is not None:

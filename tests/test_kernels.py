@@ -1,28 +1,18 @@
 """Every kernel computes what plain PyTorch does, forward and back: to rounding in fp32, as near as PEFT in bf16."""
 
 import copy
-import json
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from plain_loop import relative
-from test_families import EXPERTS_BY_NAME, save_family
 from torch import nn
 from torch.nn import functional
 from transformers.models.gemma.modeling_gemma import GemmaMLP, GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP, LlamaRMSNorm
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotary
-from transformers.models.olmo2.modeling_olmo2 import apply_rotary_pos_emb as olmo_rotary
 from transformers.pytorch_utils import Conv1D
 
-from lora_kit import trainer
-from lora_kit.base import load_base
-from lora_kit.errors import ContractError
 from lora_kit.kernels import choice, lora, loss, mlp, norm
-from lora_kit.kernels.attention import inner_of
-from lora_kit.kernels.rotary import rotated
-from lora_kit.recipe import load_recipe
 
 EXACT = 1e-5
 WORSE = 1.25  # than PEFT, from the truth
@@ -411,137 +401,3 @@ def test_the_loss_of_a_replay_has_the_same_bits(case, dtype, device):
     head, hidden, labels = head_and_rows(case, 700, dtype, vocabulary=1000, device=device)
     found = [loss_and_gradient(hidden, lambda x: loss.summed_cross_entropy(x, head, labels)) for _ in range(3)]
     assert all(torch.equal(a, b) for again in found[1:] for a, b in zip(found[0], again, strict=True))
-
-
-# which of them a model uses
-
-
-class OtherRMSNorm(LlamaRMSNorm):
-    def forward(self, hidden_states):
-        return super().forward(hidden_states).clamp(-2, 2)
-
-
-class OtherMLP(LlamaMLP):
-    def forward(self, x):
-        return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=7) * self.up_proj(x))
-
-
-def test_a_family_that_computes_otherwise_keeps_its_own_norm_and_mlp(recipe_file, tmp_path, monkeypatch, jobs):
-    def other(*arguments):
-        base = load_base(*arguments)
-        for module in base.modules():
-            for known, one in ((LlamaRMSNorm, OtherRMSNorm), (LlamaMLP, OtherMLP)):
-                module.__class__ = one if type(module) is known else type(module)
-        return base
-
-    monkeypatch.setattr("lora_kit.job.load_base", other)
-    trainer.train(load_recipe(recipe_file, ["train.steps=1"]), tmp_path / "run")
-    assert jobs[0].manifest["resolved"]["kernels"] == ["lora", "rotary", "loss"]
-
-
-def test_only_the_modules_that_differ_keep_their_own_code():
-    model = nn.ModuleList([norm_of(OtherRMSNorm), norm_of(LlamaRMSNorm)])
-    assert choice._fuse_norms(model)
-    assert ["forward" in vars(one) and one.forward.__name__ for one in model] == ["forward", "forward"]
-    x = rows(3, 24) * 20
-    same([one(x) for one in model], [type(one).forward(one, x) for one in model])
-
-
-@pytest.mark.parametrize("turn", [olmo_rotary, llama_rotary])
-def test_angles_in_fp32_are_left_to_the_family_s_own_function(turn):
-    queries, angles = rows(1, 3, 5, 16, dtype=torch.bfloat16), rows(1, 5, 16)
-    given = (queries, queries, angles.cos(), angles.sin())
-    for ours, theirs in zip(rotated(turn, *given), turn(*given), strict=True):
-        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
-
-
-def test_the_fast_path_is_said_once_and_kept_at_a_resume(recipe_file, tmp_path, capsys, monkeypatch):
-    trainer.train(load_recipe(recipe_file, ["train.steps=2"]), tmp_path / "run")
-    printed = capsys.readouterr()
-    said = [line for line in (printed.out + printed.err).splitlines() if "fast path:" in line]
-    assert len(said) == 1 and said[0].endswith(
-        "fast path: fused adapters (14 of 14), gated MLP in one piece, norms in few passes, rotary positions likewise, "
-        "loss at trained positions, last MLP there alone"
-    )
-    monkeypatch.setattr(choice, "_makes_the_logits", lambda *_: pytest.fail("chosen again"))
-    run = trainer.train(load_recipe(recipe_file, ["train.steps=3"]), tmp_path / "run", accept=["train.steps"])
-    kernels = json.loads((run.latest / "manifest.json").read_text())["resolved"]["kernels"]
-    assert kernels == ["lora", "mlp", "norm", "rotary", "loss", "last mlp"]
-
-
-def test_turning_the_fast_path_off_is_a_change_to_accept(recipe_file, tmp_path):
-    trainer.train(load_recipe(recipe_file, ["train.steps=2"]), tmp_path / "run")
-    slow = load_recipe(recipe_file, ["train.steps=3", "train.kernels=none"])
-    with pytest.raises(ContractError, match=r"accept +train\.kernels"):
-        trainer.train(slow, tmp_path / "run", accept=["train.steps"])
-    run = trainer.train(slow, tmp_path / "run", accept=["train.steps", "train.kernels"])
-    manifest = json.loads((run.latest / "manifest.json").read_text())
-    assert manifest["resolved"]["kernels"] == [] and manifest["claim"]["level"] == "rounding"
-
-
-def test_layers_that_peft_computes_are_named(recipe_file, tmp_path, base_folder, jobs):
-    folder = save_family(tmp_path / "base", "mixtral", base_folder)
-    changes = [f"base.repo={folder}", f"adapter.targets={EXPERTS_BY_NAME}", "adapter.dropout=0", "train.steps=1"]
-    trainer.train(load_recipe(recipe_file, changes), tmp_path / "run")
-    said = choice.about(jobs[0].model, jobs[0].manifest["resolved"]["kernels"])
-    assert said.startswith("fused adapters (2 of 6; experts by peft)")
-
-
-# what is not needed
-
-
-def test_no_gradient_is_computed_below_the_first_adapted_layer(recipe_file, tmp_path, monkeypatch):
-    wanted, found = [], []
-    for where in (lora, mlp):
-        back = where.project_back
-        monkeypatch.setattr(
-            where,
-            "project_back",
-            lambda *a, to_input, back=back: (wanted.append(to_input), back(*a, to_input=to_input))[1],
-        )
-    normal = norm.RmsNorm.backward
-    monkeypatch.setattr(norm.RmsNorm, "backward", lambda ctx, *of: (found.append(0), normal(ctx, *of))[1])
-
-    def watched(*arguments):
-        base = load_base(*arguments)
-        base.get_input_embeddings().register_forward_hook(lambda module, given, x: wanted.append(x.requires_grad))
-        return base
-
-    monkeypatch.setattr("lora_kit.job.load_base", watched)
-    changes = ["train.steps=1", "train.batch_size=1", "train.micro_batch_tokens=256"]
-    trainer.train(load_recipe(recipe_file, changes), tmp_path / "run")
-    layers = 2
-    assert wanted.count(True) == 4 * layers - 1 and not wanted[-1]  # q k v of the first layer, which comes last
-    assert len(found) == 2 * layers  # all norms but the first
-
-
-@pytest.mark.parametrize("twice", [False, True])
-def test_the_last_mlp_is_computed_where_tokens_are_trained_and_nothing_else_changes(
-    twice, recipe_file, tmp_path, captured, monkeypatch
-):
-    seen, batches, own, loss_of = [], [], mlp.GatedMlp.forward, trainer.sft
-    monkeypatch.setattr(mlp.GatedMlp, "forward", lambda ctx, x, *rest: (seen.append(len(x)), own(ctx, x, *rest))[1])
-    monkeypatch.setattr(trainer, "sft", lambda model, one, *rest: (batches.append(one), loss_of(model, one, *rest))[1])
-    changes = ["train.steps=1", "adapter.dropout=0", f"train.activation_checkpointing={str(twice).lower()}"]
-    trainer.train(load_recipe(recipe_file, changes), tmp_path / "narrow")
-    expected = []
-    for one in batches:
-        expected += [one.ids.size, one.weight] + [one.weight, one.ids.size] * twice
-    assert seen[-len(expected) :] == expected and batches[0].weight < batches[0].ids.size
-    monkeypatch.setattr(choice, "_narrow_last_mlp", lambda *_: False)
-    trainer.train(load_recipe(recipe_file, changes), tmp_path / "whole")
-    (_, ours), (_, whole) = captured
-    assert relative(ours, whole) < 1e-6
-
-
-def test_calls_that_ask_for_no_rows_get_all_of_them(recipe_file, tmp_path, jobs):
-    trainer.train(load_recipe(recipe_file, ["train.steps=1"]), tmp_path / "run")
-    model, last = jobs[0].model.eval(), choice.last_mlp_of(jobs[0].model)
-    x = rows(6, 32)
-    whole = last(x)
-    with mlp.at_rows(last, torch.tensor([1, 4])):
-        narrow = last(x)
-    same([narrow[[1, 4]]], [whole[[1, 4]]])
-    assert not narrow[[0, 2, 3, 5]].any()
-    assert torch.equal(last(x), whole)
-    assert mlp.fused(last) and last is inner_of(model).base_model.layers[-1].mlp

@@ -78,21 +78,34 @@ def _with_adapter(
     return whole + scale * added
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _gate(
-    gate, up, low, up_of_gate, up_of_up, output, rows, width, ranks, scale_of_gate, scale_of_up,
-    activation: tl.constexpr, rank: tl.constexpr, rank_of_up: tl.constexpr, step: tl.constexpr,
-    precision: tl.constexpr, many: tl.constexpr, wide: tl.constexpr,
+@triton.jit
+def _gate_and_up(
+    gate, up, low, up_of_gate, up_of_up, rows, width, ranks, scale_of_gate, scale_of_up,
+    rank: tl.constexpr, rank_of_up: tl.constexpr, step: tl.constexpr, precision: tl.constexpr,
+    many: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
+    """Return this program's tile of gate and of up with their adapters, where it is, and what of it is there."""
     row = tl.program_id(1).to(tl.int64) * many + tl.arange(0, many)
     column = tl.program_id(0) * wide + tl.arange(0, wide)
     g = _with_adapter(gate, low, up_of_gate, row, column, rows, width, ranks, scale_of_gate, rank, step, precision)
     u = _with_adapter(
         up, low + rank, up_of_up, row, column, rows, width, ranks, scale_of_up, rank_of_up, step, precision
     )
+    return g, u, row[:, None] * width + column[None, :], (row < rows)[:, None] & (column < width)[None, :]
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _gate(
+    gate, up, low, up_of_gate, up_of_up, output, rows, width, ranks, scale_of_gate, scale_of_up,
+    activation: tl.constexpr, rank: tl.constexpr, rank_of_up: tl.constexpr, step: tl.constexpr,
+    precision: tl.constexpr, many: tl.constexpr, wide: tl.constexpr,
+):  # fmt: skip
+    g, u, at, there = _gate_and_up(
+        gate, up, low, up_of_gate, up_of_up, rows, width, ranks, scale_of_gate, scale_of_up,
+        rank, rank_of_up, step, precision, many, wide,
+    )  # fmt: skip
     active, _ = _activated(g, activation)
-    there = (row < rows)[:, None] & (column < width)[None, :]
-    tl.store(output + row[:, None] * width + column[None, :], (active * u).to(output.dtype.element_ty), there)
+    tl.store(output + at, (active * u).to(output.dtype.element_ty), there)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -101,15 +114,11 @@ def _gate_back(
     activation: tl.constexpr, rank: tl.constexpr, rank_of_up: tl.constexpr, step: tl.constexpr,
     precision: tl.constexpr, many: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1).to(tl.int64) * many + tl.arange(0, many)
-    column = tl.program_id(0) * wide + tl.arange(0, wide)
-    g = _with_adapter(gate, low, up_of_gate, row, column, rows, width, ranks, scale_of_gate, rank, step, precision)
-    u = _with_adapter(
-        up, low + rank, up_of_up, row, column, rows, width, ranks, scale_of_up, rank_of_up, step, precision
-    )
+    g, u, at, there = _gate_and_up(
+        gate, up, low, up_of_gate, up_of_up, rows, width, ranks, scale_of_gate, scale_of_up,
+        rank, rank_of_up, step, precision, many, wide,
+    )  # fmt: skip
     active, slope = _activated(g, activation)
-    there = (row < rows)[:, None] & (column < width)[None, :]
-    at = row[:, None] * width + column[None, :]
     above = tl.load(gradient + at, there, 0.0).to(tl.float32)
     tl.store(of_gate + at, (above * u * slope).to(of_gate.dtype.element_ty), there)
     tl.store(of_up + at, (above * active).to(of_up.dtype.element_ty), there)

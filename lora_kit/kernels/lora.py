@@ -216,7 +216,7 @@ class LoraLinear(Function):
         outputs, kept = project(x, maps, adapters, origin=origin)
         masks = [one for one in kept.passed if one is not None]
         ctx.save_for_backward(kept.rows, kept.of_row, kept.of_column, kept.low, *masks, *adapters)
-        ctx.maps, ctx.masks = maps, sum(one is not None for one in kept.passed)
+        ctx.maps, ctx.masks = maps, len(masks)
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 

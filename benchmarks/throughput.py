@@ -34,7 +34,7 @@ from sizes import SIZES, Work, make_base  # noqa: E402
 from systems import SYSTEMS  # noqa: E402
 
 Row = dict[str, Any]
-SAME_LOSS, SAME_MEAN_LOSS = 1e-2, 5e-2  # nats a token: for the same steps; for steps of other examples
+SAME_LOSS, SAME_MEAN_LOSS = 1e-3, 5e-3  # of the loss: for the same steps; for steps of other examples
 DISTURBED = 0.05  # of the machine's time: a measurement with more beside it is worth less
 TRIES, PATIENCE = 2, 60.0  # of a measurement that was disturbed; seconds to wait for a quiet machine
 
@@ -201,12 +201,13 @@ def differences(rows: list[Row]) -> list[str]:
     first, found = rows[0], []
     for row in rows[1:]:
         if row["options"]["own_order"] or first["options"]["own_order"]:
-            apart, most = abs(row["mean_loss"] - first["mean_loss"]), SAME_MEAN_LOSS
+            apart, most = abs(row["mean_loss"] / first["mean_loss"] - 1), SAME_MEAN_LOSS
         else:
-            apart, most = max(abs(a - b) for a, b in zip(row["losses"], first["losses"], strict=True)), SAME_LOSS
+            pairs, most = zip(row["losses"], first["losses"], strict=True), SAME_LOSS
+            apart = max(abs(ours / theirs - 1) for ours, theirs in pairs)
         if apart > most:
             name, other = (f"{one['system']} {one['settings']}" for one in (row, first))
-            found.append(f"{name} did not train the same as {other}: losses are {apart:.4f} apart, more than {most}")
+            found.append(f"{name} did not train the same as {other}: losses are {apart:.2%} apart (at most {most:.1%})")
     return found
 
 

@@ -7,7 +7,11 @@ from transformers import AutoModelForCausalLM
 
 def plain_loop(job, weights, members, base=None):
     """The oracle: transformers and peft, one example at a time, the loss of all trained tokens divided once."""
-    base = base or AutoModelForCausalLM.from_pretrained(job.source.folder, dtype=torch.float32)
+    base = base or AutoModelForCausalLM.from_pretrained(
+        job.source.folder,
+        dtype=torch.float32,
+        attn_implementation="eager",  # older sdpa drops a soft cap in silence
+    )
     theirs = job.model.peft_config["default"]
     model = get_peft_model(
         base,

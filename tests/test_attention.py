@@ -66,7 +66,7 @@ def oracle(query, key, value, lengths=LENGTHS, *, scaling=None, sliding_window=N
 def compare(dtype, case, device, **shape):
     ours_in, tolerance = inputs(dtype, device=device, **shape), TOLERANCE[device.type, dtype]
     case = {name: value.to(device) if torch.is_tensor(value) else value for name, value in case.items()}
-    segments = Segments.of(LENGTHS, device)
+    segments = Segments(LENGTHS, device)
     ours, _ = segment_attention(torch.nn.Identity(), *ours_in, None, segments=segments, **case)
     theirs_in = [one.detach().double().requires_grad_() for one in ours_in]
     theirs = oracle(*theirs_in, **case)
@@ -118,7 +118,7 @@ def test_wherever_blocks_begin_and_end_the_definition_holds(seed, monkeypatch):
     generator, many = torch.Generator().manual_seed(seed), sum(lengths)
     shapes = [(1, 4, many, 6), (1, key_heads, many, 6), (1, key_heads, many, 5)]
     given = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
-    segments = Segments.of(lengths, torch.device("cpu"))
+    segments = Segments(lengths, torch.device("cpu"))
     ours, _ = segment_attention(torch.nn.Identity(), *given, None, segments=segments, sliding_window=window)
     exact = [one.detach().double().requires_grad_() for one in given]
     theirs = oracle(*exact, lengths, sliding_window=window)
@@ -153,7 +153,7 @@ def test_in_bf16_it_is_about_as_near_the_truth_as_torch_s_own_attention(size, wi
             )
 
         def by_segment(*inputs):
-            segments = Segments.of(lengths, device)
+            segments = Segments(lengths, device)
             output, _ = segment_attention(torch.nn.Identity(), *inputs, None, segments=segments, sliding_window=window)
             return output.transpose(1, 2)
 
@@ -174,49 +174,25 @@ def test_a_replay_has_the_same_bits(case, dtype, device):
     given = [one.requires_grad_() for one in given]
     case = {name: value.to(device) if torch.is_tensor(value) else value for name, value in CASES[case].items()}
     for _ in range(10 if device.type == "cuda" else 2):
-        segments = Segments.of(lengths, device)
+        segments = Segments(lengths, device)
         output, _ = segment_attention(torch.nn.Identity(), *given, None, segments=segments, **case)
         found.append([output, *torch.autograd.grad(output, given, above.transpose(1, 2))])
     assert all(torch.equal(a, b) for again in found[1:] for a, b in zip(found[0], again, strict=True))
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_half_precision_is_computed_by_flash_attention_and_the_rest_by_blocks(monkeypatch):
-    asked, own = [], attention.VarlenAttention.apply
-    monkeypatch.setattr(attention.VarlenAttention, "apply", lambda *a: asked.append(a[-1]) or own(*a))
+def test_on_a_gpu_half_precision_is_computed_by_tiles_and_the_rest_by_blocks(monkeypatch):
+    asked, own = [], attention.TiledAttention.apply
+    monkeypatch.setattr(attention.TiledAttention, "apply", lambda *a: asked.append(a[-1]) or own(*a))
     gpu = torch.device("cuda")
     for dtype, many in ((torch.float32, 0), (torch.bfloat16, 1)):
         compare(dtype, {"sliding_window": 5}, gpu)
         assert asked == [5] * many
 
 
-def test_the_way_back_through_flash_attention_is_strict_alone(monkeypatch):
-    modes, asked = [], []
-
-    def forward(query, key, value, *shape, return_debug_mask, **named):
-        asked.append((*shape[2:], named))
-        return 2 * query, query[..., 0], *torch.zeros(3).unbind()
-
-    def backward(gradient, query, key, value, *rest, **named):
-        modes.append(torch.get_deterministic_debug_mode())
-        return 2 * gradient, torch.zeros_like(key), torch.zeros_like(value)
-
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", forward)
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", backward)
-    given = [torch.ones(3, heads, 8, requires_grad=True) for heads in (4, 2, 2)]
-    segments = Segments.of((1, 2), torch.device("cpu"))
-    for window in (None, 5):
-        output = attention.VarlenAttention.apply(*given, segments, 0.5, window)
-        assert torch.equal(torch.autograd.grad(3 * output.sum(), given)[0], torch.full((3, 4, 8), 6.0))
-    assert modes == [2, 2] and torch.get_deterministic_debug_mode() == 0
-    whole, windowed = asked
-    assert whole == (2, 2, 0.0, True, {"scale": 0.5})
-    assert windowed == (2, 2, 0.0, False, {"scale": 0.5, "window_size_left": 4, "window_size_right": 0})
-
-
 def test_a_call_that_is_not_packed_is_refused_instead_of_mixing_examples():
     some = inputs(torch.float32)
-    segments = Segments.of(LENGTHS, torch.device("cpu"))
+    segments = Segments(LENGTHS, torch.device("cpu"))
     with pytest.raises(ValueError, match="takes packed examples, no mask and no dropout; see `own_attention`"):
         segment_attention(torch.nn.Identity(), *some, None)
     with pytest.raises(ValueError, match="takes packed examples"):
@@ -224,7 +200,7 @@ def test_a_call_that_is_not_packed_is_refused_instead_of_mixing_examples():
     with pytest.raises(ValueError, match="takes packed examples"):
         segment_attention(torch.nn.Identity(), *some, None, segments=segments, dropout=0.1)
     with pytest.raises(ValueError, match=r"\(7, 1, 19\) are not the lengths in \(1, 4, 39, 8\)"):
-        segment_attention(torch.nn.Identity(), *some, None, segments=Segments.of(LENGTHS[:3], torch.device("cpu")))
+        segment_attention(torch.nn.Identity(), *some, None, segments=Segments(LENGTHS[:3], torch.device("cpu")))
 
 
 def test_a_model_goes_back_to_its_own_attention_for_other_calls(tmp_path):

@@ -3,15 +3,17 @@
 import pytest
 import torch
 from plain_loop import relative
+from torch.nn import functional
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lora_kit import kernels, trainer
-from lora_kit.kernels import mlp, norm, rotary
+from lora_kit.kernels import attention, mlp, norm, rotary
+from lora_kit.kernels.attention import Segments, visible
 from lora_kit.kernels.mlp import ACTIVATIONS
 from lora_kit.recipe import load_recipe
 
 pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportError)
-from lora_kit.kernels import gpu  # isort: skip  (its own errors must not pass for a missing Triton)
+from lora_kit.kernels import gpu, gpu_attention  # isort: skip  (its own errors must not pass for a missing Triton)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 overflows = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # which sigmoid is made for
@@ -72,6 +74,26 @@ def test_rotary_positions(dtype, width):
     assert not with_gaps.is_contiguous() and torch.equal(gpu.rotate(with_gaps, cos, sin), gpu.rotate(x, cos, sin))
 
 
+@pytest.mark.parametrize("dtype", IN_DOTS)
+@pytest.mark.parametrize("width", [24, 64])
+@pytest.mark.parametrize("window", [None, 20])
+def test_attention_inside_examples_and_its_gradients(dtype, width, window):
+    lengths, heads, shared = (130, 3, 70), 4, 2
+    shapes = [(sum(lengths), many, width) for many in (heads, shared, shared, heads)]
+    *given, above = (drawn(dtype, *shape, seed=seed) for seed, shape in enumerate(shapes))
+    plain, outputs = [one.float().requires_grad_() for one in given], []
+    for parts in zip(*(one.split(lengths) for one in plain), strict=True):
+        by_head = [part.transpose(0, 1).repeat_interleave(heads // part.shape[1], dim=0) for part in parts]
+        seen = visible(len(parts[0]), window, parts[0].device)
+        outputs.append(functional.scaled_dot_product_attention(*by_head, seen, scale=0.3).transpose(0, 1))
+    expected = torch.cat(outputs)
+    gradients = torch.autograd.grad(expected, plain, above.float())
+    tiles = Segments(lengths, torch.device(DEVICE)).tiles(gpu_attention.tile_rows(width))
+    output, sums = gpu_attention.attend(*given, tiles, 0.3, window)
+    ours = gpu_attention.attend_back(above, *given, output, sums, tiles, 0.3, window)
+    near([output, *ours], [one.to(dtype) for one in (expected, *gradients)])
+
+
 def test_rows_of_any_number_are_computed_alike():
     x, weight = drawn(torch.bfloat16, 64, 128), drawn(torch.bfloat16, 128, seed=1)
     whole, _ = gpu.norm(x, weight, 1e-5, gemma=False)
@@ -81,9 +103,10 @@ def test_rows_of_any_number_are_computed_alike():
 
 @pytest.mark.parametrize("dropout", [0, 0.1])
 def test_a_step_with_them_is_the_step_without(dropout, recipe_file, tmp_path, captured, jobs, monkeypatch):
+    monkeypatch.setattr(attention, "TILED_DTYPES", (torch.float32,))
     changes = ["train.steps=1", "train.batch_size=2", f"adapter.dropout={dropout}", "adapter.rank=3"]
     for there in (False, True):
-        for one in (mlp, norm, rotary):
+        for one in (attention, mlp, norm, rotary):
             monkeypatch.setattr(one, "by_triton", lambda x, there=there: there)
         trainer.train(load_recipe(recipe_file, changes), tmp_path / str(there))
     (_, plain), (_, ours) = captured

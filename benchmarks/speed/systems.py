@@ -40,6 +40,7 @@ class Setting:
 
 GROUPED = {"train_sampling_strategy": "group_by_length"}
 PLAIN_TRL = {"gradient_checkpointing": False}
+LIGER = {"use_liger_kernel": True}
 
 # Our default is our best. The peers' `best` was found by measuring all others on two cores with AVX-512 bf16. One row
 # at a time has no padding and lets attention be causal without a mask, so at 30m (tokens/s) it beats flat rows with
@@ -84,24 +85,19 @@ SYSTEMS: dict[str, dict[str, Setting]] = {
     },
 }
 
-GPU: dict[str, dict[str, Setting]] = {  # rows that 80 GB hold at 8B, most of them recomputing; more rows are no faster
+# The fastest peer comes first, in case the time runs out. On an H200 at 8B Trainer gives 6,940 tokens/s for 16 flat
+# rows with Liger's kernels, 6,874 for 32, 2,592 for 4 padded rows of like lengths with them, 2,268 without
+GPU: dict[str, dict[str, Setting]] = {
     "lora_kit": {
         "default": Setting(),
         "checkpointed": Setting(arguments={"train.micro_batch_tokens": 8192, "train.activation_checkpointing": "true"}),
     },
     "trainer": {
-        "best": Setting(rows=4, by_length=True, adapter_in_bf16=True),
-        "checkpointed": Setting(
-            rows=8, by_length=True, adapter_in_bf16=True, arguments={"gradient_checkpointing": True}
-        ),
-        "flat": Setting(rows=8, flat=True, adapter_in_bf16=True),
-        "liger": Setting(
-            rows=4,
-            by_length=True,
-            adapter_in_bf16=True,
-            arguments={"use_liger_kernel": True},
-            requires="liger_kernel",
-        ),
+        "liger-flat": Setting(rows=16, flat=True, adapter_in_bf16=True, arguments=LIGER, requires="liger_kernel"),
+        "liger-flat-32": Setting(rows=32, flat=True, adapter_in_bf16=True, arguments=LIGER, requires="liger_kernel"),
+        "liger": Setting(rows=4, by_length=True, adapter_in_bf16=True, arguments=LIGER, requires="liger_kernel"),
+        "four": Setting(rows=4, by_length=True, adapter_in_bf16=True),
+        "flat": Setting(rows=16, flat=True, adapter_in_bf16=True),
         "default": Setting(),
     },
     "unsloth": {"best": Setting(rows=4, by_length=True, requires="unsloth")},

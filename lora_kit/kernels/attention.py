@@ -7,10 +7,10 @@ without one transformers makes no mask at all (and asks the device nothing), and
 generation, is an error instead of a leak. `own_attention` is the way back for such calls.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from transformers import AttentionInterface, PreTrainedModel
 
+from lora_kit.kernels import by_triton
 from lora_kit.kernels.blocks import BlockAttention, Blocks, blocks_of
 
 SEGMENT = "segment"
 """The name of this attention in a model's configuration and in a run's manifest."""
 
-VARLEN_DTYPES = (torch.bfloat16, torch.float16)
-VARLEN_WIDTH = 256  # the widest head of torch's flash attention
+TILED_DTYPES = (torch.bfloat16, torch.float16)
+TILED_WIDTH = 256  # a wider head's tiles fit no GPU's shared memory
 
 
 @dataclass(frozen=True)
@@ -34,25 +35,29 @@ class Segments:
 
     Attributes:
         lengths: Their lengths, in order; on the host, so that nobody waits for the device.
-        boundaries: 0 and every example's end, int32, on the device.
+        device: Of the row.
         windows: The window of every attention that was computed: what the probe reads.
     """
 
     lengths: tuple[int, ...]
-    boundaries: Tensor
+    device: torch.device
     windows: list[int | None] = field(default_factory=list)
     _blocks: dict[tuple[int | None, torch.dtype], Blocks] = field(default_factory=dict)
+    _tiles: dict[int, Tensor] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> "Segments":
-        """Return the segments of examples of these lengths."""
-        ends = np.cumsum([0, *lengths], dtype=np.int32)
-        return cls(tuple(lengths), moved(ends, device))
+    def tiles(self, many: int) -> Tensor:
+        """Return int32 [tiles, 3]: the begin of an example, of at most `many` of its rows, and the example's end."""
+        if many not in self._tiles:
+            ends = np.cumsum(self.lengths, dtype=np.int32)
+            whole = zip(ends - self.lengths, ends, strict=True)
+            rows = [(begin, first, end) for begin, end in whole for first in range(begin, end, many)]
+            self._tiles[many] = moved(np.array(rows, dtype=np.int32), self.device)
+        return self._tiles[many]
 
     def blocks(self, window: int | None, dtype: torch.dtype) -> Blocks:
         """Return the row cut into blocks of queries; made once for all layers with this window."""
         if (window, dtype) not in self._blocks:
-            self._blocks[window, dtype] = blocks_of(self.lengths, window, dtype=dtype, device=self.boundaries.device)
+            self._blocks[window, dtype] = blocks_of(self.lengths, window, dtype=dtype, device=self.device)
         return self._blocks[window, dtype]
 
 
@@ -102,9 +107,9 @@ def segment_attention(
     segments.windows.append(sliding_window)
     window, scale = sliding_window or None, scaling or query.shape[-1] ** -0.5
     plain = softcap is None and s_aux is None
-    if plain and _varlen_takes(query, value):
+    if plain and _tiled(query, value):
         parts = (one[0].transpose(0, 1) for one in (query, key, value))
-        return VarlenAttention.apply(*parts, segments, scale, window)[None], None
+        return TiledAttention.apply(*parts, segments, scale, window)[None], None
     if plain:
         row = segments.blocks(window, query.dtype)
         return BlockAttention.apply(query[0], key[0], value[0], row, scale)[None], None
@@ -115,43 +120,35 @@ def segment_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
-def _varlen_takes(query: Tensor, value: Tensor) -> bool:
-    fits = query.dtype in VARLEN_DTYPES and query.shape[-1] == value.shape[-1] <= VARLEN_WIDTH
-    return query.is_cuda and fits and query.shape[-1] % 8 == 0
+def _tiled(query: Tensor, value: Tensor) -> bool:
+    fits = query.dtype in TILED_DTYPES and query.shape[-1] == value.shape[-1] <= TILED_WIDTH
+    return fits and by_triton(query)
 
 
-class VarlenAttention(Function):
-    """torch's flash attention over segments of any lengths, [length, heads, width]: one kernel, no mask.
-
-    Its way back adds up in any order unless torch is told that nothing else will do; so it is told.
-    """
+class TiledAttention(Function):
+    """Attention in kernels/gpu_attention.py, over [length, heads, width]."""
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, window: int | None
     ) -> Tensor:
         """Attend."""
-        longest, ends = max(segments.lengths), segments.boundaries
-        ctx.shape = (ends, ends, longest, longest, 0.0, window is None)  # no dropout
-        ctx.named = {"scale": scale}
-        if window is not None:
-            ctx.named |= {"window_size_left": window - 1, "window_size_right": 0}
-        flash = torch.ops.aten._flash_attention_forward
-        output, of_rows, *state, _ = flash(query, key, value, *ctx.shape, return_debug_mask=False, **ctx.named)
-        ctx.save_for_backward(query, key, value, output, of_rows, *state)
-        return cast(Tensor, output)
+        from lora_kit.kernels import gpu_attention
+
+        tiles = segments.tiles(gpu_attention.tile_rows(query.shape[-1]))
+        query, key, value = (one.contiguous() for one in (query, key, value))
+        output, sums = gpu_attention.attend(query, key, value, tiles, scale, window)
+        ctx.save_for_backward(query, key, value, output, sums, tiles)
+        ctx.rest = scale, window
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Take the gradients of the three inputs."""
-        *tensors, seed, offset = ctx.saved_tensors
-        before = torch.get_deterministic_debug_mode()
-        torch.set_deterministic_debug_mode("error")
-        try:
-            flash = torch.ops.aten._flash_attention_backward
-            return *flash(gradient, *tensors, *ctx.shape, seed, offset, **ctx.named), None, None, None
-        finally:
-            torch.set_deterministic_debug_mode(before)
+        from lora_kit.kernels import gpu_attention
+
+        gradients = gpu_attention.attend_back(gradient.contiguous(), *ctx.saved_tensors, *ctx.rest)
+        return *gradients, None, None, None
 
 
 def _spelled_out(

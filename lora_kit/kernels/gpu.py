@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 4096  # elements that a program holds, in rows of the width
-MANY, WIDE = 32, 128  # rows and columns, where the width is cut too
+MANY, WIDE = 16, 128  # rows and columns, where the width is cut too
 
 
 @triton.jit(do_not_specialize=["rows"])

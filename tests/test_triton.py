@@ -51,14 +51,11 @@ def test_a_gated_activation_with_adapters_and_its_gradients(dtype, ranks, name):
     shapes = [(50, 200), (50, 200), (50, sum(ranks)), (200, ranks[0]), (200, ranks[1]), (50, 200)]
     gate, up, low, *ups, above = (drawn(dtype, *shape, seed=seed) for seed, shape in enumerate(shapes))
     lows = low.float().split(ranks, dim=1)
-    plain = [
-        one.float() + scale * part @ b.float().T
-        for one, scale, part, b in zip((gate, up), (2.0, 0.5), lows, ups, strict=True)
-    ]
+    plain = [one.float() + part @ b.float().T for one, part, b in zip((gate, up), lows, ups, strict=True)]
     plain = [one.requires_grad_() for one in plain]
     expected = ACTIVATIONS[name][0](plain[0]) * plain[1]
     gradients = torch.autograd.grad(expected, plain, above.float())
-    gated = gpu.Gated(gate, up, low, tuple(ups), (2.0, 0.5), name)
+    gated = gpu.Gated(gate, up, low, tuple(ups), name)
     near([gated.product()], [expected.to(dtype)])
     near(gated.back(above.clone()), [one.to(dtype) for one in gradients])
 

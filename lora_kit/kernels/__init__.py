@@ -23,7 +23,7 @@ def _triton_compiles() -> bool:
 
         x = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda")
         gpu.norm_back(x, x, x[0], gpu.norm(x, x[0], 1e-6, gemma=False)[1], gemma=False)
-        gated = gpu.Gated(x, x, torch.cat([x, x], 1), (x, x), (1.0, 1.0), "silu")
+        gated = gpu.Gated(x, x, torch.cat([x, x], 1), (x, x), "silu")
         gated.back(gated.product())
         heads = gpu.rotate(x[None], x[:1], x[:1]).transpose(0, 1).contiguous()
         tiles = torch.tensor([[0, 0, 16]], dtype=torch.int32, device=x.device)

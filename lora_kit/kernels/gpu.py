@@ -62,9 +62,9 @@ def _activated(x, activation: tl.constexpr):
 
 @triton.jit
 def _with_adapter(
-    x, low, up, row, column, rows, width, ranks, scale, rank: tl.constexpr, step: tl.constexpr, precision: tl.constexpr
+    x, low, up, row, column, rows, width, ranks, rank: tl.constexpr, step: tl.constexpr, precision: tl.constexpr
 ):
-    """Return a tile of x + scale low up', in fp32."""
+    """Return a tile of x + low up', in fp32."""
     there = (row < rows)[:, None] & (column < width)[None, :]
     whole = tl.load(x + row[:, None] * width + column[None, :], there, 0.0).to(tl.float32)
     added = tl.zeros_like(whole)
@@ -75,33 +75,31 @@ def _with_adapter(
         some = (column < width)[None, :] & (inner < rank)[:, None]
         right = tl.load(up + column[None, :] * rank + inner[:, None], some, 0.0)
         added = tl.dot(left, right, added, input_precision=precision)
-    return whole + scale * added
+    return whole + added
 
 
 @triton.jit
 def _gate_and_up(
-    gate, up, low, up_of_gate, up_of_up, rows, width, ranks, scale_of_gate, scale_of_up,
+    gate, up, low, up_of_gate, up_of_up, rows, width, ranks,
     rank: tl.constexpr, rank_of_up: tl.constexpr, step: tl.constexpr, precision: tl.constexpr,
     many: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
     """Return this program's tile of gate and of up with their adapters, where it is, and what of it is there."""
     row = tl.program_id(1).to(tl.int64) * many + tl.arange(0, many)
     column = tl.program_id(0) * wide + tl.arange(0, wide)
-    g = _with_adapter(gate, low, up_of_gate, row, column, rows, width, ranks, scale_of_gate, rank, step, precision)
-    u = _with_adapter(
-        up, low + rank, up_of_up, row, column, rows, width, ranks, scale_of_up, rank_of_up, step, precision
-    )
+    g = _with_adapter(gate, low, up_of_gate, row, column, rows, width, ranks, rank, step, precision)
+    u = _with_adapter(up, low + rank, up_of_up, row, column, rows, width, ranks, rank_of_up, step, precision)
     return g, u, row[:, None] * width + column[None, :], (row < rows)[:, None] & (column < width)[None, :]
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _gate(
-    gate, up, low, up_of_gate, up_of_up, output, rows, width, ranks, scale_of_gate, scale_of_up,
+    gate, up, low, up_of_gate, up_of_up, output, rows, width, ranks,
     activation: tl.constexpr, rank: tl.constexpr, rank_of_up: tl.constexpr, step: tl.constexpr,
     precision: tl.constexpr, many: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
     g, u, at, there = _gate_and_up(
-        gate, up, low, up_of_gate, up_of_up, rows, width, ranks, scale_of_gate, scale_of_up,
+        gate, up, low, up_of_gate, up_of_up, rows, width, ranks,
         rank, rank_of_up, step, precision, many, wide,
     )  # fmt: skip
     active, _ = _activated(g, activation)
@@ -110,12 +108,12 @@ def _gate(
 
 @triton.jit(do_not_specialize=["rows"])
 def _gate_back(
-    gradient, gate, up, low, up_of_gate, up_of_up, of_gate, of_up, rows, width, ranks, scale_of_gate, scale_of_up,
+    gradient, gate, up, low, up_of_gate, up_of_up, of_gate, of_up, rows, width, ranks,
     activation: tl.constexpr, rank: tl.constexpr, rank_of_up: tl.constexpr, step: tl.constexpr,
     precision: tl.constexpr, many: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
     g, u, at, there = _gate_and_up(
-        gate, up, low, up_of_gate, up_of_up, rows, width, ranks, scale_of_gate, scale_of_up,
+        gate, up, low, up_of_gate, up_of_up, rows, width, ranks,
         rank, rank_of_up, step, precision, many, wide,
     )  # fmt: skip
     active, slope = _activated(g, activation)
@@ -162,14 +160,13 @@ def norm_back(gradient: Tensor, rows: Tensor, weight: Tensor, inverse: Tensor, *
 
 @dataclass(frozen=True)
 class Gated:
-    """The inputs of a gated activation act(gate + s low up') * (up + ...), whose adapters are added on the way.
+    """The inputs of a gated activation act(gate + low up') * (up + ...), whose adapters are added on the way.
 
     Attributes:
         gate: [rows, width], of the frozen weight alone.
         up: Likewise.
         low: [rows, ranks], what both A make of the input, gate's first.
         ups: Both B, [width, rank], in the same dtype.
-        scales: Of both adapters.
         activation: One of `mlp.ACTIVATIONS`.
     """
 
@@ -177,7 +174,6 @@ class Gated:
     up: Tensor
     low: Tensor
     ups: tuple[Tensor, Tensor]
-    scales: tuple[float, float]
     activation: str
 
     def product(self) -> Tensor:
@@ -197,8 +193,8 @@ class Gated:
         rows, width = self.gate.shape
         return triton.cdiv(width, WIDE), triton.cdiv(rows, MANY)
 
-    def _rest(self) -> tuple[float, ...]:
-        return *self.gate.shape, self.low.stride(0), *self.scales
+    def _rest(self) -> tuple[int, ...]:
+        return *self.gate.shape, self.low.stride(0)
 
     def _fixed(self) -> dict[str, object]:
         ranks = [one.shape[1] for one in self.ups]

@@ -1,4 +1,4 @@
-"""Linear maps with adapters, y = x W' + s (x A') B', with the fewest passes over memory.
+"""Linear maps with adapters, y = x W' + (x (s A)') B', with the fewest passes over memory.
 
 Adapters are cast to the base's dtype, not activations to the adapter's; what an adapter adds is accumulated by the
 product that computes it; and maps that read the same input (q, k, v; gate and up) share its reading, forward and back.
@@ -113,11 +113,11 @@ def origin_of(x: Tensor) -> Origin | None:
 
 @dataclass
 class Kept:
-    """What a group of maps keeps for its backward pass: its input, x A' and where dropout let through.
+    """What a group of maps keeps for its backward pass: its input, s x A' and where dropout let through.
 
     Attributes:
         rows: The input, or its origin's rows.
-        low: x A'.
+        low: s x A'.
         passed: Of each map.
         of_row: The origin's; None where `rows` is the input itself.
         of_column: Likewise.
@@ -130,7 +130,7 @@ class Kept:
     of_column: Float[Tensor, "inputs"] | None = None
 
     def of_downs(self, of_low: Float[Tensor, "rows ranks"]) -> Float[Tensor, "ranks inputs"]:
-        """Return the gradient of A from that of x A', in fp32."""
+        """Return the gradient of s A from that of s x A', in fp32."""
         if self.of_row is None or self.of_column is None:
             return (of_low.T @ self.rows).float()
         return ((of_low * self.of_row).to(of_low.dtype).T @ self.rows).float().mul_(self.of_column)
@@ -145,18 +145,18 @@ def project(
     whole: bool = True,
 ) -> tuple[list[Tensor], Kept]:
     """Return every map's output for one input, or the frozen weight's part of it, and what the way back needs."""
-    downs, ups = adapters[: len(maps)], adapters[len(maps) :]
-    passed = [_draw(x, one.dropout) for one in maps]
+    ranks, ups = [one.rank for one in maps], adapters[len(maps) :]
+    passed, down = [_draw(x, one.dropout) for one in maps], _scaled(maps, adapters, x.dtype)
     if any(mask is not None for mask in passed):
-        pairs = zip(maps, downs, passed, strict=True)
-        low = torch.cat([_through(x, mask, one) @ down.to(x.dtype).T for one, down, mask in pairs], dim=1)
+        several = zip(maps, down.split(ranks), passed, strict=True)
+        low = torch.cat([_through(x, mask, one) @ part.T for one, part, mask in several], dim=1)
     else:
-        low = x @ _stack(downs, x.dtype).T
+        low = x @ down.T
     outputs = []
-    for one, up, part in zip(maps, ups, low.split([one.rank for one in maps], dim=1), strict=True):
+    for one, up, part in zip(maps, ups, low.split(ranks, dim=1), strict=True):
         bias = cast(Tensor | None, one.base.bias)
         output = nn.functional.linear(x, one.weight(x.dtype), bias)
-        outputs.append(output.addmm_(part, up.to(x.dtype).T, alpha=one.scale) if whole else output)
+        outputs.append(output.addmm_(part, up.to(x.dtype).T) if whole else output)
     if origin is None or any(mask is not None for mask in passed):
         return outputs, Kept(x, low, passed)
     return outputs, Kept(origin.rows, low, passed, origin.of_row, origin.of_column)
@@ -171,29 +171,35 @@ def project_back(
     to_input: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
     """Return the gradient of the input, if it is wanted, and of every A, then of every B, in fp32."""
-    x, ranks = kept.rows, [one.rank for one in maps]
-    downs, ups = adapters[: len(maps)], adapters[len(maps) :]
+    x, ranks, ups = kept.rows, [one.rank for one in maps], adapters[len(maps) :]
     of_low, of_ups = torch.empty_like(kept.low), []
-    parts = zip(maps, gradients, ups, kept.low.split(ranks, dim=1), of_low.split(ranks, dim=1), strict=True)
-    for one, gradient, up, low, target in parts:
-        target.copy_((gradient @ up.to(x.dtype)).mul_(one.scale))
-        of_ups.append((gradient.T @ low).float().mul_(one.scale))
+    parts = zip(gradients, ups, kept.low.split(ranks, dim=1), of_low.split(ranks, dim=1), strict=True)
+    for gradient, up, low, target in parts:
+        torch.mm(gradient, up.to(x.dtype), out=target)
+        of_ups.append((gradient.T @ low).float())
+    down = _scaled(maps, adapters, x.dtype)
     if all(mask is None for mask in kept.passed):
         of_downs = list(kept.of_downs(of_low).split(ranks))
-        of_x = of_low @ _stack(downs, x.dtype) if to_input else torch.empty(0)
+        of_x = of_low @ down if to_input else torch.empty(0)
     else:
-        several = list(zip(maps, downs, of_low.split(ranks, dim=1), kept.passed, strict=True))
+        several = list(zip(maps, down.split(ranks), of_low.split(ranks, dim=1), kept.passed, strict=True))
         of_downs = [(low.T @ _through(x, mask, one)).float() for one, _, low, mask in several]
         of_x = torch.zeros_like(x)
-        for one, down, low, mask in several if to_input else ():
-            of_x += _through(low @ down.to(x.dtype), mask, one)
+        for one, part, low, mask in several if to_input else ():
+            of_x += _through(low @ part, mask, one)
+    of_downs = [whole.mul_(one.scale) for one, whole in zip(maps, of_downs, strict=True)]
     for one, gradient in zip(maps, gradients, strict=True) if to_input else ():
         of_x.addmm_(gradient, one.weight(x.dtype))
     return of_x if to_input else None, of_downs + of_ups
 
 
-def _stack(downs: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    return (torch.cat(list(downs)) if len(downs) > 1 else downs[0]).to(dtype)
+def _scaled(maps: Sequence[Map], adapters: Sequence[Tensor], dtype: torch.dtype) -> Float[Tensor, "ranks inputs"]:
+    """Return every s A, so that nothing larger needs the scale."""
+    ranks = [one.rank for one in maps]
+    whole = adapters[0].new_empty(sum(ranks), adapters[0].shape[1], dtype=dtype)
+    for one, down, part in zip(maps, adapters[: len(maps)], whole.split(ranks), strict=True):
+        torch.mul(down, one.scale, out=part)
+    return whole
 
 
 def _draw(x: Tensor, dropout: float) -> Tensor | None:

@@ -33,7 +33,7 @@ class GatedMlp(Function):
         """Compute it; the maps are gate, up and down."""
         into, out = _of_parts(adapters)
         (gate, up), kept = project(x, maps[:2], into, origin=origin, whole=not by_triton(x))
-        active = _gated(gate, up, kept.low, maps, into, act)
+        active = _gated(gate, up, kept.low, into, act)
         (output,), inner = project(active.product(), maps[2:], out)
         masks = [one for one in (*kept.passed, *inner.passed) if one is not None]
         made_of = (kept.rows, kept.of_row, kept.of_column)
@@ -48,7 +48,7 @@ class GatedMlp(Function):
         adapters, masks = rest[:6], iter(rest[6:])
         passed = [next(masks) if one.dropout else None for one in ctx.maps]
         into, out = _of_parts(adapters)
-        active = _gated(gate, up, low, ctx.maps, into, ctx.act)
+        active = _gated(gate, up, low, into, ctx.act)
         inner = Kept(active.product(), inner_low, passed[2:])
         of_inner, of_out = project_back([gradient], inner, ctx.maps[2:], out, to_input=True)
         assert of_inner is not None
@@ -80,14 +80,14 @@ class Gated:
         return back(gradient.mul_(self.up), self.gate), of_up
 
 
-def _gated(gate: Tensor, up: Tensor, low: Tensor, maps: Sequence[Map], into: Sequence[Tensor], act: str) -> Any:
+def _gated(gate: Tensor, up: Tensor, low: Tensor, into: Sequence[Tensor], act: str) -> Any:
     """Return the gated activation; on a GPU it adds what the adapters make of the input on the way."""
     if not by_triton(gate):
         return Gated(gate, up, act)
     from lora_kit.kernels import gpu
 
     of_gate, of_up = (one.to(gate.dtype) for one in into[2:])
-    return gpu.Gated(gate, up, low, (of_gate, of_up), (maps[0].scale, maps[1].scale), act)
+    return gpu.Gated(gate, up, low, (of_gate, of_up), act)
 
 
 def _of_parts(adapters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -23,6 +23,10 @@ from lora_kit.errors import LaunchError, LoraKitError
 
 T = TypeVar("T")
 
+PRODUCTS_KEPT = "128"
+"""How many compiled products oneDNN keeps, some 0.3 MB each: a micro-batch of 2,048 tokens needs about 90, and the next
+one mostly others. Of its own 1,024 most would never be used again, and lie between what could be freed."""
+
 CONTRADICTIONS = {  # what `accelerate launch` asks for through the environment, and what a recipe can stand
     "ACCELERATE_MIXED_PRECISION": ("no", "the recipe's base.dtype decides the precision"),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
@@ -77,6 +81,8 @@ class Processes:
         refuse_contradictions(dict(os.environ), dtype)
         if torch.cuda.is_available():
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed one
+        else:
+            os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRODUCTS_KEPT)
         guest, threads, determinism = is_initialized(), torch.get_num_threads(), torch.get_deterministic_debug_mode()
         fills: bool = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
         accelerator = Accelerator(cpu=not torch.cuda.is_available())

@@ -1,6 +1,7 @@
 """The sum over processes has the bits of the sum in one process; contradicting launch settings are refused."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -68,6 +69,31 @@ def test_many_processes_sum_like_one(tmp_path, processes):
             np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
         else:
             assert np.array_equal(ours, expected)
+
+
+MANY_SHAPES = """
+import sys
+import torch
+from lora_kit.processes import Processes
+Processes.start("bfloat16")
+def multiply(rows):
+    torch.ones(rows, 64, dtype=torch.bfloat16) @ torch.ones(64, 64, dtype=torch.bfloat16)
+for rows in (*range(16, 177), 176, 16):
+    print("rows", rows, flush=True)
+    multiply(rows)
+"""
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN multiplies no bf16 here")
+@pytest.mark.parametrize("wanted", [None, "1000"])
+def test_products_of_shapes_long_past_are_not_kept_unless_told_so(wanted):
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "ONEDNN_VERBOSE": "profile_create"}
+    environment |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": wanted} if wanted else {}
+    command = [sys.executable, "-c", MANY_SHAPES]
+    told = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=120).stdout
+    *_, newest, oldest = told.split("rows ")
+    assert "cache_hit" in newest and "cache_miss" not in newest
+    assert ("cache_miss" in oldest) == (wanted is None)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from throughput import HERE, Row, differences, ratios, run, say  # isort: skip  
 from ground import machine, median
 from rich.console import Console
 from rich.table import Table
-from sizes import SIZES, Work
+from sizes import SIZES, WARM_UP_STEPS, Work
 from systems import GPU
 
 ORDER = ("llama-8b", "qwen-moe", "llama-1b")  # the one with a figure to reach comes first
@@ -42,6 +42,7 @@ def main() -> int:
         return 1
     console, rows, end = Console(width=150), list[Row](), time.monotonic() + 60 * asked.minutes
     facts = machine() | {"device": "cpu" if asked.cpu else torch.cuda.get_device_name()}
+    facts["command"] = " ".join(["python benchmarks/gpu.py", *sys.argv[1:]])
     for name in asked.size:
         with tempfile.TemporaryDirectory(prefix="lora_kit-", dir=_place()) as place:
             work = Work(Path(place), name, SIZES[name].batch, asked.steps or SIZES[name].steps)
@@ -115,7 +116,7 @@ def _table(name: str, rows: list[Row]) -> Table:
     columns = ("system", "settings", "tokens/s", "MFU", "share of floor", "GB above base", "save stall", "loss")
     shown = Table(*columns, title=f"{name} {SIZES[name].note}")
     for row in rows:
-        stall = median(row["stall_seconds"]) / median(row["step_seconds"]) if row["stall_seconds"] else None
+        stalls, steps = row["stall_seconds"], row["step_seconds"][WARM_UP_STEPS:]
         shown.add_row(
             row["system"],
             row["settings"],
@@ -123,7 +124,7 @@ def _table(name: str, rows: list[Row]) -> Table:
             f"{row['model_flops_share']:.1%}",
             f"{row['floor_share']:.1%}",
             f"{row['peak_bytes'] / 1e9:,.1f}",
-            "" if stall is None else f"{stall:.3%} of a step",
+            f"{median(stalls) / median(steps):.2%} of a step" if stalls else "",
             f"{row['mean_loss']:.4f}",
         )
     return shown

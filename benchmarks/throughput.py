@@ -205,7 +205,7 @@ def differences(rows: list[Row]) -> list[str]:
         else:
             pairs, most = zip(row["losses"], first["losses"], strict=True), SAME_LOSS
             apart = max(abs(ours / theirs - 1) for ours, theirs in pairs)
-        if apart > most:
+        if not apart <= most:  # also where it is no number
             name, other = (f"{one['system']} {one['settings']}" for one in (row, first))
             found.append(f"{name} did not train the same as {other}: losses are {apart:.2%} apart (at most {most:.1%})")
     return found

@@ -30,7 +30,7 @@ def model_inputs(model: nn.Module, batch: MicroBatch, device: torch.device) -> I
         arrays["attention_mask"] = batch.attention_mask
     inputs: Inputs = {name: moved(array, device) for name, array in arrays.items()}
     if attention_of(model) == SEGMENT:
-        inputs["segments"] = Segments(tuple(batch.segments), device)
+        inputs["segments"] = Segments(batch.segments, device)
     return inputs | {"use_cache": False}
 
 

@@ -10,7 +10,7 @@ def plain_loop(job, weights, members, base=None):
     base = base or AutoModelForCausalLM.from_pretrained(
         job.source.folder,
         dtype=torch.float32,
-        attn_implementation="eager",  # older sdpa drops a soft cap in silence
+        attn_implementation="eager",  # the sdpa of transformers 5.17 drops a soft cap
     )
     theirs = job.model.peft_config["default"]
     model = get_peft_model(

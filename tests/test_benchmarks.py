@@ -37,3 +37,23 @@ def test_systems_have_the_same_losses_and_are_told_apart_by_speed_and_memory(tmp
         assert row["peak_bytes"] > 0 and 0 < row["supervised_tokens_per_second"] < row["tokens_per_second"]
         assert row["floor_share"] > 0 and row["round"] == 1 and row["machine"]["torch"]
     assert "the best peer, trainer default" in ended.stdout
+
+
+def test_rows_that_trained_something_else_are_named(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARK.parent))
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the benchmark adds to it
+    from throughput import differences
+
+    def row(name, *losses, own_order=False):
+        mean = sum(losses) / len(losses)
+        options = {"own_order": own_order}
+        return {"system": name, "settings": "x", "losses": losses, "mean_loss": mean, "options": options}
+
+    first, near, shuffled = (
+        row("ours", 10.0, 8.0),
+        row("near", 10.009, 8.007),
+        row("shuffled", 8.0, 10.04, own_order=True),
+    )
+    assert differences([first, near, shuffled]) == []
+    apart, none = row("apart", 10.0, 8.01), row("none", 10.0, float("nan"))
+    assert [one.split(" did")[0] for one in differences([first, apart, near, none])] == ["apart x", "none x"]

@@ -72,10 +72,10 @@ def test_rotary_positions(dtype, width):
 
 
 @pytest.mark.parametrize("dtype", IN_DOTS)
-@pytest.mark.parametrize("width", [24, 64])
+@pytest.mark.parametrize(("width", "heads", "shared"), [(24, 4, 2), (64, 3, 3), (136, 4, 1)])
 @pytest.mark.parametrize("window", [None, 20])
-def test_attention_inside_examples_and_its_gradients(dtype, width, window):
-    lengths, heads, shared = (130, 3, 70), 4, 2
+def test_attention_inside_examples_and_its_gradients(dtype, width, heads, shared, window):
+    lengths = (130, 3, 70)
     shapes = [(sum(lengths), many, width) for many in (heads, shared, shared, heads)]
     *given, above = (drawn(dtype, *shape, seed=seed) for seed, shape in enumerate(shapes))
     plain, outputs = [one.float().requires_grad_() for one in given], []

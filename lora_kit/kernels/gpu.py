@@ -61,9 +61,7 @@ def _activated(x, activation: tl.constexpr):
 
 
 @triton.jit
-def _with_adapter(
-    x, low, up, row, column, rows, width, ranks, rank: tl.constexpr, step: tl.constexpr, precision: tl.constexpr
-):
+def _with_adapter(x, low, up, row, column, rows, width, ranks, rank: tl.constexpr, step: tl.constexpr):
     """Return a tile of x + low up', in fp32."""
     there = (row < rows)[:, None] & (column < width)[None, :]
     whole = tl.load(x + row[:, None] * width + column[None, :], there, 0.0).to(tl.float32)
@@ -74,21 +72,21 @@ def _with_adapter(
         left = tl.load(low + row[:, None] * ranks + inner[None, :], some, 0.0)
         some = (column < width)[None, :] & (inner < rank)[:, None]
         right = tl.load(up + column[None, :] * rank + inner[:, None], some, 0.0)
-        added = tl.dot(left, right, added, input_precision=precision)
+        added = tl.dot(left, right, added, input_precision="ieee")
     return whole + added
 
 
 @triton.jit
 def _gate_and_up(
     gate, up, low, up_of_gate, up_of_up, rows, width, ranks,
-    rank: tl.constexpr, rank_of_up: tl.constexpr, step: tl.constexpr, precision: tl.constexpr,
+    rank: tl.constexpr, rank_of_up: tl.constexpr, step: tl.constexpr,
     many: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
     """Return this program's tile of gate and of up with their adapters, where it is, and what of it is there."""
     row = tl.program_id(1).to(tl.int64) * many + tl.arange(0, many)
     column = tl.program_id(0) * wide + tl.arange(0, wide)
-    g = _with_adapter(gate, low, up_of_gate, row, column, rows, width, ranks, rank, step, precision)
-    u = _with_adapter(up, low + rank, up_of_up, row, column, rows, width, ranks, rank_of_up, step, precision)
+    g = _with_adapter(gate, low, up_of_gate, row, column, rows, width, ranks, rank, step)
+    u = _with_adapter(up, low + rank, up_of_up, row, column, rows, width, ranks, rank_of_up, step)
     return g, u, row[:, None] * width + column[None, :], (row < rows)[:, None] & (column < width)[None, :]
 
 
@@ -96,11 +94,11 @@ def _gate_and_up(
 def _gate(
     gate, up, low, up_of_gate, up_of_up, output, rows, width, ranks,
     activation: tl.constexpr, rank: tl.constexpr, rank_of_up: tl.constexpr, step: tl.constexpr,
-    precision: tl.constexpr, many: tl.constexpr, wide: tl.constexpr,
+    many: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
     g, u, at, there = _gate_and_up(
         gate, up, low, up_of_gate, up_of_up, rows, width, ranks,
-        rank, rank_of_up, step, precision, many, wide,
+        rank, rank_of_up, step, many, wide,
     )  # fmt: skip
     active, _ = _activated(g, activation)
     tl.store(output + at, (active * u).to(output.dtype.element_ty), there)
@@ -110,11 +108,11 @@ def _gate(
 def _gate_back(
     gradient, gate, up, low, up_of_gate, up_of_up, of_gate, of_up, rows, width, ranks,
     activation: tl.constexpr, rank: tl.constexpr, rank_of_up: tl.constexpr, step: tl.constexpr,
-    precision: tl.constexpr, many: tl.constexpr, wide: tl.constexpr,
+    many: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
     g, u, at, there = _gate_and_up(
         gate, up, low, up_of_gate, up_of_up, rows, width, ranks,
-        rank, rank_of_up, step, precision, many, wide,
+        rank, rank_of_up, step, many, wide,
     )  # fmt: skip
     active, slope = _activated(g, activation)
     above = tl.load(gradient + at, there, 0.0).to(tl.float32)
@@ -203,7 +201,6 @@ class Gated:
             "rank": ranks[0],
             "rank_of_up": ranks[1],
             "step": min(32, max(16, triton.next_power_of_2(max(ranks)))),
-            "precision": "ieee" if self.gate.dtype == torch.float32 else "tf32",
             "many": MANY,
             "wide": WIDE,
             "num_warps": 4,

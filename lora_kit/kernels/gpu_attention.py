@@ -1,6 +1,6 @@
 """Causal attention inside packed examples on a GPU, in tiles of rows that end where their example does.
 
-Most examples are shorter than a few of flash attention's tiles, which keeps it half idle; a tile here is small. Heads
+Most examples are no longer than one or two of flash attention's tiles, so a tile here is small. Heads
 that share keys add to their gradients in one program, and no two programs add to the same number, so that a replay has
 the same bits. Scores are in units of log 2.
 """
@@ -37,7 +37,7 @@ def _seen(query, key, window):
 @triton.jit(do_not_specialize=["length"])
 def _forward(
     query, key, value, output, sums, tiles, scale, window, length, heads,
-    group: tl.constexpr, width: tl.constexpr, wide: tl.constexpr, many: tl.constexpr, precision: tl.constexpr,
+    group: tl.constexpr, width: tl.constexpr, wide: tl.constexpr, many: tl.constexpr,
 ):  # fmt: skip
     tile, head = tl.program_id(0) * 3, tl.program_id(1)
     begin, first, end = tl.load(tiles + tile), tl.load(tiles + tile + 1), tl.load(tiles + tile + 2)
@@ -50,13 +50,13 @@ def _forward(
         at = start + tl.arange(0, many)
         k = _tile(key, at, heads // group, head // group, end, width, wide)
         v = _tile(value, at, heads // group, head // group, end, width, wide)
-        scores = tl.dot(q, tl.trans(k), input_precision=precision) * scale
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where(_seen(row[:, None], at[None, :], window), scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         finite = tl.where(higher == float("-inf"), 0.0, higher)
         shares, before = tl.exp2(scores - finite[:, None]), tl.exp2(top - finite)
         total = total * before + tl.sum(shares, 1)
-        result = tl.dot(shares.to(v.dtype), v, result * before[:, None], input_precision=precision)
+        result = tl.dot(shares.to(v.dtype), v, result * before[:, None], input_precision="ieee")
         top = higher
     _put(output, result / total[:, None], row, heads, head, end, width, wide)
     tl.store(sums + head * length + row, top + tl.log2(total), row < end)
@@ -65,7 +65,7 @@ def _forward(
 @triton.jit(do_not_specialize=["length"])
 def _of_queries(
     gradient, query, key, value, output, sums, of_query, along, tiles, scale, window, length, heads,
-    group: tl.constexpr, width: tl.constexpr, wide: tl.constexpr, many: tl.constexpr, precision: tl.constexpr,
+    group: tl.constexpr, width: tl.constexpr, wide: tl.constexpr, many: tl.constexpr,
 ):  # fmt: skip
     tile, head = tl.program_id(0) * 3, tl.program_id(1)
     begin, first, end = tl.load(tiles + tile), tl.load(tiles + tile + 1), tl.load(tiles + tile + 2)
@@ -81,19 +81,19 @@ def _of_queries(
         at = start + tl.arange(0, many)
         k = _tile(key, at, heads // group, head // group, end, width, wide)
         v = _tile(value, at, heads // group, head // group, end, width, wide)
-        scores = tl.dot(q, tl.trans(k), input_precision=precision) * scale
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         seen = _seen(row[:, None], at[None, :], window)
         shares = tl.where(seen, tl.exp2(scores - summed[:, None]), 0.0)
-        of_shares = tl.dot(above, tl.trans(v), input_precision=precision)
+        of_shares = tl.dot(above, tl.trans(v), input_precision="ieee")
         of_scores = shares * (of_shares - inside[:, None])
-        result = tl.dot(of_scores.to(k.dtype), k, result, input_precision=precision)
+        result = tl.dot(of_scores.to(k.dtype), k, result, input_precision="ieee")
     _put(of_query, result * (scale * 0.6931471805599453), row, heads, head, end, width, wide)
 
 
 @triton.jit(do_not_specialize=["length"])
 def _of_keys(
     gradient, query, key, value, sums, along, of_key, of_value, tiles, scale, window, length, heads,
-    group: tl.constexpr, width: tl.constexpr, wide: tl.constexpr, many: tl.constexpr, precision: tl.constexpr,
+    group: tl.constexpr, width: tl.constexpr, wide: tl.constexpr, many: tl.constexpr,
 ):  # fmt: skip
     tile, shared = tl.program_id(0) * 3, tl.program_id(1)
     first, end = tl.load(tiles + tile + 1), tl.load(tiles + tile + 2)
@@ -110,13 +110,13 @@ def _of_keys(
             above = _tile(gradient, row, heads, head, end, width, wide)
             summed = tl.load(sums + head * length + row, row < end, 0.0)
             inside = tl.load(along + head * length + row, row < end, 0.0)
-            scores = tl.dot(k, tl.trans(q), input_precision=precision) * scale
+            scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
             seen = _seen(row[None, :], at[:, None], window)
             shares = tl.where(seen, tl.exp2(scores - summed[None, :]), 0.0)
-            result_value = tl.dot(shares.to(above.dtype), above, result_value, input_precision=precision)
-            of_shares = tl.dot(v, tl.trans(above), input_precision=precision)
+            result_value = tl.dot(shares.to(above.dtype), above, result_value, input_precision="ieee")
+            of_shares = tl.dot(v, tl.trans(above), input_precision="ieee")
             of_scores = shares * (of_shares - inside[None, :])
-            result = tl.dot(of_scores.to(q.dtype), q, result, input_precision=precision)
+            result = tl.dot(of_scores.to(q.dtype), q, result, input_precision="ieee")
     _put(of_key, result * (scale * 0.6931471805599453), at, heads // group, shared, end, width, wide)
     _put(of_value, result_value, at, heads // group, shared, end, width, wide)
 
@@ -133,7 +133,6 @@ def _fixed(query: Tensor, key: Tensor) -> dict[str, object]:
         "width": width,
         "wide": max(16, triton.next_power_of_2(width)),
         "many": tile_rows(width),
-        "precision": "ieee" if query.dtype == torch.float32 else "tf32",
         "num_warps": 4,
         "num_stages": 2,
     }

@@ -26,6 +26,7 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE / "speed"), str(HERE / "resilience")]
 
+import numpy as np  # noqa: E402
 import psutil  # noqa: E402
 from ground import machine  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -203,8 +204,7 @@ def differences(rows: list[Row]) -> list[str]:
         if row["options"]["own_order"] or first["options"]["own_order"]:
             apart, most = abs(row["mean_loss"] / first["mean_loss"] - 1), SAME_MEAN_LOSS
         else:
-            pairs, most = zip(row["losses"], first["losses"], strict=True), SAME_LOSS
-            apart = max(abs(ours / theirs - 1) for ours, theirs in pairs)
+            apart, most = np.abs(np.array(row["losses"]) / np.array(first["losses"]) - 1).max(), SAME_LOSS
         if not apart <= most:  # also where it is no number
             name, other = (f"{one['system']} {one['settings']}" for one in (row, first))
             found.append(f"{name} did not train the same as {other}: losses are {apart:.2%} apart (at most {most:.1%})")

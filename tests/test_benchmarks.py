@@ -49,11 +49,8 @@ def test_rows_that_trained_something_else_are_named(monkeypatch):
         options = {"own_order": own_order}
         return {"system": name, "settings": "x", "losses": losses, "mean_loss": mean, "options": options}
 
-    first, near, shuffled = (
-        row("ours", 10.0, 8.0),
-        row("near", 10.009, 8.007),
-        row("shuffled", 8.0, 10.04, own_order=True),
-    )
+    first, near = row("ours", 10.0, 8.0), row("near", 10.009, 8.007)
+    shuffled = row("shuffled", 8.0, 10.04, own_order=True)
     assert differences([first, near, shuffled]) == []
     apart, none = row("apart", 10.0, 8.01), row("none", 10.0, float("nan"))
     assert [one.split(" did")[0] for one in differences([first, apart, near, none])] == ["apart x", "none x"]

@@ -1,8 +1,8 @@
 """Causal attention inside packed examples on a GPU, in tiles of rows that end where their example does.
 
-Most examples are no longer than one or two of flash attention's tiles, so a tile here is small. Heads
-that share keys add to their gradients in one program, and no two programs add to the same number, so that a replay has
-the same bits. Scores are in units of log 2.
+Most examples are no longer than one or two of flash attention's tiles, so a tile here is small. Heads that
+share keys add to their gradients in one program, and no two programs add to the same number, so that a replay has the
+same bits. Scores are in units of log 2.
 """
 
 import torch

@@ -3,23 +3,29 @@
 import warnings
 from functools import cache
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 
-def by_triton(x: Tensor) -> bool:
-    """Return whether our kernels for GPUs compute this: where Triton compiles, in any precision but fp64."""
-    return x.is_cuda and x.dtype != torch.float64 and _triton_compiles()
+def compiled(x: Tensor) -> ModuleType | None:
+    """Return the module of compiled kernels that computes this: `gpu`, in any precision but fp64, or `cpu`, in bf16.
+
+    None stands for plain PyTorch, where nothing compiles and on other devices.
+    """
+    if x.is_cuda and x.dtype != torch.float64:
+        return _triton()
+    return _c() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else None
 
 
 @cache
-def _triton_compiles() -> bool:
+def _triton() -> ModuleType | None:
     """Try the kernels: Triton also needs a C compiler, a folder for what it compiles, and a GPU that it knows."""
     if find_spec("triton") is None:
-        return False
+        return None
     try:
-        from lora_kit.kernels import gpu, gpu_attention
+        from lora_kit.kernels import gpu
 
         x = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda")
         gpu.norm_back(x, x, x[0], gpu.norm(x, x[0], 1e-6, gemma=False)[1], gemma=False)
@@ -27,11 +33,26 @@ def _triton_compiles() -> bool:
         gated.back(gated.product())
         heads = gpu.rotate(x[None], x[:1], x[:1]).transpose(0, 1).contiguous()
         tiles = torch.tensor([[0, 0, 16]], dtype=torch.int32, device=x.device)
-        output = gpu_attention.attend(heads, heads, heads, tiles, 1.0, None)
-        gpu_attention.attend_back(heads, heads, heads, heads, *output, tiles, 1.0, None)
+        output = gpu.attend(heads, heads, heads, tiles, 1.0, None)
+        gpu.attend_back(heads, heads, heads, heads, *output, tiles, 1.0, None)
     except Exception as error:  # of Triton, its compilers or the driver: there is no end to their kinds
-        warnings.warn(
-            f"Triton compiles nothing here, so attention, norms and the like take longer: {error}", stacklevel=2
-        )
-        return False
-    return True
+        return _plain("Triton compiles nothing here", error)
+    return gpu
+
+
+@cache
+def _c() -> ModuleType | None:
+    """Compile the kernels, if the CPU multiplies bf16 by AVX-512."""
+    if not torch.cpu._is_avx512_bf16_supported():
+        return None
+    from lora_kit.kernels import cpu
+
+    try:
+        cpu.library()
+    except OSError as error:
+        return _plain("the kernels for CPUs are not compiled", error)
+    return cpu
+
+
+def _plain(what: str, error: Exception) -> None:
+    warnings.warn(f"{what}, so attention, norms and the like take longer: {error}", stacklevel=3)

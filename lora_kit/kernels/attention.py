@@ -10,7 +10,8 @@ generation, is an error instead of a leak. `own_attention` is the way back for s
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from transformers import AttentionInterface, PreTrainedModel
 
-from lora_kit.kernels import by_triton
+from lora_kit.kernels import compiled
 from lora_kit.kernels.blocks import BlockAttention, Blocks, blocks_of
 
 SEGMENT = "segment"
@@ -122,32 +123,29 @@ def segment_attention(
 
 def _tiled(query: Tensor, value: Tensor) -> bool:
     fits = query.dtype in TILED_DTYPES and query.shape[-1] == value.shape[-1] <= TILED_WIDTH
-    return fits and by_triton(query)
+    return fits and compiled(query) is not None
 
 
 class TiledAttention(Function):
-    """Attention in kernels/gpu_attention.py, over [length, heads, width]."""
+    """Attention by compiled kernels, over [length, heads, width]."""
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, window: int | None
     ) -> Tensor:
         """Attend."""
-        from lora_kit.kernels import gpu_attention
-
-        tiles = segments.tiles(gpu_attention.tile_rows(query.shape[-1]))
+        kernels = cast(ModuleType, compiled(query))
+        tiles = segments.tiles(kernels.tile_rows(query.shape[-1]))
         query, key, value = (one.contiguous() for one in (query, key, value))
-        output, sums = gpu_attention.attend(query, key, value, tiles, scale, window)
+        output, sums = kernels.attend(query, key, value, tiles, scale, window)
         ctx.save_for_backward(query, key, value, output, sums, tiles)
-        ctx.rest = scale, window
+        ctx.kernels, ctx.rest = kernels, (scale, window)
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Take the gradients of the three inputs."""
-        from lora_kit.kernels import gpu_attention
-
-        gradients = gpu_attention.attend_back(gradient.contiguous(), *ctx.saved_tensors, *ctx.rest)
+        gradients = ctx.kernels.attend_back(gradient.contiguous(), *ctx.saved_tensors, *ctx.rest)
         return *gradients, None, None, None
 
 

@@ -11,6 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kit.kernels.gpu_attention import attend, attend_back, tile_rows
+
+__all__ = ["Gated", "attend", "attend_back", "norm", "norm_back", "rotate", "tile_rows"]
+
 TILE = 4096  # elements that a program holds, in rows of the width
 MANY, WIDE = 16, 128  # rows and columns, where the width is cut too
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from lora_kit.kernels import by_triton
+from lora_kit.kernels import compiled
 from lora_kit.kernels.lora import Kept, Map, Origin, adapters_of, covered, map_of, origin_of, project, project_back
 
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
@@ -32,7 +32,7 @@ class GatedMlp(Function):
     def forward(ctx: Any, x: Tensor, origin: Origin | None, act: str, maps: Sequence[Map], *adapters: Tensor) -> Tensor:
         """Compute it; the maps are gate, up and down."""
         into, out = _of_parts(adapters)
-        (gate, up), kept = project(x, maps[:2], into, origin=origin, whole=not by_triton(x))
+        (gate, up), kept = project(x, maps[:2], into, origin=origin, whole=not compiled(x))
         active = _gated(gate, up, kept.low, into, act)
         (output,), inner = project(active.product(), maps[2:], out)
         masks = [one for one in (*kept.passed, *inner.passed) if one is not None]
@@ -81,13 +81,12 @@ class Gated:
 
 
 def _gated(gate: Tensor, up: Tensor, low: Tensor, into: Sequence[Tensor], act: str) -> Any:
-    """Return the gated activation; on a GPU it adds what the adapters make of the input on the way."""
-    if not by_triton(gate):
+    """Return the gated activation; a compiled one adds what the adapters make of the input on the way."""
+    kernels = compiled(gate)
+    if not kernels:
         return Gated(gate, up, act)
-    from lora_kit.kernels import gpu
-
     of_gate, of_up = (one.to(gate.dtype) for one in into[2:])
-    return gpu.Gated(gate, up, low, (of_gate, of_up), act)
+    return kernels.Gated(gate, up, low, (of_gate, of_up), act)
 
 
 def _of_parts(adapters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

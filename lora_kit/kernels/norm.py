@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from lora_kit.kernels import by_triton
+from lora_kit.kernels import compiled
 from lora_kit.kernels.lora import ORIGIN, Origin
 
 AT_ONCE = 1 << 18  # elements; a GPU takes all rows at once
@@ -24,11 +24,10 @@ class RmsNorm(Function):
     def forward(ctx: Any, rows: Tensor, weight: Tensor, epsilon: float, gemma: bool) -> tuple[Tensor, Tensor]:
         """Normalise every row of `rows` [rows, width]; return also what each was multiplied with."""
         ctx.gemma = gemma
-        if by_triton(rows):
-            from lora_kit.kernels import gpu
-
+        kernels = compiled(rows)
+        if kernels:
             rows = rows.contiguous()
-            output, inverse = gpu.norm(rows, weight, epsilon, gemma=gemma)
+            output, inverse = kernels.norm(rows, weight, epsilon, gemma=gemma)
             ctx.save_for_backward(rows, weight, inverse)
             ctx.mark_non_differentiable(inverse)
             return output, inverse
@@ -48,10 +47,9 @@ class RmsNorm(Function):
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """Take the gradient of the rows."""
         rows, weight, inverse = ctx.saved_tensors
-        if by_triton(rows):
-            from lora_kit.kernels import gpu
-
-            return gpu.norm_back(gradient, rows, weight, inverse, gemma=ctx.gemma), None, None, None
+        kernels = compiled(rows)
+        if kernels:
+            return kernels.norm_back(gradient, rows, weight, inverse, gemma=ctx.gemma), None, None, None
         of_rows = torch.empty_like(rows)
         weight = 1 + weight.float() if ctx.gemma else weight
         for some in _portions(rows):

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from lora_kit.kernels import by_triton
+from lora_kit.kernels import compiled
 
 NAME = "apply_rotary_pos_emb"
 Rotation = Callable[..., tuple[Tensor, Tensor]]
@@ -37,10 +37,9 @@ class Rotary(Function):
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    if by_triton(x):
-        from lora_kit.kernels import gpu
-
-        return gpu.rotate(x.transpose(0, 1), cos, sin).transpose(0, 1)
+    kernels = compiled(x)
+    if kernels:
+        return kernels.rotate(x.transpose(0, 1), cos, sin).transpose(0, 1)
     half = x.shape[-1] // 2
     output = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     torch.mul(x, cos, out=output)

@@ -1,0 +1,472 @@
+/* What a CPU with AVX-512 bf16 computes in few passes: attention inside packed examples, norms, gated activations and
+   rotary positions, in bf16 with sums in fp32. kernels/cpu.py compiles this file and says what the arguments are.
+
+   Products take their right side in pairs: `vdpbf16ps` multiplies two numbers of each lane and adds both, so what is
+   summed over lies in pairs, [pairs][lanes][2]. Rows and columns are padded with zeros to multiples of STEP. No two
+   tasks add to the same number and no order depends on the number of threads, so a replay has the same bits. */
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef uint16_t bf16;
+typedef __m512 floats; /* 16 lanes */
+
+enum { LANES = 16, STEP = 32, ROWS = 8, TILE = 64 };
+static const float HIDDEN = -1e30f, LOG2_E = 1.4426950408889634f;
+
+#define UNROLLED _Pragma("GCC unroll 8")
+#define INLINE static inline __attribute__((always_inline))
+
+static long padded(long count) { return (count + STEP - 1) / STEP * STEP; }
+INLINE long least(long a, long b) { return a < b ? a : b; }
+INLINE long most(long a, long b) { return a > b ? a : b; }
+
+/* The first `count` lanes; all from 16 on. */
+INLINE __mmask16 first(long count) { return count >= LANES ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
+
+INLINE floats load(const bf16 *from, __mmask16 which) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(which, from)), 16));
+}
+
+INLINE void store(bf16 *to, __mmask16 which, floats value) {
+    _mm256_mask_storeu_epi16(to, which, (__m256i)_mm512_cvtneps_pbh(value));
+}
+
+INLINE floats rounded(floats value) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(value)), 16));
+}
+
+/* 2^x to 1e-7 of it, for x up to 127: by a polynomial between -1/2 and 1/2. */
+INLINE floats power_of_2(floats x) {
+    x = _mm512_max_ps(x, _mm512_set1_ps(-200));
+    floats whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), part = x - whole;
+    floats sum = _mm512_set1_ps(1.32764710e-3f);
+    sum = _mm512_fmadd_ps(sum, part, _mm512_set1_ps(9.67554160e-3f));
+    sum = _mm512_fmadd_ps(sum, part, _mm512_set1_ps(5.55071328e-2f));
+    sum = _mm512_fmadd_ps(sum, part, _mm512_set1_ps(2.40221197e-1f));
+    sum = _mm512_fmadd_ps(sum, part, _mm512_set1_ps(6.93146967e-1f));
+    sum = _mm512_fmadd_ps(sum, part, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(sum, whole);
+}
+
+/* ---- products ---- */
+
+/* Add left [8][2 pairs] times right [pairs][32][2] to `sums`, 8 rows of 32; rows of the left side are `left_row`
+   numbers apart, pairs of the right side `right_row` lanes. */
+INLINE void multiply(floats sums[ROWS][2], const bf16 *left, long left_row, const bf16 *right, long right_row,
+                     long pairs) {
+    for (long pair = 0; pair < pairs; pair++) {
+        __m512bh low = (__m512bh)_mm512_loadu_si512(right + pair * right_row * 2);
+        __m512bh high = (__m512bh)_mm512_loadu_si512(right + pair * right_row * 2 + 2 * LANES);
+        UNROLLED for (int row = 0; row < ROWS; row++) {
+            int both;
+            memcpy(&both, left + row * left_row + 2 * pair, sizeof both);
+            __m512bh one = (__m512bh)_mm512_set1_epi32(both);
+            sums[row][0] = _mm512_dpbf16_ps(sums[row][0], one, low);
+            sums[row][1] = _mm512_dpbf16_ps(sums[row][1], one, high);
+        }
+    }
+}
+
+INLINE void clear(floats sums[ROWS][2]) {
+    UNROLLED for (int row = 0; row < ROWS; row++) sums[row][0] = sums[row][1] = _mm512_setzero_ps();
+}
+
+/* Add a product to `sums` [rows][columns] in memory, whose rows are `width` numbers apart. */
+static void add_product(float *sums, long width, const bf16 *left, long left_row, const bf16 *right, long right_row,
+                        long rows, long columns, long pairs) {
+    for (long column = 0; column < columns; column += STEP)
+        for (long row = 0; row < rows; row += ROWS) {
+            float *at = sums + row * width + column;
+            floats part[ROWS][2];
+            UNROLLED for (int r = 0; r < ROWS; r++) {
+                part[r][0] = _mm512_loadu_ps(at + r * width);
+                part[r][1] = _mm512_loadu_ps(at + r * width + LANES);
+            }
+            multiply(part, left + row * left_row, left_row, right + column * 2, right_row, pairs);
+            UNROLLED for (int r = 0; r < ROWS; r++) {
+                _mm512_storeu_ps(at + r * width, part[r][0]);
+                _mm512_storeu_ps(at + r * width + LANES, part[r][1]);
+            }
+        }
+}
+
+/* Copy `count` rows of `width` numbers, `apart` from each other, into `target` [padded count][padded width]. */
+static void copy_rows(bf16 *target, const bf16 *source, long apart, long count, long width) {
+    long wide = padded(width);
+    memset(target + count * wide, 0, (padded(count) - count) * wide * sizeof(bf16));
+    for (long row = 0; row < count; row++) {
+        memcpy(target + row * wide, source + row * apart, width * sizeof(bf16));
+        memset(target + row * wide + width, 0, (wide - width) * sizeof(bf16));
+    }
+}
+
+/* Put rows [rows][columns] in pairs of rows, [rows / 2][columns][2]. */
+static void pair_rows(bf16 *target, const bf16 *source, long rows, long columns) {
+    for (long row = 0; row < rows; row += 2)
+        for (long column = 0; column < columns; column += LANES) {
+            const bf16 *at = source + row * columns + column;
+            __m512i one = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at));
+            __m512i two = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(at + columns)));
+            _mm512_storeu_si512(target + row * columns + column * 2, _mm512_or_si512(one, _mm512_slli_epi32(two, 16)));
+        }
+}
+
+/* Turn words of 32 bits, [rows][columns], into [columns][rows]; both are multiples of 16. */
+static void transpose(void *target, const void *source, long rows, long columns) {
+    for (long row = 0; row < rows; row += LANES)
+        for (long column = 0; column < columns; column += LANES) {
+            __m512i a[LANES], b[LANES];
+            const int32_t *from = (const int32_t *)source + row * columns + column;
+            int32_t *to = (int32_t *)target + column * rows + row;
+            UNROLLED for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * columns);
+            UNROLLED for (int i = 0; i < 16; i += 2) {
+                b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+                b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+            }
+            UNROLLED for (int i = 0; i < 16; i += 4) {
+                a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+                a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+                a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+                a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+            }
+            UNROLLED for (int i = 0; i < 4; i++) { /* a[4 r + i]: column 4 q + i of rows 4 r to 4 r + 3 in quarter q */
+                __m512i even = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88), odd = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+                __m512i even_2 = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+                __m512i odd_2 = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+                _mm512_storeu_si512(to + i * rows, _mm512_shuffle_i32x4(even, even_2, 0x88));
+                _mm512_storeu_si512(to + (i + 4) * rows, _mm512_shuffle_i32x4(odd, odd_2, 0x88));
+                _mm512_storeu_si512(to + (i + 8) * rows, _mm512_shuffle_i32x4(even, even_2, 0xdd));
+                _mm512_storeu_si512(to + (i + 12) * rows, _mm512_shuffle_i32x4(odd, odd_2, 0xdd));
+            }
+        }
+}
+
+/* ---- attention ---- */
+
+struct attention {
+    const bf16 *query, *key, *value;
+    bf16 *output;
+    float *sums; /* [heads][length], of each row of scores: the logarithm, to base 2, of the sum of their powers */
+    const int32_t *tiles; /* [examples][3]: begin, begin, end */
+    long examples, length, heads, key_heads, width, window;
+    float scale;
+    const bf16 *gradient;
+    bf16 *of_query, *of_key, *of_value;
+};
+
+/* Return which of the keys from `key` on the query sees, or, backwards, which of the queries from `query` on see. */
+INLINE __mmask16 seen_by(long query, long key, long window) {
+    __mmask16 seen = first(query - key + 1);
+    return window ? seen & ~first(query - key - window + 1) : seen;
+}
+
+INLINE __mmask16 seeing(long query, long key, long window) {
+    __mmask16 seen = ~first(key - query);
+    return window ? seen & first(key + window - query) : seen;
+}
+
+static void *take(char **room, long bytes) {
+    char *taken = *room;
+    *room += (bytes + 63) / 64 * 64;
+    return taken;
+}
+
+/* Return how many bytes a thread needs for examples of up to `longest` tokens. */
+long attention_room(long longest, long width) {
+    long many = padded(longest), wide = padded(width);
+    return many * wide * (9 * sizeof(bf16) + 4 * sizeof(float)) + many * 2 * sizeof(float) + TILE * (wide + 8 * TILE) * 4;
+}
+
+/* Attend from the queries of all heads that share one head of keys, inside one example. */
+static void attend_example(const struct attention *all, long begin, long count, long shared, char *room) {
+    long many = padded(count), width = all->width, wide = padded(width), group = all->heads / all->key_heads;
+    long row_of_keys = all->key_heads * width, row_of_queries = all->heads * width;
+    bf16 *rows = take(&room, many * wide * 2), *keys = take(&room, many * wide * 2);
+    bf16 *values = take(&room, many * wide * 2), *asking = take(&room, TILE * wide * 2);
+    bf16 *shares = take(&room, TILE * TILE * 2);
+    float *scores = take(&room, TILE * TILE * 4), *result = take(&room, TILE * wide * 4);
+    const float scale = all->scale * LOG2_E;
+    copy_rows(rows, all->key + begin * row_of_keys + shared * width, row_of_keys, count, width);
+    transpose(keys, rows, many, wide / 2);
+    copy_rows(rows, all->value + begin * row_of_keys + shared * width, row_of_keys, count, width);
+    pair_rows(values, rows, many, wide);
+    for (long head = shared * group; head < (shared + 1) * group; head++)
+        for (long query = 0; query < count; query += TILE) {
+            long there = least(TILE, count - query), tall = padded(there);
+            floats total[TILE];
+            float top[TILE];
+            copy_rows(asking, all->query + (begin + query) * row_of_queries + head * width, row_of_queries, there, width);
+            memset(result, 0, tall * wide * sizeof(float));
+            for (long row = 0; row < tall; row++) top[row] = HIDDEN, total[row] = _mm512_setzero_ps();
+            long key = all->window ? most(0, query - all->window + 1) / STEP * STEP : 0;
+            for (; key < query + tall; key += TILE) {
+                long across = least(TILE, query + tall - key);
+                memset(scores, 0, tall * TILE * sizeof(float));
+                add_product(scores, TILE, asking, wide, keys + key * 2, many, tall, across, wide / 2);
+                int whole = key + across - 1 <= query && (!all->window || query + tall - 1 - key < all->window);
+                for (long row = 0; row < tall; row++) {
+                    floats part[TILE / LANES], highest = _mm512_set1_ps(top[row]), sum = _mm512_setzero_ps();
+                    UNROLLED for (int i = 0; i < TILE / LANES; i++) {
+                        part[i] = _mm512_loadu_ps(scores + row * TILE + i * LANES) * scale;
+                        __mmask16 seen = i * LANES >= across ? 0 : whole ? 0xffff
+                            : seen_by(query + row, key + i * LANES, all->window);
+                        part[i] = _mm512_mask_blend_ps(seen, _mm512_set1_ps(HIDDEN), part[i]);
+                        highest = _mm512_max_ps(highest, part[i]);
+                    }
+                    float now = _mm512_reduce_max_ps(highest);
+                    UNROLLED for (int i = 0; i < TILE / LANES; i++) {
+                        part[i] = power_of_2(part[i] - now);
+                        sum += part[i];
+                        store(shares + row * TILE + i * LANES, 0xffff, part[i]);
+                    }
+                    if (now > top[row]) {
+                        floats before = power_of_2(_mm512_set1_ps(top[row] - now));
+                        total[row] *= before;
+                        for (long i = 0; i < wide; i += LANES)
+                            _mm512_storeu_ps(result + row * wide + i, _mm512_loadu_ps(result + row * wide + i) * before);
+                        top[row] = now;
+                    }
+                    total[row] += sum;
+                }
+                add_product(result, wide, shares, TILE, values + key * wide, wide, tall, wide, across / 2);
+            }
+            for (long row = 0; row < there; row++) {
+                float sum = _mm512_reduce_add_ps(total[row]);
+                all->sums[head * all->length + begin + query + row] = top[row] + log2f(sum);
+                bf16 *to = all->output + (begin + query + row) * row_of_queries + head * width;
+                for (long i = 0; i < width; i += LANES)
+                    store(to + i, first(width - i), _mm512_loadu_ps(result + row * wide + i) * (1 / sum));
+            }
+        }
+}
+
+static void put_rows(bf16 *target, long apart, const float *source, long count, long width, float scale) {
+    for (long row = 0; row < count; row++)
+        for (long i = 0; i < width; i += LANES)
+            store(target + row * apart + i, first(width - i), _mm512_loadu_ps(source + row * padded(width) + i) * scale);
+}
+
+/* Go back through `attend_example`. Scores are computed with keys as rows, so that all five products find their sums'
+   pairs without another transposition. */
+static void attend_back_example(const struct attention *all, long begin, long count, long shared, char *room) {
+    long many = padded(count), width = all->width, wide = padded(width), group = all->heads / all->key_heads;
+    long row_of_keys = all->key_heads * width, row_of_queries = all->heads * width, size = many * wide;
+    bf16 *keys = take(&room, size * 2), *values = take(&room, size * 2), *keys_across = take(&room, size * 2);
+    bf16 *asking = take(&room, size * 2), *asking_across = take(&room, size * 2), *asking_pairs = take(&room, size * 2);
+    bf16 *above = take(&room, size * 2), *above_across = take(&room, size * 2), *above_pairs = take(&room, size * 2);
+    float *of_key = take(&room, size * 4), *of_value = take(&room, size * 4);
+    float *of_query = take(&room, size * 4), *of_query_across = take(&room, size * 4);
+    float *summed = take(&room, many * 4), *inside = take(&room, many * 4);
+    bf16 *shares = take(&room, TILE * TILE * 2), *of_scores = take(&room, TILE * TILE * 2);
+    bf16 *of_scores_pairs = take(&room, TILE * TILE * 2);
+    const float scale = all->scale * LOG2_E;
+    copy_rows(keys, all->key + begin * row_of_keys + shared * width, row_of_keys, count, width);
+    copy_rows(values, all->value + begin * row_of_keys + shared * width, row_of_keys, count, width);
+    pair_rows(above, keys, many, wide);
+    transpose(keys_across, above, many / 2, wide);
+    memset(of_key, 0, size * sizeof(float));
+    memset(of_value, 0, size * sizeof(float));
+    for (long head = shared * group; head < (shared + 1) * group; head++) {
+        const long at_head = begin * row_of_queries + head * width;
+        copy_rows(asking, all->query + at_head, row_of_queries, count, width);
+        copy_rows(above, all->gradient + at_head, row_of_queries, count, width);
+        transpose(asking_across, asking, many, wide / 2);
+        pair_rows(asking_pairs, asking, many, wide);
+        transpose(above_across, above, many, wide / 2);
+        pair_rows(above_pairs, above, many, wide);
+        for (long row = 0; row < many; row++) {
+            floats sum = _mm512_setzero_ps();
+            for (long i = 0; i < width && row < count; i += LANES)
+                sum += load(above + row * wide + i, 0xffff) *
+                       load(all->output + at_head + row * row_of_queries + i, first(width - i));
+            inside[row] = _mm512_reduce_add_ps(sum);
+            summed[row] = row < count ? all->sums[head * all->length + begin + row] : -HIDDEN;
+        }
+        memset(of_query_across, 0, size * sizeof(float));
+        for (long key = 0; key < many; key += TILE) {
+            long tall = least(TILE, many - key), end = all->window ? least(many, key + tall + all->window - 1) : many;
+            for (long query = key; query < end; query += TILE) {
+                long across = least(TILE, many - query);
+                int whole = query >= key + tall - 1 && (!all->window || query + across - 1 - key < all->window);
+                for (long column = 0; column < across; column += STEP)
+                    for (long row = 0; row < tall; row += ROWS) {
+                        floats sums[ROWS][2], share[ROWS][2];
+                        clear(sums);
+                        multiply(sums, keys + (key + row) * wide, wide, asking_across + (query + column) * 2, many,
+                                 wide / 2);
+                        UNROLLED for (int r = 0; r < ROWS; r++)
+                            UNROLLED for (int i = 0; i < 2; i++) {
+                                long at = query + column + i * LANES;
+                                __mmask16 seen = whole ? 0xffff : seeing(at, key + row + r, all->window);
+                                floats one = power_of_2(sums[r][i] * scale - _mm512_loadu_ps(summed + at));
+                                share[r][i] = _mm512_maskz_mov_ps(seen, one);
+                                store(shares + (row + r) * TILE + column + i * LANES, 0xffff, share[r][i]);
+                            }
+                        clear(sums);
+                        multiply(sums, values + (key + row) * wide, wide, above_across + (query + column) * 2, many,
+                                 wide / 2);
+                        UNROLLED for (int r = 0; r < ROWS; r++)
+                            UNROLLED for (int i = 0; i < 2; i++) {
+                                floats along = _mm512_loadu_ps(inside + query + column + i * LANES);
+                                sums[r][i] = share[r][i] * (sums[r][i] - along);
+                                store(of_scores + (row + r) * TILE + column + i * LANES, 0xffff, sums[r][i]);
+                            }
+                    }
+                pair_rows(of_scores_pairs, of_scores, tall, TILE);
+                add_product(of_value + key * wide, wide, shares, TILE, above_pairs + query * wide, wide, tall, wide,
+                            across / 2);
+                add_product(of_key + key * wide, wide, of_scores, TILE, asking_pairs + query * wide, wide, tall, wide,
+                            across / 2);
+                add_product(of_query_across + query, many, keys_across + key, many, of_scores_pairs, TILE, wide, across,
+                            tall / 2);
+            }
+        }
+        transpose(of_query, of_query_across, wide, many);
+        put_rows(all->of_query + at_head, row_of_queries, of_query, count, width, all->scale);
+    }
+    put_rows(all->of_key + begin * row_of_keys + shared * width, row_of_keys, of_key, count, width, all->scale);
+    put_rows(all->of_value + begin * row_of_keys + shared * width, row_of_keys, of_value, count, width, 1);
+}
+
+/* Attend inside every example, or go back; each thread has `room` bytes at `rooms`. */
+void attention(const struct attention *all, int back, char *rooms, long room, int threads);
+
+#include <omp.h>
+
+void attention(const struct attention *all, int back, char *rooms, long room, int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (long task = 0; task < all->examples * all->key_heads; task++) {
+        const int32_t *tile = all->tiles + task / all->key_heads * 3;
+        char *own = rooms + omp_get_thread_num() * room;
+        (back ? attend_back_example : attend_example)(all, tile[0], tile[2] - tile[0], task % all->key_heads, own);
+    }
+}
+
+/* ---- norms ---- */
+
+void norm(const bf16 *x, const bf16 *weight, bf16 *output, float *inverse, long rows, long width, float epsilon,
+          int gemma, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long row = 0; row < rows; row++) {
+        const bf16 *from = x + row * width;
+        floats sum = _mm512_setzero_ps();
+        for (long i = 0; i < width; i += LANES) {
+            floats part = load(from + i, first(width - i));
+            sum = _mm512_fmadd_ps(part, part, sum);
+        }
+        float of_row = inverse[row] = 1 / sqrtf(_mm512_reduce_add_ps(sum) / width + epsilon);
+        for (long i = 0; i < width; i += LANES) {
+            floats part = load(from + i, first(width - i)) * of_row, weighing = load(weight + i, first(width - i));
+            store(output + row * width + i, first(width - i), gemma ? part * (weighing + 1) : rounded(part) * weighing);
+        }
+    }
+}
+
+void norm_back(const bf16 *gradient, const bf16 *x, const bf16 *weight, const float *inverse, bf16 *output, long rows,
+               long width, int gemma, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long row = 0; row < rows; row++) {
+        const bf16 *from = x + row * width, *down = gradient + row * width;
+        floats sum = _mm512_setzero_ps();
+        const float more = gemma ? 1 : 0, of_row = inverse[row];
+        for (long i = 0; i < width; i += LANES) {
+            floats above = load(down + i, first(width - i)) * (load(weight + i, first(width - i)) + more);
+            sum = _mm512_fmadd_ps(above, load(from + i, first(width - i)) * of_row, sum);
+        }
+        float along = _mm512_reduce_add_ps(sum) / width;
+        for (long i = 0; i < width; i += LANES) {
+            floats above = load(down + i, first(width - i)) * (load(weight + i, first(width - i)) + more);
+            floats normal = load(from + i, first(width - i)) * of_row;
+            store(output + row * width + i, first(width - i), (above - normal * along) * of_row);
+        }
+    }
+}
+
+/* ---- gated activations ---- */
+
+struct gated {
+    const bf16 *gate, *up, *low, *up_of_gate, *up_of_up; /* of the last two the pairs of ranks, [ranks / 2][wide][2] */
+    long rows, width, wide, ranks, rank_of_gate, rank_of_up;
+    int tanh; /* gelu by its approximation with tanh instead of silu */
+};
+
+INLINE floats sigmoid(floats x) { return 1 / (1 + power_of_2(_mm512_min_ps(x * -LOG2_E, _mm512_set1_ps(126)))); }
+
+INLINE floats activated(floats x, int tanh, floats *slope) {
+    if (!tanh) {
+        floats half = sigmoid(x);
+        *slope = half * (1 + x * (1 - half));
+        return x * half;
+    }
+    floats whole = 2 * sigmoid(2 * 0.7978845608028654f * (x + 0.044715f * x * x * x)) - 1;
+    floats rise = 0.7978845608028654f * (1 + 0.134145f * x * x);
+    *slope = 0.5f * (1 + whole) + 0.5f * x * (1 - whole * whole) * rise;
+    return 0.5f * x * (1 + whole);
+}
+
+/* Compute 8 rows: act(gate) * up to `output` or, of its gradient, those of gate and up; adapters are added on the way. */
+INLINE void gate_rows(const struct gated *all, long row, bf16 *output, const bf16 *gradient, bf16 *of_gate,
+                      bf16 *of_up) {
+    long there = least(ROWS, all->rows - row), second = all->rank_of_gate + all->rank_of_gate % 2;
+    long ranks = second + all->rank_of_up + all->rank_of_up % 2;
+    bf16 low[ROWS * ranks];
+    memset(low, 0, sizeof low);
+    for (long r = 0; r < there; r++) {
+        memcpy(low + r * ranks, all->low + (row + r) * all->ranks, all->rank_of_gate * sizeof(bf16));
+        memcpy(low + r * ranks + second, all->low + (row + r) * all->ranks + all->rank_of_gate,
+               all->rank_of_up * sizeof(bf16));
+    }
+    for (long column = 0; column < all->width; column += STEP) {
+        floats gates[ROWS][2], ups[ROWS][2];
+        clear(gates);
+        multiply(gates, low, ranks, all->up_of_gate + column * 2, all->wide, second / 2);
+        clear(ups);
+        multiply(ups, low + second, ranks, all->up_of_up + column * 2, all->wide, (ranks - second) / 2);
+        for (long r = 0; r < there; r++)
+            UNROLLED for (int i = 0; i < 2; i++) {
+                long at = (row + r) * all->width + column + i * LANES;
+                __mmask16 which = first(all->width - column - i * LANES);
+                floats slope, up = ups[r][i] + load(all->up + at, which);
+                floats active = activated(gates[r][i] + load(all->gate + at, which), all->tanh, &slope);
+                if (output) {
+                    store(output + at, which, active * up);
+                    continue;
+                }
+                floats above = load(gradient + at, which);
+                store(of_gate + at, which, above * up * slope);
+                store(of_up + at, which, above * active);
+            }
+    }
+}
+
+void gate(const struct gated *all, bf16 *output, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long row = 0; row < all->rows; row += ROWS) gate_rows(all, row, output, 0, 0, 0);
+}
+
+void gate_back(const struct gated *all, const bf16 *gradient, bf16 *of_gate, bf16 *of_up, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long row = 0; row < all->rows; row += ROWS) gate_rows(all, row, 0, gradient, of_gate, of_up);
+}
+
+/* ---- rotary positions ---- */
+
+void rotate(const bf16 *x, const bf16 *cos, const bf16 *sin, bf16 *output, long length, long heads, long width,
+            int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long row = 0; row < length; row++)
+        for (long i = 0; i < width / 2; i += LANES) {
+            __mmask16 which = first(width / 2 - i);
+            const bf16 *one = cos + row * width + i, *two = sin + row * width + i;
+            floats cos_1 = load(one, which), cos_2 = load(one + width / 2, which);
+            floats sin_1 = load(two, which), sin_2 = load(two + width / 2, which);
+            for (long head = 0; head < heads; head++) {
+                long at = (row * heads + head) * width + i;
+                floats left = load(x + at, which), right = load(x + at + width / 2, which);
+                store(output + at, which, left * cos_1 - right * sin_1);
+                store(output + at + width / 2, which, right * cos_2 + left * sin_2);
+            }
+        }
+}

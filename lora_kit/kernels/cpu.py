@@ -1,0 +1,188 @@
+"""What is bound by memory on a CPU, in few passes, and attention: cpu.c, which the system's C compiler makes a library.
+
+That takes two seconds, once on a machine; the library is kept beside other things that lora_kit caches. It runs on the
+threads of torch, whose OpenMP it shares. Tensors are bf16, and all that is said of shapes in gpu.py and
+gpu_attention.py holds here.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_kit.data.cache import cache_folder
+
+FLAGS = "-O3 -std=gnu11 -shared -fPIC -fopenmp -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16".split()
+WHOLE = 1 << 30  # rows of a tile: an example is never cut
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """Return the compiled kernels.
+
+    Raises:
+        OSError: There is no C compiler, it does not know this CPU, or nothing can be kept.
+    """
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        raise OSError("there is no C compiler (cc)")
+    source = files("lora_kit.kernels").joinpath("cpu.c").read_text()
+    name = hashlib.sha256(" ".join([compiler, *FLAGS, source]).encode()).hexdigest()[:16]
+    folder = cache_folder("kernels")
+    made = folder / f"cpu-{name}.so"
+    if not made.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as work:  # others may compile the same at the same time
+            target = Path(work) / made.name
+            command = [compiler, *FLAGS, "-x", "c", "-", "-o", str(target), "-lm"]
+            done = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise OSError(f"{compiler} does not compile the kernels: {done.stderr.strip()[:500]}")
+            target.replace(made)
+    return _declared(ctypes.CDLL(str(made)))
+
+
+def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
+    long, pointer, number = ctypes.c_long, ctypes.c_void_p, ctypes.c_int
+    kernels.attention_room.argtypes, kernels.attention_room.restype = [long, long], long
+    kernels.attention.argtypes = [ctypes.POINTER(_Attention), number, pointer, long, number]
+    kernels.norm.argtypes = [*[pointer] * 4, long, long, ctypes.c_float, number, number]
+    kernels.norm_back.argtypes = [*[pointer] * 5, long, long, number, number]
+    kernels.gate.argtypes = [ctypes.POINTER(_Gated), pointer, number]
+    kernels.gate_back.argtypes = [ctypes.POINTER(_Gated), *[pointer] * 3, number]
+    kernels.rotate.argtypes = [*[pointer] * 4, long, long, long, number]
+    for one in ("attention", "norm", "norm_back", "gate", "gate_back", "rotate"):
+        kernels[one].restype = None
+    return kernels
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("query", "key", "value", "output", "sums", "tiles")]
+        + [(name, ctypes.c_long) for name in ("examples", "length", "heads", "key_heads", "width", "window")]
+        + [("scale", ctypes.c_float)]
+        + [(name, ctypes.c_void_p) for name in ("gradient", "of_query", "of_key", "of_value")]
+    )
+
+
+class _Gated(ctypes.Structure):
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("gate", "up", "low", "up_of_gate", "up_of_up")]
+        + [(name, ctypes.c_long) for name in ("rows", "width", "wide", "ranks", "rank_of_gate", "rank_of_up")]
+        + [("tanh", ctypes.c_int)]
+    )
+
+
+def norm(rows: Tensor, weight: Tensor, epsilon: float, *, gemma: bool) -> tuple[Tensor, Tensor]:
+    """Return the normalised rows [rows, width] and 1 / root mean square of each, in fp32."""
+    output, inverse = torch.empty_like(rows), rows.new_empty(len(rows), 1, dtype=torch.float32)
+    given = (one.data_ptr() for one in (rows, weight, output, inverse))
+    library().norm(*given, *rows.shape, epsilon, gemma, torch.get_num_threads())
+    return output, inverse
+
+
+def norm_back(gradient: Tensor, rows: Tensor, weight: Tensor, inverse: Tensor, *, gemma: bool) -> Tensor:
+    """Return the gradient of a norm's rows."""
+    gradient, output = gradient.contiguous(), torch.empty_like(rows)
+    given = (one.data_ptr() for one in (gradient, rows, weight, inverse, output))
+    library().norm_back(*given, *rows.shape, gemma, torch.get_num_threads())
+    return output
+
+
+@dataclass(frozen=True)
+class Gated:
+    """The inputs of a gated activation act(gate + low up') * (up + ...), as gpu.Gated says."""
+
+    gate: Tensor
+    up: Tensor
+    low: Tensor
+    ups: tuple[Tensor, Tensor]
+    activation: str
+
+    def product(self) -> Tensor:
+        """Return act(gate) * up."""
+        output, pairs = torch.empty_like(self.gate), self._pairs()
+        library().gate(self._inputs(pairs), output.data_ptr(), torch.get_num_threads())
+        return output
+
+    def back(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of gate and up; the first takes the place of the product's."""
+        of_up, pairs = torch.empty_like(self.up), self._pairs()
+        given = (one.data_ptr() for one in (gradient, gradient, of_up))
+        library().gate_back(self._inputs(pairs), *given, torch.get_num_threads())
+        return gradient, of_up
+
+    def _pairs(self) -> list[Tensor]:
+        """Return each B with the ranks in pairs, [ranks / 2, width, 2], both padded."""
+        shapes = ((0, one.shape[1] % 2, 0, -len(one) % 32) for one in self.ups)
+        whole = (torch.nn.functional.pad(one, shape) for one, shape in zip(self.ups, shapes, strict=True))
+        return [one.view(len(one), -1, 2).transpose(0, 1).contiguous() for one in whole]
+
+    def _inputs(self, pairs: list[Tensor]) -> _Gated:
+        assert self.gate.is_contiguous() and self.up.is_contiguous() and self.low.is_contiguous()
+        given = (one.data_ptr() for one in (self.gate, self.up, self.low, *pairs))
+        ranks = [one.shape[1] for one in self.ups]
+        rest = (*self.gate.shape, pairs[0].shape[1], self.low.shape[1], *ranks)
+        return _Gated(*given, *rest, self.activation != "silu")
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return x [length, heads, width] turned by the angles of its positions [length, width]."""
+    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+    output = torch.empty_like(x)
+    given = (one.data_ptr() for one in (x, cos, sin, output))
+    library().rotate(*given, *x.shape, torch.get_num_threads())
+    return output
+
+
+def tile_rows(_: int) -> int:
+    """Return how many rows a tile has: those of an example."""
+    return WHOLE
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, tiles: Tensor, scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """Return the output [length, heads, width] and the logarithm of each row's sum."""
+    output, sums = torch.empty_like(query), query.new_empty(query.shape[1], len(query), dtype=torch.float32)
+    _attention(tiles, scale, window, query, key, value, output, sums)
+    return output, sums
+
+
+def attend_back(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    sums: Tensor,
+    tiles: Tensor,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of queries, keys and values."""
+    found = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    _attention(tiles, scale, window, query, key, value, output, sums, gradient, *found)
+    return found
+
+
+def _attention(
+    tiles: Tensor, scale: float, window: int | None, query: Tensor, key: Tensor, *others: Tensor
+) -> None:
+    (length, heads, width), threads, (value, output, sums, *back) = query.shape, torch.get_num_threads(), others
+    tiles = tiles[(tiles[:, 0] - tiles[:, 2]).argsort(stable=True)]  # the longest first, or threads wait for it
+    given = [one.data_ptr() for one in (query, key, value, output, sums, tiles)]
+    rest = (len(tiles), length, heads, key.shape[1], width, window or 0, scale)
+    room = library().attention_room(int(tiles[0, 2] - tiles[0, 0]), width)
+    rooms = torch.empty(threads * room, dtype=torch.uint8)
+    all_of_it = _Attention(*given, *rest, *(one.data_ptr() for one in back))
+    library().attention(all_of_it, bool(back), rooms.data_ptr(), room, threads)

@@ -204,7 +204,9 @@ static void attend_example(const struct attention *all, long begin, long count, 
             for (; key < query + tall; key += TILE) {
                 long across = least(TILE, query + tall - key);
                 memset(scores, 0, tall * TILE * sizeof(float));
-                add_product(scores, TILE, asking, wide, keys + key * 2, many, tall, across, wide / 2);
+                for (long row = 0; row < tall; row += STEP)
+                    add_product(scores + row * TILE, TILE, asking + row * wide, wide, keys + key * 2, many, STEP,
+                                least(across, query + row + STEP - key), wide / 2);
                 int whole = key + across - 1 <= query && (!all->window || query + tall - 1 - key < all->window);
                 for (long row = 0; row < tall; row++) {
                     floats part[TILE / LANES], highest = _mm512_set1_ps(top[row]), sum = _mm512_setzero_ps();
@@ -230,7 +232,9 @@ static void attend_example(const struct attention *all, long begin, long count, 
                     }
                     total[row] += sum;
                 }
-                add_product(result, wide, shares, TILE, values + key * wide, wide, tall, wide, across / 2);
+                for (long row = 0; row < tall; row += STEP)
+                    add_product(result + row * wide, wide, shares + row * TILE, TILE, values + key * wide, wide, STEP,
+                                wide, least(across, query + row + STEP - key) / 2);
             }
             for (long row = 0; row < there; row++) {
                 float sum = _mm512_reduce_add_ps(total[row]);
@@ -291,7 +295,7 @@ static void attend_back_example(const struct attention *all, long begin, long co
                 long across = least(TILE, many - query);
                 int whole = query >= key + tall - 1 && (!all->window || query + across - 1 - key < all->window);
                 for (long column = 0; column < across; column += STEP)
-                    for (long row = 0; row < tall; row += ROWS) {
+                    for (long row = 0; row < least(tall, query + column + STEP - key); row += ROWS) {
                         floats sums[ROWS][2], share[ROWS][2];
                         clear(sums);
                         multiply(sums, keys + (key + row) * wide, wide, asking_across + (query + column) * 2, many,
@@ -315,12 +319,17 @@ static void attend_back_example(const struct attention *all, long begin, long co
                             }
                     }
                 pair_rows(of_scores_pairs, of_scores, tall, TILE);
-                add_product(of_value + key * wide, wide, shares, TILE, above_pairs + query * wide, wide, tall, wide,
-                            across / 2);
-                add_product(of_key + key * wide, wide, of_scores, TILE, asking_pairs + query * wide, wide, tall, wide,
-                            across / 2);
-                add_product(of_query_across + query, many, keys_across + key, many, of_scores_pairs, TILE, wide, across,
-                            tall / 2);
+                for (long row = 0; row < tall; row += STEP) {
+                    long from = most(0, key + row - query), at = (key + row) * wide, here = row * TILE + from;
+                    add_product(of_value + at, wide, shares + here, TILE, above_pairs + (query + from) * wide, wide,
+                                STEP, wide, (across - from) / 2);
+                    add_product(of_key + at, wide, of_scores + here, TILE, asking_pairs + (query + from) * wide, wide,
+                                STEP, wide, (across - from) / 2);
+                }
+                for (long column = 0; column < across; column += STEP)
+                    add_product(of_query_across + query + column, many, keys_across + key, many,
+                                of_scores_pairs + column * 2, TILE, wide, STEP,
+                                least(tall, query + column + STEP - key) / 2);
             }
         }
         transpose(of_query, of_query_across, wide, many);
@@ -392,7 +401,11 @@ struct gated {
     int tanh; /* gelu by its approximation with tanh instead of silu */
 };
 
-INLINE floats sigmoid(floats x) { return 1 / (1 + power_of_2(_mm512_min_ps(x * -LOG2_E, _mm512_set1_ps(126)))); }
+INLINE floats sigmoid(floats x) {
+    floats below = 1 + power_of_2(_mm512_min_ps(x * -LOG2_E, _mm512_set1_ps(126)));
+    floats part = _mm512_rcp14_ps(below); /* to 14 bits; one step of Newton's doubles them */
+    return part * (2 - below * part);
+}
 
 INLINE floats activated(floats x, int tanh, floats *slope) {
     if (!tanh) {
@@ -424,10 +437,10 @@ INLINE void gate_rows(const struct gated *all, long row, bf16 *output, const bf1
         multiply(gates, low, ranks, all->up_of_gate + column * 2, all->wide, second / 2);
         clear(ups);
         multiply(ups, low + second, ranks, all->up_of_up + column * 2, all->wide, (ranks - second) / 2);
-        for (long r = 0; r < there; r++)
+        UNROLLED for (int r = 0; r < ROWS; r++)
             UNROLLED for (int i = 0; i < 2; i++) {
                 long at = (row + r) * all->width + column + i * LANES;
-                __mmask16 which = first(all->width - column - i * LANES);
+                __mmask16 which = r < there ? first(all->width - column - i * LANES) : 0;
                 floats slope, up = ups[r][i] + load(all->up + at, which);
                 floats active = activated(gates[r][i] + load(all->gate + at, which), all->tanh, &slope);
                 if (output) {

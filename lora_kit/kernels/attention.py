@@ -109,11 +109,11 @@ def segment_attention(
     window, scale = sliding_window or None, scaling or query.shape[-1] ** -0.5
     plain = softcap is None and s_aux is None
     if plain and _tiled(query, value):
-        parts = (one[0].transpose(0, 1) for one in (query, key, value))
+        parts = (one.squeeze(0).transpose(0, 1) for one in (query, key, value))
         return TiledAttention.apply(*parts, segments, scale, window)[None], None
     if plain:
         row = segments.blocks(window, query.dtype)
-        return BlockAttention.apply(query[0], key[0], value[0], row, scale)[None], None
+        return BlockAttention.apply(*(one.squeeze(0) for one in (query, key, value)), row, scale)[None], None
     outputs = [
         _spelled_out(*parts, scale=scale, window=window, softcap=softcap, sinks=s_aux)
         for parts in zip(*(one.split(segments.lengths, dim=2) for one in (query, key, value)), strict=True)

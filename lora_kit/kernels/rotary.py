@@ -68,7 +68,7 @@ def rotated(
     alike = cos.dtype == query.dtype and cos.shape == (1, query.shape[2], query.shape[3]) and len(query) == 1
     if rest or named or not alike:
         return own(query, key, cos, sin, *rest, **named)
-    query, key = (Rotary.apply(one[0], cos[0], sin[0])[None] for one in (query, key))
+    query, key = (Rotary.apply(one.squeeze(0), cos[0], sin[0])[None] for one in (query, key))
     return query, key
 
 

@@ -6,6 +6,7 @@ many processes there are (1, 2, 4, 8, ...; for other numbers the result is equal
 """
 
 import atexit
+import ctypes
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,20 @@ CONTRADICTIONS = {  # what `accelerate launch` asks for through the environment,
     "ACCELERATE_USE_MEGATRON_LM": ("false", "lora_kit does not train through Megatron-LM"),
     "ACCELERATE_DYNAMO_BACKEND": ("no", "the recipe does not compile the model"),
 }
+
+
+MMAP_THRESHOLD, TRIM_THRESHOLD, NEVER = -3, -1, 1 << 30  # of glibc's mallopt
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc use again what is freed, instead of giving it to the system and asking for it a moment later.
+
+    Every page of new memory is a fault. Activations of 32 MiB and more would be new each time.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None and not {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys():
+        set_option(MMAP_THRESHOLD, NEVER)
+        set_option(TRIM_THRESHOLD, NEVER)
 
 
 def refuse_contradictions(environment: dict[str, str], dtype: str) -> None:
@@ -83,6 +98,7 @@ class Processes:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed one
         else:
             os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRODUCTS_KEPT)
+            _keep_freed_memory()
         guest, threads, determinism = is_initialized(), torch.get_num_threads(), torch.get_deterministic_debug_mode()
         fills: bool = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
         accelerator = Accelerator(cpu=not torch.cuda.is_available())

@@ -6,6 +6,7 @@
    tasks add to the same number and no order depends on the number of threads, so a replay has the same bits. */
 #include <immintrin.h>
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -340,10 +341,6 @@ static void attend_back_example(const struct attention *all, long begin, long co
 }
 
 /* Attend inside every example, or go back; each thread has `room` bytes at `rooms`. */
-void attention(const struct attention *all, int back, char *rooms, long room, int threads);
-
-#include <omp.h>
-
 void attention(const struct attention *all, int back, char *rooms, long room, int threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (long task = 0; task < all->examples * all->key_heads; task++) {
@@ -462,6 +459,28 @@ void gate(const struct gated *all, bf16 *output, int threads) {
 void gate_back(const struct gated *all, const bf16 *gradient, bf16 *of_gate, bf16 *of_up, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long row = 0; row < all->rows; row += ROWS) gate_rows(all, row, 0, gradient, of_gate, of_up);
+}
+
+/* ---- cross-entropy ---- */
+
+/* Put the logarithm of each row's probability of its label into `chosen`; turn logits into their loss's gradient. */
+void choose(bf16 *logits, const int64_t *labels, float *chosen, long rows, long width, int to_gradient, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long row = 0; row < rows; row++) {
+        bf16 *at = logits + row * width;
+        floats highest = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+        for (long i = 0; i < width; i += LANES)
+            highest = _mm512_mask_max_ps(highest, first(width - i), highest, load(at + i, first(width - i)));
+        float top = _mm512_reduce_max_ps(highest);
+        for (long i = 0; i < width; i += LANES)
+            sum = _mm512_mask_add_ps(sum, first(width - i), sum, power_of_2((load(at + i, first(width - i)) - top) * LOG2_E));
+        float total = _mm512_reduce_add_ps(sum), label = _mm512_reduce_add_ps(load(at + labels[row], 1));
+        chosen[row] = label - top - logf(total);
+        if (!to_gradient) continue;
+        for (long i = 0; i < width; i += LANES)
+            store(at + i, first(width - i), power_of_2((load(at + i, first(width - i)) - top) * LOG2_E) * (1 / total));
+        store(at + labels[row], 1, _mm512_set1_ps(expm1f(chosen[row]))); /* p - 1, of a p near 1 too */
+    }
 }
 
 /* ---- rotary positions ---- */

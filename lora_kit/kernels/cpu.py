@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
 
@@ -60,7 +60,8 @@ def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
     kernels.gate.argtypes = [ctypes.POINTER(_Gated), pointer, number]
     kernels.gate_back.argtypes = [ctypes.POINTER(_Gated), *[pointer] * 3, number]
     kernels.rotate.argtypes = [*[pointer] * 4, long, long, long, number]
-    for one in ("attention", "norm", "norm_back", "gate", "gate_back", "rotate"):
+    kernels.choose.argtypes = [*[pointer] * 3, long, long, number, number]
+    for one in ("attention", "norm", "norm_back", "gate", "gate_back", "choose", "rotate"):
         kernels[one].restype = None
     return kernels
 
@@ -110,29 +111,38 @@ class Gated:
 
     def product(self) -> Tensor:
         """Return act(gate) * up."""
-        output, pairs = torch.empty_like(self.gate), self._pairs()
-        library().gate(self._inputs(pairs), output.data_ptr(), torch.get_num_threads())
+        output = torch.empty_like(self.gate)
+        library().gate(self._inputs(), output.data_ptr(), torch.get_num_threads())
         return output
 
     def back(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients of gate and up; the first takes the place of the product's."""
-        of_up, pairs = torch.empty_like(self.up), self._pairs()
+        of_up = torch.empty_like(self.up)
         given = (one.data_ptr() for one in (gradient, gradient, of_up))
-        library().gate_back(self._inputs(pairs), *given, torch.get_num_threads())
+        library().gate_back(self._inputs(), *given, torch.get_num_threads())
         return gradient, of_up
 
+    @cached_property
     def _pairs(self) -> list[Tensor]:
-        """Return each B with the ranks in pairs, [ranks / 2, width, 2], both padded."""
+        """Each B, two ranks a word [ranks / 2, width], both padded with zeros."""
         shapes = ((0, one.shape[1] % 2, 0, -len(one) % 32) for one in self.ups)
         whole = (torch.nn.functional.pad(one, shape) for one, shape in zip(self.ups, shapes, strict=True))
-        return [one.view(len(one), -1, 2).transpose(0, 1).contiguous() for one in whole]
+        return [one.contiguous().view(torch.int32).t().contiguous() for one in whole]
 
-    def _inputs(self, pairs: list[Tensor]) -> _Gated:
+    def _inputs(self) -> _Gated:
         assert self.gate.is_contiguous() and self.up.is_contiguous() and self.low.is_contiguous()
-        given = (one.data_ptr() for one in (self.gate, self.up, self.low, *pairs))
+        given = (one.data_ptr() for one in (self.gate, self.up, self.low, *self._pairs))
         ranks = [one.shape[1] for one in self.ups]
-        rest = (*self.gate.shape, pairs[0].shape[1], self.low.shape[1], *ranks)
+        rest = (*self.gate.shape, self._pairs[0].shape[1], self.low.shape[1], *ranks)
         return _Gated(*given, *rest, self.activation != "silu")
+
+
+def choose(logits: Tensor, labels: Tensor, *, to_gradient: bool) -> Tensor:
+    """Return each label's log-probability [rows, 1]; turn the logits into their loss's gradient."""
+    chosen = logits.new_empty(len(logits), 1, dtype=torch.float32)
+    given = (one.data_ptr() for one in (logits, labels, chosen))
+    library().choose(*given, *logits.shape, to_gradient, torch.get_num_threads())
+    return chosen
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

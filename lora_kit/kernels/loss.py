@@ -12,6 +12,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.autograd import Function
 
+from lora_kit.kernels import compiled
+
 LOGITS = {"cpu": 1 << 23, "cuda": 1 << 26}  # held at once: a GPU reads the head anew for each chunk of rows
 AT_ONCE = 1 << 18  # logits that stay in a CPU's cache
 
@@ -76,6 +78,10 @@ class _CrossEntropy(Function):
 
 def _chosen(logits: Tensor, labels: Tensor, *, to_gradient: bool) -> Tensor:
     """Return the sum of the labels' log-probabilities, a few rows at a time; turn logits into their loss's gradient."""
+    kernels = compiled(logits)
+    if kernels and not logits.is_cuda:
+        chosen: Tensor = kernels.choose(logits, labels, to_gradient=to_gradient)
+        return chosen.sum()
     total = torch.zeros((), device=logits.device)
     few = len(logits) if logits.is_cuda else max(1, AT_ONCE // logits.shape[1])
     for part, label in zip(logits.split(few), labels.split(few), strict=True):

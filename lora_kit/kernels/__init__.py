@@ -36,7 +36,8 @@ def _triton() -> ModuleType | None:
         output = gpu.attend(heads, heads, heads, tiles, 1.0, None)
         gpu.attend_back(heads, heads, heads, heads, *output, tiles, 1.0, None)
     except Exception as error:  # of Triton, its compilers or the driver: there is no end to their kinds
-        return _plain("Triton compiles nothing here", error)
+        _warn("Triton compiles nothing here", error)
+        return None
     return gpu
 
 
@@ -50,9 +51,10 @@ def _c() -> ModuleType | None:
     try:
         cpu.library()
     except OSError as error:
-        return _plain("the kernels for CPUs are not compiled", error)
+        _warn("the kernels for CPUs are not compiled", error)
+        return None
     return cpu
 
 
-def _plain(what: str, error: Exception) -> None:
+def _warn(what: str, error: Exception) -> None:
     warnings.warn(f"{what}, so attention, norms and the like take longer: {error}", stacklevel=3)

@@ -110,7 +110,8 @@ static void pair_rows(bf16 *target, const bf16 *source, long rows, long columns)
             const bf16 *at = source + row * columns + column;
             __m512i one = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at));
             __m512i two = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(at + columns)));
-            _mm512_storeu_si512(target + row * columns + column * 2, _mm512_or_si512(one, _mm512_slli_epi32(two, 16)));
+            __m512i both = _mm512_or_si512(one, _mm512_slli_epi32(two, 16));
+            _mm512_storeu_si512(target + row * columns + column * 2, both);
         }
 }
 
@@ -133,7 +134,8 @@ static void transpose(void *target, const void *source, long rows, long columns)
                 a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
             }
             UNROLLED for (int i = 0; i < 4; i++) { /* a[4 r + i]: column 4 q + i of rows 4 r to 4 r + 3 in quarter q */
-                __m512i even = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88), odd = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+                __m512i even = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+                __m512i odd = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
                 __m512i even_2 = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
                 __m512i odd_2 = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
                 _mm512_storeu_si512(to + i * rows, _mm512_shuffle_i32x4(even, even_2, 0x88));
@@ -177,7 +179,17 @@ static void *take(char **room, long bytes) {
 /* Return how many bytes a thread needs for examples of up to `longest` tokens. */
 long attention_room(long longest, long width) {
     long many = padded(longest), wide = padded(width);
-    return many * wide * (9 * sizeof(bf16) + 4 * sizeof(float)) + many * 2 * sizeof(float) + TILE * (wide + 8 * TILE) * 4;
+    long of_example = many * wide * (9 * sizeof(bf16) + 4 * sizeof(float)) + many * 2 * sizeof(float);
+    return of_example + TILE * (2 * wide + 2 * TILE) * sizeof(float);
+}
+
+/* Round `count` rows of sums, `scale` times each, into `target`, whose rows are `apart` numbers apart. */
+static void put_rows(bf16 *target, long apart, const float *source, long count, long width, float scale) {
+    for (long row = 0; row < count; row++)
+        for (long i = 0; i < width; i += LANES) {
+            floats sums = _mm512_loadu_ps(source + row * padded(width) + i);
+            store(target + row * apart + i, first(width - i), sums * scale);
+        }
 }
 
 /* Attend from the queries of all heads that share one head of keys, inside one example. */
@@ -198,7 +210,8 @@ static void attend_example(const struct attention *all, long begin, long count, 
             long there = least(TILE, count - query), tall = padded(there);
             floats total[TILE];
             float top[TILE];
-            copy_rows(asking, all->query + (begin + query) * row_of_queries + head * width, row_of_queries, there, width);
+            const long at = (begin + query) * row_of_queries + head * width;
+            copy_rows(asking, all->query + at, row_of_queries, there, width);
             memset(result, 0, tall * wide * sizeof(float));
             for (long row = 0; row < tall; row++) top[row] = HIDDEN, total[row] = _mm512_setzero_ps();
             long key = all->window ? most(0, query - all->window + 1) / STEP * STEP : 0;
@@ -227,8 +240,8 @@ static void attend_example(const struct attention *all, long begin, long count, 
                     if (now > top[row]) {
                         floats before = power_of_2(_mm512_set1_ps(top[row] - now));
                         total[row] *= before;
-                        for (long i = 0; i < wide; i += LANES)
-                            _mm512_storeu_ps(result + row * wide + i, _mm512_loadu_ps(result + row * wide + i) * before);
+                        for (float *one = result + row * wide; one < result + (row + 1) * wide; one += LANES)
+                            _mm512_storeu_ps(one, _mm512_loadu_ps(one) * before);
                         top[row] = now;
                     }
                     total[row] += sum;
@@ -240,17 +253,9 @@ static void attend_example(const struct attention *all, long begin, long count, 
             for (long row = 0; row < there; row++) {
                 float sum = _mm512_reduce_add_ps(total[row]);
                 all->sums[head * all->length + begin + query + row] = top[row] + log2f(sum);
-                bf16 *to = all->output + (begin + query + row) * row_of_queries + head * width;
-                for (long i = 0; i < width; i += LANES)
-                    store(to + i, first(width - i), _mm512_loadu_ps(result + row * wide + i) * (1 / sum));
+                put_rows(all->output + at + row * row_of_queries, 0, result + row * wide, 1, width, 1 / sum);
             }
         }
-}
-
-static void put_rows(bf16 *target, long apart, const float *source, long count, long width, float scale) {
-    for (long row = 0; row < count; row++)
-        for (long i = 0; i < width; i += LANES)
-            store(target + row * apart + i, first(width - i), _mm512_loadu_ps(source + row * padded(width) + i) * scale);
 }
 
 /* Go back through `attend_example`. Scores are computed with keys as rows, so that all five products find their sums'
@@ -364,8 +369,9 @@ void norm(const bf16 *x, const bf16 *weight, bf16 *output, float *inverse, long 
         }
         float of_row = inverse[row] = 1 / sqrtf(_mm512_reduce_add_ps(sum) / width + epsilon);
         for (long i = 0; i < width; i += LANES) {
-            floats part = load(from + i, first(width - i)) * of_row, weighing = load(weight + i, first(width - i));
-            store(output + row * width + i, first(width - i), gemma ? part * (weighing + 1) : rounded(part) * weighing);
+            __mmask16 which = first(width - i);
+            floats part = load(from + i, which) * of_row, weighing = load(weight + i, which);
+            store(output + row * width + i, which, gemma ? part * (weighing + 1.0f) : rounded(part) * weighing);
         }
     }
 }
@@ -399,24 +405,25 @@ struct gated {
 };
 
 INLINE floats sigmoid(floats x) {
-    floats below = 1 + power_of_2(_mm512_min_ps(x * -LOG2_E, _mm512_set1_ps(126)));
+    floats below = 1.0f + power_of_2(_mm512_min_ps(x * -LOG2_E, _mm512_set1_ps(126)));
     floats part = _mm512_rcp14_ps(below); /* to 14 bits; one step of Newton's doubles them */
-    return part * (2 - below * part);
+    return part * (2.0f - below * part);
 }
 
 INLINE floats activated(floats x, int tanh, floats *slope) {
     if (!tanh) {
         floats half = sigmoid(x);
-        *slope = half * (1 + x * (1 - half));
+        *slope = half * (1.0f + x * (1.0f - half));
         return x * half;
     }
-    floats whole = 2 * sigmoid(2 * 0.7978845608028654f * (x + 0.044715f * x * x * x)) - 1;
-    floats rise = 0.7978845608028654f * (1 + 0.134145f * x * x);
-    *slope = 0.5f * (1 + whole) + 0.5f * x * (1 - whole * whole) * rise;
-    return 0.5f * x * (1 + whole);
+    floats whole = 2.0f * sigmoid(2.0f * 0.7978845608028654f * (x + 0.044715f * x * x * x)) - 1.0f;
+    floats rise = 0.7978845608028654f * (1.0f + 0.134145f * x * x);
+    *slope = 0.5f * (1.0f + whole) + 0.5f * x * (1.0f - whole * whole) * rise;
+    return 0.5f * x * (1.0f + whole);
 }
 
-/* Compute 8 rows: act(gate) * up to `output` or, of its gradient, those of gate and up; adapters are added on the way. */
+/* Compute 8 rows: act(gate) * up to `output` or, of its gradient, those of gate and up; adapters are added on the way.
+   The product's gradient may be where gate's or up's goes. */
 INLINE void gate_rows(const struct gated *all, long row, bf16 *output, const bf16 *gradient, bf16 *of_gate,
                       bf16 *of_up) {
     long there = least(ROWS, all->rows - row), second = all->rank_of_gate + all->rank_of_gate % 2;
@@ -472,8 +479,10 @@ void choose(bf16 *logits, const int64_t *labels, float *chosen, long rows, long 
         for (long i = 0; i < width; i += LANES)
             highest = _mm512_mask_max_ps(highest, first(width - i), highest, load(at + i, first(width - i)));
         float top = _mm512_reduce_max_ps(highest);
-        for (long i = 0; i < width; i += LANES)
-            sum = _mm512_mask_add_ps(sum, first(width - i), sum, power_of_2((load(at + i, first(width - i)) - top) * LOG2_E));
+        for (long i = 0; i < width; i += LANES) {
+            floats share = power_of_2((load(at + i, first(width - i)) - top) * LOG2_E);
+            sum = _mm512_mask_add_ps(sum, first(width - i), sum, share);
+        }
         float total = _mm512_reduce_add_ps(sum), label = _mm512_reduce_add_ps(load(at + labels[row], 1));
         chosen[row] = label - top - logf(total);
         if (!to_gradient) continue;

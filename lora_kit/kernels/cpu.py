@@ -21,7 +21,8 @@ from torch import Tensor
 
 from lora_kit.data.cache import cache_folder
 
-FLAGS = "-O3 -std=gnu11 -shared -fPIC -fopenmp -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16".split()
+AVX512 = ("f", "bw", "dq", "vl", "bf16")
+FLAGS = ["-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp", "-mfma", *(f"-mavx512{one}" for one in AVX512)]
 WHOLE = 1 << 30  # rows of a tile: an example is never cut
 
 
@@ -30,7 +31,7 @@ def library() -> ctypes.CDLL:
     """Return the compiled kernels.
 
     Raises:
-        OSError: There is no C compiler, it does not know this CPU, or nothing can be kept.
+        OSError: There is no C compiler, it does not know this CPU, or nothing can be kept (safely).
     """
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
@@ -48,6 +49,8 @@ def library() -> ctypes.CDLL:
             if done.returncode:
                 raise OSError(f"{compiler} does not compile the kernels: {done.stderr.strip()[:500]}")
             target.replace(made)
+    if made.stat().st_uid != os.getuid():
+        raise OSError(f"{made} is not yours")
     return _declared(ctypes.CDLL(str(made)))
 
 
@@ -140,7 +143,7 @@ class Gated:
 def choose(logits: Tensor, labels: Tensor, *, to_gradient: bool) -> Tensor:
     """Return each label's log-probability [rows, 1]; turn the logits into their loss's gradient."""
     chosen = logits.new_empty(len(logits), 1, dtype=torch.float32)
-    given = (one.data_ptr() for one in (logits, labels, chosen))
+    given = (one.data_ptr() for one in (logits, labels.contiguous(), chosen))
     library().choose(*given, *logits.shape, to_gradient, torch.get_num_threads())
     return chosen
 
@@ -185,9 +188,7 @@ def attend_back(
     return found
 
 
-def _attention(
-    tiles: Tensor, scale: float, window: int | None, query: Tensor, key: Tensor, *others: Tensor
-) -> None:
+def _attention(tiles: Tensor, scale: float, window: int | None, query: Tensor, key: Tensor, *others: Tensor) -> None:
     (length, heads, width), threads, (value, output, sums, *back) = query.shape, torch.get_num_threads(), others
     tiles = tiles[(tiles[:, 0] - tiles[:, 2]).argsort(stable=True)]  # the longest first, or threads wait for it
     given = [one.data_ptr() for one in (query, key, value, output, sums, tiles)]

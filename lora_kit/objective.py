@@ -17,6 +17,10 @@ from lora_kit.kernels.mlp import at_rows
 
 Inputs = dict[str, Tensor | Segments | bool]
 
+ROWS = 32
+"""Rows on a CPU are a multiple of it: what oneDNN generates for products of so many rows it keeps for ever, several MB
+for each number that ever comes."""
+
 
 def model_inputs(model: nn.Module, batch: MicroBatch, device: torch.device) -> Inputs:
     """Return the keyword arguments that this causal language model takes for a micro-batch.
@@ -36,12 +40,26 @@ def model_inputs(model: nn.Module, batch: MicroBatch, device: torch.device) -> I
 
 def sft(model: nn.Module, batch: MicroBatch, device: torch.device) -> Float[Tensor, ""]:
     """Return the summed loss of a micro-batch under supervised fine-tuning; its weight is `batch.weight`."""
+    on_cpu = device.type == "cpu"
+    if on_cpu and attention_of(model) == SEGMENT:
+        batch = _filled(batch)
     inputs, head, flat = model_inputs(model, batch, device), head_of(model), batch.labels.reshape(-1)
-    trained = np.flatnonzero(flat != IGNORE)
+    trained, others = np.flatnonzero(flat != IGNORE), np.flatnonzero(flat == IGNORE)
+    asked = np.append(trained, others[: -len(trained) % ROWS if on_cpu else 0])
     places, labels = (moved(one, device) for one in (trained, flat[trained]))
     if head is None:
         logits = model(**inputs).logits.flatten(0, 1)[places]
         return nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-    with at_rows(last_mlp_of(model), places):
+    with at_rows(last_mlp_of(model), moved(asked, device)):
         hidden = inner_of(model).base_model(**inputs)[0].flatten(0, 1)
     return summed_cross_entropy(hidden[places], head, labels)
+
+
+def _filled(batch: MicroBatch) -> MicroBatch:
+    """Return a packed micro-batch with one more example, which is not trained, so that its rows are a multiple."""
+    more = -batch.ids.shape[1] % ROWS
+    if not more:
+        return batch
+    parts = zip((batch.ids, batch.labels, batch.position_ids), (0, IGNORE, np.arange(more)), strict=True)
+    ids, labels, position_ids = (np.append(one, np.full((1, more), fill), axis=1) for one, fill in parts)
+    return MicroBatch(ids, labels, position_ids, None, (*batch.segments, more))

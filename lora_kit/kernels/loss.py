@@ -16,6 +16,7 @@ from lora_kit.kernels import compiled
 
 LOGITS = {"cpu": 1 << 23, "cuda": 1 << 26}  # held at once: a GPU reads the head anew for each chunk of rows
 AT_ONCE = 1 << 18  # logits that stay in a CPU's cache
+ROWS = 32  # of a product on a CPU, a multiple: as in objective.py
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,14 @@ class _CrossEntropy(Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Head, labels: Tensor, wanted: bool) -> Tensor:
         total, of_hidden = torch.zeros((), device=hidden.device), torch.empty_like(hidden)
-        rows = max(16, LOGITS[hidden.device.type] // len(head.weight))
+        rows = max(ROWS, LOGITS[hidden.device.type] // len(head.weight) // ROWS * ROWS)
         for some, label, target in zip(hidden.split(rows), labels.split(rows), of_hidden.split(rows), strict=True):
-            before = head.before_cap(some)
+            before = head.before_cap(_filled(some))
             logits = head.capped(before)
-            total -= _chosen(logits, label[:, None], to_gradient=wanted)
+            total -= _chosen(logits[: len(some)], label[:, None], to_gradient=wanted)
             if wanted:
-                target.copy_(head.back(logits, before))
+                logits[len(some) :] = 0
+                target.copy_(head.back(logits, before)[: len(some)])
         ctx.save_for_backward(of_hidden)
         return total
 
@@ -74,6 +76,12 @@ class _CrossEntropy(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (of_hidden,) = ctx.saved_tensors
         return of_hidden * gradient.to(of_hidden.dtype), None, None, None
+
+
+def _filled(rows: Tensor) -> Tensor:
+    """Return rows whose number is a multiple, with zeros, on a CPU, where each number costs memory."""
+    more = -len(rows) % ROWS
+    return torch.nn.functional.pad(rows, (0, 0, 0, more)) if more and not rows.is_cuda else rows
 
 
 def _chosen(logits: Tensor, labels: Tensor, *, to_gradient: bool) -> Tensor:

@@ -368,7 +368,8 @@ def test_a_library_that_cannot_be_loaded_is_no_crash(fresh, monkeypatch, tmp_pat
     assert message.startswith(PLAIN) and ".so" in message
 
 
-def test_where_nothing_can_be_kept_there_is_one_warning_and_the_plain_way(fresh):
+def test_where_nothing_can_be_kept_there_is_one_warning_and_the_plain_way(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", str(script(tmp_path / "unasked", "exit 1\n")))
     fresh.write_text("a file where the folder should be")
     (message,) = told()
     assert message.startswith(PLAIN) and str(fresh) in message

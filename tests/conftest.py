@@ -15,6 +15,8 @@ import json
 import random
 import shutil
 import string
+import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,45 @@ def device(request, monkeypatch):
     if request.param == "cpu":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return torch.device(request.param)
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def way(request, monkeypatch):
+    """By what the fast path computes: compiled kernels, where there are some, and what stands for them elsewhere."""
+    if request.param == "plain":
+        without_compiled(monkeypatch)
+    return request.param
+
+
+def without_compiled(monkeypatch):
+    """Let the fast path compute everything by PyTorch."""
+    from lora_kit.kernels import attention, mlp, norm, rotary
+
+    for one in (attention, mlp, norm, rotary):
+        monkeypatch.setattr(one, "compiled", lambda _: None)
+
+
+def need_c():
+    """Skip what needs the kernels in C where their flags compile nothing or the CPU does not know bf16."""
+    if why := without_c():
+        pytest.skip(why)
+
+
+@cache
+def without_c():
+    """Why there are no kernels in C here, if so; a fault of theirs is no reason."""
+    import torch
+
+    from lora_kit.kernels.cpu import FLAGS
+
+    if not torch.cpu._is_avx512_bf16_supported():
+        return "the CPU does not multiply bf16 by AVX-512"
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        return "there is no C compiler"
+    command, nothing = [compiler, *FLAGS, "-x", "c", "-", "-o", os.devnull, "-lm"], "#include <immintrin.h>\n"
+    able = subprocess.run(command, input=nothing, capture_output=True, text=True, check=False).returncode == 0
+    return None if able else f"{compiler} does not know AVX-512 bf16"
 
 
 def pytest_unconfigure():

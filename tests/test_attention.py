@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_base
+from conftest import make_base, need_c, without_compiled
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
@@ -32,12 +32,21 @@ CASES = {
 }
 TOLERANCE = {("cpu", torch.float32): 2e-6, ("cuda", torch.float32): 1e-5}
 TOLERANCE |= {(device, torch.bfloat16): 2e-2 for device in ("cpu", "cuda")}
-DTYPES = [torch.float32, torch.bfloat16]
 
 
-def inputs(dtype, *, key_heads=2, value_width=8, device="cpu"):
+@pytest.fixture(params=["float32", "bfloat16", "bfloat16 by blocks"])
+def dtype(request, monkeypatch):
+    """Of the inputs; bf16 by tiles, where they are compiled, and by the blocks that stand for them elsewhere."""
+    if request.param.endswith("by blocks"):
+        without_compiled(monkeypatch)
+    return getattr(torch, request.param.split()[0])
+
+
+def inputs(dtype, *, key_heads=2, width=8, value_width=8, device="cpu"):
     generator = torch.Generator().manual_seed(0)
-    shapes = [(1, 4, sum(LENGTHS), 8), (1, key_heads, sum(LENGTHS), 8), (1, key_heads, sum(LENGTHS), value_width)]
+    shapes = [
+        (1, heads, sum(LENGTHS), wide) for heads, wide in ((4, width), (key_heads, width), (key_heads, value_width))
+    ]
     drawn = (torch.randn(shape, generator=generator) * 2 for shape in shapes)
     return [one.to(device, dtype).requires_grad_() for one in drawn]
 
@@ -80,7 +89,6 @@ def compare(dtype, case, device, **shape):
         assert (mine - right).norm() < tolerance * max(right.norm(), largest / 10)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_and_gradients_are_those_of_the_definition(case, dtype, device):
     compare(dtype, CASES[case], device)
@@ -88,7 +96,6 @@ def test_outputs_and_gradients_are_those_of_the_definition(case, dtype, device):
 
 @pytest.mark.parametrize("shape", [{"key_heads": 1}, {"key_heads": 4}, {"value_width": 5}])
 @pytest.mark.parametrize("case", ["plain", "window", "sinks"])
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_heads_may_share_keys_and_values_may_have_another_width(case, shape, dtype, device):
     compare(dtype, CASES[case], device, **shape)
 
@@ -133,7 +140,7 @@ def test_wherever_blocks_begin_and_end_the_definition_holds(seed, monkeypatch):
 
 @pytest.mark.parametrize("size", [1.0, 2.0])
 @pytest.mark.parametrize("window", [None, 20])
-def test_in_bf16_it_is_about_as_near_the_truth_as_torch_s_own_attention(size, window, device):
+def test_in_bf16_it_is_about_as_near_the_truth_as_torch_s_own_attention(size, window, device, way):
     lengths, far = (200, 40, 3, 90), []
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
@@ -164,7 +171,6 @@ def test_in_bf16_it_is_about_as_near_the_truth_as_torch_s_own_attention(size, wi
     assert (ours < 1.4 * theirs).all()  # 1.28 of the output at most; whole models are held to 1.25
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", ["plain", "window", "soft cap", "sinks"])
 def test_a_replay_has_the_same_bits(case, dtype, device):
     lengths, found = (700, 130, 1, 513), []  # several blocks of keys add to one query's gradient
@@ -180,14 +186,26 @@ def test_a_replay_has_the_same_bits(case, dtype, device):
     assert all(torch.equal(a, b) for again in found[1:] for a, b in zip(found[0], again, strict=True))
 
 
-@pytest.mark.gpu
-def test_on_a_gpu_half_precision_is_computed_by_tiles_and_the_rest_by_blocks(monkeypatch):
+def test_half_precision_is_computed_by_tiles_and_the_rest_by_blocks(device, monkeypatch):
+    if device.type == "cpu":
+        need_c()
     asked, own = [], attention.TiledAttention.apply
     monkeypatch.setattr(attention.TiledAttention, "apply", lambda *a: asked.append(a[-1]) or own(*a))
-    gpu = torch.device("cuda")
     for dtype, many in ((torch.float32, 0), (torch.bfloat16, 1)):
-        compare(dtype, {"sliding_window": 5}, gpu)
+        compare(dtype, {"sliding_window": 5}, device)
         assert asked == [5] * many
+
+
+@pytest.mark.parametrize("shape", [{"value_width": 5}, {"width": 264, "value_width": 264}])
+def test_heads_that_tiles_do_not_fit_are_computed_by_blocks(shape, device, monkeypatch):
+    monkeypatch.setattr(attention.TiledAttention, "apply", None)
+    compare(torch.bfloat16, {"sliding_window": 5}, device, **shape)
+
+
+def test_without_compiled_kernels_half_precision_is_computed_by_blocks(device, monkeypatch):
+    without_compiled(monkeypatch)
+    monkeypatch.setattr(attention.TiledAttention, "apply", None)
+    compare(torch.bfloat16, {"sliding_window": 5}, device)
 
 
 def test_a_call_that_is_not_packed_is_refused_instead_of_mixing_examples():

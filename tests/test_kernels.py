@@ -238,7 +238,7 @@ def test_a_gated_mlp_is_that_of_transformers(kind, activation, grad, device):
 
 
 @pytest.mark.parametrize(("kind", "activation"), MLPS)
-def test_a_gated_mlp_in_bf16_is_as_near_the_truth(kind, activation, device):
+def test_a_gated_mlp_in_bf16_is_as_near_the_truth(kind, activation, device, way):
     model, x = gated_mlp(kind, activation, device=device), rows(64, 24, device=device)
     worse, adapters = in_bf16(model, fused_mlp(activation), x)
     assert worse < WORSE and adapters < ROUNDING
@@ -298,7 +298,7 @@ def test_norms_are_those_of_transformers_and_leave_their_input_alone(kind, shape
 
 
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, GemmaRMSNorm])
-def test_norms_in_bf16_are_as_near_the_truth(kind, device):
+def test_norms_in_bf16_are_as_near_the_truth(kind, device, way):
     assert in_bf16(norm_of(kind, 64, device), fused_norm, rows(32, 64, device=device))[0] < WORSE
 
 

@@ -105,7 +105,7 @@ def ratios(folder, text=None, seeds=range(3), device="cpu"):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_is_as_near_the_truth_as_with_peft(family, tmp_path, base_folder, device):
+def test_a_family_is_as_near_the_truth_as_with_peft(family, tmp_path, base_folder, device, way):
     folder = save_family(tmp_path / "base", family, base_folder, WIDE | FAMILIES[family])
     assert max(ratios(folder, device=device).values()) < WORSE
 
@@ -124,7 +124,7 @@ def test_in_fp32_a_gpu_computes_what_a_cpu_does_and_what_peft_does_there(family,
         assert relative(one, by_peft_there) < 1e-5 and relative(one, here) < 1e-4
 
 
-def test_large_scores_are_no_exception(tmp_path):
+def test_large_scores_are_no_exception(tmp_path, way):
     folder = make_base(tmp_path / "base", **WIDE | {"initializer_range": 0.15})
     assert max(ratios(folder).values()) < WORSE
 

@@ -1,0 +1,180 @@
+"""The compiled kernels against the same in plain PyTorch: Triton, by its interpreter where there is no GPU, and C."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import need_c, without_compiled
+from plain_loop import relative
+from torch.nn import functional
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from lora_kit import kernels, trainer
+from lora_kit.kernels import attention, cpu, mlp, norm, rotary
+from lora_kit.kernels.attention import Segments, visible
+from lora_kit.kernels.mlp import ACTIVATIONS
+from lora_kit.recipe import load_recipe
+
+GPU = torch.cuda.is_available()
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # which sigmoid is made for
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # the interpreter cuts, others round
+OF_C = 6e-3  # two roundings to bf16 are 2e-3, and shares of attention are rounded too
+
+
+def triton():
+    """The kernels for GPUs; faults of their own must not pass for a missing Triton."""
+    pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportError)
+    from lora_kit.kernels import gpu
+
+    return gpu
+
+
+@dataclass(frozen=True)
+class By:
+    """Kernels, and the precision in which they compute."""
+
+    language: str
+    dtype: torch.dtype
+
+    def __str__(self):
+        return f"{self.language}-{self.dtype}".replace("torch.", "")
+
+    @property
+    def device(self):
+        return torch.device("cuda" if GPU and self.language == "triton" else "cpu")
+
+    @property
+    def kernels(self):
+        if self.language == "triton":
+            return triton()
+        need_c()
+        return cpu
+
+    def drawn(self, *shape, seed=0):
+        drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        return drawn.to(self.device, self.dtype)
+
+    def near(self, ours, theirs):
+        bound = OF_C if self.language == "c" else TOLERANCE[self.dtype]
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.dtype == other.dtype and one.shape == other.shape
+            assert relative(one.float(), other.float()) < bound
+
+
+def ways(dtypes):
+    """Run a test by Triton in these precisions, and by C in its only one."""
+    marks = [pytest.mark.gpu] if GPU else []
+    by_triton = [pytest.param(By("triton", one), marks=marks) for one in dtypes]
+    return pytest.mark.parametrize("by", [*by_triton, By("c", torch.bfloat16)], ids=str)
+
+
+@pytest.fixture
+def fresh():
+    """Let the kernels be looked for again, now and after this test."""
+    kernels._triton.cache_clear()
+    yield
+    kernels._triton.cache_clear()
+
+
+everywhere = ways(TOLERANCE)
+in_dots = ways([torch.float32, torch.bfloat16 if GPU else torch.float16])  # which the interpreter does not know in bf16
+
+
+@everywhere
+@pytest.mark.parametrize("gemma", [False, True])
+@pytest.mark.parametrize("shape", [(37, 64), (5, 100), (1, 5000)])
+def test_a_norm_and_its_gradient(by, gemma, shape):
+    x, weight, above = by.drawn(*shape), by.drawn(shape[1], seed=1), by.drawn(*shape, seed=2)
+    plain = x.float().requires_grad_()
+    expected = torch.nn.functional.rms_norm(plain, shape[1:], eps=1e-5) * (weight.float() + gemma)
+    (of_x,) = torch.autograd.grad(expected, plain, above.float())
+    output, inverse = by.kernels.norm(x, weight, 1e-5, gemma=gemma)
+    ours = by.kernels.norm_back(above, x, weight, inverse, gemma=gemma)
+    by.near([output, ours], [expected.to(by.dtype), of_x.to(by.dtype)])
+
+
+@in_dots
+@pytest.mark.parametrize("ranks", [(16, 16), (8, 40)])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_a_gated_activation_with_adapters_and_its_gradients(by, ranks, name):
+    shapes = [(50, 200), (50, 200), (50, sum(ranks)), (200, ranks[0]), (200, ranks[1]), (50, 200)]
+    gate, up, low, *ups, above = (by.drawn(*shape, seed=seed) for seed, shape in enumerate(shapes))
+    lows = low.float().split(ranks, dim=1)
+    plain = [one.float() + part @ b.float().T for one, part, b in zip((gate, up), lows, ups, strict=True)]
+    plain = [one.requires_grad_() for one in plain]
+    expected = ACTIVATIONS[name][0](plain[0]) * plain[1]
+    gradients = torch.autograd.grad(expected, plain, above.float())
+    gated = by.kernels.Gated(gate, up, low, tuple(ups), name)
+    by.near([gated.product()], [expected.to(by.dtype)])
+    by.near(gated.back(above.clone()), [one.to(by.dtype) for one in gradients])
+
+
+@everywhere
+@pytest.mark.parametrize("width", [24, 64])
+def test_rotary_positions(by, width):
+    x, cos, sin = by.drawn(37, 5, width), by.drawn(37, width, seed=1), by.drawn(37, width, seed=2)
+    queries, angles = x.transpose(0, 1)[None].float(), (cos[None].float(), sin[None].float())
+    expected = apply_rotary_pos_emb(queries, queries, *angles)[0][0].transpose(0, 1)
+    turned = by.kernels.rotate(x, cos, sin)
+    by.near([turned], [expected.to(by.dtype)])
+    with_gaps = torch.cat([x, x], dim=1)[:, 5:]
+    assert not with_gaps.is_contiguous() and torch.equal(by.kernels.rotate(with_gaps, cos, sin), turned)
+
+
+@in_dots
+@pytest.mark.parametrize(("width", "heads", "shared"), [(24, 4, 2), (64, 3, 3), (136, 4, 1)])
+@pytest.mark.parametrize("window", [None, 20])
+def test_attention_inside_examples_and_its_gradients(by, width, heads, shared, window):
+    lengths = (130, 3, 70)
+    shapes = [(sum(lengths), many, width) for many in (heads, shared, shared, heads)]
+    *given, above = (by.drawn(*shape, seed=seed) for seed, shape in enumerate(shapes))
+    plain, outputs = [one.float().requires_grad_() for one in given], []
+    for parts in zip(*(one.split(lengths) for one in plain), strict=True):
+        by_head = [part.transpose(0, 1).repeat_interleave(heads // part.shape[1], dim=0) for part in parts]
+        seen = visible(len(parts[0]), window, parts[0].device)
+        outputs.append(functional.scaled_dot_product_attention(*by_head, seen, scale=0.3).transpose(0, 1))
+    expected = torch.cat(outputs)
+    gradients = torch.autograd.grad(expected, plain, above.float())
+    tiles = Segments(lengths, by.device).tiles(by.kernels.tile_rows(width))
+    output, sums = by.kernels.attend(*given, tiles, 0.3, window)
+    ours = by.kernels.attend_back(above, *given, output, sums, tiles, 0.3, window)
+    by.near([output, *ours], [one.to(by.dtype) for one in (expected, *gradients)])
+
+
+@ways([torch.bfloat16])
+def test_rows_of_any_number_are_computed_alike(by):
+    x, weight = by.drawn(64, 128), by.drawn(128, seed=1)
+    whole, _ = by.kernels.norm(x, weight, 1e-5, gemma=False)
+    for rows in (1, 16, 33):
+        assert torch.equal(by.kernels.norm(x[:rows], weight, 1e-5, gemma=False)[0], whole[:rows])
+
+
+@pytest.mark.parametrize("dropout", [0, 0.1])
+@ways([torch.float32])
+def test_a_step_with_them_is_the_step_without(by, dropout, recipe_file, tmp_path, captured, jobs, monkeypatch):
+    there = by.kernels
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: by.device.type == "cuda")
+    monkeypatch.setattr(attention, "TILED_DTYPES", (by.dtype,))
+    changes = ["train.steps=1", "train.batch_size=2", f"adapter.dropout={dropout}", "adapter.rank=3"]
+    recipe = load_recipe(recipe_file, [*changes, f"base.dtype={by.dtype}".replace("torch.", "")])
+    without_compiled(monkeypatch)
+    trainer.train(recipe, tmp_path / "plain")
+    for one in (attention, mlp, norm, rotary):
+        monkeypatch.setattr(one, "compiled", lambda _: there)
+    trainer.train(recipe, tmp_path / "ours")
+    (_, plain), (_, ours) = captured
+    assert jobs[1].manifest["resolved"]["kernels"] == ["lora", "mlp", "norm", "rotary", "loss", "last mlp"]
+    bound = 1e-5 if by.dtype == torch.float32 else 5e-2  # how near the truth: test_precision
+    assert 0 < relative(ours, plain) < bound  # 0 would be the same code twice
+
+
+def test_where_triton_compiles_nothing_there_is_a_warning_and_the_plain_way(monkeypatch, fresh):
+    def refused(*_, **__):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(torch, "ones", lambda *shape, dtype, **_: torch.zeros(shape, dtype=dtype))
+    assert kernels._triton() is triton()
+    monkeypatch.setattr(triton().Gated, "back", refused)
+    kernels._triton.cache_clear()
+    with pytest.warns(UserWarning, match="Triton compiles nothing here, .*: Failed to find C compiler"):
+        assert kernels._triton() is None

@@ -1,0 +1,426 @@
+"""The kernels in C, wherever tiles, lanes and threads begin and end: right, the same bits, nothing outside; and how
+their library is made and what happens where it cannot be.
+"""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import need_c
+
+from lora_kit import kernels
+from lora_kit.kernels import cpu
+
+BF16, EXACT = torch.bfloat16, torch.float64
+LENGTHS = (1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 130, 300)
+WIDTHS = (1, 8, 24, 64, 80, 128, 136, 256)
+WINDOWS = (None, 1, 5, 33, 64, 65, 95, 127, 128, 130, 1000)
+HEADS = ((2, 2), (4, 2), (4, 1), (3, 1))  # and those of keys
+BOUND = 2**-7
+GUARD = 4096  # bytes on either side
+
+
+@pytest.fixture
+def c():
+    """The kernels, where they can be."""
+    need_c()
+    return cpu
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+    """Let all that the kernels allocate lie between guards, and be NaN before it is written; return the maker."""
+    made = []
+
+    def guarded(shape, dtype):
+        size = int(np.prod(shape)) * dtype.itemsize
+        whole = torch.full((size + 2 * GUARD,), 0xFF, dtype=torch.uint8)
+        made.append(whole)
+        return whole[GUARD : GUARD + size].view(dtype).view(shape)
+
+    monkeypatch.setattr(torch, "empty_like", lambda one: guarded(one.shape, one.dtype))
+    monkeypatch.setattr(torch, "empty", lambda *shape, dtype: guarded(shape, dtype))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda _, *shape, dtype: guarded(shape, dtype))
+    yield guarded
+    assert made and all((one[:GUARD] == 0xFF).all() and (one[-GUARD:] == 0xFF).all() for one in made)
+
+
+def between_guards(guarded, tensors):
+    return [guarded(one.shape, one.dtype).copy_(one) for one in tensors]
+
+
+def inside_guards(outputs):
+    return all(one.untyped_storage().nbytes() == one.nbytes + 2 * GUARD for one in outputs)
+
+
+def drawn(*shape, seed=0, size=1.0):
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * size).to(BF16)
+
+
+def near(ours, right, *, relative, least):
+    """Hold every number: bf16 rounds it by up to 2^-8, and `least` is what its summands in fp32 are rounded by."""
+    assert ours.dtype == BF16 and ours.shape == right.shape and ours.isfinite().all()
+    assert ((ours.to(EXACT) - right).abs() <= relative * right.abs() + least).all()
+
+
+# attention
+
+
+def parts(lengths, heads, shared, width, *, seed=0, size=1.0):
+    """Queries, keys, values and the gradient of the output."""
+    shapes = [(sum(lengths), many, width) for many in (heads, shared, shared, heads)]
+    given = [drawn(*shape, seed=4 * seed + place) for place, shape in enumerate(shapes)]
+    return [one * size for one in given[:2]] + given[2:]
+
+
+def tiles_of(lengths):
+    ends = np.cumsum(lengths)
+    return torch.tensor([(end - many, end - many, end) for many, end in zip(lengths, ends, strict=True)]).int()
+
+
+def attended(given, lengths, scale, window):
+    """The output, the gradients and the logarithms of the sums."""
+    *inputs, above = given
+    output, sums = cpu.attend(*inputs, tiles_of(lengths), scale, window)
+    return [output, *cpu.attend_back(above, *inputs, output, sums, tiles_of(lengths), scale, window), sums]
+
+
+def attention_by_definition(given, lengths, scale, window):
+    """The output and the gradients of queries, keys and values, and the size of what each number is summed of.
+
+    In float64, by all pairs of an example, and by the formulas of a gradient.
+    """
+    found = []
+    for example in zip(*(one.to(EXACT).transpose(0, 1).split(lengths, dim=1) for one in given), strict=True):
+        query, *shared, above = example
+        key, value = (one.repeat_interleave(len(query) // len(one), dim=0) for one in shared)
+        place = torch.arange(query.shape[1])
+        before = place[:, None] - place
+        hidden = (before < 0) | (before >= (window or len(place)))
+        share = (query @ key.mT * scale).masked_fill(hidden, -torch.inf).softmax(-1)
+        output, of_share = share @ value, above @ value.mT
+        of_score = share * (of_share - (share * of_share).sum(-1, keepdim=True)) * scale
+        inside = (above * output).abs().sum(-1, keepdim=True)  # what the sum above is computed from, in bf16
+        size = of_score.abs() + share * inside * scale
+        exact = output, of_score @ key, of_score.mT @ query, share.mT @ above
+        sizes = share @ value.abs(), size @ key.abs(), size.mT @ query.abs(), share.mT @ above.abs()
+        group = [one.shape[0] for one in (query, query, *shared)]
+        found.append(
+            [
+                one.unflatten(0, (many, -1)).sum(1)
+                for some in (exact, sizes)
+                for one, many in zip(some, group, strict=True)
+            ]
+        )
+    whole = [torch.cat(one, dim=1).transpose(0, 1) for one in zip(*found, strict=True)]
+    return whole[:4], whole[4:]
+
+
+def hold(given, lengths, scale, window):
+    """Hold every number of attention to three roundings: of what is summed, of what that is made of and of itself."""
+    *ours, _ = attended(given, lengths, scale, window)
+    for mine, right, size in zip(ours, *attention_by_definition(given, lengths, scale, window), strict=True):
+        assert mine.dtype == BF16 and mine.shape == right.shape and mine.isfinite().all()
+        assert ((mine.to(EXACT) - right).abs() <= BOUND * size + 1e-6).all()
+
+
+@pytest.mark.parametrize("seed", range(132))
+def test_attention_is_that_of_the_definition_wherever_tiles_begin_and_end(seed, c):
+    rng = np.random.default_rng(seed)
+    lengths = tuple(map(int, rng.permutation([LENGTHS[seed % 12], *rng.choice(LENGTHS, seed % 3)])))
+    width, window, heads = WIDTHS[seed % 8], WINDOWS[seed % 11], HEADS[(seed + seed // 4) % 4]
+    given, scale = parts(lengths, *heads, width, seed=seed), (width**-0.5, 0.1)[seed % 2]
+    hold(given, lengths, scale, window)
+
+
+def test_rows_have_the_logarithm_of_their_sum(c):
+    lengths, (query, key, *_) = (130, 33), parts((130, 33), 4, 2, 24)
+    *_, sums = attended(parts(lengths, 4, 2, 24), lengths, 0.3, None)
+    for first, last in ((0, 130), (130, 163)):
+        both = query[first:last].to(EXACT), key[first:last].to(EXACT).repeat_interleave(2, dim=1)
+        scores = torch.einsum("qhw,khw->hqk", *both) * 0.3
+        hidden = torch.ones(last - first, last - first).triu(1).bool()
+        right = scores.masked_fill(hidden, -torch.inf).logsumexp(-1) / np.log(2)
+        assert (sums[:, first:last] - right).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_huge_scores_are_finite_and_right(window, c):
+    lengths = (300, 33)
+    given = parts(lengths, 4, 2, 64, size=12)  # scores of some hundreds
+    assert (given[0][:300, 0].float() @ given[1][:300, 0].float().T * 64**-0.5).abs().max() > 400
+    hold(given, lengths, 64**-0.5, window)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_rows_whose_scores_are_all_far_from_zero_are_right(sign, window, c):
+    lengths = (130, 65, 1)  # padding has a score of zero: far above all others, or far below
+    given = parts(lengths, 4, 2, 64)
+    given[0], given[1] = given[0] * 0.25 + 8, given[1] * 0.25 + 8 * sign
+    scores = given[0][:, 0].float() @ given[1][:, 0].float().T * 64**-0.5
+    assert (scores * sign).min() > 300
+    hold(given, lengths, 64**-0.5, window)
+
+
+@pytest.mark.parametrize("window", [None, 33])
+def test_an_example_is_computed_alike_beside_any_others(window, c):
+    lengths = (65, 130, 33)
+    given = parts(lengths, 4, 2, 24)
+    alone = attended([one[65:195] for one in given], (130,), 0.3, window)
+    for others in (1.0, 1e4, torch.nan):
+        row = [torch.full_like(one, others).index_copy(0, torch.arange(65, 195), one[65:195]) for one in given]
+        *found, sums = attended(row, lengths, 0.3, window)
+        assert all(torch.equal(mine[65:195], one) for mine, one in zip(found, alone[:-1], strict=True))
+        assert torch.equal(sums[:, 65:195], alone[-1])
+
+
+@pytest.mark.parametrize("window", [None, 33])
+def test_what_comes_later_in_an_example_changes_nothing_before(window, c):
+    given, lengths = parts((130,), 4, 2, 24), (130,)
+    changed = [torch.cat([one[:70], one[70:] * -3]) for one in given]
+    assert torch.equal(attended(given, lengths, 0.3, window)[0][:70], attended(changed, lengths, 0.3, window)[0][:70])
+
+
+@pytest.mark.xfail(strict=True, reason="a score that is not a number counts as one of -infinity")
+@pytest.mark.parametrize("place", [0, 3, 40])
+def test_a_key_that_is_not_a_number_is_seen_in_every_row_that_sees_it(place, c):
+    given = parts((70,), 2, 1, 8)
+    given[1][place, 0, 0] = torch.nan
+    output, *_ = attended(given, (70,), 0.3, None)
+    assert output[place:].isnan().all()
+
+
+@pytest.mark.parametrize("lengths", [(1,), (33, 64), (130, 1, 65), (300,)])
+@pytest.mark.parametrize("width", [1, 24, 136])
+@pytest.mark.parametrize("window", [None, 33])
+def test_attention_writes_all_of_its_outputs_and_nothing_else(lengths, width, window, c, request):
+    given = parts(lengths, 4, 2, width)
+    expected = attended(given, lengths, 0.3, window)
+    guarded = request.getfixturevalue("guarded")
+    found = attended(between_guards(guarded, given), lengths, 0.3, window)
+    assert inside_guards(found) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+# norms, gated activations and rotary positions
+
+
+@pytest.mark.parametrize("gemma", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 15), (9, 17), (3, 33), (8, 100), (2, 5001)])
+def test_norms_of_any_width_are_right_in_every_number(shape, gemma, c, guarded):
+    given = [drawn(*shape, seed=1, size=3), drawn(shape[1], seed=2), drawn(*shape, seed=3)]
+    x, weight, above = (one.to(EXACT) for one in given)
+    x.requires_grad_()
+    inverse = (x.square().mean(1, keepdim=True) + 1e-5).rsqrt()
+    expected = x * inverse * (weight + gemma)
+    (of_x,) = torch.autograd.grad((expected * above).sum(), x)
+    rows, weight_of_it, above_it = between_guards(guarded, given)
+    output, found = c.norm(rows, weight_of_it, 1e-5, gemma=gemma)
+    back = c.norm_back(above_it, rows, weight_of_it, found, gemma=gemma)
+    assert inside_guards([output, found, back])
+    assert (found - inverse).abs().max() < 1e-6 * inverse.abs().max()
+    near(output, expected.detach(), relative=1.01 * 2 ** (-8 if gemma else -7), least=1e-6)  # Llama rounds twice
+    near(
+        back, of_x, relative=1.01 * 2**-8, least=1e-6 * float((above * (weight + gemma) * inverse).abs().max().detach())
+    )
+
+
+def definition(name, x):
+    if name == "silu":
+        return x * torch.sigmoid(x)
+    return x * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))  # (1 + tanh(y)) / 2 = sigmoid(2 y)
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("ranks", [(1, 1), (3, 40), (40, 3), (16, 1)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (7, 31), (8, 32), (9, 33), (50, 200)])
+def test_gated_activations_of_any_rank_and_width_are_right_in_every_number(rows, width, ranks, name, c, guarded):
+    shapes = [(rows, width), (rows, width), (rows, sum(ranks)), (width, ranks[0]), (width, ranks[1]), (rows, width)]
+    given = [drawn(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+    given[0][:, ::3], given[0][:, 1::3] = given[0][:, ::3] * 100, given[0][:, 1::3] * 5  # far from zero, and not
+    gate, up, low, *ups, above = (one.to(EXACT) for one in given)
+    lows = low.split(ranks, dim=1)
+    gate, up = (one + part @ b.T for one, part, b in zip((gate, up), lows, ups, strict=True))
+    expected = definition(name, gate.requires_grad_()) * up.requires_grad_()
+    of_gate, of_up = torch.autograd.grad((expected * above).sum(), (gate, up))
+    *inputs, first, second, above = between_guards(guarded, given)
+    gated = c.Gated(*inputs, (first, second), name)
+    output, (back_of_gate, back_of_up) = gated.product(), gated.back(above)
+    assert inside_guards([output, back_of_gate, back_of_up])
+    for mine, right in ((output, expected), (back_of_gate, of_gate), (back_of_up, of_up)):
+        near(mine, right.detach(), relative=1.01 * 2**-8, least=1e-4)
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("far", [-1e18, -1e4, -100, 100, 1e4])
+def test_a_gate_however_far_from_zero_is_open_or_shut(far, name, c):
+    gate, up, none = torch.full((3, 5), far, dtype=BF16), drawn(3, 5), torch.zeros(5, 1, dtype=BF16)
+    gated = c.Gated(gate, up, torch.zeros(3, 2, dtype=BF16), (none, none), name)
+    open_ = float(far > 0)
+    near(gated.product(), (gate * up).to(EXACT) * open_, relative=2**-7, least=1e-6)
+    of_gate, of_up = gated.back(torch.ones_like(gate))
+    near(of_gate, up.to(EXACT) * open_, relative=2**-7, least=1e-6)
+    near(of_up, gate.to(EXACT) * open_, relative=2**-7, least=1e-6)
+
+
+@pytest.mark.parametrize("heads", [1, 3, 7])
+@pytest.mark.parametrize("width", [2, 6, 24, 34, 64, 80, 130])
+def test_rotary_positions_of_any_number_of_heads_are_right_in_every_number(heads, width, c, guarded):
+    given = [drawn(9, heads, width, seed=1), drawn(9, width, seed=2), drawn(9, width, seed=3)]
+    x, cos, sin = (one.to(EXACT) for one in given)
+    half = width // 2
+    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+    right = x * cos[:, None] + turned * sin[:, None]
+    output = c.rotate(*between_guards(guarded, given))
+    assert inside_guards([output])
+    near(output, right, relative=1.01 * 2**-8, least=1e-5)
+
+
+# threads
+
+
+def everything():
+    """What every kernel makes of some inputs."""
+    lengths, x, above = (130, 1, 65, 33), drawn(229, 200), drawn(229, 200, seed=1)
+    output, inverse = cpu.norm(x, x[0], 1e-5, gemma=False)
+    gated = cpu.Gated(x, above, x[:, :7].contiguous(), (x[:200, :3].contiguous(), x[:200, :4].contiguous()), "silu")
+    made = [output, inverse, cpu.norm_back(above, x, x[0], inverse, gemma=False), gated.product()]
+    made += [*gated.back(above.clone()), cpu.rotate(x.view(229, 5, 40), x[:, :40], above[:, :40])]
+    long = (500, 300, 400)  # or one thread is done before another begins
+    return (
+        made + attended(parts(lengths, 4, 2, 24), lengths, 0.3, 33) + attended(parts(long, 8, 4, 80), long, 0.1, None)
+    )
+
+
+def test_a_replay_by_any_number_of_threads_has_the_same_bits(c):
+    before, made = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 2, 1):
+            torch.set_num_threads(threads)
+            made.append(everything())
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for again in made[1:] for a, b in zip(made[0], again, strict=True))
+
+
+# the library
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """An empty cache and no library in this process, before and after; the CPU passes for one that can use it."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "cache"))
+    caches = cpu.library, kernels._c  # which tests put others in the place of
+    for one in caches:
+        one.cache_clear()
+    yield tmp_path / "cache"
+    for one in caches:
+        one.cache_clear()
+
+
+def script(path, text):
+    """Write a compiler."""
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(0o755)
+    return path
+
+
+def told():
+    """What two calls warn of, neither of which finds a kernel."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert kernels.compiled(drawn(2, 2)) is None and kernels.compiled(drawn(2, 2)) is None
+    assert all(one.category is UserWarning for one in seen)
+    return [str(one.message) for one in seen]
+
+
+def left_in(folder):
+    return sorted(one.relative_to(folder).as_posix() for one in folder.rglob("*") if one.is_file() or "tmp" in one.name)
+
+
+PLAIN = "the kernels for CPUs are not compiled, so attention, norms and the like take longer: "
+
+
+def test_without_a_compiler_there_is_one_warning_and_the_plain_way(fresh, monkeypatch, tmp_path):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert told() == [PLAIN + "there is no C compiler (cc)"]
+
+
+def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(fresh, monkeypatch, tmp_path):
+    compiler = script(tmp_path / "broken", "echo 'unrecognized option -mavx512bf16' >&2\nexit 1\n")
+    monkeypatch.setenv("CC", str(compiler))
+    assert told() == [PLAIN + f"{compiler} does not compile the kernels: unrecognized option -mavx512bf16"]
+    assert left_in(fresh) == []
+
+
+def test_a_library_that_cannot_be_loaded_is_no_crash(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv(
+        "CC", str(script(tmp_path / "empty", 'for one; do case $one in *.so) : > "$one";; esac; done\n'))
+    )
+    (message,) = told()
+    assert message.startswith(PLAIN) and ".so" in message
+
+
+def test_where_nothing_can_be_kept_there_is_one_warning_and_the_plain_way(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", str(script(tmp_path / "unasked", "exit 1\n")))
+    fresh.write_text("a file where the folder should be")
+    (message,) = told()
+    assert message.startswith(PLAIN) and str(fresh) in message
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_other_precisions_ask_for_no_compiler(dtype, fresh, monkeypatch):
+    monkeypatch.setattr(cpu, "library", None)
+    assert kernels.compiled(torch.ones(2, dtype=dtype)) is None
+
+
+def test_a_cpu_without_bf16_asks_for_no_compiler_and_warns_of_nothing(fresh, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(cpu, "library", None)
+    assert told() == []
+
+
+def counted(tmp_path, meet=""):
+    """A compiler that counts its calls and is the real one."""
+    return script(
+        tmp_path / "counted", f'echo $$ >> {tmp_path}/calls\n{meet}\nexec {os.environ.get("CC", "cc")} "$@"\n'
+    )
+
+
+def calls(tmp_path):
+    return len((tmp_path / "calls").read_text().splitlines())
+
+
+def test_a_library_that_is_kept_is_used_again_and_another_source_makes_another(c, fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", str(counted(tmp_path)))
+    for _ in range(2):
+        assert kernels.compiled(drawn(2, 2)) is cpu
+        cpu.library.cache_clear()
+        kernels._c.cache_clear()
+    assert calls(tmp_path) == 1 and len(left_in(fresh)) == 1
+    monkeypatch.setattr(cpu, "FLAGS", [*cpu.FLAGS, "-DANOTHER"])
+    cpu.library()
+    assert calls(tmp_path) == 2 and len(left_in(fresh)) == 2
+
+
+def test_two_processes_that_compile_at_once_leave_one_library(c, fresh, tmp_path):
+    both = (
+        f"while [ $(wc -l < {tmp_path}/calls) -lt 2 ]; do sleep 0.05; done"  # neither begins before the other is there
+    )
+    code = "import torch; from lora_kit.kernels import cpu; x = torch.ones(2, 8, dtype=torch.bfloat16)\n"
+    code += "assert (cpu.norm(x, x[0], 0.0, gemma=False)[0] == 1).all()"
+    settings = dict(os.environ, CC=str(counted(tmp_path, both)), PYTHONPATH=str(Path(__file__).parents[1]))
+    started = [subprocess.Popen([sys.executable, "-c", code], env=settings) for _ in range(2)]
+    try:
+        assert [one.wait(timeout=120) for one in started] == [0, 0]
+    finally:
+        for one in started:
+            one.kill()
+    assert calls(tmp_path) == 2 and len(left_in(fresh)) == 1

@@ -272,7 +272,7 @@ def _working_bytes(shape: Shape, recipe: Recipe, tokens: int, device: str) -> in
     longest = min(tokens, recipe.data.sequence_length)
     logits = tokens * shape.vocabulary
     if recipe.train.kernels == "auto":
-        logits = min(logits, max(LOGITS[device], 16 * shape.vocabulary))
+        logits = min(logits, max(LOGITS[device], 32 * shape.vocabulary))
         in_fp32 = logits if device == "cuda" else min(logits, max(LOGITS_IN_CACHE, shape.vocabulary))
         loss = logits * size + in_fp32 * (4 + size)
     else:

@@ -2,17 +2,23 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from plain_loop import relative
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaForCausalLM
 from transformers.models.gemma.modeling_gemma import GemmaMLP, GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP, LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
+from lora_kit import base
 from lora_kit.kernels import choice, lora, loss, mlp, norm
+from lora_kit.kernels.attention import SEGMENT, use_attention
+from lora_kit.objective import sft
 
 EXACT = 1e-5
 WORSE = 1.25  # than PEFT, from the truth
@@ -401,3 +407,34 @@ def test_the_loss_of_a_replay_has_the_same_bits(case, dtype, device):
     head, hidden, labels = head_and_rows(case, 700, dtype, vocabulary=1000, device=device)
     found = [loss_and_gradient(hidden, lambda x: loss.summed_cross_entropy(x, head, labels)) for _ in range(3)]
     assert all(torch.equal(a, b) for again in found[1:] for a, b in zip(found[0], again, strict=True))
+
+
+class Rows(TorchDispatchMode):
+    """The dimensions of every product."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, function, kinds, given=(), named=None):
+        if function in PRODUCTS:
+            self.found.update(size for one in given if torch.is_tensor(one) for size in one.shape)
+        return function(*given, **(named or {}))
+
+
+PRODUCTS = {getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "addmm_")} | {torch.ops.aten.mm.out}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_on_a_cpu_have_few_numbers_of_rows(dtype):
+    """oneDNN keeps what it generates for each of them."""
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, vocab_size=96
+    )
+    model = adapted(LlamaForCausalLM(config), targets=[*GROUP, "o_proj", *mlp.PARTS]).to(dtype)
+    use_attention(model, SEGMENT)
+    choice.use_kernels(model, ["lora", "mlp", "norm", "rotary", "loss", "last mlp"])
+    with Rows() as rows:
+        for lengths in ((5, 9), (31,), (64, 1), (40, 3, 60), (33,)):
+            sft(model, base.probe_batch([np.arange(many) for many in lengths]), torch.device("cpu")).backward()
+    assert {size for size in rows.found if size % 32} == {4, 8, 12}  # ranks of one adapter, of two, of three

@@ -40,7 +40,7 @@ INLINE floats rounded(floats value) {
 
 /* 2^x to 1e-7 of it, for x up to 127: by a polynomial between -1/2 and 1/2. */
 INLINE floats power_of_2(floats x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-200));
+    x = _mm512_max_ps(_mm512_set1_ps(-200), x); /* in this order what is no number stays none */
     floats whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), part = x - whole;
     floats sum = _mm512_set1_ps(1.32764710e-3f);
     sum = _mm512_fmadd_ps(sum, part, _mm512_set1_ps(9.67554160e-3f));

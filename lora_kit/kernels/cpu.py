@@ -8,6 +8,7 @@ gpu_attention.py holds here.
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -33,21 +34,21 @@ def library() -> ctypes.CDLL:
     Raises:
         OSError: There is no C compiler, it does not know this CPU, or nothing can be kept (safely).
     """
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        raise OSError("there is no C compiler (cc)")
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    if not compiler or shutil.which(compiler[0]) is None:
+        raise OSError(f"there is no C compiler ({' '.join(compiler)})")
     source = files("lora_kit.kernels").joinpath("cpu.c").read_text()
-    name = hashlib.sha256(" ".join([compiler, *FLAGS, source]).encode()).hexdigest()[:16]
+    name = hashlib.sha256(" ".join([*compiler, *FLAGS, source]).encode()).hexdigest()[:16]
     folder = cache_folder("kernels")
     made = folder / f"cpu-{name}.so"
     if not made.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:  # others may compile the same at the same time
             target = Path(work) / made.name
-            command = [compiler, *FLAGS, "-x", "c", "-", "-o", str(target), "-lm"]
+            command = [*compiler, *FLAGS, "-x", "c", "-", "-o", str(target), "-lm"]
             done = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
             if done.returncode:
-                raise OSError(f"{compiler} does not compile the kernels: {done.stderr.strip()[:500]}")
+                raise OSError(f"{compiler[0]} does not compile the kernels: {done.stderr.strip()[:500]}")
             target.replace(made)
     if made.stat().st_uid != os.getuid():
         raise OSError(f"{made} is not yours")
@@ -120,7 +121,7 @@ class Gated:
 
     def back(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients of gate and up; the first takes the place of the product's."""
-        of_up = torch.empty_like(self.up)
+        gradient, of_up = gradient.contiguous(), torch.empty_like(self.up)
         given = (one.data_ptr() for one in (gradient, gradient, of_up))
         library().gate_back(self._inputs(), *given, torch.get_num_threads())
         return gradient, of_up

@@ -61,11 +61,11 @@ class By:
             assert relative(one.float(), other.float()) < bound
 
 
-def ways(dtypes):
-    """Run a test by Triton in these precisions, and by C in its only one."""
+def ways(dtypes, *others):
+    """Run a test by Triton in these precisions, and in other ways."""
     marks = [pytest.mark.gpu] if GPU else []
     by_triton = [pytest.param(By("triton", one), marks=marks) for one in dtypes]
-    return pytest.mark.parametrize("by", [*by_triton, By("c", torch.bfloat16)], ids=str)
+    return pytest.mark.parametrize("by", [*by_triton, *others], ids=str)
 
 
 @pytest.fixture
@@ -76,8 +76,9 @@ def fresh():
     kernels._triton.cache_clear()
 
 
-everywhere = ways(TOLERANCE)
-in_dots = ways([torch.float32, torch.bfloat16 if GPU else torch.float16])  # which the interpreter does not know in bf16
+by_c = By("c", torch.bfloat16)
+everywhere = ways(TOLERANCE, by_c)
+IN_DOTS = [torch.float32, torch.bfloat16 if GPU else torch.float16]  # which the interpreter does not know in bf16
 
 
 @everywhere
@@ -93,7 +94,7 @@ def test_a_norm_and_its_gradient(by, gemma, shape):
     by.near([output, ours], [expected.to(by.dtype), of_x.to(by.dtype)])
 
 
-@in_dots
+@ways(IN_DOTS)
 @pytest.mark.parametrize("ranks", [(16, 16), (8, 40)])
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_a_gated_activation_with_adapters_and_its_gradients(by, ranks, name):
@@ -121,7 +122,7 @@ def test_rotary_positions(by, width):
     assert not with_gaps.is_contiguous() and torch.equal(by.kernels.rotate(with_gaps, cos, sin), turned)
 
 
-@in_dots
+@ways(IN_DOTS, by_c)
 @pytest.mark.parametrize(("width", "heads", "shared"), [(24, 4, 2), (64, 3, 3), (136, 4, 1)])
 @pytest.mark.parametrize("window", [None, 20])
 def test_attention_inside_examples_and_its_gradients(by, width, heads, shared, window):

@@ -45,7 +45,7 @@ def guarded(monkeypatch):
 
     monkeypatch.setattr(torch, "empty_like", lambda one: guarded(one.shape, one.dtype))
     monkeypatch.setattr(torch, "empty", lambda *shape, dtype: guarded(shape, dtype))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda _, *shape, dtype: guarded(shape, dtype))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda one, *shape, dtype=None: guarded(shape, dtype or one.dtype))
     yield guarded
     assert made and all((one[:GUARD] == 0xFF).all() and (one[-GUARD:] == 0xFF).all() for one in made)
 
@@ -236,35 +236,63 @@ def definition(name, x):
 
 
 @pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh"])
-@pytest.mark.parametrize("ranks", [(1, 1), (3, 40), (40, 3), (16, 1)])
-@pytest.mark.parametrize(("rows", "width"), [(1, 1), (7, 31), (8, 32), (9, 33), (50, 200)])
-def test_gated_activations_of_any_rank_and_width_are_right_in_every_number(rows, width, ranks, name, c, guarded):
-    shapes = [(rows, width), (rows, width), (rows, sum(ranks)), (width, ranks[0]), (width, ranks[1]), (rows, width)]
-    given = [drawn(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+@pytest.mark.parametrize("shape", [(1, 1), (7, 31), (8, 32), (9, 33), (50, 200)])
+def test_gated_activations_of_any_size_are_right_in_every_number(shape, name, c, guarded):
+    given = [drawn(*shape, seed=seed) for seed in range(3)]
     given[0][:, ::3], given[0][:, 1::3] = given[0][:, ::3] * 100, given[0][:, 1::3] * 5  # far from zero, and not
-    gate, up, low, *ups, above = (one.to(EXACT) for one in given)
-    lows = low.split(ranks, dim=1)
-    gate, up = (one + part @ b.T for one, part, b in zip((gate, up), lows, ups, strict=True))
+    gate, up, above = (one.to(EXACT) for one in given)
     expected = definition(name, gate.requires_grad_()) * up.requires_grad_()
     of_gate, of_up = torch.autograd.grad((expected * above).sum(), (gate, up))
-    *inputs, first, second, above = between_guards(guarded, given)
-    gated = c.Gated(*inputs, (first, second), name)
-    output, (back_of_gate, back_of_up) = gated.product(), gated.back(above)
+    gate, up, above = between_guards(guarded, given)
+    output = c.gate(gate, up, tanh=name != "silu")
+    back_of_gate, back_of_up = c.gate_back(above, gate, up, tanh=name != "silu")
     assert inside_guards([output, back_of_gate, back_of_up])
     for mine, right in ((output, expected), (back_of_gate, of_gate), (back_of_up, of_up)):
         near(mine, right.detach(), relative=1.01 * 2**-8, least=1e-4)
 
 
-@pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("tanh", [False, True])
 @pytest.mark.parametrize("far", [-1e18, -1e4, -100, 100, 1e4])
-def test_a_gate_however_far_from_zero_is_open_or_shut(far, name, c):
-    gate, up, none = torch.full((3, 5), far, dtype=BF16), drawn(3, 5), torch.zeros(5, 1, dtype=BF16)
-    gated = c.Gated(gate, up, torch.zeros(3, 2, dtype=BF16), (none, none), name)
-    open_ = float(far > 0)
-    near(gated.product(), (gate * up).to(EXACT) * open_, relative=2**-7, least=1e-6)
-    of_gate, of_up = gated.back(torch.ones_like(gate))
+def test_a_gate_however_far_from_zero_is_open_or_shut(far, tanh, c):
+    gate, up, open_ = torch.full((3, 5), far, dtype=BF16), drawn(3, 5), float(far > 0)
+    near(c.gate(gate, up, tanh=tanh), (gate * up).to(EXACT) * open_, relative=2**-7, least=1e-6)
+    of_gate, of_up = c.gate_back(torch.ones_like(gate), gate, up, tanh=tanh)
     near(of_gate, up.to(EXACT) * open_, relative=2**-7, least=1e-6)
     near(of_up, gate.to(EXACT) * open_, relative=2**-7, least=1e-6)
+
+
+# linear maps
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 63, 65, 130])
+@pytest.mark.parametrize(("inner", "columns"), [(1, 1), (2, 33), (31, 32), (50, 70), (96, 200), (40, 4100)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_sums_of_products_are_right_in_every_number(rows, inner, columns, bias, c, guarded):
+    """A weight as it is and turned, also where another order of its numbers makes it so, and an odd rank's columns."""
+    few = drawn(rows, 7, seed=1)
+    several = [
+        (drawn(rows, inner), drawn(columns, inner, seed=2), True),
+        (few[:, 2:5], drawn(columns, 3, seed=3), True),
+    ]
+    several += [(drawn(rows, inner, seed=4), drawn(inner, columns, seed=5), False)]
+    several += [(drawn(rows, 6, seed=6), drawn(6, columns, seed=7).T, True), (few[:, 1:3], drawn(columns, 2).T, False)]
+    added = drawn(columns, seed=8) if bias else torch.zeros(columns, dtype=BF16)
+    exact = [(x.to(EXACT), (weight.T if turned else weight).to(EXACT)) for x, weight, turned in several]
+    right = sum((x @ weight for x, weight in exact), added.to(EXACT))
+    size = sum((x.abs() @ weight.abs() for x, weight in exact), added.to(EXACT).abs())
+    inside = [(*between_guards(guarded, [x, weight.contiguous()]), turned) for x, weight, turned in several]
+    for given in (several, inside):
+        output = c.linear(given, added if bias else None)
+        assert output.shape == right.shape and output.dtype == BF16
+        assert ((output.to(EXACT) - right).abs() <= 1.01 * 2**-8 * right.abs() + 1e-6 * size).all()
+    assert inside_guards([output]) or rows < 8  # then of a larger one
+
+
+def test_a_row_of_a_product_is_computed_alike_beside_any_others(c):
+    x, weight = drawn(300, 96), drawn(200, 96, seed=1)
+    whole = c.linear([(x, weight, True)])
+    for begin, end in ((0, 1), (3, 20), (100, 229), (292, 300)):
+        assert torch.equal(c.linear([(x[begin:end], weight, True)]), whole[begin:end])
 
 
 @pytest.mark.parametrize("heads", [1, 3, 7])
@@ -287,9 +315,9 @@ def everything():
     """What every kernel makes of some inputs."""
     lengths, x, above = (130, 1, 65, 33), drawn(229, 200), drawn(229, 200, seed=1)
     output, inverse = cpu.norm(x, x[0], 1e-5, gemma=False)
-    gated = cpu.Gated(x, above, x[:, :7].contiguous(), (x[:200, :3].contiguous(), x[:200, :4].contiguous()), "silu")
-    made = [output, inverse, cpu.norm_back(above, x, x[0], inverse, gemma=False), gated.product()]
-    made += [*gated.back(above.clone()), cpu.rotate(x.view(229, 5, 40), x[:, :40], above[:, :40])]
+    made = [output, inverse, cpu.norm_back(above, x, x[0], inverse, gemma=False), cpu.gate(x, above, tanh=True)]
+    made += [*cpu.gate_back(above.clone(), x, x, tanh=False), cpu.rotate(x.view(229, 5, 40), x[:, :40], above[:, :40])]
+    made += [cpu.linear([(x, drawn(1000, 200, seed=2), True), (above, drawn(200, 1000, seed=3), False)])]
     long = (500, 300, 400)  # or one thread is done before another begins
     return (
         made + attended(parts(lengths, 4, 2, 24), lengths, 0.3, 33) + attended(parts(long, 8, 4, 80), long, 0.1, None)

@@ -19,6 +19,11 @@ def compiled(x: Tensor) -> ModuleType | None:
     return _c() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else None
 
 
+def multiplying(x: Tensor) -> ModuleType | None:
+    """Return the module whose products are faster than torch's: `cpu`, but where AMX makes torch's faster."""
+    return None if x.is_cuda or torch.cpu._is_amx_tile_supported() else compiled(x)
+
+
 @cache
 def _triton() -> ModuleType | None:
     """Try the kernels: Triton also needs a C compiler, a folder for what it compiles, and a GPU that it knows."""

@@ -115,14 +115,15 @@ static void pair_rows(bf16 *target, const bf16 *source, long rows, long columns)
         }
 }
 
-/* Turn words of 32 bits, [rows][columns], into [columns][rows]; both are multiples of 16. */
-static void transpose(void *target, const void *source, long rows, long columns) {
+/* Turn words of 32 bits, [rows][columns], into [columns][rows]; both are multiples of 16. Rows of the target and of the
+   source are `apart` and `source_apart` words apart. */
+static void transpose(void *target, long apart, const void *source, long source_apart, long rows, long columns) {
     for (long row = 0; row < rows; row += LANES)
         for (long column = 0; column < columns; column += LANES) {
             __m512i a[LANES], b[LANES];
-            const int32_t *from = (const int32_t *)source + row * columns + column;
-            int32_t *to = (int32_t *)target + column * rows + row;
-            UNROLLED for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * columns);
+            const int32_t *from = (const int32_t *)source + row * source_apart + column;
+            int32_t *to = (int32_t *)target + column * apart + row;
+            UNROLLED for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * source_apart);
             UNROLLED for (int i = 0; i < 16; i += 2) {
                 b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
                 b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
@@ -138,10 +139,10 @@ static void transpose(void *target, const void *source, long rows, long columns)
                 __m512i odd = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
                 __m512i even_2 = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
                 __m512i odd_2 = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
-                _mm512_storeu_si512(to + i * rows, _mm512_shuffle_i32x4(even, even_2, 0x88));
-                _mm512_storeu_si512(to + (i + 4) * rows, _mm512_shuffle_i32x4(odd, odd_2, 0x88));
-                _mm512_storeu_si512(to + (i + 8) * rows, _mm512_shuffle_i32x4(even, even_2, 0xdd));
-                _mm512_storeu_si512(to + (i + 12) * rows, _mm512_shuffle_i32x4(odd, odd_2, 0xdd));
+                _mm512_storeu_si512(to + i * apart, _mm512_shuffle_i32x4(even, even_2, 0x88));
+                _mm512_storeu_si512(to + (i + 4) * apart, _mm512_shuffle_i32x4(odd, odd_2, 0x88));
+                _mm512_storeu_si512(to + (i + 8) * apart, _mm512_shuffle_i32x4(even, even_2, 0xdd));
+                _mm512_storeu_si512(to + (i + 12) * apart, _mm512_shuffle_i32x4(odd, odd_2, 0xdd));
             }
         }
 }
@@ -202,7 +203,7 @@ static void attend_example(const struct attention *all, long begin, long count, 
     float *scores = take(&room, TILE * TILE * 4), *result = take(&room, TILE * wide * 4);
     const float scale = all->scale * LOG2_E;
     copy_rows(rows, all->key + begin * row_of_keys + shared * width, row_of_keys, count, width);
-    transpose(keys, rows, many, wide / 2);
+    transpose(keys, many, rows, wide / 2, many, wide / 2);
     copy_rows(rows, all->value + begin * row_of_keys + shared * width, row_of_keys, count, width);
     pair_rows(values, rows, many, wide);
     for (long head = shared * group; head < (shared + 1) * group; head++)
@@ -275,16 +276,16 @@ static void attend_back_example(const struct attention *all, long begin, long co
     copy_rows(keys, all->key + begin * row_of_keys + shared * width, row_of_keys, count, width);
     copy_rows(values, all->value + begin * row_of_keys + shared * width, row_of_keys, count, width);
     pair_rows(above, keys, many, wide);
-    transpose(keys_across, above, many / 2, wide);
+    transpose(keys_across, many / 2, above, wide, many / 2, wide);
     memset(of_key, 0, size * sizeof(float));
     memset(of_value, 0, size * sizeof(float));
     for (long head = shared * group; head < (shared + 1) * group; head++) {
         const long at_head = begin * row_of_queries + head * width;
         copy_rows(asking, all->query + at_head, row_of_queries, count, width);
         copy_rows(above, all->gradient + at_head, row_of_queries, count, width);
-        transpose(asking_across, asking, many, wide / 2);
+        transpose(asking_across, many, asking, wide / 2, many, wide / 2);
         pair_rows(asking_pairs, asking, many, wide);
-        transpose(above_across, above, many, wide / 2);
+        transpose(above_across, many, above, wide / 2, many, wide / 2);
         pair_rows(above_pairs, above, many, wide);
         for (long row = 0; row < many; row++) {
             floats sum = _mm512_setzero_ps();
@@ -338,7 +339,7 @@ static void attend_back_example(const struct attention *all, long begin, long co
                                 least(tall, query + column + STEP - key) / 2);
             }
         }
-        transpose(of_query, of_query_across, wide, many);
+        transpose(of_query, wide, of_query_across, many, wide, many);
         put_rows(all->of_query + at_head, row_of_queries, of_query, count, width, all->scale);
     }
     put_rows(all->of_key + begin * row_of_keys + shared * width, row_of_keys, of_key, count, width, all->scale);
@@ -352,6 +353,80 @@ void attention(const struct attention *all, int back, char *rooms, long room, in
         const int32_t *tile = all->tiles + task / all->key_heads * 3;
         char *own = rooms + omp_get_thread_num() * room;
         (back ? attend_back_example : attend_example)(all, tile[0], tile[2] - tile[0], task % all->key_heads, own);
+    }
+}
+
+/* ---- linear maps ---- */
+
+struct part {
+    const bf16 *x, *weight; /* [rows][inner], whose rows are `apart` numbers apart; [columns][inner] if turned, else
+                               [inner][columns] */
+    long inner, apart, turned;
+};
+
+/* Pack 32 columns of a weight from `column` on in pairs, [inner / 2][32][2]; those that are not there are zeros. */
+static void pack(bf16 *target, const struct part *part, long column, long columns) {
+    long inner = part->inner, there = least(STEP, columns - column);
+    if (!part->turned) {
+        for (long pair = 0; pair < inner / 2; pair++)
+            for (long i = 0; i < STEP; i += LANES) {
+                const bf16 *at = part->weight + 2 * pair * columns + column + i;
+                __m512i one = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(there - i), at));
+                __m512i two = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(there - i), at + columns));
+                __m512i both = _mm512_or_si512(one, _mm512_slli_epi32(two, 16));
+                _mm512_storeu_si512(target + (pair * STEP + i) * 2, both);
+            }
+        return;
+    }
+    const bf16 *from = part->weight + column * inner;
+    long whole = there < STEP ? 0 : inner / 2 / LANES * LANES; /* pairs that `transpose` takes */
+    transpose(target, STEP, from, inner / 2, whole ? STEP : 0, whole);
+    for (long pair = whole; pair < inner / 2; pair++)
+        for (long i = 0; i < STEP; i++)
+            for (int k = 0; k < 2; k++)
+                target[(pair * STEP + i) * 2 + k] = i < there ? from[i * inner + 2 * pair + k] : 0;
+}
+
+enum { PACKED = 1 << 19, CHUNK = 64 }; /* bytes of a weight and rows of x that stay in the second cache */
+
+/* output [rows][columns] = the sum of all parts' x times weight, and the bias if there is one; every inner is even. Each
+   thread has `room` bytes at `rooms`. */
+void linear(const struct part *parts, int count, const bf16 *bias, bf16 *output, long rows, long columns, char *rooms,
+            long room, int threads) {
+    long inner = 0;
+    for (int i = 0; i < count; i++) inner += parts[i].inner;
+    long panels = (columns + STEP - 1) / STEP, several = most(1, least(4, PACKED / (inner * STEP * 2)));
+    several = most(1, least(several, panels / threads));
+    long groups = (panels + several - 1) / several, splits = groups >= threads ? 1 : (threads + groups - 1) / groups;
+    long tall = ((rows + splits - 1) / splits + ROWS - 1) / ROWS * ROWS;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (long task = 0; task < groups * splits; task++) {
+        bf16 *packed = (bf16 *)(rooms + omp_get_thread_num() * room);
+        long begin = task / groups * tall, end = least(rows, begin + tall), panel = task % groups * several;
+        long last = least(panels, panel + several);
+        if (begin >= end) continue;
+        bf16 *to = packed;
+        for (long one = panel; one < last; one++)
+            for (int i = 0; i < count; to += parts[i++].inner * STEP) pack(to, parts + i, one * STEP, columns);
+        for (long chunk = begin; chunk < end; chunk += CHUNK)
+            for (long one = panel; one < last; one++)
+                for (long row = chunk; row < least(end, chunk + CHUNK); row += ROWS) {
+                    long at = row + ROWS <= rows ? row : most(0, rows - ROWS); /* the last rows are computed again */
+                    const bf16 *right = packed + (one - panel) * inner * STEP;
+                    floats sums[ROWS][2];
+                    clear(sums);
+                    for (int i = 0; i < count; right += parts[i++].inner * STEP)
+                        multiply(sums, parts[i].x + at * parts[i].apart, parts[i].apart, right, STEP,
+                                 parts[i].inner / 2);
+                    UNROLLED for (int r = 0; r < ROWS; r++)
+                        UNROLLED for (int i = 0; i < 2; i++) {
+                            long column = one * STEP + i * LANES;
+                            __mmask16 which = first(columns - column);
+                            floats sum = sums[r][i];
+                            if (bias) sum += load(bias + column, which);
+                            store(output + (at + r) * columns + column, which, sum);
+                        }
+                }
     }
 }
 
@@ -398,12 +473,6 @@ void norm_back(const bf16 *gradient, const bf16 *x, const bf16 *weight, const fl
 
 /* ---- gated activations ---- */
 
-struct gated {
-    const bf16 *gate, *up, *low, *up_of_gate, *up_of_up; /* of the last two the pairs of ranks, [ranks / 2][wide][2] */
-    long rows, width, wide, ranks, rank_of_gate, rank_of_up;
-    int tanh; /* gelu by its approximation with tanh instead of silu */
-};
-
 INLINE floats sigmoid(floats x) {
     floats below = 1.0f + power_of_2(_mm512_min_ps(x * -LOG2_E, _mm512_set1_ps(126)));
     floats part = _mm512_rcp14_ps(below); /* to 14 bits; one step of Newton's doubles them */
@@ -422,50 +491,26 @@ INLINE floats activated(floats x, int tanh, floats *slope) {
     return 0.5f * x * (1.0f + whole);
 }
 
-/* Compute 8 rows: act(gate) * up to `output` or, of its gradient, those of gate and up; adapters are added on the way.
-   The product's gradient may be where gate's or up's goes. */
-INLINE void gate_rows(const struct gated *all, long row, bf16 *output, const bf16 *gradient, bf16 *of_gate,
-                      bf16 *of_up) {
-    long there = least(ROWS, all->rows - row), second = all->rank_of_gate + all->rank_of_gate % 2;
-    long ranks = second + all->rank_of_up + all->rank_of_up % 2;
-    bf16 low[ROWS * ranks];
-    memset(low, 0, sizeof low);
-    for (long r = 0; r < there; r++) {
-        memcpy(low + r * ranks, all->low + (row + r) * all->ranks, all->rank_of_gate * sizeof(bf16));
-        memcpy(low + r * ranks + second, all->low + (row + r) * all->ranks + all->rank_of_gate,
-               all->rank_of_up * sizeof(bf16));
-    }
-    for (long column = 0; column < all->width; column += STEP) {
-        floats gates[ROWS][2], ups[ROWS][2];
-        clear(gates);
-        multiply(gates, low, ranks, all->up_of_gate + column * 2, all->wide, second / 2);
-        clear(ups);
-        multiply(ups, low + second, ranks, all->up_of_up + column * 2, all->wide, (ranks - second) / 2);
-        UNROLLED for (int r = 0; r < ROWS; r++)
-            UNROLLED for (int i = 0; i < 2; i++) {
-                long at = (row + r) * all->width + column + i * LANES;
-                __mmask16 which = r < there ? first(all->width - column - i * LANES) : 0;
-                floats slope, up = ups[r][i] + load(all->up + at, which);
-                floats active = activated(gates[r][i] + load(all->gate + at, which), all->tanh, &slope);
-                if (output) {
-                    store(output + at, which, active * up);
-                    continue;
-                }
-                floats above = load(gradient + at, which);
-                store(of_gate + at, which, above * up * slope);
-                store(of_up + at, which, above * active);
-            }
+/* output = act(gate) * up, of `count` numbers; gelu by its approximation with tanh instead of silu. */
+void gate(const bf16 *gates, const bf16 *ups, bf16 *output, long count, int tanh, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long i = 0; i < count; i += LANES) {
+        __mmask16 which = first(count - i);
+        floats slope;
+        store(output + i, which, activated(load(gates + i, which), tanh, &slope) * load(ups + i, which));
     }
 }
 
-void gate(const struct gated *all, bf16 *output, int threads) {
+/* The gradients of gate and up from that of their product, which may be where one of them goes. */
+void gate_back(const bf16 *gradient, const bf16 *gates, const bf16 *ups, bf16 *of_gate, bf16 *of_up, long count,
+               int tanh, int threads) {
 #pragma omp parallel for num_threads(threads)
-    for (long row = 0; row < all->rows; row += ROWS) gate_rows(all, row, output, 0, 0, 0);
-}
-
-void gate_back(const struct gated *all, const bf16 *gradient, bf16 *of_gate, bf16 *of_up, int threads) {
-#pragma omp parallel for num_threads(threads)
-    for (long row = 0; row < all->rows; row += ROWS) gate_rows(all, row, 0, gradient, of_gate, of_up);
+    for (long i = 0; i < count; i += LANES) {
+        __mmask16 which = first(count - i);
+        floats slope, active = activated(load(gates + i, which), tanh, &slope), above = load(gradient + i, which);
+        store(of_gate + i, which, above * load(ups + i, which) * slope);
+        store(of_up + i, which, above * active);
+    }
 }
 
 /* ---- cross-entropy ---- */

@@ -12,18 +12,20 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass
-from functools import cache, cached_property
+from collections.abc import Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from lora_kit.data.cache import cache_folder
 
 AVX512 = ("f", "bw", "dq", "vl", "bf16")
 FLAGS = ["-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp", "-mfma", *(f"-mavx512{one}" for one in AVX512)]
+LEAST_ROWS, PACKED = 8, 1 << 19  # of a product; bytes of its weight that are packed at once, or 32 columns
 WHOLE = 1 << 30  # rows of a tile: an example is never cut
 
 
@@ -59,13 +61,14 @@ def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
     long, pointer, number = ctypes.c_long, ctypes.c_void_p, ctypes.c_int
     kernels.attention_room.argtypes, kernels.attention_room.restype = [long, long], long
     kernels.attention.argtypes = [ctypes.POINTER(_Attention), number, pointer, long, number]
+    kernels.linear.argtypes = [ctypes.POINTER(_Part), number, pointer, pointer, long, long, pointer, long, number]
     kernels.norm.argtypes = [*[pointer] * 4, long, long, ctypes.c_float, number, number]
     kernels.norm_back.argtypes = [*[pointer] * 5, long, long, number, number]
-    kernels.gate.argtypes = [ctypes.POINTER(_Gated), pointer, number]
-    kernels.gate_back.argtypes = [ctypes.POINTER(_Gated), *[pointer] * 3, number]
+    kernels.gate.argtypes = [*[pointer] * 3, long, number, number]
+    kernels.gate_back.argtypes = [*[pointer] * 5, long, number, number]
     kernels.rotate.argtypes = [*[pointer] * 4, long, long, long, number]
     kernels.choose.argtypes = [*[pointer] * 3, long, long, number, number]
-    for one in ("attention", "norm", "norm_back", "gate", "gate_back", "choose", "rotate"):
+    for one in ("attention", "linear", "norm", "norm_back", "gate", "gate_back", "choose", "rotate"):
         kernels[one].restype = None
     return kernels
 
@@ -79,12 +82,42 @@ class _Attention(ctypes.Structure):
     )
 
 
-class _Gated(ctypes.Structure):
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("gate", "up", "low", "up_of_gate", "up_of_up")]
-        + [(name, ctypes.c_long) for name in ("rows", "width", "wide", "ranks", "rank_of_gate", "rank_of_up")]
-        + [("tanh", ctypes.c_int)]
-    )
+class _Part(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "weight")] + [
+        (name, ctypes.c_long) for name in ("inner", "apart", "turned")
+    ]
+
+
+def linear(parts: Sequence[tuple[Tensor, Tensor, bool]], bias: Tensor | None = None) -> Tensor:
+    """Return the sum of products [rows, columns], rounded once.
+
+    Args:
+        parts: Each x [rows, inner], its weight, and whether that is turned, [columns, inner], or [inner, columns].
+        bias: [columns].
+    """
+    more = LEAST_ROWS - len(parts[0][0])
+    if more > 0:
+        filled = [(functional.pad(x, (0, 0, 0, more)), weight, turned) for x, weight, turned in parts]
+        return linear(filled, bias)[:-more]
+    given, threads = [_in_pairs(*one) for one in parts], torch.get_num_threads()
+    (x, weight, turned), inner = given[0], sum(x.shape[1] for x, _, _ in given)
+    rows, columns = len(x), weight.shape[0 if turned else 1]
+    output, room = x.new_empty(rows, columns), max(PACKED, 64 * inner) + 64
+    rooms = torch.empty(threads * room, dtype=torch.uint8)
+    made = [_Part(x.data_ptr(), weight.data_ptr(), x.shape[1], x.stride(0), turned) for x, weight, turned in given]
+    rest = (output.data_ptr(), rows, columns, rooms.data_ptr(), room, threads)
+    library().linear((_Part * len(made))(*made), len(made), None if bias is None else bias.data_ptr(), *rest)
+    return output
+
+
+def _in_pairs(x: Tensor, weight: Tensor, turned: bool) -> tuple[Tensor, Tensor, bool]:
+    """Return a product whose numbers lie as the kernel reads them, an even number of them to sum over."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    if not weight.is_contiguous():
+        weight, turned = (weight.t(), not turned) if weight.t().is_contiguous() else (weight.contiguous(), turned)
+    if x.shape[1] % 2:
+        x, weight = functional.pad(x, (0, 1)), functional.pad(weight, (0, 1) if turned else (0, 0, 0, 1))
+    return x, weight, turned
 
 
 def norm(rows: Tensor, weight: Tensor, epsilon: float, *, gemma: bool) -> tuple[Tensor, Tensor]:
@@ -103,42 +136,20 @@ def norm_back(gradient: Tensor, rows: Tensor, weight: Tensor, inverse: Tensor, *
     return output
 
 
-@dataclass(frozen=True)
-class Gated:
-    """The inputs of a gated activation act(gate + low up') * (up + ...), as gpu.Gated says."""
+def gate(gates: Tensor, ups: Tensor, *, tanh: bool) -> Tensor:
+    """Return silu(gates) * ups, or gelu's approximation with tanh."""
+    output = torch.empty_like(gates)
+    given = (one.data_ptr() for one in (gates, ups, output))
+    library().gate(*given, gates.numel(), tanh, torch.get_num_threads())
+    return output
 
-    gate: Tensor
-    up: Tensor
-    low: Tensor
-    ups: tuple[Tensor, Tensor]
-    activation: str
 
-    def product(self) -> Tensor:
-        """Return act(gate) * up."""
-        output = torch.empty_like(self.gate)
-        library().gate(self._inputs(), output.data_ptr(), torch.get_num_threads())
-        return output
-
-    def back(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradients of gate and up; the first takes the place of the product's."""
-        gradient, of_up = gradient.contiguous(), torch.empty_like(self.up)
-        given = (one.data_ptr() for one in (gradient, gradient, of_up))
-        library().gate_back(self._inputs(), *given, torch.get_num_threads())
-        return gradient, of_up
-
-    @cached_property
-    def _pairs(self) -> list[Tensor]:
-        """Each B, two ranks a word [ranks / 2, width], both padded with zeros."""
-        shapes = ((0, one.shape[1] % 2, 0, -len(one) % 32) for one in self.ups)
-        whole = (torch.nn.functional.pad(one, shape) for one, shape in zip(self.ups, shapes, strict=True))
-        return [one.contiguous().view(torch.int32).t().contiguous() for one in whole]
-
-    def _inputs(self) -> _Gated:
-        assert self.gate.is_contiguous() and self.up.is_contiguous() and self.low.is_contiguous()
-        given = (one.data_ptr() for one in (self.gate, self.up, self.low, *self._pairs))
-        ranks = [one.shape[1] for one in self.ups]
-        rest = (*self.gate.shape, self._pairs[0].shape[1], self.low.shape[1], *ranks)
-        return _Gated(*given, *rest, self.activation != "silu")
+def gate_back(gradient: Tensor, gates: Tensor, ups: Tensor, *, tanh: bool) -> tuple[Tensor, Tensor]:
+    """Return the gradients of gates and ups; the first takes the place of the product's."""
+    of_up = torch.empty_like(ups)
+    given = (one.data_ptr() for one in (gradient, gates, ups, gradient, of_up))
+    library().gate_back(*given, gates.numel(), tanh, torch.get_num_threads())
+    return gradient, of_up
 
 
 def choose(logits: Tensor, labels: Tensor, *, to_gradient: bool) -> Tensor:

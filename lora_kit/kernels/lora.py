@@ -6,8 +6,9 @@ A frozen weight needs no gradient, so each map costs two large products a step i
 the input and its few columns of x A'. Held in 4 or 8 bits, a weight is made whole where it is multiplied.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd import Function
 from transformers.pytorch_utils import Conv1D
+
+from lora_kit.kernels import multiplying
 
 ADAPTER = "default"
 KINDS = ("Linear", "Linear4bit", "Linear8bitLt")  # of peft's layers; those of bitsandbytes only exist where it does
@@ -155,8 +158,8 @@ def project(
     outputs = []
     for one, up, part in zip(maps, ups, low.split(ranks, dim=1), strict=True):
         bias = cast(Tensor | None, one.base.bias)
-        output = nn.functional.linear(x, one.weight(x.dtype), bias)
-        outputs.append(output.addmm_(part, up.to(x.dtype).T) if whole else output)
+        added = [(part, up.to(x.dtype), True)] if whole else []
+        outputs.append(summed([(x, one.weight(x.dtype), True), *added], bias))
     if origin is None or any(mask is not None for mask in passed):
         return outputs, Kept(x, low, passed)
     return outputs, Kept(origin.rows, low, passed, origin.of_row, origin.of_column)
@@ -178,19 +181,43 @@ def project_back(
         torch.mm(gradient, up.to(x.dtype), out=target)
         of_ups.append((gradient.T @ low).float())
     down = _scaled(maps, adapters, x.dtype)
-    if all(mask is None for mask in kept.passed):
-        of_downs = list(kept.of_downs(of_low).split(ranks))
-        of_x = of_low @ down if to_input else torch.empty(0)
-    else:
-        several = list(zip(maps, down.split(ranks), of_low.split(ranks, dim=1), kept.passed, strict=True))
+    several = list(zip(maps, down.split(ranks), of_low.split(ranks, dim=1), kept.passed, strict=True))
+    dropped = any(mask is not None for mask in kept.passed)
+    if dropped:
         of_downs = [(low.T @ _through(x, mask, one)).float() for one, _, low, mask in several]
-        of_x = torch.zeros_like(x)
-        for one, part, low, mask in several if to_input else ():
-            of_x += _through(low @ part, mask, one)
+    else:
+        of_downs = list(kept.of_downs(of_low).split(ranks))
     of_downs = [whole.mul_(one.scale) for one, whole in zip(maps, of_downs, strict=True)]
-    for one, gradient in zip(maps, gradients, strict=True) if to_input else ():
-        of_x.addmm_(gradient, one.weight(x.dtype))
-    return of_x if to_input else None, of_downs + of_ups
+    if not to_input:
+        return None, of_downs + of_ups
+    through_weights = ((gradient, one.weight(x.dtype), False) for one, gradient in zip(maps, gradients, strict=True))
+    if dropped:
+        of_x = summed(through_weights)
+        for one, part, low, mask in several:
+            of_x += _through(low @ part, mask, one)
+    else:
+        of_x = summed(chain([(of_low, down, False)], through_weights))
+    return of_x, of_downs + of_ups
+
+
+def summed(parts: Iterable[tuple[Tensor, Tensor, bool]], bias: Tensor | None = None) -> Float[Tensor, "rows columns"]:
+    """Return the sum of some products.
+
+    Args:
+        parts: Each x [rows, inner], its weight, and whether that is turned, [columns, inner], else [inner, columns].
+            One is asked for after the other where they are not computed together: weights may have to be made.
+        bias: [columns].
+    """
+    parts = iter(parts)
+    x, weight, turned = first = next(parts)
+    kernels = multiplying(x)
+    if kernels:
+        whole: Tensor = kernels.linear([first, *parts], bias)
+        return whole
+    output = nn.functional.linear(x, weight if turned else weight.T, bias)
+    for x, weight, turned in parts:
+        output.addmm_(x, weight.T if turned else weight)
+    return output
 
 
 def _scaled(maps: Sequence[Map], adapters: Sequence[Tensor], dtype: torch.dtype) -> Float[Tensor, "ranks inputs"]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from lora_kit.kernels import compiled
+from lora_kit.kernels.lora import summed
 
 LOGITS = {"cpu": 1 << 23, "cuda": 1 << 26}  # held at once: a GPU reads the head anew for each chunk of rows
 AT_ONCE = 1 << 18  # logits that stay in a CPU's cache
@@ -41,7 +42,9 @@ class Head:
 
     def before_cap(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocabulary"]:
         """Return the logits in units of the cap, if there is one."""
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        logits = summed([(hidden.flatten(0, -2), self.weight, True)], self.bias).view(
+            *hidden.shape[:-1], len(self.weight)
+        )
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.cap is None else torch.tanh(logits / self.cap)
@@ -54,7 +57,8 @@ class Head:
         """Return the gradient of the hidden states from that of the logits, which is used up."""
         if self.cap is not None:
             of_logits = torch.ops.aten.tanh_backward(of_logits, before)
-        return of_logits.mul_(self.scale) @ self.weight if self.scale != 1.0 else of_logits @ self.weight
+        of_logits = of_logits.mul_(self.scale) if self.scale != 1.0 else of_logits
+        return summed([(of_logits, self.weight, False)])
 
 
 class _CrossEntropy(Function):
@@ -86,9 +90,9 @@ def _filled(rows: Tensor) -> Tensor:
 
 def _chosen(logits: Tensor, labels: Tensor, *, to_gradient: bool) -> Tensor:
     """Return the sum of the labels' log-probabilities, a few rows at a time; turn logits into their loss's gradient."""
-    kernels = compiled(logits)
-    if kernels and not logits.is_cuda:
-        chosen: Tensor = kernels.choose(logits, labels, to_gradient=to_gradient)
+    choose = getattr(compiled(logits), "choose", None)
+    if choose:
+        chosen: Tensor = choose(logits, labels, to_gradient=to_gradient)
         return chosen.sum()
     total = torch.zeros((), device=logits.device)
     few = len(logits) if logits.is_cuda else max(1, AT_ONCE // logits.shape[1])

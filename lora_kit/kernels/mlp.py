@@ -32,7 +32,7 @@ class GatedMlp(Function):
     def forward(ctx: Any, x: Tensor, origin: Origin | None, act: str, maps: Sequence[Map], *adapters: Tensor) -> Tensor:
         """Compute it; the maps are gate, up and down."""
         into, out = _of_parts(adapters)
-        (gate, up), kept = project(x, maps[:2], into, origin=origin, whole=not compiled(x))
+        (gate, up), kept = project(x, maps[:2], into, origin=origin, whole=not _adding(x))
         active = _gated(gate, up, kept.low, into, act)
         (output,), inner = project(active.product(), maps[2:], out)
         masks = [one for one in (*kept.passed, *inner.passed) if one is not None]
@@ -71,22 +71,35 @@ class Gated:
 
     def product(self) -> Tensor:
         """Return it."""
+        kernels = compiled(self.gate)
+        if kernels:
+            product: Tensor = kernels.gate(self.gate, self.up, tanh=self.activation != "silu")
+            return product
         return ACTIVATIONS[self.activation][0](self.gate).mul_(self.up)
 
     def back(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients of gate and up from that of their product, which is used up."""
+        kernels = compiled(self.gate)
+        if kernels:
+            of_gate, of_up = kernels.gate_back(gradient, self.gate, self.up, tanh=self.activation != "silu")
+            return of_gate, of_up
         active, back = ACTIVATIONS[self.activation]
         of_up = active(self.gate).mul_(gradient)
         return back(gradient.mul_(self.up), self.gate), of_up
 
 
+def _adding(x: Tensor) -> Any:
+    """Return the gated activation that adds adapters on the way, where there is one."""
+    return getattr(compiled(x), "Gated", None)
+
+
 def _gated(gate: Tensor, up: Tensor, low: Tensor, into: Sequence[Tensor], act: str) -> Any:
-    """Return the gated activation; a compiled one adds what the adapters make of the input on the way."""
-    kernels = compiled(gate)
-    if not kernels:
+    """Return the gated activation; on a GPU it adds what the adapters make of the input on the way."""
+    adding = _adding(gate)
+    if not adding:
         return Gated(gate, up, act)
     of_gate, of_up = (one.to(gate.dtype) for one in into[2:])
-    return kernels.Gated(gate, up, low, (of_gate, of_up), act)
+    return adding(gate, up, low, (of_gate, of_up), act)
 
 
 def _of_parts(adapters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -12,14 +12,10 @@ from torch import Tensor, nn
 from lora_kit.data.packing import IGNORE, MicroBatch
 from lora_kit.kernels.attention import SEGMENT, Segments, attention_of, inner_of, moved
 from lora_kit.kernels.choice import head_of, last_mlp_of
-from lora_kit.kernels.loss import summed_cross_entropy
+from lora_kit.kernels.loss import ROWS, summed_cross_entropy
 from lora_kit.kernels.mlp import at_rows
 
 Inputs = dict[str, Tensor | Segments | bool]
-
-ROWS = 32
-"""Rows on a CPU are a multiple of it: what oneDNN generates for products of so many rows it keeps for ever, several MB
-for each number that ever comes."""
 
 
 def model_inputs(model: nn.Module, batch: MicroBatch, device: torch.device) -> Inputs:

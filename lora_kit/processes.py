@@ -42,6 +42,7 @@ CONTRADICTIONS = {  # what `accelerate launch` asks for through the environment,
 
 
 MMAP_THRESHOLD, TRIM_THRESHOLD, NEVER = -3, -1, 1 << 30  # of glibc's mallopt
+MOST_BEFORE_2_35 = 1 << 25  # which those versions accept
 
 
 def _keep_freed_memory() -> None:
@@ -50,8 +51,9 @@ def _keep_freed_memory() -> None:
     Every page of new memory is a fault. Activations of 32 MiB and more would be new each time.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if set_option is not None and not {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys():
-        set_option(MMAP_THRESHOLD, NEVER)
+    if set_option is None or {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys():
+        return
+    if set_option(MMAP_THRESHOLD, NEVER) or set_option(MMAP_THRESHOLD, MOST_BEFORE_2_35):
         set_option(TRIM_THRESHOLD, NEVER)
 
 

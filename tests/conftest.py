@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 
 import json
 import random
+import shlex
 import shutil
 import string
 import subprocess
@@ -56,10 +57,11 @@ def way(request, monkeypatch):
 
 def without_compiled(monkeypatch):
     """Let the fast path compute everything by PyTorch."""
-    from lora_kit.kernels import attention, mlp, norm, rotary
+    from lora_kit.kernels import attention, lora, loss, mlp, norm, rotary
 
-    for one in (attention, mlp, norm, rotary):
+    for one in (attention, loss, mlp, norm, rotary):
         monkeypatch.setattr(one, "compiled", lambda _: None)
+    monkeypatch.setattr(lora, "multiplying", lambda _: None)
 
 
 def need_c():
@@ -77,12 +79,12 @@ def without_c():
 
     if not torch.cpu._is_avx512_bf16_supported():
         return "the CPU does not multiply bf16 by AVX-512"
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    if shutil.which(compiler[0]) is None:
         return "there is no C compiler"
-    command, nothing = [compiler, *FLAGS, "-x", "c", "-", "-o", os.devnull, "-lm"], "#include <immintrin.h>\n"
+    command, nothing = [*compiler, *FLAGS, "-x", "c", "-", "-o", os.devnull, "-lm"], "#include <immintrin.h>\n"
     able = subprocess.run(command, input=nothing, capture_output=True, text=True, check=False).returncode == 0
-    return None if able else f"{compiler} does not know AVX-512 bf16"
+    return None if able else f"{compiler[0]} does not know AVX-512 bf16"
 
 
 def pytest_unconfigure():

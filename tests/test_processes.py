@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 
@@ -94,6 +95,30 @@ def test_products_of_shapes_long_past_are_not_kept_unless_told_so(wanted):
     *_, newest, oldest = told.split("rows ")
     assert "cache_hit" in newest and "cache_miss" not in newest
     assert ("cache_miss" in oldest) == (wanted is None)
+
+
+FAULTS = """
+import resource
+import torch
+from lora_kit.processes import Processes
+Processes.start("bfloat16")
+def faults():
+    torch.empty(1 << 26, dtype=torch.uint8).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+before = faults()
+print("faults", [faults() for _ in range(5)][-1] - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its malloc is not glibc's")
+def test_what_is_freed_on_a_cpu_is_used_again_unless_the_user_says_otherwise():
+    found = []
+    for more in ({}, {"MALLOC_TRIM_THRESHOLD_": "131072"}):
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | more
+        command = [sys.executable, "-c", FAULTS]
+        told = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=120).stdout
+        found.append(int(told.rsplit("faults ", 1)[1]))
+    assert found[0] < found[1] / 4
 
 
 @pytest.mark.parametrize(

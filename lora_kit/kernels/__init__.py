@@ -8,6 +8,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+FEWEST_ROWS = 32  # for fewer, as in generation, packing the weight would cost more than the product
+
 
 def compiled(x: Tensor) -> ModuleType | None:
     """Return the module of compiled kernels that computes this: `gpu`, in any precision but fp64, or `cpu`, in bf16.
@@ -20,8 +22,9 @@ def compiled(x: Tensor) -> ModuleType | None:
 
 
 def multiplying(x: Tensor) -> ModuleType | None:
-    """Return the module whose products are faster than torch's: `cpu`, but where AMX makes torch's faster."""
-    return None if x.is_cuda or torch.cpu._is_amx_tile_supported() else compiled(x)
+    """Return the module whose products of some rows are faster than torch's: `cpu`, but where there is AMX."""
+    few = len(x) < FEWEST_ROWS
+    return None if few or x.is_cuda or torch.cpu._is_amx_tile_supported() else compiled(x)
 
 
 @cache
@@ -55,7 +58,7 @@ def _c() -> ModuleType | None:
 
     try:
         cpu.library()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         _warn("the kernels for CPUs are not compiled", error)
         return None
     return cpu

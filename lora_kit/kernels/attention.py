@@ -108,7 +108,7 @@ def segment_attention(
     segments.windows.append(sliding_window)
     window, scale = sliding_window or None, scaling or query.shape[-1] ** -0.5
     plain = softcap is None and s_aux is None
-    if plain and _tiled(query, value):
+    if plain and _tiled(query, key, value):
         parts = (one.squeeze(0).transpose(0, 1) for one in (query, key, value))
         return TiledAttention.apply(*parts, segments, scale, window)[None], None
     if plain:
@@ -121,8 +121,9 @@ def segment_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
-def _tiled(query: Tensor, value: Tensor) -> bool:
-    fits = query.dtype in TILED_DTYPES and query.shape[-1] == value.shape[-1] <= TILED_WIDTH
+def _tiled(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    alike = query.dtype == key.dtype == value.dtype and query.shape[-1] == value.shape[-1]
+    fits = alike and query.dtype in TILED_DTYPES and query.shape[-1] <= TILED_WIDTH
     return fits and compiled(query) is not None
 
 

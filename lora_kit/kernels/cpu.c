@@ -1,5 +1,6 @@
-/* What a CPU with AVX-512 bf16 computes in few passes: attention inside packed examples, norms, gated activations and
-   rotary positions, in bf16 with sums in fp32. kernels/cpu.py compiles this file and says what the arguments are.
+/* What a CPU with AVX-512 bf16 computes here: attention inside packed examples, linear maps, norms, gated activations,
+   cross-entropy and rotary positions, in bf16 with sums in fp32. kernels/cpu.py compiles this file and says what the
+   arguments are.
 
    Products take their right side in pairs: `vdpbf16ps` multiplies two numbers of each lane and adds both, so what is
    summed over lies in pairs, [pairs][lanes][2]. Rows and columns are padded with zeros to multiples of STEP. No two
@@ -389,6 +390,9 @@ static void pack(bf16 *target, const struct part *part, long column, long column
 
 enum { PACKED = 1 << 19, CHUNK = 64 }; /* bytes of a weight and rows of x that stay in the second cache */
 
+/* Return how many bytes a thread needs for sums of so many products. */
+long linear_room(long inner) { return most(PACKED, inner * STEP * sizeof(bf16)) + 64; }
+
 /* output [rows][columns] = the sum of all parts' x times weight, and the bias if there is one; every inner is even. Each
    thread has `room` bytes at `rooms`. */
 void linear(const struct part *parts, int count, const bf16 *bias, bf16 *output, long rows, long columns, char *rooms,
@@ -520,6 +524,10 @@ void choose(bf16 *logits, const int64_t *labels, float *chosen, long rows, long 
 #pragma omp parallel for num_threads(threads)
     for (long row = 0; row < rows; row++) {
         bf16 *at = logits + row * width;
+        if (labels[row] < 0 || labels[row] >= width) {
+            chosen[row] = NAN;
+            continue;
+        }
         floats highest = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
         for (long i = 0; i < width; i += LANES)
             highest = _mm512_mask_max_ps(highest, first(width - i), highest, load(at + i, first(width - i)));

@@ -1,8 +1,8 @@
-"""What is bound by memory on a CPU, in few passes, and attention: cpu.c, which the system's C compiler makes a library.
+"""Linear maps, attention, and what is bound by memory on a CPU: cpu.c, which the system's C compiler makes a library.
 
-That takes two seconds, once on a machine; the library is kept beside other things that lora_kit caches. It runs on the
-threads of torch, whose OpenMP it shares. Tensors are bf16, and all that is said of shapes in gpu.py and
-gpu_attention.py holds here.
+That takes two seconds, once on a machine; the library is kept beside other things that lora_kit caches. Made by gcc, it
+runs on the threads of torch, whose OpenMP it shares. Tensors are bf16; what gpu.py and gpu_attention.py say of shapes
+holds for the functions of the same names.
 """
 
 import ctypes
@@ -25,8 +25,9 @@ from lora_kit.data.cache import cache_folder
 
 AVX512 = ("f", "bw", "dq", "vl", "bf16")
 FLAGS = ["-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp", "-mfma", *(f"-mavx512{one}" for one in AVX512)]
-LEAST_ROWS, PACKED = 8, 1 << 19  # of a product; bytes of its weight that are packed at once, or 32 columns
+LEAST_ROWS = 8  # of a product
 WHOLE = 1 << 30  # rows of a tile: an example is never cut
+Gated = None  # unlike a GPU's: `linear` adds adapters
 
 
 @cache
@@ -35,32 +36,45 @@ def library() -> ctypes.CDLL:
 
     Raises:
         OSError: There is no C compiler, it does not know this CPU, or nothing can be kept (safely).
+        ValueError: `CC` is no command.
     """
-    compiler = shlex.split(os.environ.get("CC", "cc"))
-    if not compiler or shutil.which(compiler[0]) is None:
-        raise OSError(f"there is no C compiler ({' '.join(compiler)})")
+    compiler = shlex.split(os.environ.get("CC") or "cc")
     source = files("lora_kit.kernels").joinpath("cpu.c").read_text()
     name = hashlib.sha256(" ".join([*compiler, *FLAGS, source]).encode()).hexdigest()[:16]
-    folder = cache_folder("kernels")
-    made = folder / f"cpu-{name}.so"
+    made = cache_folder("kernels") / f"cpu-{name}-{os.getuid()}.so"
     if not made.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as work:  # others may compile the same at the same time
-            target = Path(work) / made.name
-            command = [*compiler, *FLAGS, "-x", "c", "-", "-o", str(target), "-lm"]
-            done = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise OSError(f"{compiler[0]} does not compile the kernels: {done.stderr.strip()[:500]}")
-            target.replace(made)
-    if made.stat().st_uid != os.getuid():
-        raise OSError(f"{made} is not yours")
-    return _declared(ctypes.CDLL(str(made)))
+        _compile(compiler, source, made)
+    status = made.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise OSError(f"others may write {made}: remove it")
+    try:
+        kernels = ctypes.CDLL(str(made))
+    except OSError:  # it is not whole, or was made for another system
+        _compile(compiler, source, made)
+        kernels = ctypes.CDLL(str(made))
+    return _declared(kernels)
+
+
+def _compile(compiler: Sequence[str], source: str, made: Path) -> None:
+    """Make the library; others may be at it at the same time."""
+    if shutil.which(compiler[0]) is None:
+        raise OSError(f"there is no C compiler ({' '.join(compiler)})")
+    made.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=made.parent) as work:
+        target = Path(work) / made.name
+        command = [*compiler, *FLAGS, "-x", "c", "-", "-o", str(target), "-lm"]
+        done = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise OSError(f"{compiler[0]} does not compile the kernels: {done.stderr.strip()[:500]}")
+        target.chmod(0o700)
+        target.replace(made)
 
 
 def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
     long, pointer, number = ctypes.c_long, ctypes.c_void_p, ctypes.c_int
     kernels.attention_room.argtypes, kernels.attention_room.restype = [long, long], long
     kernels.attention.argtypes = [ctypes.POINTER(_Attention), number, pointer, long, number]
+    kernels.linear_room.argtypes, kernels.linear_room.restype = [long], long
     kernels.linear.argtypes = [ctypes.POINTER(_Part), number, pointer, pointer, long, long, pointer, long, number]
     kernels.norm.argtypes = [*[pointer] * 4, long, long, ctypes.c_float, number, number]
     kernels.norm_back.argtypes = [*[pointer] * 5, long, long, number, number]
@@ -93,16 +107,21 @@ def linear(parts: Sequence[tuple[Tensor, Tensor, bool]], bias: Tensor | None = N
 
     Args:
         parts: Each x [rows, inner], its weight, and whether that is turned, [columns, inner], or [inner, columns].
+            There are at least LEAST_ROWS rows.
         bias: [columns].
+
+    Raises:
+        ValueError: They are not.
     """
-    more = LEAST_ROWS - len(parts[0][0])
-    if more > 0:
-        filled = [(functional.pad(x, (0, 0, 0, more)), weight, turned) for x, weight, turned in parts]
-        return linear(filled, bias)[:-more]
     given, threads = [_in_pairs(*one) for one in parts], torch.get_num_threads()
     (x, weight, turned), inner = given[0], sum(x.shape[1] for x, _, _ in given)
     rows, columns = len(x), weight.shape[0 if turned else 1]
-    output, room = x.new_empty(rows, columns), max(PACKED, 64 * inner) + 64
+    shapes = [(len(x), x.shape[1], *(weight.t() if turned else weight).shape) for x, weight, turned in given]
+    tensors = [one for x, weight, _ in given for one in (x, weight)] + ([] if bias is None else [bias])
+    alike = all(shape == (rows, shape[1], shape[1], columns) for shape in shapes)
+    if rows < LEAST_ROWS or not (columns and inner and alike) or any(one.dtype != torch.bfloat16 for one in tensors):
+        raise ValueError(f"no products in bf16 to one sum: {shapes}, {[one.dtype for one in tensors]}")
+    output, room = x.new_empty(rows, columns), library().linear_room(inner)
     rooms = torch.empty(threads * room, dtype=torch.uint8)
     made = [_Part(x.data_ptr(), weight.data_ptr(), x.shape[1], x.stride(0), turned) for x, weight, turned in given]
     rest = (output.data_ptr(), rows, columns, rooms.data_ptr(), room, threads)
@@ -153,9 +172,11 @@ def gate_back(gradient: Tensor, gates: Tensor, ups: Tensor, *, tanh: bool) -> tu
 
 
 def choose(logits: Tensor, labels: Tensor, *, to_gradient: bool) -> Tensor:
-    """Return each label's log-probability [rows, 1]; turn the logits into their loss's gradient."""
+    """Return each label's log-probability [rows, 1], NaN if there is no such label; turn the logits into their loss's
+    gradient."""
     chosen = logits.new_empty(len(logits), 1, dtype=torch.float32)
-    given = (one.data_ptr() for one in (logits, labels.contiguous(), chosen))
+    labels = labels.contiguous()
+    given = (one.data_ptr() for one in (logits, labels, chosen))
     library().choose(*given, *logits.shape, to_gradient, torch.get_num_threads())
     return chosen
 
@@ -201,7 +222,8 @@ def attend_back(
 
 
 def _attention(tiles: Tensor, scale: float, window: int | None, query: Tensor, key: Tensor, *others: Tensor) -> None:
-    (length, heads, width), threads, (value, output, sums, *back) = query.shape, torch.get_num_threads(), others
+    (length, heads, width), (value, output, sums, *back) = query.shape, others
+    threads = min(torch.get_num_threads(), len(tiles) * key.shape[1])
     tiles = tiles[(tiles[:, 0] - tiles[:, 2]).argsort(stable=True)]  # the longest first, or threads wait for it
     given = [one.data_ptr() for one in (query, key, value, output, sums, tiles)]
     rest = (len(tiles), length, heads, key.shape[1], width, window or 0, scale)

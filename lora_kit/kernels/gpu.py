@@ -13,6 +13,8 @@ from torch import Tensor
 
 from lora_kit.kernels.gpu_attention import attend, attend_back, tile_rows
 
+choose = None  # unlike a CPU's: plain PyTorch
+
 __all__ = ["Gated", "attend", "attend_back", "norm", "norm_back", "rotate", "tile_rows"]
 
 TILE = 4096  # elements that a program holds, in rows of the width

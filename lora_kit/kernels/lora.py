@@ -211,7 +211,7 @@ def summed(parts: Iterable[tuple[Tensor, Tensor, bool]], bias: Tensor | None = N
     parts = iter(parts)
     x, weight, turned = first = next(parts)
     kernels = multiplying(x)
-    if kernels:
+    if kernels and weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype):
         whole: Tensor = kernels.linear([first, *parts], bias)
         return whole
     output = nn.functional.linear(x, weight if turned else weight.T, bias)

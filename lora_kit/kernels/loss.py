@@ -17,7 +17,9 @@ from lora_kit.kernels.lora import summed
 
 LOGITS = {"cpu": 1 << 23, "cuda": 1 << 26}  # held at once: a GPU reads the head anew for each chunk of rows
 AT_ONCE = 1 << 18  # logits that stay in a CPU's cache
-ROWS = 32  # of a product on a CPU, a multiple: as in objective.py
+ROWS = 32
+"""Rows of a product on a CPU are a multiple of it: what oneDNN generates for so many rows it keeps for ever, several MB
+for each number that ever comes."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,9 @@ def _filled(rows: Tensor) -> Tensor:
 
 def _chosen(logits: Tensor, labels: Tensor, *, to_gradient: bool) -> Tensor:
     """Return the sum of the labels' log-probabilities, a few rows at a time; turn logits into their loss's gradient."""
-    choose = getattr(compiled(logits), "choose", None)
-    if choose:
-        chosen: Tensor = choose(logits, labels, to_gradient=to_gradient)
+    kernels = compiled(logits)
+    if kernels and kernels.choose:
+        chosen: Tensor = kernels.choose(logits, labels, to_gradient=to_gradient)
         return chosen.sum()
     total = torch.zeros((), device=logits.device)
     few = len(logits) if logits.is_cuda else max(1, AT_ONCE // logits.shape[1])

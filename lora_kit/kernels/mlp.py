@@ -90,7 +90,8 @@ class Gated:
 
 def _adding(x: Tensor) -> Any:
     """Return the gated activation that adds adapters on the way, where there is one."""
-    return getattr(compiled(x), "Gated", None)
+    kernels = compiled(x)
+    return kernels.Gated if kernels else None
 
 
 def _gated(gate: Tensor, up: Tensor, low: Tensor, into: Sequence[Tensor], act: str) -> Any:

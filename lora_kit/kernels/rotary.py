@@ -65,7 +65,8 @@ def rotated(
     **named: object,
 ) -> tuple[Tensor, Tensor]:
     """Turn queries and keys; by their own function if they are of several rows, turned in part, or by fp32 angles."""
-    alike = cos.dtype == query.dtype and cos.shape == (1, query.shape[2], query.shape[3]) and len(query) == 1
+    alike = cos.dtype == sin.dtype == query.dtype == key.dtype and len(query) == 1
+    alike &= cos.shape == sin.shape == (1, query.shape[2], query.shape[3])
     if rest or named or not alike:
         return own(query, key, cos, sin, *rest, **named)
     query, key = (Rotary.apply(one.squeeze(0), cos[0], sin[0])[None] for one in (query, key))

@@ -21,6 +21,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from lora_kit.errors import LaunchError, LoraKitError
+from lora_kit.kernels.cpu import rooms
 
 T = TypeVar("T")
 
@@ -119,6 +120,7 @@ class Processes:
         torch.set_num_threads(self.threads)
         torch.set_deterministic_debug_mode(self.determinism)
         _fill_new_memory(self.fills)
+        rooms.release()
         if self.count == 1 and not self.guest:
             AcceleratorState._reset_state(reset_partial_state=True)  # as transformers does between two trainers
 

@@ -105,7 +105,7 @@ Processes.start("bfloat16")
 def faults():
     torch.empty(1 << 26, dtype=torch.uint8).fill_(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-before = faults()
+before = [faults() for _ in range(5)][-1]  # aligned memory does not fit a hole of its size
 print("faults", [faults() for _ in range(5)][-1] - before)
 """
 

@@ -7,16 +7,20 @@ holds for the functions of the same names.
 
 import ctypes
 import hashlib
+import math
+import mmap
 import os
 import shlex
 import shutil
 import subprocess
 import tempfile
+import weakref
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -26,6 +30,7 @@ from lora_kit.data.cache import cache_folder
 AVX512 = ("f", "bw", "dq", "vl", "bf16")
 FLAGS = ["-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp", "-mfma", *(f"-mavx512{one}" for one in AVX512)]
 LEAST_ROWS = 8  # of a product
+PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 WHOLE = 1 << 30  # rows of a tile: an example is never cut
 Gated = None  # unlike a GPU's: `linear` adds adapters
 
@@ -102,6 +107,46 @@ class _Part(ctypes.Structure):
     ]
 
 
+class Rooms:
+    """Memory that is lent to tensors and kept when they are gone.
+
+    malloc cannot use a hole again for a tensor of the hole's size, since torch asks for aligned memory, so a third of
+    what it held was holes. A room is as long as any micro-batch; only what is written takes memory.
+    """
+
+    def __init__(self) -> None:
+        self._rows, self._free = 2048, dict[int, list[np.ndarray]]()
+
+    def release(self) -> None:
+        """Keep nothing, not even what is lent now."""
+        self._free = {}
+
+    def empty(self, rows: int, *shape: int) -> Tensor:
+        """Return new memory for [rows, *shape] in bf16."""
+        if rows > self._rows:
+            self.release()
+            self._rows = 1 << (rows - 1).bit_length()
+        width = 2 * math.prod(shape)
+        return self._lend(rows * width, self._rows * width).view(torch.bfloat16).view(rows, *shape)
+
+    def scratch(self, size: int) -> Tensor:
+        """Return so many bytes."""
+        return self._lend(size, 1 << (size - 1).bit_length())
+
+    def _lend(self, size: int, whole: int) -> Tensor:
+        free = self._free.setdefault(whole, [])
+        try:
+            room = free.pop()
+        except IndexError:
+            room = np.frombuffer(mmap.mmap(-1, max(1, whole), flags=PRIVATE), np.uint8)
+        lent = room[:size]
+        weakref.finalize(lent, free.append, room).atexit = False
+        return torch.from_numpy(lent)
+
+
+rooms = Rooms()
+
+
 def linear(parts: Sequence[tuple[Tensor, Tensor, bool]], bias: Tensor | None = None) -> Tensor:
     """Return the sum of products [rows, columns], rounded once.
 
@@ -121,10 +166,10 @@ def linear(parts: Sequence[tuple[Tensor, Tensor, bool]], bias: Tensor | None = N
     alike = all(shape == (rows, shape[1], shape[1], columns) for shape in shapes)
     if rows < LEAST_ROWS or not (columns and inner and alike) or any(one.dtype != torch.bfloat16 for one in tensors):
         raise ValueError(f"no products in bf16 to one sum: {shapes}, {[one.dtype for one in tensors]}")
-    output, room = x.new_empty(rows, columns), library().linear_room(inner)
-    rooms = torch.empty(threads * room, dtype=torch.uint8)
+    output, room = rooms.empty(rows, columns), library().linear_room(inner)
+    scratch = rooms.scratch(threads * room)
     made = [_Part(x.data_ptr(), weight.data_ptr(), x.shape[1], x.stride(0), turned) for x, weight, turned in given]
-    rest = (output.data_ptr(), rows, columns, rooms.data_ptr(), room, threads)
+    rest = (output.data_ptr(), rows, columns, scratch.data_ptr(), room, threads)
     library().linear((_Part * len(made))(*made), len(made), None if bias is None else bias.data_ptr(), *rest)
     return output
 
@@ -141,7 +186,7 @@ def _in_pairs(x: Tensor, weight: Tensor, turned: bool) -> tuple[Tensor, Tensor, 
 
 def norm(rows: Tensor, weight: Tensor, epsilon: float, *, gemma: bool) -> tuple[Tensor, Tensor]:
     """Return the normalised rows [rows, width] and 1 / root mean square of each, in fp32."""
-    output, inverse = torch.empty_like(rows), rows.new_empty(len(rows), 1, dtype=torch.float32)
+    output, inverse = rooms.empty(*rows.shape), rows.new_empty(len(rows), 1, dtype=torch.float32)
     given = (one.data_ptr() for one in (rows, weight, output, inverse))
     library().norm(*given, *rows.shape, epsilon, gemma, torch.get_num_threads())
     return output, inverse
@@ -149,7 +194,7 @@ def norm(rows: Tensor, weight: Tensor, epsilon: float, *, gemma: bool) -> tuple[
 
 def norm_back(gradient: Tensor, rows: Tensor, weight: Tensor, inverse: Tensor, *, gemma: bool) -> Tensor:
     """Return the gradient of a norm's rows."""
-    gradient, output = gradient.contiguous(), torch.empty_like(rows)
+    gradient, output = gradient.contiguous(), rooms.empty(*rows.shape)
     given = (one.data_ptr() for one in (gradient, rows, weight, inverse, output))
     library().norm_back(*given, *rows.shape, gemma, torch.get_num_threads())
     return output
@@ -157,7 +202,7 @@ def norm_back(gradient: Tensor, rows: Tensor, weight: Tensor, inverse: Tensor, *
 
 def gate(gates: Tensor, ups: Tensor, *, tanh: bool) -> Tensor:
     """Return silu(gates) * ups, or gelu's approximation with tanh."""
-    output = torch.empty_like(gates)
+    output = rooms.empty(*gates.shape)
     given = (one.data_ptr() for one in (gates, ups, output))
     library().gate(*given, gates.numel(), tanh, torch.get_num_threads())
     return output
@@ -165,7 +210,7 @@ def gate(gates: Tensor, ups: Tensor, *, tanh: bool) -> Tensor:
 
 def gate_back(gradient: Tensor, gates: Tensor, ups: Tensor, *, tanh: bool) -> tuple[Tensor, Tensor]:
     """Return the gradients of gates and ups; the first takes the place of the product's."""
-    of_up = torch.empty_like(ups)
+    of_up = rooms.empty(*ups.shape)
     given = (one.data_ptr() for one in (gradient, gates, ups, gradient, of_up))
     library().gate_back(*given, gates.numel(), tanh, torch.get_num_threads())
     return gradient, of_up
@@ -184,7 +229,7 @@ def choose(logits: Tensor, labels: Tensor, *, to_gradient: bool) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return x [length, heads, width] turned by the angles of its positions [length, width]."""
     x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
-    output = torch.empty_like(x)
+    output = rooms.empty(*x.shape)
     given = (one.data_ptr() for one in (x, cos, sin, output))
     library().rotate(*given, *x.shape, torch.get_num_threads())
     return output
@@ -199,7 +244,7 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, tiles: Tensor, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
     """Return the output [length, heads, width] and the logarithm of each row's sum."""
-    output, sums = torch.empty_like(query), query.new_empty(query.shape[1], len(query), dtype=torch.float32)
+    output, sums = rooms.empty(*query.shape), query.new_empty(query.shape[1], len(query), dtype=torch.float32)
     _attention(tiles, scale, window, query, key, value, output, sums)
     return output, sums
 
@@ -216,7 +261,7 @@ def attend_back(
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of queries, keys and values."""
-    found = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    found = rooms.empty(*query.shape), rooms.empty(*key.shape), rooms.empty(*value.shape)
     _attention(tiles, scale, window, query, key, value, output, sums, gradient, *found)
     return found
 
@@ -228,6 +273,6 @@ def _attention(tiles: Tensor, scale: float, window: int | None, query: Tensor, k
     given = [one.data_ptr() for one in (query, key, value, output, sums, tiles)]
     rest = (len(tiles), length, heads, key.shape[1], width, window or 0, scale)
     room = library().attention_room(int(tiles[0, 2] - tiles[0, 0]), width)
-    rooms = torch.empty(threads * room, dtype=torch.uint8)
+    scratch = rooms.scratch(threads * room)
     all_of_it = _Attention(*given, *rest, *(one.data_ptr() for one in back))
-    library().attention(all_of_it, bool(back), rooms.data_ptr(), room, threads)
+    library().attention(all_of_it, bool(back), scratch.data_ptr(), room, threads)

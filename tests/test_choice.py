@@ -17,6 +17,7 @@ from lora_kit.base import load_base
 from lora_kit.errors import ContractError
 from lora_kit.kernels import choice, lora, mlp, norm
 from lora_kit.kernels.attention import inner_of
+from lora_kit.kernels.loss import ROWS
 from lora_kit.kernels.rotary import rotated
 from lora_kit.recipe import load_recipe
 
@@ -131,7 +132,8 @@ def test_the_last_mlp_is_computed_where_tokens_are_trained_and_nothing_else_chan
     trainer.train(load_recipe(recipe_file, changes), tmp_path / "narrow")
     expected = []
     for one in batches:
-        expected += [one.ids.size, one.weight] + [one.weight, one.ids.size] * twice
+        whole, narrow = (-(-many // ROWS) * ROWS for many in (one.ids.size, one.weight))
+        expected += [whole, narrow] + [narrow, whole] * twice
     assert seen[-len(expected) :] == expected and batches[0].weight < batches[0].ids.size
     monkeypatch.setattr(choice, "_narrow_last_mlp", lambda *_: False)
     trainer.train(load_recipe(recipe_file, changes), tmp_path / "whole")

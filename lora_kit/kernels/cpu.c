@@ -393,8 +393,8 @@ enum { PACKED = 1 << 19, CHUNK = 64 }; /* bytes of a weight and rows of x that s
 /* Return how many bytes a thread needs for sums of so many products. */
 long linear_room(long inner) { return most(PACKED, inner * STEP * sizeof(bf16)) + 64; }
 
-/* output [rows][columns] = the sum of all parts' x times weight, and the bias if there is one; every inner is even. Each
-   thread has `room` bytes at `rooms`. */
+/* output [rows][columns] = the sum of all parts' x times weight, and the bias if there is one; every inner is even and
+   there are at least ROWS rows. Each thread has `room` bytes at `rooms`. */
 void linear(const struct part *parts, int count, const bf16 *bias, bf16 *output, long rows, long columns, char *rooms,
             long room, int threads) {
     long inner = 0;
@@ -415,7 +415,7 @@ void linear(const struct part *parts, int count, const bf16 *bias, bf16 *output,
         for (long chunk = begin; chunk < end; chunk += CHUNK)
             for (long one = panel; one < last; one++)
                 for (long row = chunk; row < least(end, chunk + CHUNK); row += ROWS) {
-                    long at = row + ROWS <= rows ? row : most(0, rows - ROWS); /* the last rows are computed again */
+                    long at = row + ROWS <= rows ? row : rows - ROWS; /* the last rows are computed again */
                     const bf16 *right = packed + (one - panel) * inner * STEP;
                     floats sums[ROWS][2];
                     clear(sums);

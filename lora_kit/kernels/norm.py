@@ -1,4 +1,4 @@
-"""Root mean square norms with few passes over memory: one if kernels are compiled, else some rows at a time in the cache.
+"""Root mean square norms in few passes over memory: one if kernels are compiled, or some rows at a time in the cache.
 
 Nothing is kept but the input, which the residual stream holds anyway, and a number for each row.
 """

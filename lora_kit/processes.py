@@ -21,6 +21,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from lora_kit.errors import LaunchError, LoraKitError
+from lora_kit.kernels import FEWEST_ROWS, multiplying
 from lora_kit.kernels.cpu import rooms
 
 T = TypeVar("T")
@@ -43,18 +44,21 @@ CONTRADICTIONS = {  # what `accelerate launch` asks for through the environment,
 
 
 MMAP_THRESHOLD, TRIM_THRESHOLD, NEVER = -3, -1, 1 << 30  # of glibc's mallopt
+LARGE = 1 << 19  # bytes of a tensor
 MOST_BEFORE_2_35 = 1 << 25  # which those versions accept
 
 
-def _keep_freed_memory() -> None:
+def _use_memory_again(dtype: str) -> None:
     """Let glibc use again what is freed, instead of giving it to the system and asking for it a moment later.
 
-    Every page of new memory is a fault. Activations of 32 MiB and more would be new each time.
+    Every page of new memory is a fault. Activations of 32 MiB and more would be new each time. Where kernels lend the
+    memory of nearly all activations, malloc has few large ones, and their holes would cost more than their faults.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is None or {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys():
         return
-    if set_option(MMAP_THRESHOLD, NEVER) or set_option(MMAP_THRESHOLD, MOST_BEFORE_2_35):
+    lent = multiplying(torch.empty(FEWEST_ROWS, 1, dtype=getattr(torch, dtype))) is not None
+    if set_option(MMAP_THRESHOLD, LARGE if lent else NEVER) or set_option(MMAP_THRESHOLD, MOST_BEFORE_2_35):
         set_option(TRIM_THRESHOLD, NEVER)
 
 
@@ -101,7 +105,7 @@ class Processes:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed one
         else:
             os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRODUCTS_KEPT)
-            _keep_freed_memory()
+            _use_memory_again(dtype)
         guest, threads, determinism = is_initialized(), torch.get_num_threads(), torch.get_deterministic_debug_mode()
         fills: bool = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
         accelerator = Accelerator(cpu=not torch.cuda.is_available())

@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP, Llam
 from transformers.pytorch_utils import Conv1D
 
 from lora_kit import base
-from lora_kit.kernels import choice, lora, loss, mlp, norm
+from lora_kit.kernels import choice, lora, loss, mlp, multiplying, norm
 from lora_kit.kernels.attention import SEGMENT, use_attention
 from lora_kit.objective import sft
 
@@ -427,7 +427,7 @@ PRODUCTS = {getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "a
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_on_a_cpu_have_few_numbers_of_rows(dtype):
-    """oneDNN keeps what it generates for each of them."""
+    """oneDNN keeps what it generates for each of them; where products are in C it gets none at all."""
     config = LlamaConfig(
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, vocab_size=96
     )
@@ -437,4 +437,6 @@ def test_products_on_a_cpu_have_few_numbers_of_rows(dtype):
     with Rows() as rows:
         for lengths in ((5, 9), (31,), (64, 1), (40, 3, 60), (33,)):
             sft(model, base.probe_batch([np.arange(many) for many in lengths]), torch.device("cpu")).backward()
-    assert {size for size in rows.found if size % 32} == {4, 8, 12}  # ranks of one adapter, of two, of three
+    ranks = {4, 8, 12}  # of one adapter, of two, of three
+    in_c = multiplying(torch.empty(32, 1, dtype=dtype)) is not None
+    assert rows.found == set() if in_c else {size for size in rows.found if size % 32} == ranks

@@ -54,19 +54,19 @@ INLINE floats power_of_2(floats x) {
 
 /* ---- products ---- */
 
-/* Add left [8][2 pairs] times right [pairs][32][2] to `sums`, 8 rows of 32; rows of the left side are `left_row`
-   numbers apart, pairs of the right side `right_row` lanes. */
-INLINE void multiply(floats sums[ROWS][2], const bf16 *left, long left_row, const bf16 *right, long right_row,
-                     long pairs) {
+/* Add left [8][pairs][2] times right [pairs][32][2] to `sums`, 8 rows of 32, or of 16 that are not `wide`; rows and
+   pairs of the left side are `left_row` and `left_pair` numbers apart, pairs of the right side `right_row` lanes. */
+INLINE void multiply(floats sums[ROWS][2], const bf16 *left, long left_row, long left_pair, const bf16 *right,
+                     long right_row, long pairs, int wide) {
     for (long pair = 0; pair < pairs; pair++) {
         __m512bh low = (__m512bh)_mm512_loadu_si512(right + pair * right_row * 2);
         __m512bh high = (__m512bh)_mm512_loadu_si512(right + pair * right_row * 2 + 2 * LANES);
         UNROLLED for (int row = 0; row < ROWS; row++) {
             int both;
-            memcpy(&both, left + row * left_row + 2 * pair, sizeof both);
+            memcpy(&both, left + row * left_row + pair * left_pair, sizeof both);
             __m512bh one = (__m512bh)_mm512_set1_epi32(both);
             sums[row][0] = _mm512_dpbf16_ps(sums[row][0], one, low);
-            sums[row][1] = _mm512_dpbf16_ps(sums[row][1], one, high);
+            if (wide) sums[row][1] = _mm512_dpbf16_ps(sums[row][1], one, high);
         }
     }
 }
@@ -76,8 +76,8 @@ INLINE void clear(floats sums[ROWS][2]) {
 }
 
 /* Add a product to `sums` [rows][columns] in memory, whose rows are `width` numbers apart. */
-static void add_product(float *sums, long width, const bf16 *left, long left_row, const bf16 *right, long right_row,
-                        long rows, long columns, long pairs) {
+static void add_product(float *sums, long width, const bf16 *left, long left_row, long left_pair, const bf16 *right,
+                        long right_row, long rows, long columns, long pairs) {
     for (long column = 0; column < columns; column += STEP)
         for (long row = 0; row < rows; row += ROWS) {
             float *at = sums + row * width + column;
@@ -86,7 +86,7 @@ static void add_product(float *sums, long width, const bf16 *left, long left_row
                 part[r][0] = _mm512_loadu_ps(at + r * width);
                 part[r][1] = _mm512_loadu_ps(at + r * width + LANES);
             }
-            multiply(part, left + row * left_row, left_row, right + column * 2, right_row, pairs);
+            multiply(part, left + row * left_row, left_row, left_pair, right + column * 2, right_row, pairs, 1);
             UNROLLED for (int r = 0; r < ROWS; r++) {
                 _mm512_storeu_ps(at + r * width, part[r][0]);
                 _mm512_storeu_ps(at + r * width + LANES, part[r][1]);
@@ -104,15 +104,17 @@ static void copy_rows(bf16 *target, const bf16 *source, long apart, long count, 
     }
 }
 
-/* Put rows [rows][columns] in pairs of rows, [rows / 2][columns][2]. */
-static void pair_rows(bf16 *target, const bf16 *source, long rows, long columns) {
+/* Put rows [rows][columns], `apart` numbers from each other, in pairs of rows, [rows / 2][padded columns][2]. */
+static void pair_rows(bf16 *target, const bf16 *source, long apart, long rows, long columns) {
+    long wide = padded(columns);
     for (long row = 0; row < rows; row += 2)
-        for (long column = 0; column < columns; column += LANES) {
-            const bf16 *at = source + row * columns + column;
-            __m512i one = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at));
-            __m512i two = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(at + columns)));
+        for (long column = 0; column < wide; column += LANES) {
+            const bf16 *at = source + row * apart + column;
+            __mmask16 which = first(columns - column), other = row + 1 < rows ? which : 0;
+            __m512i one = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(which, at));
+            __m512i two = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(other, at + apart));
             __m512i both = _mm512_or_si512(one, _mm512_slli_epi32(two, 16));
-            _mm512_storeu_si512(target + row * columns + column * 2, both);
+            _mm512_storeu_si512(target + row * wide + column * 2, both);
         }
 }
 
@@ -206,7 +208,7 @@ static void attend_example(const struct attention *all, long begin, long count, 
     copy_rows(rows, all->key + begin * row_of_keys + shared * width, row_of_keys, count, width);
     transpose(keys, many, rows, wide / 2, many, wide / 2);
     copy_rows(rows, all->value + begin * row_of_keys + shared * width, row_of_keys, count, width);
-    pair_rows(values, rows, many, wide);
+    pair_rows(values, rows, wide, many, wide);
     for (long head = shared * group; head < (shared + 1) * group; head++)
         for (long query = 0; query < count; query += TILE) {
             long there = least(TILE, count - query), tall = padded(there);
@@ -221,7 +223,7 @@ static void attend_example(const struct attention *all, long begin, long count, 
                 long across = least(TILE, query + tall - key);
                 memset(scores, 0, tall * TILE * sizeof(float));
                 for (long row = 0; row < tall; row += STEP)
-                    add_product(scores + row * TILE, TILE, asking + row * wide, wide, keys + key * 2, many, STEP,
+                    add_product(scores + row * TILE, TILE, asking + row * wide, wide, 2, keys + key * 2, many, STEP,
                                 least(across, query + row + STEP - key), wide / 2);
                 int whole = key + across - 1 <= query && (!all->window || query + tall - 1 - key < all->window);
                 for (long row = 0; row < tall; row++) {
@@ -249,7 +251,7 @@ static void attend_example(const struct attention *all, long begin, long count, 
                     total[row] += sum;
                 }
                 for (long row = 0; row < tall; row += STEP)
-                    add_product(result + row * wide, wide, shares + row * TILE, TILE, values + key * wide, wide, STEP,
+                    add_product(result + row * wide, wide, shares + row * TILE, TILE, 2, values + key * wide, wide, STEP,
                                 wide, least(across, query + row + STEP - key) / 2);
             }
             for (long row = 0; row < there; row++) {
@@ -276,7 +278,7 @@ static void attend_back_example(const struct attention *all, long begin, long co
     const float scale = all->scale * LOG2_E;
     copy_rows(keys, all->key + begin * row_of_keys + shared * width, row_of_keys, count, width);
     copy_rows(values, all->value + begin * row_of_keys + shared * width, row_of_keys, count, width);
-    pair_rows(above, keys, many, wide);
+    pair_rows(above, keys, wide, many, wide);
     transpose(keys_across, many / 2, above, wide, many / 2, wide);
     memset(of_key, 0, size * sizeof(float));
     memset(of_value, 0, size * sizeof(float));
@@ -285,9 +287,9 @@ static void attend_back_example(const struct attention *all, long begin, long co
         copy_rows(asking, all->query + at_head, row_of_queries, count, width);
         copy_rows(above, all->gradient + at_head, row_of_queries, count, width);
         transpose(asking_across, many, asking, wide / 2, many, wide / 2);
-        pair_rows(asking_pairs, asking, many, wide);
+        pair_rows(asking_pairs, asking, wide, many, wide);
         transpose(above_across, many, above, wide / 2, many, wide / 2);
-        pair_rows(above_pairs, above, many, wide);
+        pair_rows(above_pairs, above, wide, many, wide);
         for (long row = 0; row < many; row++) {
             floats sum = _mm512_setzero_ps();
             for (long i = 0; i < width && row < count; i += LANES)
@@ -306,8 +308,8 @@ static void attend_back_example(const struct attention *all, long begin, long co
                     for (long row = 0; row < least(tall, query + column + STEP - key); row += ROWS) {
                         floats sums[ROWS][2], share[ROWS][2];
                         clear(sums);
-                        multiply(sums, keys + (key + row) * wide, wide, asking_across + (query + column) * 2, many,
-                                 wide / 2);
+                        multiply(sums, keys + (key + row) * wide, wide, 2, asking_across + (query + column) * 2, many,
+                                 wide / 2, 1);
                         UNROLLED for (int r = 0; r < ROWS; r++)
                             UNROLLED for (int i = 0; i < 2; i++) {
                                 long at = query + column + i * LANES;
@@ -317,8 +319,8 @@ static void attend_back_example(const struct attention *all, long begin, long co
                                 store(shares + (row + r) * TILE + column + i * LANES, 0xffff, share[r][i]);
                             }
                         clear(sums);
-                        multiply(sums, values + (key + row) * wide, wide, above_across + (query + column) * 2, many,
-                                 wide / 2);
+                        multiply(sums, values + (key + row) * wide, wide, 2, above_across + (query + column) * 2, many,
+                                 wide / 2, 1);
                         UNROLLED for (int r = 0; r < ROWS; r++)
                             UNROLLED for (int i = 0; i < 2; i++) {
                                 floats along = _mm512_loadu_ps(inside + query + column + i * LANES);
@@ -326,16 +328,16 @@ static void attend_back_example(const struct attention *all, long begin, long co
                                 store(of_scores + (row + r) * TILE + column + i * LANES, 0xffff, sums[r][i]);
                             }
                     }
-                pair_rows(of_scores_pairs, of_scores, tall, TILE);
+                pair_rows(of_scores_pairs, of_scores, TILE, tall, TILE);
                 for (long row = 0; row < tall; row += STEP) {
                     long from = most(0, key + row - query), at = (key + row) * wide, here = row * TILE + from;
-                    add_product(of_value + at, wide, shares + here, TILE, above_pairs + (query + from) * wide, wide,
+                    add_product(of_value + at, wide, shares + here, TILE, 2, above_pairs + (query + from) * wide, wide,
                                 STEP, wide, (across - from) / 2);
-                    add_product(of_key + at, wide, of_scores + here, TILE, asking_pairs + (query + from) * wide, wide,
+                    add_product(of_key + at, wide, of_scores + here, TILE, 2, asking_pairs + (query + from) * wide, wide,
                                 STEP, wide, (across - from) / 2);
                 }
                 for (long column = 0; column < across; column += STEP)
-                    add_product(of_query_across + query + column, many, keys_across + key, many,
+                    add_product(of_query_across + query + column, many, keys_across + key, many, 2,
                                 of_scores_pairs + column * 2, TILE, wide, STEP,
                                 least(tall, query + column + STEP - key) / 2);
             }
@@ -369,39 +371,31 @@ struct part {
 static void pack(bf16 *target, const struct part *part, long column, long columns) {
     long inner = part->inner, there = least(STEP, columns - column);
     if (!part->turned) {
-        for (long pair = 0; pair < inner / 2; pair++)
-            for (long i = 0; i < STEP; i += LANES) {
-                const bf16 *at = part->weight + 2 * pair * columns + column + i;
-                __m512i one = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(there - i), at));
-                __m512i two = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(there - i), at + columns));
-                __m512i both = _mm512_or_si512(one, _mm512_slli_epi32(two, 16));
-                _mm512_storeu_si512(target + (pair * STEP + i) * 2, both);
-            }
+        pair_rows(target, part->weight + column, columns, inner, there);
         return;
     }
     const bf16 *from = part->weight + column * inner;
-    long whole = there < STEP ? 0 : inner / 2 / LANES * LANES; /* pairs that `transpose` takes */
-    transpose(target, STEP, from, inner / 2, whole ? STEP : 0, whole);
-    for (long pair = whole; pair < inner / 2; pair++)
-        for (long i = 0; i < STEP; i++)
+    long of_all = there / LANES * LANES, whole = inner / 2 / LANES * LANES; /* lanes and pairs that `transpose` takes */
+    transpose(target, STEP, from, inner / 2, of_all, whole);
+    for (long i = 0; i < STEP; i++)
+        for (long pair = i < of_all ? whole : 0; pair < inner / 2; pair++)
             for (int k = 0; k < 2; k++)
                 target[(pair * STEP + i) * 2 + k] = i < there ? from[i * inner + 2 * pair + k] : 0;
 }
 
-enum { PACKED = 1 << 19, CHUNK = 64 }; /* bytes of a weight and rows of x that stay in the second cache */
+enum { PACKED = 1 << 19, CHUNK = 64, FEWEST = 128 }; /* bytes of a weight and rows of x that stay in the second cache */
 
 /* Return how many bytes a thread needs for sums of so many products. */
 long linear_room(long inner) { return most(PACKED, inner * STEP * sizeof(bf16)) + 64; }
 
-/* output [rows][columns] = the sum of all parts' x times weight, and the bias if there is one; every inner is even and
-   there are at least ROWS rows. Each thread has `room` bytes at `rooms`. */
-void linear(const struct part *parts, int count, const bf16 *bias, bf16 *output, long rows, long columns, char *rooms,
-            long room, int threads) {
+/* output [rows][columns], whose rows are `apart` numbers apart, = the sum of all parts' x times weight, and the bias if
+   there is one; every inner is even and there are at least ROWS rows. Each thread has `room` bytes at `rooms`. */
+void linear(const struct part *parts, int count, const bf16 *bias, bf16 *output, long apart, long rows, long columns,
+            char *rooms, long room, int threads) {
     long inner = 0;
     for (int i = 0; i < count; i++) inner += parts[i].inner;
     long panels = (columns + STEP - 1) / STEP, several = most(1, least(4, PACKED / (inner * STEP * 2)));
-    several = most(1, least(several, panels / threads));
-    long groups = (panels + several - 1) / several, splits = groups >= threads ? 1 : (threads + groups - 1) / groups;
+    long groups = (panels + several - 1) / several, splits = most(1, least(rows / FEWEST, 4 * threads / groups));
     long tall = ((rows + splits - 1) / splits + ROWS - 1) / ROWS * ROWS;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (long task = 0; task < groups * splits; task++) {
@@ -419,18 +413,52 @@ void linear(const struct part *parts, int count, const bf16 *bias, bf16 *output,
                     const bf16 *right = packed + (one - panel) * inner * STEP;
                     floats sums[ROWS][2];
                     clear(sums);
-                    for (int i = 0; i < count; right += parts[i++].inner * STEP)
-                        multiply(sums, parts[i].x + at * parts[i].apart, parts[i].apart, right, STEP,
-                                 parts[i].inner / 2);
+                    for (int i = 0; i < count; right += parts[i++].inner * STEP) {
+                        const bf16 *x = parts[i].x + at * parts[i].apart;
+                        if (columns - one * STEP > LANES)
+                            multiply(sums, x, parts[i].apart, 2, right, STEP, parts[i].inner / 2, 1);
+                        else
+                            multiply(sums, x, parts[i].apart, 2, right, STEP, parts[i].inner / 2, 0);
+                    }
                     UNROLLED for (int r = 0; r < ROWS; r++)
                         UNROLLED for (int i = 0; i < 2; i++) {
                             long column = one * STEP + i * LANES;
                             __mmask16 which = first(columns - column);
                             floats sum = sums[r][i];
                             if (bias) sum += load(bias + column, which);
-                            store(output + (at + r) * columns + column, which, sum);
+                            store(output + (at + r) * apart + column, which, sum);
                         }
                 }
+    }
+}
+
+enum { ACROSS = 4 * STEP, ALONG = 2 * CHUNK }; /* columns and rows that `outer` takes together */
+
+/* Return how many bytes a thread needs for `few` rows. */
+long outer_room(long few) {
+    return ALONG * (ACROSS + padded(few)) * sizeof(bf16) + padded(few) * ACROSS * sizeof(float) + 64;
+}
+
+/* output [few][columns] = left' right, of left [rows][few] and right [rows][columns], whose rows are `left_apart` and
+   `right_apart` numbers apart. Each thread has `room` bytes at `rooms`. */
+void outer(const bf16 *left, long left_apart, const bf16 *right, long right_apart, float *output, long rows, long few,
+           long columns, char *rooms, long room, int threads) {
+    long tall = padded(few);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (long begin = 0; begin < columns; begin += ACROSS) {
+        long there = least(ACROSS, columns - begin), wide = padded(there);
+        bf16 *pairs = (bf16 *)(rooms + omp_get_thread_num() * room), *left_pairs = pairs + ALONG * ACROSS;
+        float *sums = (float *)(left_pairs + ALONG * tall);
+        memset(sums, 0, tall * wide * sizeof(float));
+        for (long chunk = 0; chunk < rows; chunk += ALONG) {
+            long count = least(ALONG, rows - chunk);
+            pair_rows(left_pairs, left + chunk * left_apart, left_apart, count, few);
+            pair_rows(pairs, right + chunk * right_apart + begin, right_apart, count, there);
+            add_product(sums, wide, left_pairs, 2, 2 * tall, pairs, wide, (few + ROWS - 1) / ROWS * ROWS, wide,
+                        (count + 1) / 2);
+        }
+        for (long row = 0; row < few; row++)
+            memcpy(output + row * columns + begin, sums + row * wide, there * sizeof(float));
     }
 }
 

@@ -80,14 +80,16 @@ def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
     kernels.attention_room.argtypes, kernels.attention_room.restype = [long, long], long
     kernels.attention.argtypes = [ctypes.POINTER(_Attention), number, pointer, long, number]
     kernels.linear_room.argtypes, kernels.linear_room.restype = [long], long
-    kernels.linear.argtypes = [ctypes.POINTER(_Part), number, pointer, pointer, long, long, pointer, long, number]
+    kernels.linear.argtypes = [ctypes.POINTER(_Part), number, pointer, pointer, *[long] * 3, pointer, long, number]
+    kernels.outer_room.argtypes, kernels.outer_room.restype = [long], long
+    kernels.outer.argtypes = [pointer, long, pointer, long, pointer, long, long, long, pointer, long, number]
     kernels.norm.argtypes = [*[pointer] * 4, long, long, ctypes.c_float, number, number]
     kernels.norm_back.argtypes = [*[pointer] * 5, long, long, number, number]
     kernels.gate.argtypes = [*[pointer] * 3, long, number, number]
     kernels.gate_back.argtypes = [*[pointer] * 5, long, number, number]
     kernels.rotate.argtypes = [*[pointer] * 4, long, long, long, number]
     kernels.choose.argtypes = [*[pointer] * 3, long, long, number, number]
-    for one in ("attention", "linear", "norm", "norm_back", "gate", "gate_back", "choose", "rotate"):
+    for one in ("attention", "linear", "outer", "norm", "norm_back", "gate", "gate_back", "choose", "rotate"):
         kernels[one].restype = None
     return kernels
 
@@ -147,13 +149,16 @@ class Rooms:
 rooms = Rooms()
 
 
-def linear(parts: Sequence[tuple[Tensor, Tensor, bool]], bias: Tensor | None = None) -> Tensor:
+def linear(
+    parts: Sequence[tuple[Tensor, Tensor, bool]], bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """Return the sum of products [rows, columns], rounded once.
 
     Args:
         parts: Each x [rows, inner], its weight, and whether that is turned, [columns, inner], or [inner, columns].
             There are at least LEAST_ROWS rows.
         bias: [columns].
+        out: [rows, columns], where the sum goes; its rows may be apart.
 
     Raises:
         ValueError: They are not.
@@ -164,13 +169,34 @@ def linear(parts: Sequence[tuple[Tensor, Tensor, bool]], bias: Tensor | None = N
     shapes = [(len(x), x.shape[1], *(weight.t() if turned else weight).shape) for x, weight, turned in given]
     tensors = [one for x, weight, _ in given for one in (x, weight)] + ([] if bias is None else [bias])
     alike = all(shape == (rows, shape[1], shape[1], columns) for shape in shapes)
+    if out is not None:
+        alike, tensors = alike and out.shape == (rows, columns) and out.stride(1) == 1, [*tensors, out]
     if rows < LEAST_ROWS or not (columns and inner and alike) or any(one.dtype != torch.bfloat16 for one in tensors):
         raise ValueError(f"no products in bf16 to one sum: {shapes}, {[one.dtype for one in tensors]}")
-    output, room = rooms.empty(rows, columns), library().linear_room(inner)
+    output, room = rooms.empty(rows, columns) if out is None else out, library().linear_room(inner)
     scratch = rooms.scratch(threads * room)
     made = [_Part(x.data_ptr(), weight.data_ptr(), x.shape[1], x.stride(0), turned) for x, weight, turned in given]
-    rest = (output.data_ptr(), rows, columns, scratch.data_ptr(), room, threads)
+    rest = (output.data_ptr(), output.stride(0), rows, columns, scratch.data_ptr(), room, threads)
     library().linear((_Part * len(made))(*made), len(made), None if bias is None else bias.data_ptr(), *rest)
+    return output
+
+
+def outer(left: Tensor, right: Tensor) -> Tensor:
+    """Return left' right [few, columns] in fp32, of left [rows, few] and right [rows, columns].
+
+    Raises:
+        ValueError: They have other numbers of rows, or another precision.
+    """
+    if len(left) != len(right) or not left.dtype == right.dtype == torch.bfloat16:
+        raise ValueError(f"no products in bf16 over rows: {left.shape}, {right.shape}, {left.dtype}, {right.dtype}")
+    if left.shape[1] > right.shape[1]:
+        return outer(right, left).T
+    left, right = (one if one.stride(1) == 1 else one.contiguous() for one in (left, right))
+    (rows, few), columns, threads = left.shape, right.shape[1], torch.get_num_threads()
+    output, room = left.new_empty(few, columns, dtype=torch.float32), library().outer_room(few)
+    scratch = rooms.scratch(threads * room)
+    given = (left.data_ptr(), left.stride(0), right.data_ptr(), right.stride(0), output.data_ptr())
+    library().outer(*given, rows, few, columns, scratch.data_ptr(), room, threads)
     return output
 
 

@@ -135,8 +135,8 @@ class Kept:
     def of_downs(self, of_low: Float[Tensor, "rows ranks"]) -> Float[Tensor, "ranks inputs"]:
         """Return the gradient of s A from that of s x A', in fp32."""
         if self.of_row is None or self.of_column is None:
-            return (of_low.T @ self.rows).float()
-        return ((of_low * self.of_row).to(of_low.dtype).T @ self.rows).float().mul_(self.of_column)
+            return across(of_low, self.rows)
+        return across((of_low * self.of_row).to(of_low.dtype), self.rows).mul_(self.of_column)
 
 
 def project(
@@ -152,9 +152,9 @@ def project(
     passed, down = [_draw(x, one.dropout) for one in maps], _scaled(maps, adapters, x.dtype)
     if any(mask is not None for mask in passed):
         several = zip(maps, down.split(ranks), passed, strict=True)
-        low = torch.cat([_through(x, mask, one) @ part.T for one, part, mask in several], dim=1)
+        low = torch.cat([summed([(_through(x, mask, one), part, True)]) for one, part, mask in several], dim=1)
     else:
-        low = x @ down.T
+        low = summed([(x, down, True)])
     outputs = []
     for one, up, part in zip(maps, ups, low.split(ranks, dim=1), strict=True):
         bias = cast(Tensor | None, one.base.bias)
@@ -178,13 +178,13 @@ def project_back(
     of_low, of_ups = torch.empty_like(kept.low), []
     parts = zip(gradients, ups, kept.low.split(ranks, dim=1), of_low.split(ranks, dim=1), strict=True)
     for gradient, up, low, target in parts:
-        torch.mm(gradient, up.to(x.dtype), out=target)
-        of_ups.append((gradient.T @ low).float())
+        summed([(gradient, up.to(x.dtype), False)], out=target)
+        of_ups.append(across(gradient, low))
     down = _scaled(maps, adapters, x.dtype)
     several = list(zip(maps, down.split(ranks), of_low.split(ranks, dim=1), kept.passed, strict=True))
     dropped = any(mask is not None for mask in kept.passed)
     if dropped:
-        of_downs = [(low.T @ _through(x, mask, one)).float() for one, _, low, mask in several]
+        of_downs = [across(low, _through(x, mask, one)) for one, _, low, mask in several]
     else:
         of_downs = list(kept.of_downs(of_low).split(ranks))
     of_downs = [whole.mul_(one.scale) for one, whole in zip(maps, of_downs, strict=True)]
@@ -194,30 +194,45 @@ def project_back(
     if dropped:
         of_x = summed(through_weights)
         for one, part, low, mask in several:
-            of_x += _through(low @ part, mask, one)
+            of_x += _through(summed([(low, part, False)]), mask, one)
     else:
         of_x = summed(chain([(of_low, down, False)], through_weights))
     return of_x, of_downs + of_ups
 
 
-def summed(parts: Iterable[tuple[Tensor, Tensor, bool]], bias: Tensor | None = None) -> Float[Tensor, "rows columns"]:
+def summed(
+    parts: Iterable[tuple[Tensor, Tensor, bool]], bias: Tensor | None = None, out: Tensor | None = None
+) -> Float[Tensor, "rows columns"]:
     """Return the sum of some products.
 
     Args:
         parts: Each x [rows, inner], its weight, and whether that is turned, [columns, inner], else [inner, columns].
             One is asked for after the other where they are not computed together: weights may have to be made.
-        bias: [columns].
+        bias: [columns]; of a sum that has no place yet.
+        out: Where the sum goes.
     """
     parts = iter(parts)
     x, weight, turned = first = next(parts)
     kernels = multiplying(x)
     if kernels and weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype):
-        whole: Tensor = kernels.linear([first, *parts], bias)
+        whole: Tensor = kernels.linear([first, *parts], bias, out)
         return whole
-    output = nn.functional.linear(x, weight if turned else weight.T, bias)
+    if out is None:
+        output = nn.functional.linear(x, weight if turned else weight.T, bias)
+    else:
+        output = torch.mm(x, weight.T if turned else weight, out=out)
     for x, weight, turned in parts:
         output.addmm_(x, weight.T if turned else weight)
     return output
+
+
+def across(left: Float[Tensor, "rows few"], right: Float[Tensor, "rows columns"]) -> Float[Tensor, "few columns"]:
+    """Return left' right in fp32."""
+    kernels = multiplying(left)
+    if kernels and left.dtype == right.dtype:
+        whole: Tensor = kernels.outer(left, right)
+        return whole
+    return (left.T @ right).float()
 
 
 def _scaled(maps: Sequence[Map], adapters: Sequence[Tensor], dtype: torch.dtype) -> Float[Tensor, "ranks inputs"]:

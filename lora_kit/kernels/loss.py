@@ -75,6 +75,7 @@ class _CrossEntropy(Function):
             if wanted:
                 logits[len(some) :] = 0
                 target.copy_(head.back(logits, before)[: len(some)])
+            del before, logits  # or the next ones find their room taken
         ctx.save_for_backward(of_hidden)
         return total
 

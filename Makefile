@@ -11,7 +11,7 @@ quickstart: .venv/installed
 	$(BIN)/lora-kit train recipes/quickstart.yaml --out $(OUT)
 
 test: .venv/installed lint
-	$(BIN)/python -m pytest --durations=15
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal --durations 15
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -106,7 +106,7 @@ Processes.start("float32")
 def faults():
     torch.empty(1 << 26, dtype=torch.uint8).fill_(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-before = [faults() for _ in range(5)][-1]  # aligned memory does not fit a hole of its size
+before = [faults() for _ in range(20)][-1]  # aligned memory does not fit a hole of its size
 print("faults", [faults() for _ in range(5)][-1] - before)
 """
 

@@ -21,7 +21,6 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from lora_kit.errors import LaunchError, LoraKitError
-from lora_kit.kernels import FEWEST_ROWS, multiplying
 from lora_kit.kernels.cpu import rooms
 
 T = TypeVar("T")
@@ -48,17 +47,18 @@ LARGE = 1 << 19  # bytes of a tensor
 MOST_BEFORE_2_35 = 1 << 25  # which those versions accept
 
 
-def _use_memory_again(dtype: str) -> None:
+def keep_freed_memory(*, below: int = NEVER) -> None:
     """Let glibc use again what is freed, instead of giving it to the system and asking for it a moment later.
 
-    Every page of new memory is a fault. Activations of 32 MiB and more would be new each time. Where kernels lend the
-    memory of nearly all activations, malloc has few large ones, and their holes would cost more than their faults.
+    Every page of new memory is a fault. Activations of 32 MiB and more would be new each time.
+
+    Args:
+        below: Bytes of what is used again.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is None or {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys():
         return
-    lent = multiplying(torch.empty(FEWEST_ROWS, 1, dtype=getattr(torch, dtype))) is not None
-    if set_option(MMAP_THRESHOLD, LARGE if lent else NEVER) or set_option(MMAP_THRESHOLD, MOST_BEFORE_2_35):
+    if set_option(MMAP_THRESHOLD, below) or set_option(MMAP_THRESHOLD, MOST_BEFORE_2_35):
         set_option(TRIM_THRESHOLD, NEVER)
 
 
@@ -105,7 +105,7 @@ class Processes:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed one
         else:
             os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRODUCTS_KEPT)
-            _use_memory_again(dtype)
+            keep_freed_memory()
         guest, threads, determinism = is_initialized(), torch.get_num_threads(), torch.get_deterministic_debug_mode()
         fills: bool = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
         accelerator = Accelerator(cpu=not torch.cuda.is_available())

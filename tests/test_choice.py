@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import without_c
 from plain_loop import relative
 from test_families import EXPERTS_BY_NAME, save_family
 from test_kernels import norm_of, rows, same
@@ -19,6 +20,7 @@ from lora_kit.kernels import choice, lora, mlp, norm
 from lora_kit.kernels.attention import inner_of
 from lora_kit.kernels.loss import ROWS
 from lora_kit.kernels.rotary import rotated
+from lora_kit.processes import LARGE
 from lora_kit.recipe import load_recipe
 
 
@@ -152,3 +154,24 @@ def test_calls_that_ask_for_no_rows_get_all_of_them(recipe_file, tmp_path, jobs)
     assert not narrow[[0, 2, 3, 5]].any()
     assert torch.equal(last(x), whole)
     assert mlp.fused(last) and last is inner_of(model).base_model.layers[-1].mlp
+
+
+@pytest.mark.parametrize(
+    ("changes", "all_lent"),
+    [
+        ([], True),
+        (["base.dtype=float32"], False),
+        (["adapter.dropout=0.1"], False),
+        (["adapter.targets=[q_proj, v_proj]"], False),
+        (["train.kernels=none"], False),
+    ],
+)
+def test_large_tensors_go_back_to_the_system_where_kernels_lend_nearly_all(
+    changes, all_lent, recipe_file, tmp_path, monkeypatch
+):
+    """Each would be new memory at every step, one page fault after another."""
+    told, plain = [], ["train.steps=1", "base.dtype=bfloat16", "adapter.dropout=0"]
+    monkeypatch.setattr("lora_kit.job.keep_freed_memory", lambda **below: told.append(below))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    trainer.train(load_recipe(recipe_file, [*plain, *changes]), tmp_path / "run")
+    assert told == ([{"below": LARGE}] if all_lent and not without_c() else [])

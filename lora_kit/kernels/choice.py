@@ -14,9 +14,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lora_kit.kernels import mlp, norm, rotary
+from lora_kit.kernels import mlp, multiplying, norm, rotary
 from lora_kit.kernels.attention import inner_of
-from lora_kit.kernels.lora import Together, covered
+from lora_kit.kernels.lora import Together, covered, in_few_bits, map_of
 from lora_kit.kernels.loss import Head
 
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -62,6 +62,16 @@ def about(model: nn.Module, used: Sequence[str]) -> str:
         "last mlp": "last MLP there alone",
     }
     return ", ".join(names[one] for one in used) or "none fits"
+
+
+def lends(model: nn.Module, used: Sequence[str]) -> bool:
+    """Return whether kernels lend the memory of nearly all that a micro-batch computes."""
+    layers, head = [one for one in model.modules() if isinstance(one, LoraLayer)], head_of(model)
+    if not {"lora", "mlp", "norm", "rotary", "loss"} <= set(used) or head is None or head.cap is not None:
+        return False
+    plain = all(covered(one) and not map_of(one).dropout and not in_few_bits(one.get_base_layer()) for one in layers)
+    capped = inner_of(model).config.get_text_config().to_dict().get("attn_logit_softcapping")
+    return plain and not capped and multiplying(head.weight) is not None
 
 
 def head_of(model: nn.Module) -> Head | None:

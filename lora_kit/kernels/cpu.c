@@ -383,18 +383,20 @@ static void pack(bf16 *target, const struct part *part, long column, long column
                 target[(pair * STEP + i) * 2 + k] = i < there ? from[i * inner + 2 * pair + k] : 0;
 }
 
-enum { PACKED = 1 << 19, CHUNK = 64, FEWEST = 128 }; /* bytes of a weight and rows of x that stay in the second cache */
+enum { PACKED = 1 << 19, CHUNK = 64 }; /* bytes of a weight and rows of x that stay in the second cache */
+enum { FEWEST = 128 }; /* rows of a task, if it has not all: for fewer, packing the weight again takes too long */
 
 /* Return how many bytes a thread needs for sums of so many products. */
 long linear_room(long inner) { return most(PACKED, inner * STEP * sizeof(bf16)) + 64; }
 
-/* output [rows][columns], whose rows are `apart` numbers apart, = the sum of all parts' x times weight, and the bias if
-   there is one; every inner is even and there are at least ROWS rows. Each thread has `room` bytes at `rooms`. */
-void linear(const struct part *parts, int count, const bf16 *bias, bf16 *output, long apart, long rows, long columns,
-            char *rooms, long room, int threads) {
+/* output [rows][columns] = the sum of all parts' x times weight, and the bias if there is one; every inner is even and
+   there are at least ROWS rows. Each thread has `room` bytes at `rooms`. */
+void linear(const struct part *parts, int count, const bf16 *bias, bf16 *output, long rows, long columns, char *rooms,
+            long room, int threads) {
     long inner = 0;
     for (int i = 0; i < count; i++) inner += parts[i].inner;
     long panels = (columns + STEP - 1) / STEP, several = most(1, least(4, PACKED / (inner * STEP * 2)));
+    several = most(1, least(several, panels * most(1, rows / FEWEST) / threads));
     long groups = (panels + several - 1) / several, splits = most(1, least(rows / FEWEST, 4 * threads / groups));
     long tall = ((rows + splits - 1) / splits + ROWS - 1) / ROWS * ROWS;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
@@ -415,6 +417,7 @@ void linear(const struct part *parts, int count, const bf16 *bias, bf16 *output,
                     clear(sums);
                     for (int i = 0; i < count; right += parts[i++].inner * STEP) {
                         const bf16 *x = parts[i].x + at * parts[i].apart;
+                        /* spelled out, so that each is compiled by itself */
                         if (columns - one * STEP > LANES)
                             multiply(sums, x, parts[i].apart, 2, right, STEP, parts[i].inner / 2, 1);
                         else
@@ -426,29 +429,30 @@ void linear(const struct part *parts, int count, const bf16 *bias, bf16 *output,
                             __mmask16 which = first(columns - column);
                             floats sum = sums[r][i];
                             if (bias) sum += load(bias + column, which);
-                            store(output + (at + r) * apart + column, which, sum);
+                            store(output + (at + r) * columns + column, which, sum);
                         }
                 }
     }
 }
 
-enum { ACROSS = 4 * STEP, ALONG = 2 * CHUNK }; /* columns and rows that `outer` takes together */
+enum { ACROSS = 4 * STEP, ALONG = 2 * CHUNK }; /* columns, at most, and rows that `outer` takes together */
 
 /* Return how many bytes a thread needs for `few` rows. */
 long outer_room(long few) {
-    return ALONG * (ACROSS + padded(few)) * sizeof(bf16) + padded(few) * ACROSS * sizeof(float) + 64;
+    return ALONG * (ACROSS + padded(few)) * sizeof(bf16) + padded(few) * ACROSS * sizeof(float);
 }
 
 /* output [few][columns] = left' right, of left [rows][few] and right [rows][columns], whose rows are `left_apart` and
    `right_apart` numbers apart. Each thread has `room` bytes at `rooms`. */
 void outer(const bf16 *left, long left_apart, const bf16 *right, long right_apart, float *output, long rows, long few,
            long columns, char *rooms, long room, int threads) {
-    long tall = padded(few);
+    long tall = padded(few), across = least(ACROSS, padded((columns + threads - 1) / threads));
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (long begin = 0; begin < columns; begin += ACROSS) {
-        long there = least(ACROSS, columns - begin), wide = padded(there);
-        bf16 *pairs = (bf16 *)(rooms + omp_get_thread_num() * room), *left_pairs = pairs + ALONG * ACROSS;
-        float *sums = (float *)(left_pairs + ALONG * tall);
+    for (long begin = 0; begin < columns; begin += across) {
+        long there = least(across, columns - begin), wide = padded(there);
+        char *own = rooms + omp_get_thread_num() * room;
+        bf16 *pairs = take(&own, ALONG * wide * sizeof(bf16)), *left_pairs = take(&own, ALONG * tall * sizeof(bf16));
+        float *sums = take(&own, tall * wide * sizeof(float));
         memset(sums, 0, tall * wide * sizeof(float));
         for (long chunk = 0; chunk < rows; chunk += ALONG) {
             long count = least(ALONG, rows - chunk);

@@ -80,7 +80,7 @@ def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
     kernels.attention_room.argtypes, kernels.attention_room.restype = [long, long], long
     kernels.attention.argtypes = [ctypes.POINTER(_Attention), number, pointer, long, number]
     kernels.linear_room.argtypes, kernels.linear_room.restype = [long], long
-    kernels.linear.argtypes = [ctypes.POINTER(_Part), number, pointer, pointer, *[long] * 3, pointer, long, number]
+    kernels.linear.argtypes = [ctypes.POINTER(_Part), number, pointer, pointer, long, long, pointer, long, number]
     kernels.outer_room.argtypes, kernels.outer_room.restype = [long], long
     kernels.outer.argtypes = [pointer, long, pointer, long, pointer, long, long, long, pointer, long, number]
     kernels.norm.argtypes = [*[pointer] * 4, long, long, ctypes.c_float, number, number]
@@ -149,16 +149,13 @@ class Rooms:
 rooms = Rooms()
 
 
-def linear(
-    parts: Sequence[tuple[Tensor, Tensor, bool]], bias: Tensor | None = None, out: Tensor | None = None
-) -> Tensor:
+def linear(parts: Sequence[tuple[Tensor, Tensor, bool]], bias: Tensor | None = None) -> Tensor:
     """Return the sum of products [rows, columns], rounded once.
 
     Args:
         parts: Each x [rows, inner], its weight, and whether that is turned, [columns, inner], or [inner, columns].
             There are at least LEAST_ROWS rows.
         bias: [columns].
-        out: [rows, columns], where the sum goes; its rows may be apart.
 
     Raises:
         ValueError: They are not.
@@ -169,20 +166,20 @@ def linear(
     shapes = [(len(x), x.shape[1], *(weight.t() if turned else weight).shape) for x, weight, turned in given]
     tensors = [one for x, weight, _ in given for one in (x, weight)] + ([] if bias is None else [bias])
     alike = all(shape == (rows, shape[1], shape[1], columns) for shape in shapes)
-    if out is not None:
-        alike, tensors = alike and out.shape == (rows, columns) and out.stride(1) == 1, [*tensors, out]
     if rows < LEAST_ROWS or not (columns and inner and alike) or any(one.dtype != torch.bfloat16 for one in tensors):
         raise ValueError(f"no products in bf16 to one sum: {shapes}, {[one.dtype for one in tensors]}")
-    output, room = rooms.empty(rows, columns) if out is None else out, library().linear_room(inner)
+    output, room = rooms.empty(rows, columns), library().linear_room(inner)
     scratch = rooms.scratch(threads * room)
     made = [_Part(x.data_ptr(), weight.data_ptr(), x.shape[1], x.stride(0), turned) for x, weight, turned in given]
-    rest = (output.data_ptr(), output.stride(0), rows, columns, scratch.data_ptr(), room, threads)
+    rest = (output.data_ptr(), rows, columns, scratch.data_ptr(), room, threads)
     library().linear((_Part * len(made))(*made), len(made), None if bias is None else bias.data_ptr(), *rest)
     return output
 
 
 def outer(left: Tensor, right: Tensor) -> Tensor:
     """Return left' right [few, columns] in fp32, of left [rows, few] and right [rows, columns].
+
+    torch takes as long; but oneDNN would keep what it generates for every number of rows.
 
     Raises:
         ValueError: They have other numbers of rows, or another precision.

@@ -65,16 +65,14 @@ def covered(module: nn.Module) -> bool:
         return False
     base = module.get_base_layer()
     plain_base = type(base) in (nn.Linear, Conv1D) and type(base.weight) is nn.Parameter  # a subclass may do otherwise
-    known = plain_base or _in_few_bits(base)
+    known = plain_base or in_few_bits(base)
     plain = ADAPTER in module.lora_A and ADAPTER not in module.lora_variant and not module.lora_bias[ADAPTER]
     return known and plain
 
 
-def _in_few_bits(base: nn.Module) -> bool:
-    return isinstance(base, nn.Linear) and type(base.weight).__name__ in (
-        "Params4bit",
-        "Int8Params",
-    )  # no import of what may not be installed
+def in_few_bits(base: nn.Module) -> bool:
+    """Return whether a layer is of bitsandbytes, which is not imported for it."""
+    return isinstance(base, nn.Linear) and type(base.weight).__name__ in ("Params4bit", "Int8Params")
 
 
 def map_of(module: nn.Module) -> Map:
@@ -175,11 +173,10 @@ def project_back(
 ) -> tuple[Tensor | None, list[Tensor]]:
     """Return the gradient of the input, if it is wanted, and of every A, then of every B, in fp32."""
     x, ranks, ups = kept.rows, [one.rank for one in maps], adapters[len(maps) :]
-    of_low, of_ups = torch.empty_like(kept.low), []
-    parts = zip(gradients, ups, kept.low.split(ranks, dim=1), of_low.split(ranks, dim=1), strict=True)
-    for gradient, up, low, target in parts:
-        summed([(gradient, up.to(x.dtype), False)], out=target)
-        of_ups.append(across(gradient, low))
+    gradients = [one.contiguous() for one in gradients]
+    of_ups = [across(one, low) for one, low in zip(gradients, kept.low.split(ranks, dim=1), strict=True)]
+    of_lows = [summed([(one, up.to(x.dtype), False)]) for one, up in zip(gradients, ups, strict=True)]
+    of_low = torch.cat(of_lows, dim=1) if len(maps) > 1 else of_lows[0]
     down = _scaled(maps, adapters, x.dtype)
     several = list(zip(maps, down.split(ranks), of_low.split(ranks, dim=1), kept.passed, strict=True))
     dropped = any(mask is not None for mask in kept.passed)
@@ -200,27 +197,21 @@ def project_back(
     return of_x, of_downs + of_ups
 
 
-def summed(
-    parts: Iterable[tuple[Tensor, Tensor, bool]], bias: Tensor | None = None, out: Tensor | None = None
-) -> Float[Tensor, "rows columns"]:
+def summed(parts: Iterable[tuple[Tensor, Tensor, bool]], bias: Tensor | None = None) -> Float[Tensor, "rows columns"]:
     """Return the sum of some products.
 
     Args:
         parts: Each x [rows, inner], its weight, and whether that is turned, [columns, inner], else [inner, columns].
             One is asked for after the other where they are not computed together: weights may have to be made.
-        bias: [columns]; of a sum that has no place yet.
-        out: Where the sum goes.
+        bias: [columns].
     """
     parts = iter(parts)
     x, weight, turned = first = next(parts)
     kernels = multiplying(x)
     if kernels and weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype):
-        whole: Tensor = kernels.linear([first, *parts], bias, out)
+        whole: Tensor = kernels.linear([first, *parts], bias)
         return whole
-    if out is None:
-        output = nn.functional.linear(x, weight if turned else weight.T, bias)
-    else:
-        output = torch.mm(x, weight.T if turned else weight, out=out)
+    output = nn.functional.linear(x, weight if turned else weight.T, bias)
     for x, weight, turned in parts:
         output.addmm_(x, weight.T if turned else weight)
     return output

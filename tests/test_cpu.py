@@ -2,6 +2,8 @@
 their library is made and what happens where it cannot be.
 """
 
+import ctypes
+import mmap
 import os
 import subprocess
 import sys
@@ -23,7 +25,7 @@ WIDTHS = (1, 8, 24, 64, 80, 128, 136, 256)
 WINDOWS = (None, 1, 5, 33, 64, 65, 95, 127, 128, 130, 1000)
 HEADS = ((2, 2), (4, 2), (4, 1), (3, 1))  # and those of keys
 BOUND = 2**-7
-GUARD = 4096  # bytes on either side
+GUARD = mmap.PAGESIZE  # bytes on either side
 
 
 @pytest.fixture
@@ -35,20 +37,25 @@ def c():
 
 @pytest.fixture
 def guarded(monkeypatch):
-    """Let all that the kernels allocate lie between guards, and be NaN before it is written; return the maker."""
-    made = []
+    """Let all that the kernels allocate lie between guards, and be NaN before it is written; return the maker.
+
+    Reading or writing what comes after ends the process.
+    """
+    made, libc = [], ctypes.CDLL(None)
 
     def guarded(shape, dtype):
         size = int(np.prod(shape)) * dtype.itemsize
-        whole = torch.full((size + 2 * GUARD,), 0xFF, dtype=torch.uint8)
-        made.append(whole)
-        return whole[GUARD : GUARD + size].view(dtype).view(shape)
+        end = (-(-size // GUARD) + 1) * GUARD
+        whole = np.frombuffer(mmap.mmap(-1, end + GUARD), np.uint8)
+        assert libc.mprotect(ctypes.c_void_p(whole.ctypes.data + end), GUARD, 0) == 0  # not even to be read
+        made.append(torch.from_numpy(whole[end - size - GUARD : end]).fill_(0xFF))
+        return made[-1][GUARD:].view(dtype).view(shape)
 
     monkeypatch.setattr(cpu.rooms, "empty", lambda *shape: guarded(shape, BF16))
     monkeypatch.setattr(cpu.rooms, "scratch", lambda size: guarded((size,), torch.uint8))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda one, *shape, dtype=None: guarded(shape, dtype or one.dtype))
     yield guarded
-    assert made and all((one[:GUARD] == 0xFF).all() and (one[-GUARD:] == 0xFF).all() for one in made)
+    assert made and all((one[:GUARD] == 0xFF).all() for one in made)
 
 
 def between_guards(guarded, tensors):
@@ -56,7 +63,7 @@ def between_guards(guarded, tensors):
 
 
 def inside_guards(outputs):
-    return all(one.untyped_storage().nbytes() == one.nbytes + 2 * GUARD for one in outputs)
+    return all(one.untyped_storage().nbytes() == one.nbytes + GUARD for one in outputs)
 
 
 def drawn(*shape, seed=0, size=1.0):

@@ -36,7 +36,7 @@ from lora_kit.journal import Journal
 from lora_kit.kernels import choice
 from lora_kit.kernels.attention import use_attention
 from lora_kit.portions import Portions
-from lora_kit.processes import LARGE, Processes, keep_freed_memory
+from lora_kit.processes import Processes
 from lora_kit.recipe import Recipe, dump, resolve_path
 from lora_kit.resolved import choices, fast_parts, measured_threads
 from lora_kit.source import Source, load_renderer, locate
@@ -118,8 +118,6 @@ def prepare_job(
     model = inject(base, recipe.adapter, seed=recipe.train.seed, name=source.name, revision=source.commit)
     state = flatten(model.train())
     resolved["kernels"] = fast_parts(model, recipe, resolved, processes)
-    if choice.lends(model, resolved["kernels"]):
-        keep_freed_memory(below=LARGE)  # malloc has few large tensors, and their holes cost more than their faults
     if resolved["threads"] == 0:
         resolved["threads"] = measured_threads(model, state, processes)
     fill(state, run)

@@ -21,7 +21,7 @@ from lora_kit.errors import BaseError
 from lora_kit.kernels import choice
 from lora_kit.kernels.attention import inner_of
 from lora_kit.objective import model_inputs, sft
-from lora_kit.processes import Processes
+from lora_kit.processes import LARGE, Processes, keep_freed_memory
 from lora_kit.recipe import Recipe
 from lora_kit.shapes import read_config
 from lora_kit.source import Source
@@ -107,4 +107,7 @@ def fast_parts(model: nn.Module, recipe: Recipe, resolved: dict[str, Any], proce
     known = resolved.get("kernels")
     ids = np.arange(32) % inner_of(model).config.get_text_config().vocab_size
     inputs = None if known else model_inputs(model, probe_batch([ids]), processes.device)
-    return choice.use_kernels(model, known or None, inputs)
+    used = choice.use_kernels(model, known or None, inputs)
+    if choice.lends(model, used):
+        keep_freed_memory(below=LARGE)  # malloc has few large tensors, and their holes cost more than their faults
+    return used

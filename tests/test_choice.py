@@ -171,7 +171,7 @@ def test_large_tensors_go_back_to_the_system_where_kernels_lend_nearly_all(
 ):
     """Each would be new memory at every step, one page fault after another."""
     told, plain = [], ["train.steps=1", "base.dtype=bfloat16", "adapter.dropout=0"]
-    monkeypatch.setattr("lora_kit.job.keep_freed_memory", lambda **below: told.append(below))
+    monkeypatch.setattr("lora_kit.resolved.keep_freed_memory", lambda **below: told.append(below))
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     trainer.train(load_recipe(recipe_file, [*plain, *changes]), tmp_path / "run")
     assert told == ([{"below": LARGE}] if all_lent and not without_c() else [])

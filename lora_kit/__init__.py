@@ -15,36 +15,38 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lora_kit.version import VERSION
+
 if TYPE_CHECKING:
+    from lora_kit.artifacts.hub import push as push
+    from lora_kit.artifacts.load import generate as generate
+    from lora_kit.artifacts.load import load as load
+    from lora_kit.artifacts.merging import merge as merge
     from lora_kit.check import estimate as estimate
     from lora_kit.check import preview as preview
-    from lora_kit.evaluation import evaluate as evaluate
-    from lora_kit.generation import generate as generate
-    from lora_kit.generation import load as load
-    from lora_kit.hub import push as push
-    from lora_kit.merging import merge as merge
-    from lora_kit.recipe import load_recipe as load_recipe
-    from lora_kit.run import Run as Run
-    from lora_kit.trainer import train as train
+    from lora_kit.recipe.load import load_recipe as load_recipe
+    from lora_kit.runs.run import Run as Run
+    from lora_kit.training.evaluation import evaluate as evaluate
+    from lora_kit.training.loop import train as train
 
 # tqdm says this in every notebook without ipywidgets; nothing of ours wants them
 warnings.filterwarnings("ignore", message="IProgress not found")
 # peft imports it wherever it is installed, and it tells every process of kernels that it can do without
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _HOME = {
-    "load_recipe": "recipe",
+    "load_recipe": "recipe.load",
     "preview": "check",
     "estimate": "check",
-    "train": "trainer",
-    "Run": "run",
-    "load": "generation",
-    "generate": "generation",
-    "evaluate": "evaluation",
-    "push": "hub",
-    "merge": "merging",
+    "train": "training.loop",
+    "Run": "runs.run",
+    "load": "artifacts.load",
+    "generate": "artifacts.load",
+    "evaluate": "training.evaluation",
+    "push": "artifacts.hub",
+    "merge": "artifacts.merging",
 }
 
 __all__ = list(_HOME)

@@ -14,18 +14,19 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.text import Text
 
+from lora_kit.artifacts.hub import unready
 from lora_kit.data.files import SUFFIXES
 from lora_kit.data.plan import Plan, prepare_data
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.tokens import Prepared, Tokens
 from lora_kit.data.vocabulary import check_tokenizer_fits
 from lora_kit.errors import InputError, RecipeError
-from lora_kit.hub import unready
-from lora_kit.portions import Machine, Portions, choose, described, this_machine
-from lora_kit.recipe import Recipe, resolve_path
-from lora_kit.shapes import Estimate, Shape, estimate_memory, read_config
-from lora_kit.source import Source, base_folder, load_renderer
-from lora_kit.trackers import require
+from lora_kit.model.sizes import Estimate, Shape, estimate_memory, read_config
+from lora_kit.model.source import Source, base_folder, load_renderer
+from lora_kit.recipe.load import resolve_path
+from lora_kit.recipe.schema import Recipe
+from lora_kit.runs.trackers import require
+from lora_kit.training.micro_batches import Machine, Portions, choose, described, this_machine
 
 
 @dataclass(frozen=True, repr=False)

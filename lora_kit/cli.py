@@ -89,10 +89,10 @@ def train(
 ) -> None:
     """Train a recipe; the same command starts, resumes and, when all is done, says so."""
     with errors_told():
-        from lora_kit.checkpoint import store
-        from lora_kit.checkpoint.lease import KEEPER
-        from lora_kit.checkpoint.resume import is_own, take_over
-        from lora_kit.recipe import load_recipe
+        from lora_kit.recipe.load import load_recipe
+        from lora_kit.runs import store
+        from lora_kit.runs.lease import KEEPER
+        from lora_kit.runs.resume import is_own, take_over
         from lora_kit.supervise.launch import follow_launcher, launch
 
         loaded = load_recipe(recipe, set_)
@@ -101,9 +101,9 @@ def train(
             raise LaunchError(f"--processes {processes}: another launcher already started this process; leave one out")
         if launched:
             follow_launcher()
-            from lora_kit import trainer
+            from lora_kit.training import loop
 
-            trainer.train(loaded, out, accept=accept, start_from=start_from, profile=profile)
+            loop.train(loaded, out, accept=accept, start_from=start_from, profile=profile)
             return
         origin = store.open_checkpoint(newest(start_from)) if start_from else None
         lease, notices = take_over(out, origin)
@@ -144,7 +144,7 @@ def check(
     """Validate a recipe, look at its data with trained tokens marked, and estimate memory and size."""
     with errors_told():
         from lora_kit import check as checking
-        from lora_kit.recipe import load_recipe
+        from lora_kit.recipe.load import load_recipe
 
         report = checking.check(load_recipe(recipe, set_), offline=offline, shapes=shapes, processes=processes)
         if as_json:
@@ -162,9 +162,9 @@ def status(
 ) -> None:
     """Say how far a run is, what is safe, and what interrupted it at which cost. Live and afterwards; moves nothing."""
     with errors_told():
-        from lora_kit import report
+        from lora_kit.runs import status as reading
 
-        state, found = report.status(run), report.checkpoints(run)
+        state, found = reading.status(run), reading.checkpoints(run)
         if as_json:
             _print_json(state.to_dict() | {"checkpoints": found})
             return
@@ -183,13 +183,13 @@ def verify(
 ) -> None:
     """Read every byte of a checkpoint, or of all in a run, and compare it with the manifest. Moves nothing."""
     with errors_told():
-        from lora_kit import report
-        from lora_kit.checkpoint import store
+        from lora_kit.runs import status as reading
+        from lora_kit.runs import store
 
         found = [path] if (path / store.MANIFEST).exists() else store.folders(path)
         if not found:
             raise CheckpointError(f"{path}: no checkpoint here; give a run's folder or one of its checkpoints")
-        results = [report.validity(one) for one in found]
+        results = [reading.validity(one) for one in found]
         if as_json:
             _print_json(results)
         else:
@@ -215,13 +215,11 @@ def generate(
 ) -> None:
     """Answer prompts with a trained adapter."""
     with errors_told():
-        from lora_kit import generation
+        from lora_kit.artifacts import load
 
-        model, tokenizer = generation.load(newest(path))
+        model, tokenizer = load.load(newest(path))
         with model.disable_adapter() if base else _nothing():
-            answers = generation.generate(
-                model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature
-            )
+            answers = load.generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature)
         if as_json:
             _print_json([{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)])
         else:
@@ -235,7 +233,7 @@ def _nothing() -> Iterator[None]:
 
 def newest(path: str | Path) -> Path:
     """Return a checkpoint as it is, of a run its newest that verifies, of a Hub name its download."""
-    from lora_kit.hub import checkpoint_at
+    from lora_kit.artifacts.hub import checkpoint_at
 
     return checkpoint_at(path)
 
@@ -249,10 +247,10 @@ def chat(
 ) -> None:
     """Talk to a trained adapter; `/adapter off` compares with the base, `/help` says what else there is."""
     with errors_told():
-        from lora_kit import chat as chatting
-        from lora_kit import generation
+        from lora_kit.artifacts import chat as chatting
+        from lora_kit.artifacts import load
 
-        model, tokenizer = generation.load(newest(path))
+        model, tokenizer = load.load(newest(path))
         print("/help for the commands, Ctrl-D to leave", file=sys.stderr)
         chatting.chat(
             model,
@@ -286,7 +284,7 @@ def merge(
 ) -> None:
     """Fold an adapter into its base and say how far the merged model is from the two apart."""
     with errors_told():
-        from lora_kit import merging
+        from lora_kit.artifacts import merging
 
         merged = merging.merge(newest(path), out, dtype=dtype and dtype.value)
         if as_json:
@@ -308,8 +306,8 @@ def evaluate(
 ) -> None:
     """Measure base and adapter on the recipe's validation data: loss, perplexity, exact match."""
     with errors_told():
-        from lora_kit import evaluation
-        from lora_kit.recipe import load_recipe
+        from lora_kit.recipe.load import load_recipe
+        from lora_kit.training import evaluation
 
         scores = evaluation.evaluate(load_recipe(recipe, set_), newest(path))
         if as_json:
@@ -332,7 +330,7 @@ def push(
 ) -> None:
     """Publish an adapter on the Hub in one commit: weights, tokenizer, template, recipe and a model card."""
     with errors_told():
-        from lora_kit import hub
+        from lora_kit.artifacts import hub
 
         pushed = hub.push(path, to, private=private, revision=revision)
         if as_json:

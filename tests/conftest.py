@@ -75,7 +75,7 @@ def without_c():
     """Why there are no kernels in C here, if so; a fault of theirs is no reason."""
     import torch
 
-    from lora_kit.kernels.cpu import FLAGS
+    from lora_kit.kernels.cpu.ops import FLAGS
 
     if not torch.cpu._is_avx512_bf16_supported():
         return "the CPU does not multiply bf16 by AVX-512"
@@ -198,8 +198,8 @@ def recipe_file(tmp_path, base_folder, data_file):
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory, base_folder, data_file):
     """A finished run of four steps whose adapter answers other than its base."""
-    from lora_kit.recipe import load_recipe
-    from lora_kit.trainer import train
+    from lora_kit.recipe.load import load_recipe
+    from lora_kit.training.loop import train
 
     folder = tmp_path_factory.mktemp("trained")
     (folder / "recipe.yaml").write_text(RECIPE.format(base=base_folder, data=data_file))
@@ -219,25 +219,25 @@ def shared_data():
 @pytest.fixture
 def captured(monkeypatch):
     """The flat gradient and weights that reach the optimizer in each step, before its update."""
-    from lora_kit import trainer
+    from lora_kit.training import loop
 
     seen = []
-    update = trainer.optim.adamw
+    update = loop.optim.adamw
 
     def spy(weights, gradient, *rest, **named):
         seen.append((weights.clone(), gradient.clone()))
         update(weights, gradient, *rest, **named)
 
-    monkeypatch.setattr(trainer.optim, "adamw", spy)
+    monkeypatch.setattr(loop.optim, "adamw", spy)
     return seen
 
 
 @pytest.fixture
 def jobs(monkeypatch):
     """The jobs that the trainer prepares."""
-    from lora_kit import trainer
+    from lora_kit.training import loop
 
     seen = []
-    prepare = trainer.prepare_job
-    monkeypatch.setattr(trainer, "prepare_job", lambda *a, **k: seen.append(prepare(*a, **k)) or seen[-1])
+    prepare = loop.prepare_job
+    monkeypatch.setattr(loop, "prepare_job", lambda *a, **k: seen.append(prepare(*a, **k)) or seen[-1])
     return seen

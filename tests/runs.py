@@ -37,10 +37,10 @@ def train(recipe, out, *more, processes=1, expect=0, environment=None):
 
 def go_on(recipe, out, *changes):
     """Train to the end in this process, which has imported everything; return what that returns."""
-    from lora_kit import trainer
-    from lora_kit.recipe import load_recipe
+    from lora_kit.recipe.load import load_recipe
+    from lora_kit.training import loop
 
-    return trainer.train(load_recipe(recipe, changes), out)
+    return loop.train(load_recipe(recipe, changes), out)
 
 
 def state_hash(run, step):

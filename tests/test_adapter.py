@@ -7,12 +7,13 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
-from lora_kit import trainer
-from lora_kit.adapter import flatten, initial_a, inject, saved_config
-from lora_kit.checkpoint.store import split
 from lora_kit.errors import CheckpointError
 from lora_kit.kernels.attention import own_attention
-from lora_kit.recipe import Adapter, load_recipe
+from lora_kit.model.adapter import flatten, initial_a, inject, saved_config
+from lora_kit.recipe.load import load_recipe
+from lora_kit.recipe.schema import Adapter
+from lora_kit.runs.store import split
+from lora_kit.training import loop
 
 
 def fresh(base_folder, **changes):
@@ -112,9 +113,9 @@ def test_the_configuration_is_stable_and_names_the_base(base_folder):
 
 def test_a_checkpoint_is_a_peft_adapter_with_the_same_logits(recipe_file, base_folder, tmp_path, monkeypatch):
     jobs = []
-    prepare = trainer.prepare_job
-    monkeypatch.setattr(trainer, "prepare_job", lambda *a, **k: jobs.append(prepare(*a, **k)) or jobs[-1])
-    run = trainer.train(load_recipe(recipe_file), tmp_path / "run")
+    prepare = loop.prepare_job
+    monkeypatch.setattr(loop, "prepare_job", lambda *a, **k: jobs.append(prepare(*a, **k)) or jobs[-1])
+    run = loop.train(load_recipe(recipe_file), tmp_path / "run")
     base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, str(run.latest)).eval()
     ids = torch.arange(40)[None]
@@ -128,9 +129,9 @@ def test_a_checkpoint_is_a_peft_adapter_with_the_same_logits(recipe_file, base_f
 
 def test_saving_through_peft_gives_the_same_tensors(recipe_file, tmp_path, monkeypatch):
     jobs = []
-    prepare = trainer.prepare_job
-    monkeypatch.setattr(trainer, "prepare_job", lambda *a, **k: jobs.append(prepare(*a, **k)) or jobs[-1])
-    run = trainer.train(load_recipe(recipe_file, ["train.steps=2"]), tmp_path / "run")
+    prepare = loop.prepare_job
+    monkeypatch.setattr(loop, "prepare_job", lambda *a, **k: jobs.append(prepare(*a, **k)) or jobs[-1])
+    run = loop.train(load_recipe(recipe_file, ["train.steps=2"]), tmp_path / "run")
     jobs[0].model.save_pretrained(tmp_path / "theirs")
     ours, theirs = (
         load_file(run.latest / "adapter_model.safetensors"),
@@ -141,7 +142,7 @@ def test_saving_through_peft_gives_the_same_tensors(recipe_file, tmp_path, monke
 
 
 def test_a_checkpoint_takes_twelve_bytes_a_parameter_and_little_more(recipe_file, tmp_path):
-    run = trainer.train(load_recipe(recipe_file, ["train.steps=2", "adapter.rank=64"]), tmp_path / "run")
+    run = loop.train(load_recipe(recipe_file, ["train.steps=2", "adapter.rank=64"]), tmp_path / "run")
     arrays = load_file(run.latest / "adapter_model.safetensors")
     parameters = sum(array.size for array in arrays.values())
     total = sum(path.stat().st_size for path in run.latest.iterdir())

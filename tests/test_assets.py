@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_kit.assets import build, text
 from lora_kit.data.packing import pack
-from lora_kit.recipe import load_recipe
+from lora_kit.recipe.load import load_recipe
 
 ROOT = Path(__file__).parents[1]
 ASSETS = ROOT / "lora_kit" / "assets"

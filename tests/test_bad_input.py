@@ -6,9 +6,9 @@ import pytest
 from conftest import make_records, write_jsonl
 from typer.testing import CliRunner
 
-from lora_kit import trainer
 from lora_kit.cli import app
-from lora_kit.recipe import load_recipe
+from lora_kit.recipe.load import load_recipe
+from lora_kit.training import loop
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_a_target_that_is_not_there(told):
 def test_the_output_folder_of_another_recipe_is_left_as_it_is(recipe_file, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     out = tmp_path / "run"
-    trainer.train(load_recipe(recipe_file, ["train.steps=3"]), out)
+    loop.train(load_recipe(recipe_file, ["train.steps=3"]), out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != "lease.json"}
     arguments = ["train", str(recipe_file), "--out", str(out), "--set", "adapter.rank=8"]
     result = CliRunner().invoke(app, arguments)

@@ -9,13 +9,15 @@ import torch
 from conftest import make_base
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lora_kit import base, trainer
-from lora_kit import source as bases
-from lora_kit.base import leaks_when_packed, load_base
 from lora_kit.errors import BaseError
 from lora_kit.kernels.attention import SEGMENT, use_attention
-from lora_kit.recipe import Base, load_recipe
-from lora_kit.source import file_hash, locate
+from lora_kit.model import base
+from lora_kit.model import source as bases
+from lora_kit.model.base import leaks_when_packed, load_base
+from lora_kit.model.source import file_hash, locate
+from lora_kit.recipe.load import load_recipe
+from lora_kit.recipe.schema import Base
+from lora_kit.training import loop
 
 SMALL = {
     "vocab_size": 64,
@@ -76,7 +78,7 @@ def test_a_leaking_model_trains_on_padded_rows_and_the_log_says_so(recipe_file, 
     (folder / "config.json").unlink()
     config = AutoConfig.for_model("bloom", vocab_size=106, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    run = trainer.train(load_recipe(recipe_file, [f"base.repo={folder}", "train.steps=2"]), tmp_path / "run")
+    run = loop.train(load_recipe(recipe_file, [f"base.repo={folder}", "train.steps=2"]), tmp_path / "run")
     assert json.loads((run.latest / "manifest.json").read_text())["resolved"]["layout"] == "padded"
     assert capsys.readouterr().out.count("trains on padded rows") == 1
 

@@ -13,7 +13,7 @@ from lora_kit.data import cache, plan
 from lora_kit.data.plan import prepare_data
 from lora_kit.data.template import Renderer
 from lora_kit.errors import DataError
-from lora_kit.recipe import load_recipe
+from lora_kit.recipe.load import load_recipe
 
 RECIPE = """
 base: {repo: base}

@@ -7,9 +7,9 @@ from conftest import RECIPE
 from huggingface_hub import ModelCard
 
 import lora_kit as lk
-from lora_kit.card import model_card
-from lora_kit.checkpoint import store
-from lora_kit.hub import CARD, publication
+from lora_kit.artifacts.card import model_card
+from lora_kit.artifacts.hub import CARD, publication
+from lora_kit.runs import store
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import sys
 from runs import ENVIRONMENT
 
 import lora_kit as lk
-from lora_kit.chat import HELP, chat
+from lora_kit.artifacts.chat import HELP, chat
 
 
 def talk(loaded, *lines):

@@ -15,12 +15,12 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from lora_kit import trainer
 from lora_kit.check import check, estimate, preview
 from lora_kit.cli import app
 from lora_kit.errors import BaseError
-from lora_kit.recipe import load_recipe
-from lora_kit.shapes import FAMILIES, estimate_memory, read_config
+from lora_kit.model.sizes import FAMILIES, estimate_memory, read_config
+from lora_kit.recipe.load import load_recipe
+from lora_kit.training import loop
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -86,7 +86,7 @@ def test_every_shipped_recipe_passes_a_check_without_network(path):
 
 def test_the_predicted_checkpoint_is_the_written_one(recipe_file, tmp_path):
     recipe = load_recipe(recipe_file, ["train.steps=1", "adapter.rank=64"])
-    run = trainer.train(recipe, tmp_path / "run")
+    run = loop.train(recipe, tmp_path / "run")
     written = sum(path.stat().st_size for path in run.latest.iterdir())
     assert written <= estimate(recipe).checkpoint_bytes <= 1.1 * written
 
@@ -122,7 +122,7 @@ def test_trained_tokens_stand_out_with_and_without_colours(recipe_file, colours)
 def test_a_check_says_how_many_steps_and_tokens_there_will_be(recipe_file, tmp_path):
     recipe = load_recipe(recipe_file, ["train.steps=null", "train.epochs=2"])
     report = check(recipe)
-    run = trainer.train(recipe, tmp_path / "run")
+    run = loop.train(recipe, tmp_path / "run")
     assert report.schedule["steps"] == run.metrics[-1]["step"] == -(-2 * 23 // 5)
     assert report.schedule["examples"] == run.metrics[-1]["examples"] == 46
     assert report.schedule["tokens"] == sum(record["tokens"] for record in run.metrics)

@@ -13,15 +13,15 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotary
 from transformers.models.olmo2.modeling_olmo2 import apply_rotary_pos_emb as olmo_rotary
 
-from lora_kit import trainer
-from lora_kit.base import load_base
 from lora_kit.errors import ContractError
-from lora_kit.kernels import choice, lora, mlp, norm
+from lora_kit.kernels import fusing, lora, mlp, norm
 from lora_kit.kernels.attention import inner_of
 from lora_kit.kernels.loss import ROWS
 from lora_kit.kernels.rotary import rotated
-from lora_kit.processes import LARGE
-from lora_kit.recipe import load_recipe
+from lora_kit.model.base import load_base
+from lora_kit.recipe.load import load_recipe
+from lora_kit.training import loop
+from lora_kit.training.processes import LARGE
 
 
 class OtherRMSNorm(LlamaRMSNorm):
@@ -42,14 +42,14 @@ def test_a_family_that_computes_otherwise_keeps_its_own_norm_and_mlp(recipe_file
                 module.__class__ = one if type(module) is known else type(module)
         return base
 
-    monkeypatch.setattr("lora_kit.job.load_base", other)
-    trainer.train(load_recipe(recipe_file, ["train.steps=1"]), tmp_path / "run")
+    monkeypatch.setattr("lora_kit.training.job.load_base", other)
+    loop.train(load_recipe(recipe_file, ["train.steps=1"]), tmp_path / "run")
     assert jobs[0].manifest["resolved"]["kernels"] == ["lora", "rotary", "loss"]
 
 
 def test_only_the_modules_that_differ_keep_their_own_code():
     model = nn.ModuleList([norm_of(OtherRMSNorm), norm_of(LlamaRMSNorm)])
-    assert choice._fuse_norms(model)
+    assert fusing._fuse_norms(model)
     assert ["forward" in vars(one) and one.forward.__name__ for one in model] == ["forward", "forward"]
     x = rows(3, 24) * 20
     same([one(x) for one in model], [type(one).forward(one, x) for one in model])
@@ -64,25 +64,25 @@ def test_angles_in_fp32_are_left_to_the_family_s_own_function(turn):
 
 
 def test_the_fast_path_is_said_once_and_kept_at_a_resume(recipe_file, tmp_path, capsys, monkeypatch):
-    trainer.train(load_recipe(recipe_file, ["train.steps=2"]), tmp_path / "run")
+    loop.train(load_recipe(recipe_file, ["train.steps=2"]), tmp_path / "run")
     printed = capsys.readouterr()
     said = [line for line in (printed.out + printed.err).splitlines() if "fast path:" in line]
     assert len(said) == 1 and said[0].endswith(
         "fast path: fused adapters (14 of 14), gated MLP in one piece, norms in few passes, rotary positions likewise, "
         "loss at trained positions, last MLP there alone"
     )
-    monkeypatch.setattr(choice, "_makes_the_logits", lambda *_: pytest.fail("chosen again"))
-    run = trainer.train(load_recipe(recipe_file, ["train.steps=3"]), tmp_path / "run", accept=["train.steps"])
+    monkeypatch.setattr(fusing, "_makes_the_logits", lambda *_: pytest.fail("chosen again"))
+    run = loop.train(load_recipe(recipe_file, ["train.steps=3"]), tmp_path / "run", accept=["train.steps"])
     kernels = json.loads((run.latest / "manifest.json").read_text())["resolved"]["kernels"]
     assert kernels == ["lora", "mlp", "norm", "rotary", "loss", "last mlp"]
 
 
 def test_turning_the_fast_path_off_is_a_change_to_accept(recipe_file, tmp_path):
-    trainer.train(load_recipe(recipe_file, ["train.steps=2"]), tmp_path / "run")
+    loop.train(load_recipe(recipe_file, ["train.steps=2"]), tmp_path / "run")
     slow = load_recipe(recipe_file, ["train.steps=3", "train.kernels=none"])
     with pytest.raises(ContractError, match=r"accept +train\.kernels"):
-        trainer.train(slow, tmp_path / "run", accept=["train.steps"])
-    run = trainer.train(slow, tmp_path / "run", accept=["train.steps", "train.kernels"])
+        loop.train(slow, tmp_path / "run", accept=["train.steps"])
+    run = loop.train(slow, tmp_path / "run", accept=["train.steps", "train.kernels"])
     manifest = json.loads((run.latest / "manifest.json").read_text())
     assert manifest["resolved"]["kernels"] == [] and manifest["claim"]["level"] == "rounding"
 
@@ -90,8 +90,8 @@ def test_turning_the_fast_path_off_is_a_change_to_accept(recipe_file, tmp_path):
 def test_layers_that_peft_computes_are_named(recipe_file, tmp_path, base_folder, jobs):
     folder = save_family(tmp_path / "base", "mixtral", base_folder)
     changes = [f"base.repo={folder}", f"adapter.targets={EXPERTS_BY_NAME}", "adapter.dropout=0", "train.steps=1"]
-    trainer.train(load_recipe(recipe_file, changes), tmp_path / "run")
-    said = choice.about(jobs[0].model, jobs[0].manifest["resolved"]["kernels"])
+    loop.train(load_recipe(recipe_file, changes), tmp_path / "run")
+    said = fusing.about(jobs[0].model, jobs[0].manifest["resolved"]["kernels"])
     assert said.startswith("fused adapters (2 of 6; experts by peft)")
 
 
@@ -115,9 +115,9 @@ def test_no_gradient_is_computed_below_the_first_adapted_layer(recipe_file, tmp_
         base.get_input_embeddings().register_forward_hook(lambda module, given, x: wanted.append(x.requires_grad))
         return base
 
-    monkeypatch.setattr("lora_kit.job.load_base", watched)
+    monkeypatch.setattr("lora_kit.training.job.load_base", watched)
     changes = ["train.steps=1", "train.batch_size=1", "train.micro_batch_tokens=256"]
-    trainer.train(load_recipe(recipe_file, changes), tmp_path / "run")
+    loop.train(load_recipe(recipe_file, changes), tmp_path / "run")
     layers = 2
     assert wanted.count(True) == 4 * layers - 1 and not wanted[-1]  # q k v of the first layer, which comes last
     assert len(found) == 2 * layers  # all norms but the first
@@ -127,25 +127,25 @@ def test_no_gradient_is_computed_below_the_first_adapted_layer(recipe_file, tmp_
 def test_the_last_mlp_is_computed_where_tokens_are_trained_and_nothing_else_changes(
     twice, recipe_file, tmp_path, captured, monkeypatch
 ):
-    seen, batches, own, loss_of = [], [], mlp.GatedMlp.forward, trainer.sft
+    seen, batches, own, loss_of = [], [], mlp.GatedMlp.forward, loop.sft
     monkeypatch.setattr(mlp.GatedMlp, "forward", lambda ctx, x, *rest: (seen.append(len(x)), own(ctx, x, *rest))[1])
-    monkeypatch.setattr(trainer, "sft", lambda model, one, *rest: (batches.append(one), loss_of(model, one, *rest))[1])
+    monkeypatch.setattr(loop, "sft", lambda model, one, *rest: (batches.append(one), loss_of(model, one, *rest))[1])
     changes = ["train.steps=1", "adapter.dropout=0", f"train.activation_checkpointing={str(twice).lower()}"]
-    trainer.train(load_recipe(recipe_file, changes), tmp_path / "narrow")
+    loop.train(load_recipe(recipe_file, changes), tmp_path / "narrow")
     expected = []
     for one in batches:
         whole, narrow = (-(-many // ROWS) * ROWS for many in (one.ids.size, one.weight))
         expected += [whole, narrow] + [narrow, whole] * twice
     assert seen[-len(expected) :] == expected and batches[0].weight < batches[0].ids.size
-    monkeypatch.setattr(choice, "_narrow_last_mlp", lambda *_: False)
-    trainer.train(load_recipe(recipe_file, changes), tmp_path / "whole")
+    monkeypatch.setattr(fusing, "_narrow_last_mlp", lambda *_: False)
+    loop.train(load_recipe(recipe_file, changes), tmp_path / "whole")
     (_, ours), (_, whole) = captured
     assert relative(ours, whole) < 1e-6
 
 
 def test_calls_that_ask_for_no_rows_get_all_of_them(recipe_file, tmp_path, jobs):
-    trainer.train(load_recipe(recipe_file, ["train.steps=1"]), tmp_path / "run")
-    model, last = jobs[0].model.eval(), choice.last_mlp_of(jobs[0].model)
+    loop.train(load_recipe(recipe_file, ["train.steps=1"]), tmp_path / "run")
+    model, last = jobs[0].model.eval(), fusing.last_mlp_of(jobs[0].model)
     x = rows(6, 32)
     whole = last(x)
     with mlp.at_rows(last, torch.tensor([1, 4])):
@@ -171,7 +171,7 @@ def test_large_tensors_go_back_to_the_system_where_kernels_lend_nearly_all(
 ):
     """Each would be new memory at every step, one page fault after another."""
     told, plain = [], ["train.steps=1", "base.dtype=bfloat16", "adapter.dropout=0"]
-    monkeypatch.setattr("lora_kit.resolved.keep_freed_memory", lambda **below: told.append(below))
+    monkeypatch.setattr("lora_kit.training.choices.keep_freed_memory", lambda **below: told.append(below))
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    trainer.train(load_recipe(recipe_file, [*plain, *changes]), tmp_path / "run")
+    loop.train(load_recipe(recipe_file, [*plain, *changes]), tmp_path / "run")
     assert told == ([{"below": LARGE}] if all_lent and not without_c() else [])

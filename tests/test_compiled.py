@@ -9,11 +9,12 @@ from plain_loop import relative
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from lora_kit import kernels, trainer
-from lora_kit.kernels import attention, cpu, mlp, norm, rotary
+from lora_kit.kernels import attention, dispatch, mlp, norm, rotary
 from lora_kit.kernels.attention import Segments, visible
+from lora_kit.kernels.cpu import ops
 from lora_kit.kernels.mlp import ACTIVATIONS
-from lora_kit.recipe import load_recipe
+from lora_kit.recipe.load import load_recipe
+from lora_kit.training import loop
 
 GPU = torch.cuda.is_available()
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # which sigmoid is made for
@@ -24,9 +25,9 @@ OF_C = 6e-3  # two roundings to bf16 are 2e-3, and shares of attention are round
 def triton():
     """The kernels for GPUs; faults of their own must not pass for a missing Triton."""
     pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportError)
-    from lora_kit.kernels import gpu
+    from lora_kit.kernels.triton import pointwise
 
-    return gpu
+    return pointwise
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class By:
         if self.language == "triton":
             return triton()
         need_c()
-        return cpu
+        return ops
 
     def drawn(self, *shape, seed=0):
         drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -71,9 +72,9 @@ def ways(dtypes, *others):
 @pytest.fixture
 def fresh():
     """Let the kernels be looked for again, now and after this test."""
-    kernels._triton.cache_clear()
+    dispatch._triton.cache_clear()
     yield
-    kernels._triton.cache_clear()
+    dispatch._triton.cache_clear()
 
 
 by_c = By("c", torch.bfloat16)
@@ -159,10 +160,10 @@ def test_a_step_with_them_is_the_step_without(by, dropout, recipe_file, tmp_path
     changes = ["train.steps=1", "train.batch_size=2", f"adapter.dropout={dropout}", "adapter.rank=3"]
     recipe = load_recipe(recipe_file, [*changes, f"base.dtype={by.dtype}".replace("torch.", "")])
     without_compiled(monkeypatch)
-    trainer.train(recipe, tmp_path / "plain")
+    loop.train(recipe, tmp_path / "plain")
     for one in (attention, mlp, norm, rotary):
         monkeypatch.setattr(one, "compiled", lambda _: there)
-    trainer.train(recipe, tmp_path / "ours")
+    loop.train(recipe, tmp_path / "ours")
     (_, plain), (_, ours) = captured
     assert jobs[1].manifest["resolved"]["kernels"] == ["lora", "mlp", "norm", "rotary", "loss", "last mlp"]
     bound = 1e-5 if by.dtype == torch.float32 else 5e-2  # how near the truth: test_precision
@@ -174,8 +175,8 @@ def test_where_triton_compiles_nothing_there_is_a_warning_and_the_plain_way(monk
         raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setattr(torch, "ones", lambda *shape, dtype, **_: torch.zeros(shape, dtype=dtype))
-    assert kernels._triton() is triton()
+    assert dispatch._triton() is triton()
     monkeypatch.setattr(triton().Gated, "back", refused)
-    kernels._triton.cache_clear()
+    dispatch._triton.cache_clear()
     with pytest.warns(UserWarning, match="Triton compiles nothing here, .*: Failed to find C compiler"):
-        assert kernels._triton() is None
+        assert dispatch._triton() is None

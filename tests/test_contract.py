@@ -6,21 +6,21 @@ import pytest
 from conftest import make_base, make_records, write_jsonl
 from runs import state_hash
 
-from lora_kit import trainer
-from lora_kit.checkpoint.lease import take
 from lora_kit.errors import ContractError, InputError, LeaseError
-from lora_kit.recipe import load_recipe
+from lora_kit.recipe.load import load_recipe
+from lora_kit.runs.lease import take
+from lora_kit.training import loop
 
 
 @pytest.fixture
 def finished(recipe_file, tmp_path):
     """A finished run of 4 steps."""
-    trainer.train(load_recipe(recipe_file, ["train.steps=4"]), tmp_path / "run")
+    loop.train(load_recipe(recipe_file, ["train.steps=4"]), tmp_path / "run")
     return tmp_path / "run"
 
 
 def resume(recipe_file, run, *changes, accept=()):
-    return trainer.train(load_recipe(recipe_file, ["train.steps=4", *changes]), run, accept=accept)
+    return loop.train(load_recipe(recipe_file, ["train.steps=4", *changes]), run, accept=accept)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_folder_of_something_else_is_refused(recipe_file, tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("precious")
     with pytest.raises(InputError, match=r"not empty and not a run's folder \(it holds thesis\.tex\)"):
-        trainer.train(load_recipe(recipe_file), tmp_path / "home")
+        loop.train(load_recipe(recipe_file), tmp_path / "home")
     assert [path.name for path in (tmp_path / "home").iterdir()] == ["thesis.tex"]
 
 

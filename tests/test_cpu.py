@@ -15,8 +15,8 @@ import pytest
 import torch
 from conftest import need_c
 
-from lora_kit import kernels
-from lora_kit.kernels import cpu
+from lora_kit.kernels import dispatch
+from lora_kit.kernels.cpu import ops
 from lora_kit.kernels.lora import across, summed
 
 BF16, EXACT = torch.bfloat16, torch.float64
@@ -32,7 +32,7 @@ GUARD = mmap.PAGESIZE  # bytes on either side
 def c():
     """The kernels, where they can be."""
     need_c()
-    return cpu
+    return ops
 
 
 @pytest.fixture
@@ -51,8 +51,8 @@ def guarded(monkeypatch):
         made.append(torch.from_numpy(whole[end - size - GUARD : end]).fill_(0xFF))
         return made[-1][GUARD:].view(dtype).view(shape)
 
-    monkeypatch.setattr(cpu.rooms, "empty", lambda *shape: guarded(shape, BF16))
-    monkeypatch.setattr(cpu.rooms, "scratch", lambda size: guarded((size,), torch.uint8))
+    monkeypatch.setattr(ops.rooms, "empty", lambda *shape: guarded(shape, BF16))
+    monkeypatch.setattr(ops.rooms, "scratch", lambda size: guarded((size,), torch.uint8))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda one, *shape, dtype=None: guarded(shape, dtype or one.dtype))
     yield guarded
     assert made and all((one[:GUARD] == 0xFF).all() for one in made)
@@ -94,8 +94,8 @@ def tiles_of(lengths):
 def attended(given, lengths, scale, window):
     """The output, the gradients and the logarithms of the sums."""
     *inputs, above = given
-    output, sums = cpu.attend(*inputs, tiles_of(lengths), scale, window)
-    return [output, *cpu.attend_back(above, *inputs, output, sums, tiles_of(lengths), scale, window), sums]
+    output, sums = ops.attend(*inputs, tiles_of(lengths), scale, window)
+    return [output, *ops.attend_back(above, *inputs, output, sums, tiles_of(lengths), scale, window), sums]
 
 
 def attention_by_definition(given, lengths, scale, window):
@@ -348,12 +348,12 @@ def test_rotary_positions_of_any_number_of_heads_are_right_in_every_number(heads
 def everything():
     """What every kernel makes of some inputs."""
     lengths, x, above = (130, 1, 65, 33), drawn(229, 200), drawn(229, 200, seed=1)
-    output, inverse = cpu.norm(x, x[0], 1e-5, gemma=False)
-    made = [output, inverse, cpu.norm_back(above, x, x[0], inverse, gemma=False), cpu.gate(x, above, tanh=True)]
-    made += [*cpu.gate_back(above.clone(), x, x, tanh=False), cpu.rotate(x.view(229, 5, 40), x[:, :40], above[:, :40])]
-    made += [cpu.linear([(x, drawn(1000, 200, seed=2), True), (above, drawn(200, 1000, seed=3), False)])]
-    made += [cpu.outer(x, above), cpu.outer(drawn(1000, 16), drawn(1000, 1000, seed=1))]
-    made += [cpu.linear([(drawn(900, 200), drawn(200, 80, seed=4), False)])]  # rows are split
+    output, inverse = ops.norm(x, x[0], 1e-5, gemma=False)
+    made = [output, inverse, ops.norm_back(above, x, x[0], inverse, gemma=False), ops.gate(x, above, tanh=True)]
+    made += [*ops.gate_back(above.clone(), x, x, tanh=False), ops.rotate(x.view(229, 5, 40), x[:, :40], above[:, :40])]
+    made += [ops.linear([(x, drawn(1000, 200, seed=2), True), (above, drawn(200, 1000, seed=3), False)])]
+    made += [ops.outer(x, above), ops.outer(drawn(1000, 16), drawn(1000, 1000, seed=1))]
+    made += [ops.linear([(drawn(900, 200), drawn(200, 80, seed=4), False)])]  # rows are split
     long = (500, 300, 400)  # or one thread is done before another begins
     return (
         made + attended(parts(lengths, 4, 2, 24), lengths, 0.3, 33) + attended(parts(long, 8, 4, 80), long, 0.1, None)
@@ -407,7 +407,7 @@ def test_what_is_no_sum_of_products_is_refused(wrong, c):
 def test_products_of_few_rows_or_of_another_precision_are_left_to_torch(c, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     ours, x, weight, bias = drawn(1, 1), drawn(32, 6), drawn(5, 6), drawn(5)
-    monkeypatch.setattr(cpu, "linear", lambda *_: ours)
+    monkeypatch.setattr(ops, "linear", lambda *_: ours)
     assert summed([(x, weight, True)], bias) is ours
     assert torch.equal(summed([(x[:31], weight, True)], bias), torch.nn.functional.linear(x[:31], weight, bias))
     for given in ([(x, weight.float(), True)], None), ([(x, weight, True)], bias.float()):
@@ -430,7 +430,7 @@ def test_a_replay_by_any_number_of_threads_has_the_same_bits(c):
 
 
 def test_rooms_are_used_again_when_nothing_holds_them(c):
-    rooms = cpu.Rooms()
+    rooms = ops.Rooms()
     first = rooms.empty(100, 3, 8)
     assert first.shape == (100, 3, 8) and first.dtype == BF16 and first.data_ptr() % 4096 == 0
     place, view = first.data_ptr(), first[2:, 1].fill_(7)
@@ -446,7 +446,7 @@ def test_rooms_are_used_again_when_nothing_holds_them(c):
 
 
 def test_rooms_grow_with_the_longest_micro_batch(c):
-    rooms = cpu.Rooms()
+    rooms = ops.Rooms()
     short, long = rooms.empty(2048, 8).fill_(1), rooms.empty(5000, 8).fill_(2)
     again = rooms.empty(2049, 8).fill_(3)
     assert (short == 1).all() and (long == 2).all() and (again == 3).all() and len(long) == 5000
@@ -461,7 +461,7 @@ def fresh(monkeypatch, tmp_path):
     """An empty cache and no library in this process, before and after; the CPU passes for one that can use it."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "cache"))
-    caches = cpu.library, kernels._c  # which tests put others in the place of
+    caches = ops.library, dispatch._c  # which tests put others in the place of
     for one in caches:
         one.cache_clear()
     yield tmp_path / "cache"
@@ -480,7 +480,7 @@ def told():
     """What two calls warn of, neither of which finds a kernel."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        assert kernels.compiled(drawn(2, 2)) is None and kernels.compiled(drawn(2, 2)) is None
+        assert dispatch.compiled(drawn(2, 2)) is None and dispatch.compiled(drawn(2, 2)) is None
     assert all(one.category is UserWarning for one in seen)
     return [str(one.message) for one in seen]
 
@@ -522,13 +522,13 @@ def test_where_nothing_can_be_kept_there_is_one_warning_and_the_plain_way(fresh,
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_other_precisions_ask_for_no_compiler(dtype, fresh, monkeypatch):
-    monkeypatch.setattr(cpu, "library", None)
-    assert kernels.compiled(torch.ones(2, dtype=dtype)) is None
+    monkeypatch.setattr(ops, "library", None)
+    assert dispatch.compiled(torch.ones(2, dtype=dtype)) is None
 
 
 def test_a_cpu_without_bf16_asks_for_no_compiler_and_warns_of_nothing(fresh, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    monkeypatch.setattr(cpu, "library", None)
+    monkeypatch.setattr(ops, "library", None)
     assert told() == []
 
 
@@ -546,45 +546,45 @@ def calls(tmp_path):
 def test_a_library_that_is_kept_is_used_again_and_another_source_makes_another(c, fresh, monkeypatch, tmp_path):
     monkeypatch.setenv("CC", str(counted(tmp_path)))
     for _ in range(2):
-        assert kernels.compiled(drawn(2, 2)) is cpu
-        cpu.library.cache_clear()
-        kernels._c.cache_clear()
+        assert dispatch.compiled(drawn(2, 2)) is ops
+        ops.library.cache_clear()
+        dispatch._c.cache_clear()
     assert calls(tmp_path) == 1 and len(left_in(fresh)) == 1
-    monkeypatch.setattr(cpu, "FLAGS", [*cpu.FLAGS, "-DANOTHER"])
-    cpu.library()
+    monkeypatch.setattr(ops, "FLAGS", [*ops.FLAGS, "-DANOTHER"])
+    ops.library()
     assert calls(tmp_path) == 2 and len(left_in(fresh)) == 2
 
 
 def test_a_library_that_is_broken_is_made_again(c, fresh):
-    code = "from lora_kit.kernels import cpu; cpu.library()"
+    code = "from lora_kit.kernels.cpu import ops; ops.library()"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)  # in this process it would stay open
     (made,) = fresh.rglob("*.so")
     made.write_bytes(b"half")
-    assert cpu.library() and made.stat().st_size > 1000
+    assert ops.library() and made.stat().st_size > 1000
 
 
 def test_a_library_that_others_may_write_is_not_trusted(c, fresh):
-    assert cpu.library()
+    assert ops.library()
     (made,) = fresh.rglob("*.so")
     made.chmod(0o720)
-    cpu.library.cache_clear()
+    ops.library.cache_clear()
     (message,) = told()
     assert message == PLAIN + f"others may write {made}: remove it"
 
 
 def test_a_library_that_is_kept_needs_no_compiler(c, fresh, monkeypatch, tmp_path):
-    assert cpu.library()
+    assert ops.library()
     monkeypatch.setenv("PATH", str(tmp_path))
-    cpu.library.cache_clear()
-    assert cpu.library()
+    ops.library.cache_clear()
+    assert ops.library()
 
 
 def test_two_processes_that_compile_at_once_leave_one_library(c, fresh, tmp_path):
     both = (
         f"while [ $(wc -l < {tmp_path}/calls) -lt 2 ]; do sleep 0.05; done"  # neither begins before the other is there
     )
-    code = "import torch; from lora_kit.kernels import cpu; x = torch.ones(2, 8, dtype=torch.bfloat16)\n"
-    code += "assert (cpu.norm(x, x[0], 0.0, gemma=False)[0] == 1).all()"
+    code = "import torch; from lora_kit.kernels.cpu import ops; x = torch.ones(2, 8, dtype=torch.bfloat16)\n"
+    code += "assert (ops.norm(x, x[0], 0.0, gemma=False)[0] == 1).all()"
     settings = dict(os.environ, CC=str(counted(tmp_path, both)), PYTHONPATH=str(Path(__file__).parents[1]))
     started = [subprocess.Popen([sys.executable, "-c", code], env=settings) for _ in range(2)]
     try:

@@ -9,14 +9,15 @@ from plain_loop import plain_loop, relative
 from runs import state_hash, train
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lora_kit import trainer
-from lora_kit.base import choose_attention, load_base
+from lora_kit.artifacts.load import generate, load
 from lora_kit.errors import RecipeError
-from lora_kit.evaluation import evaluate
-from lora_kit.generation import generate, load
 from lora_kit.kernels.attention import SEGMENT, attention_of, own_attention
-from lora_kit.recipe import Base, load_recipe
-from lora_kit.source import locate
+from lora_kit.model.base import choose_attention, load_base
+from lora_kit.model.source import locate
+from lora_kit.recipe.load import load_recipe
+from lora_kit.recipe.schema import Base
+from lora_kit.training import loop
+from lora_kit.training.evaluation import evaluate
 
 SMALL = {
     "vocab_size": 106,
@@ -86,7 +87,7 @@ def test_gradients_of_a_family_equal_a_plain_loop_over_the_examples(
 ):
     folder = save_family(tmp_path / "base", family, base_folder)
     changes = [f"base.repo={folder}", "train.steps=3", "adapter.dropout=0", "optim.max_grad_norm=null"]
-    run = trainer.train(load_recipe(recipe_file, changes), tmp_path / "run")
+    run = loop.train(load_recipe(recipe_file, changes), tmp_path / "run")
     resolved = json.loads((run.latest / "manifest.json").read_text())["resolved"]
     if family in BY_SEGMENT:
         assert (resolved["attention"], resolved["layout"]) == (SEGMENT, "packed")
@@ -103,7 +104,7 @@ def test_gradients_of_a_family_equal_a_plain_loop_over_the_examples(
 def trained(recipe_file, tmp_path, folder, *changes):
     """Train a base for two steps and return the run and what it resolved."""
     recipe = load_recipe(recipe_file, [f"base.repo={folder}", "train.steps=2", "adapter.dropout=0", *changes])
-    run = trainer.train(recipe, tmp_path / "run")
+    run = loop.train(recipe, tmp_path / "run")
     return recipe, run, json.loads((run.latest / "manifest.json").read_text())["resolved"]
 
 
@@ -143,15 +144,15 @@ def test_evaluation_and_generation_with_a_cache_agree_with_a_loaded_checkpoint(
 
 def test_a_resume_keeps_the_attention_and_the_bytes(recipe_file, tmp_path, monkeypatch):
     for name in ("whole", "cut"):
-        trainer.train(load_recipe(recipe_file, ["train.steps=4"]), tmp_path / name)
+        loop.train(load_recipe(recipe_file, ["train.steps=4"]), tmp_path / name)
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-00000004")
-    monkeypatch.setattr("lora_kit.job.choose_attention", lambda *_: pytest.fail("chosen again"))
-    run = trainer.train(load_recipe(recipe_file, ["train.steps=4"]), tmp_path / "cut")
+    monkeypatch.setattr("lora_kit.training.job.choose_attention", lambda *_: pytest.fail("chosen again"))
+    run = loop.train(load_recipe(recipe_file, ["train.steps=4"]), tmp_path / "cut")
     assert json.loads((run.latest / "manifest.json").read_text())["resolved"]["attention"] == SEGMENT
     assert state_hash(tmp_path / "cut", 4) == state_hash(tmp_path / "whole", 4)
     monkeypatch.undo()
     changed = load_recipe(recipe_file, ["train.steps=5", "base.attention=sdpa"])
-    run = trainer.train(changed, tmp_path / "cut", accept=["train.steps", "base.attention"])
+    run = loop.train(changed, tmp_path / "cut", accept=["train.steps", "base.attention"])
     assert json.loads((run.latest / "manifest.json").read_text())["resolved"]["attention"] == "sdpa"
 
 
@@ -190,9 +191,9 @@ def test_a_layer_that_no_gradient_reaches_is_an_error_at_the_first_step(recipe_f
         base.model.layers[0].spare = torch.nn.Linear(32, 32).requires_grad_(False)
         return base
 
-    monkeypatch.setattr("lora_kit.job.load_base", with_a_spare_layer)
+    monkeypatch.setattr("lora_kit.training.job.load_base", with_a_spare_layer)
     with pytest.raises(RecipeError) as refusal:
-        trainer.train(load_recipe(recipe_file), tmp_path / "run")
+        loop.train(load_recipe(recipe_file), tmp_path / "run")
     assert str(refusal.value).splitlines() == [
         "adapter.targets: 2 tensors got no gradient in the first step; the base does not use their layers here, "
         "so leave them out:",

@@ -8,11 +8,11 @@ from conftest import make_base
 from typer.testing import CliRunner
 
 import lora_kit as lk
-from lora_kit import trainer
+from lora_kit.artifacts.load import Answering, answer
 from lora_kit.cli import app
 from lora_kit.errors import BaseError, CheckpointError
-from lora_kit.generation import Answering, answer
 from lora_kit.kernels.attention import own_attention
+from lora_kit.training import loop
 
 
 @pytest.fixture
@@ -22,8 +22,8 @@ def run(recipe_file, tmp_path):
 
 def test_a_loaded_checkpoint_has_the_trained_models_logits(recipe_file, tmp_path, monkeypatch):
     jobs = []
-    prepare = trainer.prepare_job
-    monkeypatch.setattr(trainer, "prepare_job", lambda *a, **k: jobs.append(prepare(*a, **k)) or jobs[-1])
+    prepare = loop.prepare_job
+    monkeypatch.setattr(loop, "prepare_job", lambda *a, **k: jobs.append(prepare(*a, **k)) or jobs[-1])
     run = lk.train(lk.load_recipe(recipe_file), tmp_path / "run")
     model, _ = lk.load(run.latest)
     ids = torch.arange(40)[None]

@@ -15,11 +15,11 @@ from runs import go_on, start, state_hash, wait_for_lines
 from test_families import save_family
 
 import lora_kit as lk
-from lora_kit import publisher
-from lora_kit.checkpoint.live import Region
-from lora_kit.checkpoint.store import open_checkpoint
-from lora_kit.profiling import OTHER
-from lora_kit.publisher import Publisher, on_its_way
+from lora_kit.runs.live import Region
+from lora_kit.runs.store import open_checkpoint
+from lora_kit.training import publisher
+from lora_kit.training.profiling import OTHER
+from lora_kit.training.publisher import Publisher, on_its_way
 
 pytestmark = pytest.mark.gpu
 

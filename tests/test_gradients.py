@@ -4,8 +4,8 @@ import pytest
 import torch
 from plain_loop import plain_loop, relative
 
-from lora_kit import trainer
-from lora_kit.recipe import load_recipe
+from lora_kit.recipe.load import load_recipe
+from lora_kit.training import loop
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [256, 400, 4096])
@@ -13,10 +13,10 @@ from lora_kit.recipe import load_recipe
 def test_gradients_equal_a_plain_loop_over_the_examples(
     recipe_file, tmp_path, captured, jobs, monkeypatch, micro_batch_tokens, layout
 ):
-    monkeypatch.setattr("lora_kit.base.leaks_when_packed", lambda *_: layout == "padded")
+    monkeypatch.setattr("lora_kit.model.base.leaks_when_packed", lambda *_: layout == "padded")
     changes = [f"train.micro_batch_tokens={micro_batch_tokens}", "train.steps=3", "adapter.dropout=0"]
     recipe = load_recipe(recipe_file, [*changes, "optim.max_grad_norm=null"])
-    run = trainer.train(recipe, tmp_path / "run")
+    run = loop.train(recipe, tmp_path / "run")
     (job,) = jobs
     assert job.manifest["resolved"]["layout"] == layout
     for step, (weights, gradient) in enumerate(captured):
@@ -30,7 +30,7 @@ def test_gradients_equal_a_plain_loop_over_the_examples(
 
 def test_the_oracle_sees_a_leak_between_packed_examples(recipe_file, tmp_path, captured, jobs, monkeypatch):
     # the same check must fail when positions do not restart, or it proves nothing
-    keep = trainer.collate
+    keep = loop.collate
 
     def leaky(tokens, members, *, padded):
         from dataclasses import replace
@@ -38,9 +38,9 @@ def test_the_oracle_sees_a_leak_between_packed_examples(recipe_file, tmp_path, c
         batch = keep(tokens, members, padded=padded)
         return replace(batch, position_ids=torch.arange(batch.ids.shape[1]).numpy()[None])
 
-    monkeypatch.setattr(trainer, "collate", leaky)
+    monkeypatch.setattr(loop, "collate", leaky)
     recipe = load_recipe(recipe_file, ["train.steps=2", "adapter.dropout=0", "train.micro_batch_tokens=4096"])
-    trainer.train(recipe, tmp_path / "run")
+    loop.train(recipe, tmp_path / "run")
     weights, gradient = captured[1]
     members = [index for group in jobs[0].plan.micro_batches(1) for index in group]
     assert relative(gradient, plain_loop(jobs[0], weights, members)[0]) > 1e-2
@@ -49,5 +49,5 @@ def test_the_oracle_sees_a_leak_between_packed_examples(recipe_file, tmp_path, c
 def test_activation_checkpointing_changes_no_bit(recipe_file, tmp_path, captured):
     for number, flag in enumerate(("true", "false")):
         recipe = load_recipe(recipe_file, [f"train.activation_checkpointing={flag}", "train.steps=2"])
-        trainer.train(recipe, tmp_path / str(number))
+        loop.train(recipe, tmp_path / str(number))
     assert torch.equal(captured[1][1], captured[3][1])

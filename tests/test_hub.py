@@ -14,11 +14,11 @@ from huggingface_hub import constants
 from typer.testing import CliRunner
 
 import lora_kit as lk
-from lora_kit import hub as door
+from lora_kit.artifacts import hub as door
 from lora_kit.cli import app
 from lora_kit.errors import BaseError, CheckpointError, HubError, InputError, RecipeError
-from lora_kit.journal import Journal
-from lora_kit.report import status
+from lora_kit.runs.journal import Journal
+from lora_kit.runs.status import status
 
 SHORT = ["train.steps=2", "checkpoint.every_steps=1", "data.validation=0.2"]
 

@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import os
 
-from lora_kit.journal import Journal
+from lora_kit.runs.journal import Journal
 
 
 def record(step, **more):

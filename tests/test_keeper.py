@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_kit.checkpoint import live, store
-from lora_kit.checkpoint.lease import take
-from lora_kit.checkpoint.live import Phase, Word
-from lora_kit.journal import Journal
+from lora_kit.runs import live, store
+from lora_kit.runs.journal import Journal
+from lora_kit.runs.lease import take
+from lora_kit.runs.live import Phase, Word
 from lora_kit.supervise import keeper as keeping
 from lora_kit.supervise.keeper import Keeper
 

@@ -15,10 +15,11 @@ from transformers.models.gemma.modeling_gemma import GemmaMLP, GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP, LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
-from lora_kit import base
-from lora_kit.kernels import choice, lora, loss, mlp, multiplying, norm
+from lora_kit.kernels import fusing, lora, loss, mlp, norm
 from lora_kit.kernels.attention import SEGMENT, use_attention
-from lora_kit.objective import sft
+from lora_kit.kernels.dispatch import multiplying
+from lora_kit.model import base
+from lora_kit.training.objectives.sft import sft
 
 EXACT = 1e-5
 WORSE = 1.25  # than PEFT, from the truth
@@ -56,7 +57,7 @@ def layers(**settings):
 
 def fused(model):
     model = copy.deepcopy(model)
-    assert choice._fuse_adapters(model)
+    assert fusing._fuse_adapters(model)
     return model
 
 
@@ -226,7 +227,7 @@ def fused_mlp(activation, *, adapters=True):
     def fuse(model):
         model = copy.deepcopy(model)
         if adapters:
-            choice._fuse_adapters(model)
+            fusing._fuse_adapters(model)
         mlp.fuse(model.base_model.model, activation)
         return model
 
@@ -433,7 +434,7 @@ def test_products_on_a_cpu_have_few_numbers_of_rows(dtype):
     )
     model = adapted(LlamaForCausalLM(config), targets=[*GROUP, "o_proj", *mlp.PARTS]).to(dtype)
     use_attention(model, SEGMENT)
-    choice.use_kernels(model, ["lora", "mlp", "norm", "rotary", "loss", "last mlp"])
+    fusing.use_kernels(model, ["lora", "mlp", "norm", "rotary", "loss", "last mlp"])
     with Rows() as rows:
         for lengths in ((5, 9), (31,), (64, 1), (40, 3, 60), (33,)):
             sft(model, base.probe_batch([np.arange(many) for many in lengths]), torch.device("cpu")).backward()

@@ -9,9 +9,10 @@ import pytest
 from runs import ENVIRONMENT, start, state_hash, train, wait_for_lines
 from typer.testing import CliRunner
 
-from lora_kit import stopping, trainer
 from lora_kit.cli import app
-from lora_kit.recipe import load_recipe
+from lora_kit.recipe.load import load_recipe
+from lora_kit.supervise import stopping
+from lora_kit.training import loop
 
 ACCELERATE = """
 compute_environment: LOCAL_MACHINE
@@ -29,7 +30,7 @@ main_process_port: 0
 @pytest.fixture
 def undisturbed(recipe_file, tmp_path):
     """The bytes that the function in this process gives."""
-    trainer.train(load_recipe(recipe_file), tmp_path / "function")
+    loop.train(load_recipe(recipe_file), tmp_path / "function")
     return state_hash(tmp_path / "function", 8)
 
 

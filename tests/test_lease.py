@@ -9,10 +9,10 @@ import threading
 
 import pytest
 
-from lora_kit.checkpoint import lease
-from lora_kit.checkpoint.lease import take
-from lora_kit.checkpoint.resume import take_over
 from lora_kit.errors import InputError, LeaseError
+from lora_kit.runs import lease
+from lora_kit.runs.lease import take
+from lora_kit.runs.resume import take_over
 
 HOLDER = """
 import sys, time

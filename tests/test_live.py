@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_kit.checkpoint import live
-from lora_kit.checkpoint.live import Region, Word
 from lora_kit.errors import CheckpointError, LeaseError
+from lora_kit.runs import live
+from lora_kit.runs.live import Region, Word
 
 FLOATS = 300  # weights and two moments
 

@@ -11,9 +11,9 @@ import pytest
 from runs import state_hash
 
 import lora_kit as lk
-from lora_kit import notebook
 from lora_kit.check import Preview, check
 from lora_kit.errors import DataError, Stopped
+from lora_kit.views import notebook
 
 jupyter = pytest.importorskip("jupyter_client.manager")
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lora_kit import optim
-from lora_kit.recipe import Optim
+from lora_kit.recipe.schema import Optim
+from lora_kit.training import optim
 
 
 def settings(**changes):

@@ -5,7 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from lora_kit.data.order import examples_of_step, micro_batch_seed, mix, permute, total_examples, total_steps
+from lora_kit.data.order import examples_of_step, micro_batch_seed, permute, total_examples, total_steps
+from lora_kit.randomness import mix
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 17, 64, 1000, 4097])

@@ -7,11 +7,11 @@ import pytest
 from runs import state_hash, train
 from safetensors.numpy import load_file
 
-from lora_kit import trainer
-from lora_kit.adapter import FlatState
-from lora_kit.checkpoint import store
 from lora_kit.errors import ContractError
-from lora_kit.recipe import load_recipe
+from lora_kit.model.adapter import FlatState
+from lora_kit.recipe.load import load_recipe
+from lora_kit.runs import store
+from lora_kit.training import loop
 
 
 def checkpoint(run, step):
@@ -37,24 +37,24 @@ def test_a_new_run_begins_with_an_earlier_adapter_and_fresh_moments(
     monkeypatch.setattr(FlatState, "load_weights", lambda self, a: (fill(self, a), filled.append(self.weights.clone())))
     begun = load_file(checkpoint(trained_run, 4) / "adapter_model.safetensors")
     recipe = load_recipe(recipe_file, ["train.steps=1"])
-    run = trainer.train(recipe, tmp_path / "run", start_from=trained_run)
+    run = loop.train(recipe, tmp_path / "run", start_from=trained_run)
     assert f"begins with the adapter of {checkpoint(trained_run, 4)}" in capsys.readouterr().out
     assert sorted(filled[0].tolist()) == sorted(value for array in begun.values() for value in array.ravel().tolist())
     manifest = store.open_checkpoint(run.latest).manifest
     assert manifest["origin"]["step"] == 4 and manifest["origin"]["run_id"] != manifest["run_id"]
-    fresh = trainer.train(recipe, tmp_path / "fresh")
+    fresh = loop.train(recipe, tmp_path / "fresh")
     assert state_hash(run.folder, 1) != state_hash(fresh.folder, 1)
-    again = trainer.train(load_recipe(recipe_file, ["train.steps=1"]), tmp_path / "run", start_from=trained_run)
+    again = loop.train(load_recipe(recipe_file, ["train.steps=1"]), tmp_path / "run", start_from=trained_run)
     assert store.open_checkpoint(again.latest).manifest["origin"] == manifest["origin"]
 
 
 def test_an_adapter_that_does_not_fit_is_refused_with_every_difference(recipe_file, tmp_path, trained_run):
     recipe = load_recipe(recipe_file, ["adapter.rank=8", "adapter.alpha=3"])
     with pytest.raises(ContractError, match=r"(?s)adapter\.rank: 4 there, 8 here.*adapter\.alpha: 8 there, 3 here"):
-        trainer.train(recipe, tmp_path / "run", start_from=trained_run)
-    trainer.train(load_recipe(recipe_file, ["train.steps=1"]), tmp_path / "run")
+        loop.train(recipe, tmp_path / "run", start_from=trained_run)
+    loop.train(load_recipe(recipe_file, ["train.steps=1"]), tmp_path / "run")
     with pytest.raises(ContractError, match=r"began with a fresh adapter, not with .*leave --from out"):
-        trainer.train(load_recipe(recipe_file, ["train.steps=1"]), tmp_path / "run", start_from=trained_run)
+        loop.train(load_recipe(recipe_file, ["train.steps=1"]), tmp_path / "run", start_from=trained_run)
 
 
 def test_another_base_is_refused(recipe_file, tmp_path, trained_run, base_folder):
@@ -62,4 +62,4 @@ def test_another_base_is_refused(recipe_file, tmp_path, trained_run, base_folder
     shutil.copytree(base_folder, other)
     (other / "config.json").write_text((other / "config.json").read_text() + " ")
     with pytest.raises(ContractError, match="base: other bytes there"):
-        trainer.train(load_recipe(recipe_file, [f"base.repo={other}"]), tmp_path / "run", start_from=trained_run)
+        loop.train(load_recipe(recipe_file, [f"base.repo={other}"]), tmp_path / "run", start_from=trained_run)

@@ -12,9 +12,9 @@ from runs import start, state_hash, train, wait_for_lines
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
-from lora_kit import trainer
 from lora_kit.errors import PoisonError
-from lora_kit.recipe import load_recipe
+from lora_kit.recipe.load import load_recipe
+from lora_kit.training import loop
 
 POISON = "~"
 STEPS = 8
@@ -78,18 +78,18 @@ def test_a_killed_run_remembers_what_it_skipped(run, recipe, tmp_path):
 
 
 def test_a_run_in_which_nothing_works_any_more_ends_with_the_adapter_from_before(recipe_file, tmp_path, monkeypatch):
-    steps, loss_of, batches = [], trainer.sft, trainer.my_micro_batches
+    steps, loss_of, batches = [], loop.sft, loop.my_micro_batches
 
     def noted(job, step):
         steps.append(step)
         return batches(job, step)
 
-    monkeypatch.setattr(trainer, "my_micro_batches", noted)
-    monkeypatch.setattr(trainer, "sft", lambda *a: loss_of(*a) * (torch.nan if steps[-1] >= 2 else 1))
+    monkeypatch.setattr(loop, "my_micro_batches", noted)
+    monkeypatch.setattr(loop, "sft", lambda *a: loss_of(*a) * (torch.nan if steps[-1] >= 2 else 1))
     more = ["checkpoint.every_steps=100", "train.steps=20"]
     with pytest.raises(PoisonError, match=r"no step from 3 to 8 had a loss .* the adapter is as after step 2"):
-        trainer.train(load_recipe(recipe_file, more), tmp_path / "run")
+        loop.train(load_recipe(recipe_file, more), tmp_path / "run")
     monkeypatch.undo()
-    trainer.train(load_recipe(recipe_file, ["checkpoint.every_steps=2", "train.steps=20"]), tmp_path / "undisturbed")
-    good = trainer.train(load_recipe(recipe_file, more), tmp_path / "run")
+    loop.train(load_recipe(recipe_file, ["checkpoint.every_steps=2", "train.steps=20"]), tmp_path / "undisturbed")
+    good = loop.train(load_recipe(recipe_file, more), tmp_path / "run")
     assert state_hash(good.folder, 20) == state_hash(tmp_path / "undisturbed", 20)

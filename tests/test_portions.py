@@ -14,15 +14,15 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_kit import check as checking
-from lora_kit import portions, resolved, trainer
-from lora_kit.checkpoint import store
 from lora_kit.errors import ContractError
-from lora_kit.kernels import choice
+from lora_kit.kernels import fusing
 from lora_kit.kernels.attention import inner_of
-from lora_kit.objective import sft
-from lora_kit.portions import ROOM, Machine, Portions, choose
-from lora_kit.recipe import load_recipe
-from lora_kit.shapes import estimate_memory, read_config
+from lora_kit.model.sizes import estimate_memory, read_config
+from lora_kit.recipe.load import load_recipe
+from lora_kit.runs import store
+from lora_kit.training import choices, loop, micro_batches
+from lora_kit.training.micro_batches import ROOM, Machine, Portions, choose
+from lora_kit.training.objectives.sft import sft
 
 ROOT = Path(__file__).parents[1]
 GB = 1_000_000_000
@@ -55,9 +55,9 @@ def micro_batch(request, recipe_file, tmp_path, jobs):
     folder = base_of(tmp_path / "base", family)
     data = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "a" * 40, "completion": "b" * 470}] * 4)
     recipe = load_recipe(recipe_file, [*changes, f"base.repo={folder}", f"data.train={data}"])
-    trainer.train(recipe, tmp_path / "run")
+    loop.train(recipe, tmp_path / "run")
     job = jobs[0]
-    batch = trainer.collate(job.data.train, [0], padded=False)
+    batch = loop.collate(job.data.train, [0], padded=False)
     assert batch.ids.size > 500
     return job, batch
 
@@ -125,7 +125,7 @@ def test_what_a_forward_pass_keeps_is_what_was_estimated_or_a_little_less(micro_
 def test_no_more_is_ever_live_than_was_estimated(micro_batch, recompute, way):
     job, batch = micro_batch
     if recompute:
-        choice.compute_twice(inner_of(job.model))
+        fusing.compute_twice(inner_of(job.model))
     with Live(of_the_model(job)) as live:
         sft(job.model, batch, torch.device("cpu")).backward()
     estimate = expected(job, recompute=recompute)
@@ -207,7 +207,7 @@ def test_a_base_that_is_not_counted_fills_no_gpu():
 @pytest.mark.parametrize(("limit", "least"), [("max\n", None), (f"{GB}\n", GB)])
 def test_a_container_has_what_it_may_use(monkeypatch, limit, least):
     monkeypatch.setattr(Path, "read_text", lambda _: limit)
-    assert portions.host_memory() == least or (least is None and portions.host_memory() > GB)
+    assert micro_batches.host_memory() == least or (least is None and micro_batches.host_memory() > GB)
 
 
 def test_a_check_reads_the_memory_of_the_gpus_that_a_run_would_see(tmp_path, monkeypatch):
@@ -216,11 +216,11 @@ def test_a_check_reads_the_memory_of_the_gpus_that_a_run_would_see(tmp_path, mon
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert portions.this_machine() == Machine("cuda", 24000 << 20)
+    assert micro_batches.this_machine() == Machine("cuda", 24000 << 20)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert portions.this_machine() == Machine("cuda", 24000 << 20)
+    assert micro_batches.this_machine() == Machine("cuda", 24000 << 20)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert portions.this_machine(2) == Machine("cpu", portions.host_memory() // 2)
+    assert micro_batches.this_machine(2) == Machine("cpu", micro_batches.host_memory() // 2)
 
 
 @pytest.fixture
@@ -239,7 +239,7 @@ def manifest_of(run):
 
 def test_auto_gives_the_bits_of_the_number_that_it_stands_for(open_recipe, tmp_path, jobs):
     for name, tokens in {"auto": "auto", "named": 2048, "fewer": 512}.items():
-        trainer.train(load_recipe(open_recipe, [f"train.micro_batch_tokens={tokens}"]), tmp_path / name)
+        loop.train(load_recipe(open_recipe, [f"train.micro_batch_tokens={tokens}"]), tmp_path / name)
     assert len(jobs[0].plan.micro_batches(0)) > 1, "or every number would do"
     assert state_hash(tmp_path / "auto", 6) == state_hash(tmp_path / "named", 6) != state_hash(tmp_path / "fewer", 6)
     recorded, names = manifest_of(tmp_path / "auto"), ("micro_batch_tokens", "activation_checkpointing")
@@ -250,15 +250,15 @@ def test_auto_gives_the_bits_of_the_number_that_it_stands_for(open_recipe, tmp_p
 
 def test_a_run_keeps_its_choice_when_memory_is_another(open_recipe, tmp_path, monkeypatch, jobs, capsys):
     out = tmp_path / "run"
-    monkeypatch.setattr(portions, "host_memory", lambda: 1000)
-    trainer.train(load_recipe(open_recipe), out)
+    monkeypatch.setattr(micro_batches, "host_memory", lambda: 1000)
+    loop.train(load_recipe(open_recipe), out)
     assert "micro-batches: at most 2,048 tokens, activations computed twice" in capsys.readouterr().out
     expected = state_hash(out, 6)
-    monkeypatch.setattr(portions, "host_memory", lambda: 64 * GB)
-    monkeypatch.setattr(portions, "ON_CPU", 512)
+    monkeypatch.setattr(micro_batches, "host_memory", lambda: 64 * GB)
+    monkeypatch.setattr(micro_batches, "ON_CPU", 512)
     shutil.rmtree(store.checkpoint_folder(out, 6))
     (out / "result.json").unlink()
-    trainer.train(load_recipe(open_recipe), out)
+    loop.train(load_recipe(open_recipe), out)
     printed = capsys.readouterr().out
     assert "same recipe, base, data and machine" in printed and "activations computed twice" in printed
     assert inner_of(jobs[-1].model).is_gradient_checkpointing and jobs[-1].plan.micro_batch_tokens == 2048
@@ -268,13 +268,13 @@ def test_a_run_keeps_its_choice_when_memory_is_another(open_recipe, tmp_path, mo
 
 def test_only_an_accepted_change_of_the_recipe_changes_what_was_chosen(open_recipe, tmp_path):
     out, key = tmp_path / "run", "train.micro_batch_tokens"
-    trainer.train(load_recipe(open_recipe, ["train.steps=3"]), out)
+    loop.train(load_recipe(open_recipe, ["train.steps=3"]), out)
     with pytest.raises(ContractError, match=rf"needs --accept +{key}: auto -> 512"):
-        trainer.train(load_recipe(open_recipe, ["train.steps=3", f"{key}=512"]), out)
+        loop.train(load_recipe(open_recipe, ["train.steps=3", f"{key}=512"]), out)
     changes = ["train.steps=4", f"{key}=512"]
-    trainer.train(load_recipe(open_recipe, changes), out, accept=["train.steps", key])
+    loop.train(load_recipe(open_recipe, changes), out, accept=["train.steps", key])
     assert manifest_of(out)["resolved"]["micro_batch_tokens"] == 512
-    trainer.train(load_recipe(open_recipe, ["train.steps=5"]), out, accept=["train.steps", key])
+    loop.train(load_recipe(open_recipe, ["train.steps=5"]), out, accept=["train.steps", key])
     assert manifest_of(out)["resolved"]["micro_batch_tokens"] == 2048
 
 
@@ -298,8 +298,8 @@ def test_the_process_with_least_memory_decides_for_all(monkeypatch):
         device, count = torch.device("cpu"), 2
         gather = staticmethod(lambda mine: [*mine, 3 * GB])
 
-    monkeypatch.setattr(portions, "host_memory", lambda: 10 * GB)
-    assert resolved.machine_of(Two) == Machine("cpu", 3 * GB)
+    monkeypatch.setattr(micro_batches, "host_memory", lambda: 10 * GB)
+    assert choices.machine_of(Two) == Machine("cpu", 3 * GB)
 
 
 def test_a_check_tells_what_a_run_would_choose(open_recipe, monkeypatch):

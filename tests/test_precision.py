@@ -13,13 +13,14 @@ from test_families import save_family
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_kit.base import choose_attention, load_base
 from lora_kit.data.packing import IGNORE, MicroBatch
 from lora_kit.kernels.attention import SEGMENT, inner_of
-from lora_kit.kernels.choice import head_of, use_kernels
-from lora_kit.objective import model_inputs, sft
-from lora_kit.recipe import Base
-from lora_kit.source import locate
+from lora_kit.kernels.fusing import head_of, use_kernels
+from lora_kit.model.base import choose_attention, load_base
+from lora_kit.model.forward import model_inputs
+from lora_kit.model.source import locate
+from lora_kit.recipe.schema import Base
+from lora_kit.training.objectives.sft import sft
 
 WIDE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 8}
 FAMILIES = {

@@ -12,7 +12,7 @@ import torch
 
 from lora_kit.data.packing import reduction_schedule
 from lora_kit.errors import LaunchError
-from lora_kit.processes import refuse_contradictions
+from lora_kit.training.processes import refuse_contradictions
 
 WORKER = """
 import sys, json

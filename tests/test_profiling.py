@@ -9,9 +9,9 @@ import torch
 from runs import state_hash
 from runs import train as run_command
 
-from lora_kit.profiling import LOOP, MODEL, OTHER, part, parts_of
-from lora_kit.recipe import load_recipe
-from lora_kit.trainer import train
+from lora_kit.recipe.load import load_recipe
+from lora_kit.training.loop import train
+from lora_kit.training.profiling import LOOP, MODEL, OTHER, part, parts_of
 
 ROW = re.compile(r"^(\w[\w ]*?) {2,}([\d,.]+) +([\d.]+)%$", re.M)
 

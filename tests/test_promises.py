@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from runs import go_on, state_hash
 
-from lora_kit import trainer
-from lora_kit.checkpoint import live, store
-from lora_kit.checkpoint.live import Phase, Word
-from lora_kit.checkpoint.store import FORMAT
-from lora_kit.recipe import load_recipe
+from lora_kit.recipe.load import load_recipe
+from lora_kit.runs import live, store
+from lora_kit.runs.live import Phase, Word
+from lora_kit.runs.store import FORMAT
 from lora_kit.supervise import launch as launching
 from lora_kit.supervise.launch import Attempt, Launch
+from lora_kit.training import loop
 
 
 def test_a_checkpoint_is_four_files_however_long_the_run_and_whoever_tokenises(recipe_file, tmp_path):
@@ -73,7 +73,7 @@ def test_other_micro_batches_train_the_same_examples_at_the_same_rates(recipe_fi
         shutil.rmtree(store.checkpoint_folder(out, 8))
         shutil.rmtree(store.checkpoint_folder(out, 6))
         (out / "result.json").unlink()
-        trainer.train(
+        loop.train(
             load_recipe(recipe_file, [f"train.micro_batch_tokens={tokens}"]), out, accept=["train.micro_batch_tokens"]
         )
         metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -89,7 +89,7 @@ def test_a_manifest_names_its_format_and_holds_nothing_but_json(recipe_file, tmp
 
 
 def test_a_keeper_beside_a_trainer_outlives_it_when_memory_runs_out(recipe_file, tmp_path, monkeypatch):
-    scores, loss = [], trainer.sft
+    scores, loss = [], loop.sft
     mine, out = Path("/proc/self/oom_score_adj"), tmp_path / "run"
 
     def looked(*arguments):
@@ -100,7 +100,7 @@ def test_a_keeper_beside_a_trainer_outlives_it_when_memory_runs_out(recipe_file,
         return loss(*arguments)
 
     before = int(mine.read_text())
-    monkeypatch.setattr(trainer, "sft", looked)
+    monkeypatch.setattr(loop, "sft", looked)
     go_on(recipe_file, out, "train.steps=120")
     assert scores and all(ours > theirs for ours, theirs in scores)
     assert int(mine.read_text()) == before
@@ -127,6 +127,6 @@ def test_a_base_that_takes_long_to_load_is_no_hang_and_a_start_that_does_nothing
 def test_an_upload_at_the_end_is_no_hang(recipe_file, tmp_path, monkeypatch):
     phases = []
     region = lambda: live.open_region(tmp_path / "run")  # noqa: E731
-    monkeypatch.setattr(trainer, "push_finished", lambda *a, **k: phases.append(region().words[Word.PHASE]))
+    monkeypatch.setattr(loop, "push_finished", lambda *a, **k: phases.append(region().words[Word.PHASE]))
     go_on(recipe_file, tmp_path / "run", "train.steps=1")
     assert phases == [Phase.LOADING]

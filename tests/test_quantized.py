@@ -7,13 +7,13 @@ from runs import state_hash, train
 from transformers import AutoModelForCausalLM
 
 import lora_kit as lk
-from lora_kit import base as bases
-from lora_kit import trainer
-from lora_kit.base import leaks_when_packed, load_base, refuse_without_bfloat16
 from lora_kit.check import estimate
 from lora_kit.errors import BaseError
-from lora_kit.recipe import load_recipe
-from lora_kit.source import locate
+from lora_kit.model import base as bases
+from lora_kit.model.base import leaks_when_packed, load_base, refuse_without_bfloat16
+from lora_kit.model.source import locate
+from lora_kit.recipe.load import load_recipe
+from lora_kit.training import loop
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -49,7 +49,7 @@ def test_gradients_are_those_of_the_dequantised_weights_also_after_an_evaluation
 ):
     changes = [f"base.quantization={how}", "train.steps=3", "adapter.dropout=0", "optim.max_grad_norm=null"]
     changes += ["data.validation=0.2", "evaluate.every_steps=1", "evaluate.generate=2"]
-    trainer.train(load_recipe(recipe_file, changes), tmp_path / "run")
+    loop.train(load_recipe(recipe_file, changes), tmp_path / "run")
     (job,) = jobs
     assert len(linears(job.model)) == 14 and job.manifest["resolved"]["layout"] == "packed"
     for step, (weights, gradient) in enumerate(captured):
@@ -64,9 +64,11 @@ def test_training_evaluation_and_checkpoints_leave_the_base_as_it_was(
 ):
     before = {}
     load = load_base
-    monkeypatch.setattr("lora_kit.job.load_base", lambda *a: (model := load(*a), before.update(held(model)))[0])
+    monkeypatch.setattr(
+        "lora_kit.training.job.load_base", lambda *a: (model := load(*a), before.update(held(model)))[0]
+    )
     changes = [f"base.quantization={how}", "train.steps=3", "data.validation=0.2", "evaluate.generate=2"]
-    trainer.train(load_recipe(recipe_file, changes), tmp_path / "run")
+    loop.train(load_recipe(recipe_file, changes), tmp_path / "run")
     jobs[0].model.state_dict()
     after = held(jobs[0].model.get_base_model())
     assert before and [name.removesuffix(".base_layer") for name in after] == list(before)
@@ -94,7 +96,7 @@ def test_two_processes_and_going_back_give_the_bytes_of_one(recipe_file, tmp_pat
 
 def test_a_trained_adapter_answers_and_merges_into_whole_weights(recipe_file, tmp_path):
     recipe = load_recipe(recipe_file, ["base.quantization=nf4", "train.steps=2"])
-    run = trainer.train(recipe, tmp_path / "run")
+    run = loop.train(recipe, tmp_path / "run")
     model, tokenizer = lk.load(run.latest)
     assert linears(model) and len(lk.generate(model, tokenizer, ["hello"], max_new_tokens=4)) == 1
     assert lk.merge(run.latest, tmp_path / "merged").top1_agreement == 1
@@ -112,7 +114,7 @@ def test_the_estimate_counts_the_bytes_that_are_held(recipe_file, base_folder):
 def test_a_missing_package_is_told_before_anything_is_loaded(recipe_file, tmp_path, monkeypatch):
     monkeypatch.setattr(bases, "find_spec", lambda name: None)
     with pytest.raises(BaseError, match=r"nf4 needs bitsandbytes; pip install 'lora_kit\[bnb\]'"):
-        trainer.train(load_recipe(recipe_file, ["base.quantization=nf4"]), tmp_path / "run")
+        loop.train(load_recipe(recipe_file, ["base.quantization=nf4"]), tmp_path / "run")
 
 
 def test_a_gpu_without_bfloat16_is_refused_with_the_way_out():

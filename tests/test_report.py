@@ -8,16 +8,16 @@ import time
 import pytest
 from runs import start, train, wait_for_lines
 
-from lora_kit.checkpoint import live, store
 from lora_kit.errors import InputError
-from lora_kit.journal import Journal
-from lora_kit.report import SILENT_END, status
+from lora_kit.runs import live, store
+from lora_kit.runs.journal import Journal
+from lora_kit.runs.status import SILENT_END, status
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """Return a function that sets the time of the events to come."""
-    from lora_kit import journal
+    from lora_kit.runs import journal
 
     class Clock(journal.datetime):
         seconds = 1000.0

@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from lora_kit.checkpoint import store
-from lora_kit.checkpoint.store import commit, find, folders, open_checkpoint, prune, set_aside, sweep
 from lora_kit.errors import CheckpointError
+from lora_kit.runs import store
+from lora_kit.runs.store import commit, find, folders, open_checkpoint, prune, set_aside, sweep
 
 FILES = {
     "adapter_model.safetensors": [b"a" * 2000, memoryview(b"a" * 3000)],

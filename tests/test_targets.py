@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lora_kit.adapter import inject
 from lora_kit.errors import RecipeError
-from lora_kit.recipe import Adapter
-from lora_kit.targets import find_targets
+from lora_kit.model.adapter import inject
+from lora_kit.model.targets import find_targets
+from lora_kit.recipe.schema import Adapter
 
 SMALL = {
     "vocab_size": 64,
@@ -94,10 +94,10 @@ def test_a_name_that_peft_moves_to_the_experts_is_refused():
 def test_the_run_says_what_all_linear_leaves_out(recipe_file, tmp_path, base_folder, capsys):
     from test_families import save_family
 
-    from lora_kit import trainer
-    from lora_kit.recipe import load_recipe
+    from lora_kit.recipe.load import load_recipe
+    from lora_kit.training import loop
 
     folder = save_family(tmp_path / "base", "mixtral", base_folder)
-    trainer.train(load_recipe(recipe_file, [f"base.repo={folder}", "train.steps=1"]), tmp_path / "run")
+    loop.train(load_recipe(recipe_file, [f"base.repo={folder}", "train.steps=1"]), tmp_path / "run")
     told = " ".join(capsys.readouterr().out.split())
     assert "all-linear leaves out mlp.experts.down_proj, mlp.experts.gate_up_proj, mlp.gate; routers stay" in told

@@ -11,7 +11,7 @@ from lora_kit.data.formats import to_example
 from lora_kit.data.template import Renderer, prompt, tokenize
 from lora_kit.data.tokens import Tokens, prepare
 from lora_kit.errors import BaseError, DataError
-from lora_kit.recipe import Data
+from lora_kit.recipe.schema import Data
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,12 @@ from conftest import RECIPE, make_records, write_jsonl
 from runs import start, train, wait_for_lines
 
 import lora_kit as lk
-from lora_kit import trackers
 from lora_kit.check import check
-from lora_kit.console import Console
 from lora_kit.errors import LaunchError
-from lora_kit.journal import Journal
-from lora_kit.report import status
+from lora_kit.runs import trackers
+from lora_kit.runs.journal import Journal
+from lora_kit.runs.status import status
+from lora_kit.views.console import Console
 
 SAME_AGAIN = ("examples", "tokens", "loss", "learning_rate", "grad_norm", "held_out_loss")  # what a resume repeats
 NAMES = list(trackers.PACKAGES)

@@ -27,8 +27,8 @@ def measure(folder: Path, *, trials: int = 200, peer_trials: int = 20, seed: int
 
 
 def _ours(folder: Path, recipe: Path, half: Path, expected: str, trials: int, rng: random.Random) -> dict:
-    from lora_kit.recipe import load_recipe
-    from lora_kit.trainer import train
+    from lora_kit.recipe.load import load_recipe
+    from lora_kit.training.loop import train
 
     files = sorted(path.name for path in (half / "checkpoints" / f"step-{STEPS:08d}").iterdir())
     noticed = survived = 0

@@ -22,8 +22,8 @@ checkpoint: {{{{every_steps: 1000000}}}}
 
 def run(work: Work, setting: Setting) -> Measured:
     """Train and read what the run wrote; a step ends when its numbers are ready for its snapshot."""
-    from lora_kit.recipe import load_recipe
-    from lora_kit.trainer import train
+    from lora_kit.recipe.load import load_recipe
+    from lora_kit.training.loop import train
 
     examples = work.examples()
     with tempfile.TemporaryDirectory(dir=work.folder) as place:

@@ -17,28 +17,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-import lora_kit
+from lora_kit import randomness
 from lora_kit.data import sources
-from lora_kit.data.files import digest
 from lora_kit.data.template import Prompt, Renderer
 from lora_kit.data.tokens import Prepared, Tokens
 from lora_kit.errors import LoraKitError
-from lora_kit.recipe import Recipe
+from lora_kit.files import cache_folder, sha256_of
+from lora_kit.recipe.schema import Recipe
+from lora_kit.version import VERSION
 
-PLACE = "LORA_KIT_CACHE"  # the environment variable that names another folder
 KEPT, KEPT_BYTES = 20, 8 << 30  # entries, and what they may take together
 PACKAGES = ("transformers", "tokenizers", "datasets", "jinja2", "numpy", "pyarrow")
 COMMIT = re.compile("[0-9a-f]{40}")
 VALIDATION = "validation."  # before the names of its arrays
-
-
-def cache_folder(room: str) -> Path:
-    """Return the folder of this user in which something is kept between runs."""
-    return Path(os.environ.get(PLACE) or platformdirs.user_cache_dir("lora_kit")) / room
 
 
 def remembered(recipe: Recipe, renderer: Renderer, make: Callable[[], Prepared]) -> Prepared:
@@ -77,7 +71,7 @@ def key_of(recipe: Recipe, renderer: Renderer) -> str | None:
         "tokenizer": [type(tokenizer).__qualname__, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template],
         "special": [tokenizer.special_tokens_map, tokenizer.init_kwargs],
         "code": _code(),
-        "versions": {"lora_kit": lora_kit.__version__} | {name: version(name) for name in PACKAGES},
+        "versions": {"lora_kit": VERSION} | {name: version(name) for name in PACKAGES},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode()).hexdigest()
 
@@ -86,13 +80,13 @@ def _contents(source: str, base_dir: Path) -> list[str] | None:
     """Return the hashes of a source's files with their suffixes, or the name of what can never change."""
     files = sources.files(source, base_dir)
     if files is not None:
-        return [part for file in files for part in (file.suffix, digest(file))]
+        return [part for file in files for part in (file.suffix, sha256_of(file))]
     name = sources.parse_hub_name(source)
     return [source] if name and COMMIT.fullmatch(name.revision or "") else None
 
 
 def _code() -> list[str]:
-    return [digest(path) for path in sorted(Path(__file__).parent.glob("*.py"))]
+    return [sha256_of(path) for path in sorted([*Path(__file__).parent.rglob("*.py"), Path(randomness.__file__)])]
 
 
 def read(path: Path) -> Prepared | None:

@@ -8,7 +8,6 @@ odd record can alter thousands of others (datasets 5.2). CSV fields stay strings
 import codecs
 import csv
 import glob
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import numpy as np
 
 from lora_kit.data.messages import kind
 from lora_kit.errors import DataError
+from lora_kit.files import sha256_of
 
 SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -101,16 +101,10 @@ def open_file(path: Path, label: str) -> Part:
     return Part(label, path, "jsonl", rows)
 
 
-def digest(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _reader(kind: str, path: Path, source: str, **how: Any) -> Callable[[ModuleType], Any]:
     """Return a reader of one file; `datasets` keeps what it read by path and time, so its content gives it a name: an
     edit that leaves the time as it was (rsync, tar, a coarse clock) would bring back the old rows."""
-    name = digest(path)
+    name = sha256_of(path)
     return lambda library: library.load_dataset(kind, name, data_files=[source], split="train", **how)
 
 

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lora_kit.randomness import mix
+
 ROUNDS = 6  # four rounds already pass the statistical tests; two more cost nothing
-MASK64 = (1 << 64) - 1
 
 
 class Position(NamedTuple):
@@ -20,20 +21,6 @@ class Position(NamedTuple):
 
     epoch: int
     example: int
-
-
-def mix(*numbers: int) -> int:
-    """Return 64 well-mixed bits of the given non-negative integers, the same on every machine.
-
-    Source: the finaliser of SplitMix64 (Steele, Lea and Flood 2014), chained over the numbers.
-    """
-    state = 0x9E3779B97F4A7C15
-    for number in numbers:
-        state = (state + (number & MASK64) * 0xD1342543DE82EF95 + 0x9E3779B97F4A7C15) & MASK64
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & MASK64
-        state ^= state >> 31
-    return state
 
 
 def micro_batch_seed(seed: int, step: int, index: int) -> int:

@@ -7,7 +7,7 @@ from lora_kit.data.order import examples_of_step, total_examples, total_steps
 from lora_kit.data.packing import pack
 from lora_kit.data.template import Renderer
 from lora_kit.data.tokens import Prepared, Tokens, prepare
-from lora_kit.recipe import Recipe
+from lora_kit.recipe.schema import Recipe
 
 
 def prepare_data(recipe: Recipe, renderer: Renderer) -> Prepared:

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from lora_kit.data.files import SUFFIXES, Part, Record, open_file, read_with
-from lora_kit.data.order import mix, permute
+from lora_kit.data.order import permute
 from lora_kit.errors import DataError
+from lora_kit.randomness import mix
 
 ASSETS = Path(__file__).parents[1] / "assets"
 ENDINGS = "ing|ate|ation|uate|uation"

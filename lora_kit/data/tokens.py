@@ -20,7 +20,7 @@ from lora_kit.data.template import Prompt, Renderer, Tokenized, check_renderer, 
 from lora_kit.errors import DataError
 
 if TYPE_CHECKING:
-    from lora_kit.recipe import Data
+    from lora_kit.recipe.schema import Data
 
 AT_ONCE = 512  # examples that are rendered and tokenised together
 SHOWN = 20  # problems that an error spells out

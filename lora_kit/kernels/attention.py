@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from transformers import AttentionInterface, PreTrainedModel
 
-from lora_kit.kernels import compiled
 from lora_kit.kernels.blocks import BlockAttention, Blocks, blocks_of
+from lora_kit.kernels.dispatch import compiled
 
 SEGMENT = "segment"
 """The name of this attention in a model's configuration and in a run's manifest."""

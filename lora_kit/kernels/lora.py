@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from transformers.pytorch_utils import Conv1D
 
-from lora_kit.kernels import multiplying
+from lora_kit.kernels.dispatch import multiplying
 
 ADAPTER = "default"
 KINDS = ("Linear", "Linear4bit", "Linear8bitLt")  # of peft's layers; those of bitsandbytes only exist where it does

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.autograd import Function
 
-from lora_kit.kernels import compiled
+from lora_kit.kernels.dispatch import compiled
 from lora_kit.kernels.lora import summed
 
 LOGITS = {"cpu": 1 << 23, "cuda": 1 << 26}  # held at once: a GPU reads the head anew for each chunk of rows

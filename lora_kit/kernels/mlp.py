@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from lora_kit.kernels import compiled
+from lora_kit.kernels.dispatch import compiled
 from lora_kit.kernels.lora import Kept, Map, Origin, adapters_of, covered, map_of, origin_of, project, project_back
 
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {

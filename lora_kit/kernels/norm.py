@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from lora_kit.kernels import compiled
+from lora_kit.kernels.dispatch import compiled
 from lora_kit.kernels.lora import ORIGIN, Origin
 
 AT_ONCE = 1 << 18  # elements; a GPU takes all rows at once

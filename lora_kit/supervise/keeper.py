@@ -18,11 +18,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from lora_kit.checkpoint import live, store
-from lora_kit.checkpoint.lease import BEAT_SECONDS, FILE, Lease
-from lora_kit.checkpoint.live import Phase, Region, Snapshot, Word
 from lora_kit.errors import CheckpointError, LeaseError
-from lora_kit.journal import Journal
+from lora_kit.runs import live, store
+from lora_kit.runs.journal import Journal
+from lora_kit.runs.lease import BEAT_SECONDS, FILE, Lease
+from lora_kit.runs.live import Phase, Region, Snapshot, Word
 
 LOOK_SECONDS = 0.01
 RETRY_SECONDS = 5.0  # after a failed write

@@ -20,16 +20,16 @@ from typing import Any
 
 import psutil
 
-from lora_kit.checkpoint.lease import KEEPER, ORDERED, Lease
-from lora_kit.checkpoint.live import Phase, Word
-from lora_kit.console import Console
 from lora_kit.errors import Stopped
-from lora_kit.supervise import memory
+from lora_kit.runs.lease import KEEPER, ORDERED, Lease
+from lora_kit.runs.live import Phase, Word
+from lora_kit.supervise import oom
 from lora_kit.supervise.keeper import LOOK_SECONDS, Keeper
 from lora_kit.supervise.zygote import BUFFER_BYTES, MESSAGE_BYTES, end_with_parent
+from lora_kit.views.console import Console
 
 STOPPED = Stopped.exit_code
-PRELOAD = ("lora_kit.trainer", "datasets")
+PRELOAD = ("lora_kit.training.loop", "datasets")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 FORWARDED_SECONDS = 2.0  # a signal that comes again so soon is a launcher passing on what its processes had heard
 SAME_FAILURES = 3  # so often at the same step, and no restart will help
@@ -218,10 +218,10 @@ class Launch:
         for one in self.zygote.news():
             if "started" in one:
                 attempt.running[one["index"]] = one["started"]
-                memory.offer_to_the_oom_killer(one["started"])
+                oom.offer_to_the_oom_killer(one["started"])
             elif "failed" in one:
                 attempt.traces[one["failed"]] = one["trace"]
-                kind = "out of memory: " if any(word in one["error"] for word in memory.WORDS) else ""
+                kind = "out of memory: " if any(word in one["error"] for word in oom.WORDS) else ""
                 attempt.failures.append((one["failed"], f"process {self._index(one['failed'])}: {kind}{one['error']}"))
             else:
                 self._ended(one["ended"], one["code"])
@@ -326,9 +326,7 @@ def launch(
 def _died(number: int) -> str:
     """Say how a process died of a signal."""
     name = signal.Signals(number).name
-    return f"killed by {name}" + (
-        " (out of memory?)" if number == signal.SIGKILL and memory.kernel_has_killed() else ""
-    )
+    return f"killed by {name}" + (" (out of memory?)" if number == signal.SIGKILL and oom.kernel_has_killed() else "")
 
 
 def _cpu_seconds(process: int) -> float:

@@ -16,7 +16,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_kit.checkpoint import store
+from lora_kit.runs import store
 
 NAMES = (store.ADAPTER, store.ADAPTER_CONFIG, store.OPTIMIZER)
 

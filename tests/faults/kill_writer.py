@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_kit.checkpoint import live
-from lora_kit.checkpoint.live import Region, Word
+from lora_kit.runs import live
+from lora_kit.runs.live import Region, Word
 
 NUMBERS = 400_000  # fp32: copied in about as long as everything else takes
 

@@ -13,11 +13,11 @@ import typer
 from conftest import RECIPE, make_base, make_records, write_jsonl
 from runs import go_on, state_hash
 
-from lora_kit import optim, trainer
-from lora_kit.checkpoint import store
 from lora_kit.cli import errors_told
 from lora_kit.data.plan import Plan
-from lora_kit.journal import Journal
+from lora_kit.runs import store
+from lora_kit.runs.journal import Journal
+from lora_kit.training import loop, optim
 
 STEPS, HALF = 8, 5
 FILES = ["adapter_config.json", "adapter_model.safetensors", "manifest.json", "optimizer.safetensors"]
@@ -112,12 +112,12 @@ def test_the_proof_fails_without_any_part_of_the_state(recipe, whole, undisturbe
 
 def from_the_start(monkeypatch, what):
     """Let one thing begin anew at the resume, as where it is a counter that nobody saved."""
-    batches, rate, adamw, seed = Plan.micro_batches, optim.learning_rate, optim.adamw, trainer.micro_batch_seed
+    batches, rate, adamw, seed = Plan.micro_batches, optim.learning_rate, optim.adamw, loop.micro_batch_seed
     seen = 5 * HALF
     if what == "order":
         monkeypatch.setattr(Plan, "micro_batches", lambda self, step: batches(self, step - HALF))
     elif what == "random numbers":
-        monkeypatch.setattr(trainer, "micro_batch_seed", lambda one, step, number: seed(one, step - HALF, number))
+        monkeypatch.setattr(loop, "micro_batch_seed", lambda one, step, number: seed(one, step - HALF, number))
     elif what == "learning rate":
         monkeypatch.setattr(optim, "learning_rate", lambda settings, done, total: rate(settings, done - seen, total))
     elif what == "AdamW's t":
@@ -134,16 +134,16 @@ def test_the_proof_fails_when_a_counter_begins_anew(recipe, whole, undisturbed, 
 
 @pytest.mark.parametrize("remembered", [True, False])
 def test_the_proof_fails_when_a_skipped_step_is_forgotten(recipe, tmp_path, monkeypatch, remembered):
-    update = trainer.update
+    update = loop.update
 
     def poisoned(job, step):
         if step == HALF + 1:
             job.state.gradient[3] = float("nan")
         return update(job, step)
 
-    monkeypatch.setattr(trainer, "update", poisoned)
+    monkeypatch.setattr(loop, "update", poisoned)
     skipping = go_on(recipe, tmp_path / "skipping").folder
-    monkeypatch.setattr(trainer, "update", update)
+    monkeypatch.setattr(loop, "update", update)
     halfway(skipping, tmp_path / "run")
     if not remembered:
         monkeypatch.setattr(Journal, "skipped_after", lambda self, step: frozenset())
@@ -196,7 +196,7 @@ def test_whatever_would_make_it_another_run_is_refused_with_its_name(own, capsys
 
 
 def test_another_version_is_a_harmless_row_and_ends_the_claim_to_the_bit(own, capsys, monkeypatch):
-    from lora_kit import job
+    from lora_kit.training import job
 
     folder, _ = own
     go_on(folder / "recipe.yaml", folder / "early", "checkpoint.every_steps=2")

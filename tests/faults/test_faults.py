@@ -18,7 +18,7 @@ import pytest
 from conftest import RECIPE
 from runs import command, go_on, start, state_hash, train, wait_for_lines
 
-from lora_kit.checkpoint import live, store
+from lora_kit.runs import live, store
 
 STEPS = 20
 INJECT = Path(__file__).parent / "inject"

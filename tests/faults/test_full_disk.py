@@ -11,8 +11,8 @@ import pytest
 from conftest import RECIPE
 from runs import go_on, start, state_hash, wait_for_lines
 
-from lora_kit.checkpoint import live, store
-from lora_kit.checkpoint.live import Word
+from lora_kit.runs import live, store
+from lora_kit.runs.live import Word
 
 STEPS = 30
 INJECT = Path(__file__).parent / "inject"

@@ -7,8 +7,8 @@ import threading
 
 from runs import go_on
 
-from lora_kit import trainer
-from lora_kit.checkpoint import live
+from lora_kit.runs import live
+from lora_kit.training import loop
 
 STEPS = 8
 
@@ -27,7 +27,7 @@ def test_every_step_is_copied_once_and_not_by_the_thread_that_trains(recipe_file
 
 
 def test_the_next_step_computes_while_the_copy_has_not_ended(recipe_file, tmp_path, monkeypatch):
-    computing, overlapped, copy, loss = threading.Event(), [], live.copy_hashed, trainer.sft
+    computing, overlapped, copy, loss = threading.Event(), [], live.copy_hashed, loop.sft
 
     def late(target, sources):
         if len(overlapped) < STEPS - 1:  # after the last step nothing computes
@@ -41,7 +41,7 @@ def test_the_next_step_computes_while_the_copy_has_not_ended(recipe_file, tmp_pa
         return loss(*arguments)
 
     live_steps = []
-    begin = trainer.Publisher.begin
+    begin = loop.Publisher.begin
 
     def begun(self, *arguments, **named):
         computing.clear()
@@ -49,7 +49,7 @@ def test_the_next_step_computes_while_the_copy_has_not_ended(recipe_file, tmp_pa
         begin(self, *arguments, **named)
 
     monkeypatch.setattr(live, "copy_hashed", late)
-    monkeypatch.setattr(trainer, "sft", forward)
-    monkeypatch.setattr(trainer.Publisher, "begin", begun)
+    monkeypatch.setattr(loop, "sft", forward)
+    monkeypatch.setattr(loop.Publisher, "begin", begun)
     go_on(recipe_file, tmp_path / "run")
     assert overlapped == [True] * (STEPS - 1)

@@ -81,9 +81,9 @@ def around(owner, name, phase, *, after=False):
 
 
 def into_trainer(trainer):
-    from lora_kit import job, publisher
-    from lora_kit.checkpoint import live
-    from lora_kit.processes import Processes
+    from lora_kit.runs import live
+    from lora_kit.training import job, publisher
+    from lora_kit.training.processes import Processes
 
     batches, copy = trainer.my_micro_batches, live.copy_hashed
 
@@ -129,7 +129,7 @@ def into_store(store):
 class Patcher(importlib.abc.MetaPathFinder):
     """Lets a module be imported as always, then changes it."""
 
-    targets: ClassVar = {"lora_kit.trainer": into_trainer, "lora_kit.checkpoint.store": into_store}
+    targets: ClassVar = {"lora_kit.training.loop": into_trainer, "lora_kit.runs.store": into_store}
 
     def find_spec(self, name, path, target=None):
         if name not in self.targets:

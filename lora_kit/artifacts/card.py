@@ -1,0 +1,136 @@
+"""The model card: what a stranger needs to judge and load an adapter, from recorded facts alone.
+
+Everything in it comes from the checkpoint's manifest and the run's result, so equal checkpoints have equal cards; a
+fact that is not known is left out.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from lora_kit.recipe.load import BUILTIN
+from lora_kit.recipe.schema import Hub
+
+HYPERPARAMETERS = ("adapter", "objective", "optim", "train")
+
+
+def model_card(
+    repo: str, manifest: Mapping[str, Any], *, revision: str | None = None, scores: Mapping[str, Any] | None = None
+) -> str:
+    """Return README.md for an adapter on the Hub.
+
+    Args:
+        repo: Where it will lie, `user/name`.
+        manifest: The published one: no field of it is a path on this machine.
+        revision: The branch, None for the main one.
+        scores: `base` and `adapter` as in result.json, if this checkpoint was measured.
+    """
+    recipe, commit = manifest["recipe"], manifest["fingerprints"]["base"]["commit"]
+    base, hub = recipe["base"]["repo"], Hub.model_validate(recipe["hub"])
+    data = ModelCardData(
+        base_model=base if commit else None,
+        base_model_relation="adapter" if commit else None,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        license=hub.licence,
+        tags=["lora", "lora_kit", "transformers", *([f"base_model:adapter:{base}"] if commit else [])],
+    )
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {repo}",
+        f"A LoRA adapter of rank {recipe['adapter']['rank']} for {_base(base, commit)}, after step "
+        f"{manifest['step']:,} ({manifest['examples_seen']:,} examples seen). Trained with lora_kit "
+        f"{manifest['versions']['lora_kit']}; this card was generated from the run's records.",
+        _usage(repo, manifest, revision),
+        "## Base\n\n" + _table(("", ""), _base_rows(manifest)),
+        "## Data\n\n" + _table(("", "train", "validation"), _data_rows(manifest)),
+    ]
+    if measured := list(_score_rows(manifest, scores)):
+        parts.append(
+            "## Held-out examples\n\n" + _table(("", "loss", "perplexity", "exact match", "examples"), measured)
+        )
+    fields = [(f"`{name}.{key}`", value) for name in HYPERPARAMETERS for key, value in recipe[name].items()]
+    fields = [(name, value) for name, value in fields if value is not None]
+    parts += [
+        "## Hyper-parameters\n\nAll of them are in [recipe.yaml](recipe.yaml).\n\n"
+        + _table(("field", "value"), fields),
+        "## Versions\n\n" + _table(("package", "version"), manifest["versions"].items()),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _base(base: str, commit: str | None) -> str:
+    if commit:
+        return f"`{base}` at revision `{commit}`"
+    if base.startswith(BUILTIN):
+        return f"`{base}`, the small base that ships with lora_kit"
+    return f"a base in a local folder, `{base}`, which is not known to be on the Hub"
+
+
+def _base_rows(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    section, fingerprint = manifest["recipe"]["base"], manifest["fingerprints"]["base"]
+    yield "base", f"`{section['repo']}`"
+    yield (
+        "revision",
+        f"`{fingerprint['commit']}`"
+        if fingerprint["commit"]
+        else ("none: shipped" if section["repo"].startswith(BUILTIN) else "none: a local folder"),
+    )
+    yield "computed in", section["dtype"]
+    for name, digest in fingerprint["files"].items():
+        if name.endswith(".safetensors"):
+            yield f"SHA-256 of {name}", f"`{digest}`"
+
+
+def _data_rows(manifest: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+    names = ("train", "validation")
+    section, counts = manifest["recipe"]["data"], manifest["data"]
+    yield "source", f"`{section['train']}`", "-" if section["validation"] is None else f"`{section['validation']}`"
+    for key in ("format", "examples", "tokens", "trained_tokens"):
+        values = [counts[name][key] if counts[name] else "-" for name in names]
+        label = key.replace("_", " ")
+        yield label, *(f"{value:,}" if isinstance(value, int) else value for value in values)
+    digests = [manifest["fingerprints"][name] for name in names]
+    yield "SHA-256 of the tokens", *(f"`{digest}`" if digest else "-" for digest in digests)
+
+
+def _score_rows(manifest: Mapping[str, Any], scores: Mapping[str, Any] | None) -> Iterator[tuple[Any, ...]]:
+    for name, one in (scores or {}).items():
+        match = "-" if one["exact_match"] is None else f"{one['exact_match']:.1%} of {one['answered']}"
+        yield name, f"{one['loss']:.4f}", f"{one['perplexity']:.2f}", match, one["examples"]
+    if not scores and manifest["held_out_loss"] is not None:
+        yield "adapter", f"{manifest['held_out_loss']:.4f}", "-", "-", manifest["data"]["validation"]["examples"]
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _usage(repo: str, manifest: Mapping[str, Any], revision: str | None) -> str:
+    section, commit = manifest["recipe"]["base"], manifest["fingerprints"]["base"]["commit"]
+    branch = f', revision="{revision}"' if revision else ""
+    where = f'"{section["repo"]}", revision="{commit}"' if commit else '"path/to/the/base"'
+    own = "" if commit or section["repo"].startswith(BUILTIN) else ', base="path/to/the/base"'
+    return f"""## How to load it
+
+With lora_kit, which checks every byte of adapter and base:
+
+```python
+import lora_kit as lk
+
+model, tokenizer = lk.load("{repo}{"@" + revision if revision else ""}"{own})
+print(lk.generate(model, tokenizer, ["your prompt"])[0])
+```
+
+With PEFT:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained({where}, dtype="{section["dtype"]}")
+model = PeftModel.from_pretrained(base, "{repo}"{branch})
+tokenizer = AutoTokenizer.from_pretrained("{repo}"{branch})
+```"""

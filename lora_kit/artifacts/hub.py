@@ -1,0 +1,312 @@
+"""The Hub: a checkpoint goes there in one commit, and comes back as a checkpoint that verifies.
+
+What is published is a checkpoint's folder without the optimizer, with the tokenizer, the recipe and a card, under a
+manifest of its own; so what comes back is read by the same code as any other checkpoint. Equal checkpoints make equal
+files, so a push may be repeated at any time: what is there already is not committed again.
+"""
+
+import hashlib
+import json
+import re
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,  # of whichever HTTP library huggingface_hub uses
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from lora_kit.artifacts.card import model_card
+from lora_kit.errors import BaseError, CheckpointError, HubError, InputError, LoraKitError
+from lora_kit.model.source import Source, base_folder, file_hash, load_renderer, pinned_base, set_up_tokenizer
+from lora_kit.recipe.load import PATHS, as_yaml
+from lora_kit.recipe.schema import HUB_NAME, Recipe
+from lora_kit.runs import store
+from lora_kit.runs.journal import Journal
+from lora_kit.runs.run import Run
+from lora_kit.views.console import Console
+
+CARD, RECIPE = "README.md", "recipe.yaml"
+PAUSES = (2.0, 10.0)  # seconds before a push is repeated by itself
+PASSING = {408, 409, 412, 425, 429}  # statuses, beside 5xx, that the same push may not meet again
+TOKEN = re.compile(r"hf_\w{20,}")
+HERE_ONLY = ("is_local", "local_files_only")  # what transformers notes about this machine in tokenizer_config.json
+FAILURES = (HTTPError, OSError, RuntimeError, ValueError, KeyError)  # what huggingface_hub raises
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push left on the Hub.
+
+    Attributes:
+        repo: The repository.
+        revision: The branch, None for the main one.
+        commit: Its newest commit.
+        made: Whether this push made that commit; False if everything was there already.
+        url: Where a person can look at it.
+    """
+
+    repo: str
+    revision: str | None
+    commit: str
+    made: bool
+    url: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+
+def push(
+    path: str | Path,
+    to: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    pause: Callable[[float], object] = time.sleep,
+) -> Pushed:
+    """Publish an adapter in one commit: weights, configuration, tokenizer, template, recipe and a model card.
+
+    A fault that may pass (too many requests, another commit in between, a cut connection) is met by two more tries.
+
+    Args:
+        path: A checkpoint, or a run for its newest valid one.
+        to: `user/name`; the repository is made if there is none.
+        private: Make it private; refused if it is there and public.
+        revision: A branch, made if there is none; by default the main one.
+        pause: Waits so many seconds between two tries; a true result gives up.
+
+    Raises:
+        HubError: The Hub refused or could not be reached; says how to repeat it.
+        CheckpointError: There is no checkpoint that verifies.
+        InputError: `to` is no Hub name, the base's tokenizer is not here, or the repository is public.
+    """
+    if not HUB_NAME.fullmatch(to):
+        raise InputError(f"{to!r} is no Hub name; expected user/name, e.g. me/first-adapter")
+    files = publication(store.open_checkpoint(checkpoint_at(path)), to, revision=revision)
+    options = "".join([" --private" if private else "", f" --revision {revision}" if revision else ""])
+    again = f"to repeat it: lora-kit push {path} --to {to}{options} (what is there already is not committed again)"
+    token = None
+    for seconds in (*PAUSES, None):
+        try:
+            token = token or get_token()
+            if token is None:
+                raise HubError(f"{to}: no token here; log in with `hf auth login` or set HF_TOKEN; {again}")
+            _refuse_secrets(files, token)
+            return _commit(HfApi(token=token), files, to, private=private, revision=revision)
+        except FAILURES as error:
+            reason, passing = _reason(error, token)
+            if seconds is None or not passing or pause(seconds):
+                # without its cause: that names signed addresses, which let anyone write for a while
+                raise HubError(f"{to}: {reason}; {again}") from None
+    raise AssertionError("the last try returns or raises")
+
+
+def _commit(api: HfApi, files: Mapping[str, bytes | Path], to: str, *, private: bool, revision: str | None) -> Pushed:
+    """Make the repository, the branch and the commit, each only if it is not there."""
+    api.create_repo(to, private=private or None, exist_ok=True)
+    if revision is not None:
+        api.create_branch(to, branch=revision, exist_ok=True)
+    before = api.repo_info(to, revision=revision)
+    if private and not before.private:
+        raise InputError(f"{to}: is there already and public; make it private on the Hub, or push without --private")
+    done = api.create_commit(
+        to,
+        [CommitOperationAdd(name, content) for name, content in files.items()],
+        commit_message="Adapter trained with lora_kit",
+        revision=revision,
+        parent_commit=before.sha,
+    )
+    branch = f"/tree/{revision}" if revision else ""
+    return Pushed(to, revision, done.oid, done.oid != before.sha, f"{api.endpoint}/{to}{branch}")
+
+
+def publication(checkpoint: store.Checkpoint, to: str, *, revision: str | None = None) -> dict[str, bytes | Path]:
+    """Return the files of a repository, by name; the weights as a path.
+
+    Raises:
+        BaseError: The base's tokenizer is not here, or is no longer the one of the training.
+    """
+    manifest = checkpoint.manifest
+    config = json.loads((checkpoint.path / store.ADAPTER_CONFIG).read_text())
+    files = tokenizer_files(checkpoint, config["base_model_name_or_path"])
+    public = without_paths(Recipe.model_validate(manifest["recipe"]))
+    if manifest["fingerprints"]["base"]["commit"] is None:
+        config["base_model_name_or_path"] = public["base"]["repo"]  # was the folder's place on this machine
+    files[store.ADAPTER_CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
+    files[RECIPE] = as_yaml(public).encode()
+    entries = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    entries[store.ADAPTER] = manifest["files"][store.ADAPTER]
+    content = manifest | {"recipe": public, "files": dict(sorted(entries.items()))}
+    card = model_card(to, content, revision=revision, scores=_scores(checkpoint))
+    texts = {store.MANIFEST: store.manifest_bytes(content), CARD: card.encode()}
+    return {store.ADAPTER: checkpoint.path / store.ADAPTER, **files, **texts}
+
+
+def without_paths(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe's values, in which an absolute path is only its last name."""
+    public = recipe.model_dump(mode="json")
+    for section, field in PATHS:
+        value = public[section][field]
+        if isinstance(value, str) and (PurePath(value).is_absolute() or value.startswith("~")):
+            public[section][field] = PurePath(value).name
+    return public
+
+
+def tokenizer_files(checkpoint: store.Checkpoint, base_name: str) -> dict[str, bytes]:
+    """Return the tokenizer of a checkpoint's training, chat template included, as transformers saves it.
+
+    Raises:
+        BaseError: The base is not here, or its tokenizer has changed since the training.
+    """
+    manifest = checkpoint.manifest
+    recipe = Recipe.model_validate(manifest["recipe"])
+    section, folder = pinned_base(recipe, manifest, base_name)
+    found = base_folder(section, folder, weights=False)
+    for name, digest in manifest["fingerprints"]["base"]["files"].items():
+        if name.startswith(("tokenizer", "chat_template")) and file_hash(found / name) != digest:
+            raise BaseError(f"{found / name}: changed since the training; push from where the base is as it was")
+    source = Source(section.repo, found, found.name, {})
+    tokenizer = load_renderer(source, recipe, template=manifest["template"]).tokenizer
+    with tempfile.TemporaryDirectory() as scratch:
+        set_up_tokenizer(tokenizer, recipe, manifest["template"]).save_pretrained(scratch)
+        files = {path.name: path.read_bytes() for path in sorted(Path(scratch).iterdir())}
+    settings = json.loads(files["tokenizer_config.json"])
+    kept = {key: value for key, value in settings.items() if key not in HERE_ONLY}
+    return files | {"tokenizer_config.json": (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()}
+
+
+def _scores(checkpoint: store.Checkpoint) -> dict[str, Any] | None:
+    """Return what the run measured of this very checkpoint at its end."""
+    result = Run(checkpoint.path.resolve().parents[1]).result
+    return result["metrics"] if result.get("step") == checkpoint.step else None
+
+
+def _refuse_secrets(files: Mapping[str, bytes | Path], token: str) -> None:
+    for name, data in files.items():
+        if isinstance(data, bytes) and (token.encode() in data or TOKEN.search(data.decode(errors="replace"))):
+            raise InputError(f"{name}: a Hub token stands in it, so it is not published; take it out of the recipe")
+
+
+def _reason(error: Exception, token: str | None) -> tuple[str, bool]:
+    """Return what went wrong, in words without secrets, and whether it may pass by itself."""
+    while isinstance(error, (RuntimeError, LocalEntryNotFoundError)) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # the upload of a large file, and a download, hide what went wrong
+    if isinstance(error, OfflineModeIsEnabled):
+        return "the Hub is switched off here by HF_HUB_OFFLINE", False
+    if isinstance(error, HfHubHTTPError):
+        status, said = error.response.status_code, scrub(error.server_message or "", token)
+        known = {
+            401: "the Hub does not accept the token; log in with `hf auth login` or set HF_TOKEN",
+            403: "the token may not write there; make one with write access",
+            404: "the Hub has no such thing",
+            409: "another commit is being made there",
+            412: "another commit came in between",
+            429: "too many requests; wait some minutes",
+        }
+        reason = known.get(status, "the Hub has a fault" if status >= 500 else "the Hub refused")
+        return f"{reason} ({status}{': ' + said if said else ''})", status in PASSING or status >= 500
+    if isinstance(error, HTTPError):
+        return f"the connection to the Hub failed ({type(error).__name__})", True
+    return f"{type(error).__name__}: {scrub(str(error), token)}", isinstance(error, json.JSONDecodeError)
+
+
+def scrub(text: str, token: str | None) -> str:
+    """Return one short line without tokens, passwords in addresses, or signatures of addresses."""
+    line = " ".join(text.split()).replace(token or "\0", "***")
+    for pattern, harmless in ((TOKEN, "***"), (r"://[^\s/@]+@", "://"), (r"(https?://[^\s?]+)\?\S+", r"\1")):
+        line = re.sub(pattern, harmless, line)
+    return line[:200]
+
+
+def unready(recipe: Recipe) -> list[str]:
+    """Return what a person should know before a run that ends with a push."""
+    if recipe.hub.repo is None or get_token() is not None:
+        return []
+    return [
+        f"hub.repo: no token here to push to {recipe.hub.repo} at the end; log in with `hf auth login`, set HF_TOKEN, "
+        "or publish the run later with `lora-kit push`"
+    ]
+
+
+def push_finished(
+    recipe: Recipe, folder: Path, console: Console, *, pause: Callable[[float], object] = time.sleep
+) -> None:
+    """Publish a finished run if its recipe says so and it is not published yet; whatever fails is noted and told."""
+    hub, journal, latest = recipe.hub, Journal(folder), store.find(folder).latest
+    if hub.repo is None or latest is None:
+        return
+    done = {"step": latest.step, "to": hub.repo, "revision": hub.revision}
+    if any(event["kind"] == "pushed" and done.items() <= event.items() for event in journal.read_events()):
+        return
+    console.tick(f"hub: push to {hub.repo}")
+    try:
+        pushed = push(folder, hub.repo, private=hub.private, revision=hub.revision, pause=pause)
+    except Exception as error:  # the adapter is safe on disk, and the run has done its work
+        ours = isinstance(error, LoraKitError)
+        what = str(error) if ours else f"{hub.repo}: push failed: {type(error).__name__}: {scrub(str(error), None)}"
+        journal.event("fault", what=what, **done)
+        console.warn(what)
+    else:
+        journal.event("pushed", commit=pushed.commit, made=pushed.made, **done)
+        console.say(f"pushed to {pushed.url}")
+
+
+def checkpoint_at(path: str | Path) -> Path:
+    """Return a checkpoint's folder as it is, of a run its newest that verifies, of a Hub name its download.
+
+    Raises:
+        CheckpointError: No checkpoint there verifies.
+        HubError: A Hub name that is not there, or cannot be had.
+    """
+    name, _, revision = str(path).partition("@")
+    if not Path(path).exists() and HUB_NAME.fullmatch(name):
+        return fetch(name, revision=revision or None)
+    if (Path(path) / store.MANIFEST).exists():
+        return Path(path)
+    found = store.find(Path(path)).latest
+    if found is None:
+        raise CheckpointError(f"{path}: no checkpoint here verifies; train first, or see `lora-kit verify {path}`")
+    return found.path
+
+
+def fetch(name: str, *, revision: str | None = None) -> Path:
+    """Download an adapter that `push` published, or take it from the Hub's local cache; return its folder.
+
+    Raises:
+        HubError: It is not there, cannot be had, was not published by lora_kit, or wants to run code.
+    """
+    where = f"{name}: no folder here, and on the Hub"
+    try:
+        manifest = Path(hf_hub_download(name, store.MANIFEST, revision=revision))
+        content = json.loads(manifest.read_text())
+        names = [store.MANIFEST, *content["files"]]
+        folder = Path(snapshot_download(name, revision=manifest.parent.name, allow_patterns=names))
+        foreign_code = content["recipe"]["base"]["trust_remote_code"]
+    except RemoteEntryNotFoundError:
+        raise HubError(
+            f"{where} it has no {store.MANIFEST}, so lora_kit did not make it; load it with "
+            f'peft.AutoPeftModelForCausalLM.from_pretrained("{name}")'
+        ) from None
+    except RevisionNotFoundError:
+        raise HubError(f"{where} it has no revision {revision!r}") from None
+    except RepositoryNotFoundError:
+        raise HubError(f"{where} not found; check the name and, if it is private, `hf auth login`") from None
+    except FAILURES as error:
+        reason, _ = _reason(error, get_token())
+        raise HubError(f"{where} not to be had: {reason}") from None
+    if foreign_code:
+        raise HubError(
+            f"{name}: asks to run the Python files of its base's repository; if you trust them, load it from {folder}"
+        )
+    return folder

@@ -1,0 +1,159 @@
+"""What the adapter gained on held-out examples: loss and exact match, of the base and of the adapter."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+from lora_kit.artifacts.hub import checkpoint_at
+from lora_kit.artifacts.load import Answering, answer, load, stop_ids
+from lora_kit.data.packing import collate, pack
+from lora_kit.data.plan import Plan, prepare_data
+from lora_kit.data.template import Prompt, Renderer
+from lora_kit.data.tokens import Prepared, Tokens
+from lora_kit.errors import DataError
+from lora_kit.kernels.attention import use_attention
+from lora_kit.kernels.fusing import use_kernels
+from lora_kit.recipe.load import resolve_path
+from lora_kit.recipe.schema import Recipe
+from lora_kit.training.objectives.sft import sft
+from lora_kit.training.processes import Processes
+
+
+@dataclass(frozen=True)
+class Score:
+    """Held-out quality of one model.
+
+    Attributes:
+        loss: Cross-entropy a trained token, nats.
+        perplexity: exp(loss).
+        exact_match: Share of answers equal to the expected text; None when none was generated.
+        examples: How many examples the loss is over.
+        answered: How many answers were generated.
+    """
+
+    loss: float
+    perplexity: float
+    exact_match: float | None
+    examples: int
+    answered: int
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What is held out, and how it is run.
+
+    Attributes:
+        tokens: The validation examples.
+        prompts: Those to answer by generation.
+        micro_batch_tokens: As in training.
+        padded: As in training.
+        how: How answers are made.
+    """
+
+    tokens: Tokens
+    prompts: Sequence[Prompt]
+    micro_batch_tokens: int
+    padded: bool
+    how: Answering
+
+
+def held_out_of(plan: Plan, data: Prepared, renderer: Renderer) -> HeldOut | None:
+    """Return what is held out, to be run as training is planned; None when there is no validation data."""
+    if data.validation is None:
+        return None
+    # an answer that has outgrown the longest expected one cannot be equal to it
+    longest = max((len(renderer.tokenizer(one.expected)["input_ids"]) for one in data.prompts), default=0)
+    how = Answering(stop_ids(renderer), max_new_tokens=longest + 8)
+    return HeldOut(data.validation, data.prompts, plan.micro_batch_tokens, plan.padded, how)
+
+
+def score(
+    model: PeftModel,
+    renderer: Renderer,
+    held_out: HeldOut,
+    *,
+    processes: Processes,
+    tick: Callable[[str], None] = lambda _: None,
+) -> Score:
+    """Measure one model; the examples are dealt out over the processes."""
+    loss_sum, weight = _loss(model, held_out, processes, tick)
+    mine = held_out.prompts[processes.index :: processes.count]
+    right = 0
+    for start in range(0, len(mine), held_out.how.batch_size):
+        tick("answering")
+        some = mine[start : start + held_out.how.batch_size]
+        texts = answer(model, renderer.tokenizer, [one.ids for one in some], held_out.how)
+        right += sum(text.strip() == one.expected.strip() for text, one in zip(texts, some, strict=True))
+    totals = [sum(column) for column in zip(*processes.gather([(loss_sum, weight, right)]), strict=True)]
+    loss = totals[0] / max(1, totals[1])
+    match = totals[2] / len(held_out.prompts) if held_out.prompts else None
+    return Score(loss, math.exp(min(loss, 700)), match, len(held_out.tokens), len(held_out.prompts))
+
+
+@torch.no_grad()
+def _loss(model: PeftModel, held_out: HeldOut, processes: Processes, tick: Callable[[str], None]) -> tuple[float, int]:
+    was_training = model.training
+    model.eval()
+    groups = pack(held_out.tokens.lengths.tolist(), held_out.micro_batch_tokens, padded=held_out.padded)
+    loss_sum, weight = 0.0, 0
+    for members in groups[processes.index :: processes.count]:
+        tick("held-out loss")
+        batch = collate(held_out.tokens, members, padded=held_out.padded)
+        loss_sum += float(sft(model, batch, processes.device))
+        weight += batch.weight
+    model.train(was_training)
+    return loss_sum, weight
+
+
+def compare(
+    model: PeftModel,
+    renderer: Renderer,
+    held_out: HeldOut,
+    *,
+    processes: Processes,
+    tick: Callable[[str], None] = lambda _: None,
+) -> dict[str, Score]:
+    """Measure the base and the adapter on the same examples."""
+    with model.disable_adapter():
+        base = score(model, renderer, held_out, processes=processes, tick=lambda what: tick(f"base: {what}"))
+    adapter = score(model, renderer, held_out, processes=processes, tick=lambda what: tick(f"adapter: {what}"))
+    return {"base": base, "adapter": adapter}
+
+
+def plain(scores: dict[str, Score]) -> dict[str, dict[str, float | None]]:
+    """Return the scores as JSON values, for result.json."""
+    return {name: asdict(one) for name, one in scores.items()}
+
+
+def evaluate(recipe: Recipe, checkpoint: str | Path) -> dict[str, Score]:
+    """Measure a checkpoint's base and adapter on a recipe's validation data.
+
+    Args:
+        recipe: Says what is held out and where the base lies.
+        checkpoint: What `load` takes.
+
+    Raises:
+        DataError: The recipe has no validation data.
+    """
+    processes = Processes.start(recipe.base.dtype)
+    try:
+        checkpoint = checkpoint_at(checkpoint)
+        model, tokenizer = load(checkpoint, base=resolve_path(recipe, recipe.base.repo), device=str(processes.device))
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        resolved = manifest["recipe"]["train"] | manifest["resolved"]
+        use_attention(model, resolved["attention"])
+        use_kernels(model, resolved.get("kernels", []))
+        renderer = Renderer(tokenizer, stop_token=recipe.base.stop_token)
+        data, named = prepare_data(recipe, renderer), recipe.train.micro_batch_tokens
+        tokens = named if isinstance(named, int) else resolved["micro_batch_tokens"]
+        held_out = held_out_of(Plan(recipe, data.train, tokens, resolved["layout"] == "padded"), data, renderer)
+        if held_out is None:
+            raise DataError("data.validation: the recipe names none; add a file, a Hub name or a fraction such as 0.05")
+        return compare(model, renderer, held_out, processes=processes)
+    finally:
+        processes.leave()

@@ -1,0 +1,151 @@
+"""Where a step's time goes: a few steps under torch's profiler, told by our own parts.
+
+A part is a name on a range of time: `part` puts it on what the loop calls, hooks on what the model calls, and only
+while the profiler runs. The way back has no ranges of ours, but every operation there carries the number of the one
+that it belongs to, and so takes its part.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.autograd import DeviceType
+from torch.autograd.profiler import record_function
+from torch.profiler import ProfilerActivity
+
+from lora_kit.kernels.attention import inner_of
+from lora_kit.training.job import Job
+from lora_kit.views.console import Console
+
+WARM_UP, PROFILED = 2, 3  # steps of this start: the first are slower than the rest
+PREFIX, STEP = "part: ", "step"  # of a range's name in the trace; the range that holds all others
+BACK = "autograd::engine::evaluate_function: "  # an operation of the way back, as torch names it
+MODEL = ("attention", "adapters and linear layers", "MLP", "norm", "rest of the model")
+LOOP = ("loss", "rest of the way back", "reduction", "optimizer", "publishing", "data")
+OTHER = "other"
+
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def part(name: str, function: Call) -> Call:
+    """Return a function whose time counts as a part while the profiler runs, and otherwise the function itself."""
+    if not torch.autograd._profiler_enabled():
+        return function
+    labelled: Call = record_function(PREFIX + name)(function)
+    return labelled
+
+
+def profiled(steps: range, job: Job, console: Console, *, wanted: bool) -> Iterator[int]:
+    """Yield the steps; if it is wanted, the main process has a few of them profiled and told in the run's folder."""
+    first = steps.start + min(WARM_UP, max(0, len(steps) - PROFILED))
+    chosen = range(first, min(first + PROFILED, steps.stop))
+    if not wanted or not job.processes.is_main or not chosen:
+        yield from steps
+        return
+    yield from range(steps.start, chosen.start)
+    cuda = job.processes.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with torch.profiler.profile(activities=activities) as profiler, labelled_modules(job.model):
+        for step in chosen:
+            with record_function(PREFIX + STEP):
+                yield step
+    folder = job.run.folder / "profile"
+    folder.mkdir(exist_ok=True)
+    profiler.export_chrome_trace(str(folder / "trace.json"))
+    about = (
+        f"steps {chosen.start + 1} to {chosen.stop} of process 0 of {job.processes.count}, on {job.processes.device}"
+    )
+    text = table(times(profiler.events() or [], cuda=cuda), len(chosen), about)
+    (folder / "table.txt").write_text(text + "\n")
+    console.say(f"{text}\nthe whole trace, for chrome://tracing or ui.perfetto.dev: {folder / 'trace.json'}")
+    yield from range(chosen.stop, steps.stop)
+
+
+@contextmanager
+def labelled_modules(model: nn.Module) -> Iterator[None]:
+    """Let the calls of a model's modules count as their parts."""
+    with ExitStack() as hooks:
+        for module, name in parts_of(model):
+            open_ranges: list[record_function] = []
+
+            def enter(*_: Any, ranges: list[record_function] = open_ranges, label: str = PREFIX + name) -> None:
+                ranges.append(record_function(label).__enter__())
+
+            def leave(*_: Any, ranges: list[record_function] = open_ranges) -> None:
+                ranges.pop().__exit__(None, None, None)
+
+            for handle in (
+                module.register_forward_pre_hook(enter, prepend=True),
+                module.register_forward_hook(leave, always_call=True),
+            ):
+                hooks.callback(handle.remove)
+        yield
+
+
+def parts_of(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Yield the modules that begin a part, with its name; an MLP or an adapted layer is one, whatever is in it."""
+    inner, whole = inner_of(model), list[str]()
+    yield inner.base_model, "rest of the model"
+    for path, module in inner.named_modules():
+        if any(path.startswith(f"{one}.") for one in whole):
+            continue
+        name = "loss" if module is inner.get_output_embeddings() else _part_of(path, module)
+        if name is not None:
+            yield module, name
+        if name in ("MLP", "adapters and linear layers"):
+            whole.append(path)
+
+
+def _part_of(path: str, module: nn.Module) -> str | None:
+    kind, own = type(module).__name__, path.rpartition(".")[2]
+    if own == "mlp" or any(word in kind for word in ("MLP", "Mlp", "Experts")):
+        return "MLP"
+    if isinstance(module, nn.Linear) or "lora_A" in module._modules:
+        return "adapters and linear layers"
+    if "Norm" in kind:
+        return "norm"
+    return "attention" if "Attention" in kind else None
+
+
+def times(events: Sequence[Any], *, cuda: bool) -> dict[str, float]:
+    """Return the milliseconds of every part over all profiled steps: of the GPU's time where there is one.
+
+    Args:
+        events: Of torch's profiler.
+        cuda: Whether a GPU computes; what it waits for the loop is part of `other`.
+    """
+    events = [event for event in events if event.device_type == DeviceType.CPU]  # theirs is what they started there
+    ordered = sorted(events, key=lambda event: (event.time_range.start, -event.time_range.end))
+    forward: dict[int, str] = {}  # the part of the last operation with this number: it is the one that made the node
+    found: dict[int, str] = {}
+    total: dict[str, float] = defaultdict(float)
+    for event in ordered:
+        name = _owner(event, found, forward)
+        found[id(event)] = name
+        if event.sequence_nr >= 0 and "Backward" not in event.name:
+            forward[event.sequence_nr] = name
+        total[name] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1000
+    steps = sum(event.cpu_time_total for event in events if event.name == PREFIX + STEP) / 1000
+    named = {name: total[name] for name in (*MODEL, *LOOP)}
+    return named | {OTHER: max(0.0, steps - sum(named.values()))}
+
+
+def _owner(event: Any, found: Mapping[int, str], forward: Mapping[int, str]) -> str:
+    if event.name.startswith(PREFIX):
+        return str(event.name.removeprefix(PREFIX))
+    if event.name.startswith(BACK) and event.sequence_nr in forward:
+        return forward[event.sequence_nr]
+    parent = event.cpu_parent
+    return found.get(id(parent), OTHER) if parent is not None else OTHER
+
+
+def table(milliseconds: Mapping[str, float], steps: int, about: str) -> str:
+    """Return the parts in the order of a step, with what each takes of one."""
+    whole = sum(milliseconds.values())
+    lines = [f"{about}: {whole / steps:,.1f} ms a step, the profiler's own cost included"]
+    lines.append(f"{'part':<28}{'ms a step':>12}{'share':>9}")
+    lines += [f"{name:<28}{time / steps:>12,.2f}{time / max(whole, 1e-9):>9.1%}" for name, time in milliseconds.items()]
+    return "\n".join(lines)

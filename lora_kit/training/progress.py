@@ -1,0 +1,117 @@
+"""What a step was: read from the device one step late, published with its state, and told once it is live.
+
+A step's line in metrics.jsonl travels in its snapshot too, so that a run that ends between the two loses neither.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lora_kit.errors import PoisonError
+from lora_kit.runs import store
+from lora_kit.training.job import Job
+from lora_kit.training.publisher import Moving, Publisher
+from lora_kit.views.console import Console
+
+LATE_LINES = 50  # of the logs, between two warnings that they cannot be written
+STUCK = 5  # so many skipped steps in a row, and one more, end a run
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What one step was; `seen` waits for what is on its way: loss, the wish to stop, norm and whether it was taken."""
+
+    step: int
+    learning_rate: float
+    seen: Callable[[], list[float]]
+    seconds: float
+    stall_seconds: float
+    held_out_loss: float | None = None
+
+
+def moving_parts(job: Job, numbers: Numbers) -> Moving:
+    """Return the parts of a manifest that change from step to step; `line` is the step's in metrics.jsonl."""
+    loss, _, norm, taken = numbers.seen()
+    done = numbers.step + 1
+    groups = job.plan.micro_batches(numbers.step)
+    tokens = int(sum(job.data.train.lengths[group].sum() for group in groups))
+    record = {
+        "step": done,
+        "examples": job.plan.examples_seen(done),
+        "tokens": tokens,
+        "loss": loss,
+        "learning_rate": numbers.learning_rate,
+        "grad_norm": norm,
+        "tokens_per_second": round(tokens / numbers.seconds, 1),
+        "stall_seconds": round(numbers.stall_seconds, 4),
+        "time": round(time.time(), 3),
+    }
+    facts = {
+        "step": done,
+        "examples_seen": record["examples"],
+        "skipped_steps": [*job.skipped, *([] if taken else [done])],
+    }
+    return with_held_out(facts | {"line": json.dumps(record)}, numbers.held_out_loss)
+
+
+def with_held_out(moving: Moving, loss: float | None) -> Moving:
+    """Return a step's facts with its held-out loss, in its line as well."""
+    line = moving["line"] if loss is None else json.dumps(json.loads(moving["line"]) | {"held_out_loss": loss})
+    return moving | {"held_out_loss": loss, "line": line}
+
+
+def settle(job: Job, numbers: Numbers, live: Publisher, console: Console) -> bool:
+    """Write a step's line, now that it is live; return whether any process wants to stop."""
+    facts = live.finished() or moving_parts(job, numbers)
+    done, record = numbers.step + 1, json.loads(facts["line"])
+    if facts["skipped_steps"][-1:] == [done]:
+        job.skipped.append(done)
+        if job.processes.is_main:
+            why = f"loss {record['loss']}, gradient norm {record['grad_norm']}"
+            ids = sorted(index for group in job.plan.micro_batches(numbers.step) for index in group)
+            job.journal.event(
+                "skipped", step=done, loss=str(record["loss"]), grad_norm=str(record["grad_norm"]), examples=ids
+            )
+            console.warn(
+                f"step {done}: {why}; it is skipped and the adapter stays as it was; events.jsonl names its examples"
+            )
+    if job.processes.is_main:
+        tell(job, record, console)
+        if fault := live.new_fault():
+            console.warn(fault)
+        if job.journal.trouble and len(job.journal.late) % LATE_LINES == 1:
+            console.warn(job.journal.trouble)
+    return numbers.seen()[1] > 0
+
+
+def tell(job: Job, record: dict[str, Any], console: Console) -> None:
+    """Write a finished step's line, and hand it to whoever follows."""
+    job.journal.metrics(record)
+    job.trackers.log(record)
+    console.step(record, job.plan.steps)
+
+
+def give_up_when_stuck(job: Job, numbers: Numbers, live: Publisher) -> None:
+    """End a run in which no step has worked for a while; the adapter from before is durable.
+
+    Raises:
+        PoisonError: The last steps and this one were skipped.
+    """
+    first = numbers.step - STUCK  # so many steps were done before the first of them
+    if job.skipped[-STUCK:] != list(range(first + 1, numbers.step + 1)) or numbers.seen()[3]:
+        return
+    if job.processes.is_main:
+        job.journal.event("went back", step=first)  # what comes after it may be tried again with another recipe
+    if first > job.start and not store.checkpoint_folder(job.run.folder, first).exists():
+        job.skipped[-STUCK:] = []
+        line = json.dumps(next(one for one in job.journal.read_metrics() if one["step"] == first))
+        facts = {"step": first, "examples_seen": job.plan.examples_seen(first), "skipped_steps": job.skipped}
+        live.begin(lambda: with_held_out(facts | {"line": line}, None), due=True)
+        live.written()
+    raise PoisonError(
+        f"{job.run.folder}: no step from {first + 1} to {numbers.step + 1} had a loss and a gradient that are finite "
+        f"and within the recipe's bounds; the adapter is as after step {first}; lower optim.learning_rate, or look at "
+        "the examples that events.jsonl names"
+    )

@@ -1,0 +1,115 @@
+"""What a person sees while a run goes on: a live bar on a terminal or in a notebook, plain lines elsewhere."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column, Table
+
+from lora_kit.views import notebook
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class Console:
+    """Prints a run's progress; a silent one, on all processes but the main one, prints nothing.
+
+    `began` has the Unix time at which each thing was first done that `tick` was told of.
+    """
+
+    def __init__(self, *, silent: bool) -> None:
+        self._rich = RichConsole(quiet=silent, highlight=False, soft_wrap=True)
+        self._in_notebook = not silent and self._rich.is_jupyter
+        if self._in_notebook:  # plain lines; Jupyter asks for colours through the environment
+            self._rich = RichConsole(force_jupyter=False, force_terminal=False, highlight=False, soft_wrap=True)
+        self._live = not silent and self._rich.is_terminal
+        self._progress: Progress | None = None
+        self._panel: notebook.Panel | None = None
+        self._task: Any = None
+        self._printed = 0.0
+        self._status = ""
+        self.began: dict[str, float] = {}
+
+    def say(self, text: str) -> None:
+        """Print a line (above the bar, if there is one)."""
+        self._rich.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """Print a line that should not be missed."""
+        self._rich.print(f"warning: {text}", style="yellow", markup=False)
+
+    def table(self, title: str, rows: list[tuple[str, str]], *, caption: str = "") -> None:
+        """Print a table of names and values."""
+        if self._in_notebook:
+            text = "\n".join([title, *(f"{name}: {value}" for name, value in rows), *([caption] if caption else [])])
+            notebook.show(notebook.table(title, rows, caption=caption), text)
+            return
+        table = Table(title=title, caption=caption, show_header=False, title_justify="left", caption_justify="left")
+        for name, value in rows:
+            table.add_row(name, value)
+        self._rich.print(table)
+
+    def begin(self, steps: int, done: int, earlier: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Start showing the progress of `steps` steps, `done` of which are behind us, with their records."""
+        if self._in_notebook:
+            self._panel = notebook.Panel(steps, done, earlier)
+        elif self._live:
+            whole = Column(no_wrap=True, overflow="ignore")  # a narrow terminal shortens the bar alone
+            self._progress = Progress(
+                BarColumn(),
+                MofNCompleteColumn(table_column=whole),
+                TimeElapsedColumn(table_column=whole.copy()),
+                TimeRemainingColumn(table_column=whole.copy()),
+                TextColumn("{task.description}", table_column=whole.copy()),
+                console=self._rich,
+            )
+            self._task = self._progress.add_task("", total=steps, completed=done)
+            self._progress.start()
+
+    def step(self, record: dict[str, Any], steps: int) -> None:
+        """Show one finished step, as written to metrics.jsonl."""
+        speed = f"{record['tokens_per_second']:,.0f} tokens/s"
+        if self._panel is not None:
+            self._panel.step(record, f"loss {record['loss']:.4f} · {speed}")
+        elif self._progress is not None:
+            self._progress.update(
+                self._task, completed=record["step"], description=f"loss {record['loss']:.4f}  {speed}"
+            )
+        elif record["step"] in (1, steps) or time.monotonic() - self._printed > SECONDS_BETWEEN_LINES:
+            self._printed = time.monotonic()
+            self.say(
+                f"step {record['step']}/{steps}  loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  "
+                f"norm {record['grad_norm']:.3f}  {speed}"
+            )
+        if "held_out_loss" in record and self._panel is None:
+            self.say(f"step {record['step']}/{steps}  held-out loss {record['held_out_loss']:.4f}")
+
+    def tick(self, what: str) -> None:
+        """Show what is being done when no step can be shown; a plain line each time it changes."""
+        if what != self._status:
+            self._status = what
+            self.began.setdefault(what, time.time())
+            if self._panel is not None:
+                self._panel.status(what)
+            elif not self._live:
+                self.say(f"{what} ...")
+            elif self._progress is not None:
+                self._progress.update(self._task, description=what)
+
+    def end(self) -> None:
+        """Take the bar away, leaving its last state."""
+        if self._panel is not None:
+            self._panel.status("")
+            self._panel = None
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from lora_kit.version import VERSION
 
 if TYPE_CHECKING:
+    from lora_kit.artifacts.answering import generate as generate
     from lora_kit.artifacts.hub import push as push
-    from lora_kit.artifacts.load import generate as generate
     from lora_kit.artifacts.load import load as load
     from lora_kit.artifacts.merging import merge as merge
     from lora_kit.check import estimate as estimate
@@ -43,7 +43,7 @@ _HOME = {
     "train": "training.loop",
     "Run": "runs.run",
     "load": "artifacts.load",
-    "generate": "artifacts.load",
+    "generate": "artifacts.answering",
     "evaluate": "training.evaluation",
     "push": "artifacts.hub",
     "merge": "artifacts.merging",

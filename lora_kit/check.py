@@ -22,7 +22,8 @@ from lora_kit.data.tokens import Prepared, Tokens
 from lora_kit.data.vocabulary import check_tokenizer_fits
 from lora_kit.errors import InputError, RecipeError
 from lora_kit.model.sizes import Estimate, Shape, estimate_memory, read_config
-from lora_kit.model.source import Source, base_folder, load_renderer
+from lora_kit.model.source import Source, base_folder
+from lora_kit.model.tokenizer import load_renderer
 from lora_kit.recipe.load import resolve_path
 from lora_kit.recipe.schema import Recipe
 from lora_kit.runs.trackers import require

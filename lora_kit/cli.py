@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -215,25 +215,23 @@ def generate(
 ) -> None:
     """Answer prompts with a trained adapter."""
     with errors_told():
-        from lora_kit.artifacts import load
+        from lora_kit.artifacts import answering
+        from lora_kit.artifacts.load import load
 
-        model, tokenizer = load.load(newest(path))
-        with model.disable_adapter() if base else _nothing():
-            answers = load.generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature)
+        model, tokenizer = load(newest(path))
+        with model.disable_adapter() if base else nullcontext():
+            answers = answering.generate(
+                model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature
+            )
         if as_json:
             _print_json([{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)])
         else:
             print("\n\n".join(answers))
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
 def newest(path: str | Path) -> Path:
     """Return a checkpoint as it is, of a run its newest that verifies, of a Hub name its download."""
-    from lora_kit.artifacts.hub import checkpoint_at
+    from lora_kit.artifacts.locate import checkpoint_at
 
     return checkpoint_at(path)
 
@@ -248,9 +246,9 @@ def chat(
     """Talk to a trained adapter; `/adapter off` compares with the base, `/help` says what else there is."""
     with errors_told():
         from lora_kit.artifacts import chat as chatting
-        from lora_kit.artifacts import load
+        from lora_kit.artifacts.load import load
 
-        model, tokenizer = load.load(newest(path))
+        model, tokenizer = load(newest(path))
         print("/help for the commands, Ctrl-D to leave", file=sys.stderr)
         chatting.chat(
             model,

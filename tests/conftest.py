@@ -24,8 +24,8 @@ import pytest
 from jaxtyping import install_import_hook
 
 # shapes and dtypes in the annotations are checked at every call while the tests run
-CHECKED = ["objective", "optim", "adapter", "processes"]
-CHECKED += [f"kernels.{name}" for name in ("attention", "blocks", "choice", "lora", "loss", "mlp", "norm", "rotary")]
+CHECKED = ["training.objectives.sft", "training.optim", "training.processes", "model.adapter", "model.state"]
+CHECKED += [f"kernels.{name}" for name in ("attention", "blocks", "fusing", "lora", "loss", "mlp", "norm", "rotary")]
 hook = install_import_hook([f"lora_kit.{name}" for name in CHECKED], "beartype.beartype")  # not what Triton reads
 
 

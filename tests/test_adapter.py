@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from lora_kit.errors import CheckpointError
 from lora_kit.kernels.attention import own_attention
-from lora_kit.model.adapter import flatten, initial_a, inject, saved_config
+from lora_kit.model.adapter import initial_a, inject, saved_config
+from lora_kit.model.state import flatten
 from lora_kit.recipe.load import load_recipe
 from lora_kit.recipe.schema import Adapter
 from lora_kit.runs.store import split

@@ -11,9 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_kit.errors import BaseError
 from lora_kit.kernels.attention import SEGMENT, use_attention
-from lora_kit.model import base
+from lora_kit.model import probe
 from lora_kit.model import source as bases
-from lora_kit.model.base import leaks_when_packed, load_base
+from lora_kit.model.base import load_base
+from lora_kit.model.probe import leaks_when_packed
 from lora_kit.model.source import file_hash, locate
 from lora_kit.recipe.load import load_recipe
 from lora_kit.recipe.schema import Base
@@ -65,10 +66,10 @@ def test_the_probe_is_not_fooled_where_rounding_grows_through_many_layers(monkey
     shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 40, "initializer_range": 0.1}
     config = AutoConfig.for_model("llama", **SMALL | shape)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    apart, own = [], base._apart
-    monkeypatch.setattr(base, "_apart", lambda *a: apart.append(own(*a)) or apart[-1])
+    apart, own = [], probe._apart
+    monkeypatch.setattr(probe, "_apart", lambda *a: apart.append(own(*a)) or apart[-1])
     assert use_attention(model, SEGMENT) and not leaks_when_packed(model, 64, torch.device("cpu"))
-    assert max(apart) > 1.5 * base.PROBE_TOLERANCE[torch.bfloat16]
+    assert max(apart) > 1.5 * probe.PROBE_TOLERANCE[torch.bfloat16]
 
 
 def test_a_leaking_model_trains_on_padded_rows_and_the_log_says_so(recipe_file, tmp_path, base_folder, capsys):
@@ -107,7 +108,7 @@ def test_a_file_is_hashed_once_until_it_changes(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_bytes(b"one")
     first = file_hash(path)
-    monkeypatch.setattr(bases.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(bases, "sha256_of", lambda *_: pytest.fail("read again"))
     assert file_hash(path) == first
     monkeypatch.undo()
     monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "cache"))

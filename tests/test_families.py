@@ -9,10 +9,12 @@ from plain_loop import plain_loop, relative
 from runs import state_hash, train
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lora_kit.artifacts.load import generate, load
+from lora_kit.artifacts.answering import generate
+from lora_kit.artifacts.load import load
 from lora_kit.errors import RecipeError
 from lora_kit.kernels.attention import SEGMENT, attention_of, own_attention
-from lora_kit.model.base import choose_attention, load_base
+from lora_kit.model.base import load_base
+from lora_kit.model.probe import choose_attention
 from lora_kit.model.source import locate
 from lora_kit.recipe.load import load_recipe
 from lora_kit.recipe.schema import Base

@@ -8,7 +8,7 @@ from conftest import make_base
 from typer.testing import CliRunner
 
 import lora_kit as lk
-from lora_kit.artifacts.load import Answering, answer
+from lora_kit.artifacts.answering import Answering, answer
 from lora_kit.cli import app
 from lora_kit.errors import BaseError, CheckpointError
 from lora_kit.kernels.attention import own_attention

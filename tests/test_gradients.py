@@ -13,7 +13,7 @@ from lora_kit.training import loop
 def test_gradients_equal_a_plain_loop_over_the_examples(
     recipe_file, tmp_path, captured, jobs, monkeypatch, micro_batch_tokens, layout
 ):
-    monkeypatch.setattr("lora_kit.model.base.leaks_when_packed", lambda *_: layout == "padded")
+    monkeypatch.setattr("lora_kit.model.probe.leaks_when_packed", lambda *_: layout == "padded")
     changes = [f"train.micro_batch_tokens={micro_batch_tokens}", "train.steps=3", "adapter.dropout=0"]
     recipe = load_recipe(recipe_file, [*changes, "optim.max_grad_norm=null"])
     run = loop.train(recipe, tmp_path / "run")

@@ -17,7 +17,7 @@ from lora_kit.runs.resume import take_over
 HOLDER = """
 import sys, time
 from pathlib import Path
-from lora_kit.checkpoint.lease import take
+from lora_kit.runs.lease import take
 print(take(Path(sys.argv[1])).token, flush=True)
 time.sleep(60)
 """

@@ -8,7 +8,7 @@ from runs import state_hash, train
 from safetensors.numpy import load_file
 
 from lora_kit.errors import ContractError
-from lora_kit.model.adapter import FlatState
+from lora_kit.model.state import FlatState
 from lora_kit.recipe.load import load_recipe
 from lora_kit.runs import store
 from lora_kit.training import loop

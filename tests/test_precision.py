@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lora_kit.data.packing import IGNORE, MicroBatch
 from lora_kit.kernels.attention import SEGMENT, inner_of
 from lora_kit.kernels.fusing import head_of, use_kernels
-from lora_kit.model.base import choose_attention, load_base
+from lora_kit.model.base import load_base
 from lora_kit.model.forward import model_inputs
+from lora_kit.model.probe import choose_attention
 from lora_kit.model.source import locate
 from lora_kit.recipe.schema import Base
 from lora_kit.training.objectives.sft import sft

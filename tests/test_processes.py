@@ -17,9 +17,9 @@ from lora_kit.training.processes import refuse_contradictions
 WORKER = """
 import sys, json
 import torch
-from lora_kit.processes import Processes
+from lora_kit.training.processes import Processes
 from lora_kit.data.packing import reduction_schedule
-from lora_kit.trainer import add_to_tree
+from lora_kit.training.loop import add_to_tree
 from lora_kit.errors import DataError
 processes = Processes.start("float32")
 out = []
@@ -75,7 +75,7 @@ def test_many_processes_sum_like_one(tmp_path, processes):
 MANY_SHAPES = """
 import sys
 import torch
-from lora_kit.processes import Processes
+from lora_kit.training.processes import Processes
 Processes.start("bfloat16")
 def multiply(rows):
     torch.ones(rows, 64, dtype=torch.bfloat16) @ torch.ones(64, 64, dtype=torch.bfloat16)
@@ -100,7 +100,7 @@ def test_products_of_shapes_long_past_are_not_kept_unless_told_so(wanted):
 FAULTS = """
 import resource
 import torch
-from lora_kit.processes import Processes
+from lora_kit.training.processes import Processes
 Processes.start("bfloat16")
 def faults():
     torch.empty(1 << 26, dtype=torch.uint8).fill_(1)
@@ -125,7 +125,7 @@ HOLES = """
 import sys
 import psutil
 import torch
-from lora_kit.processes import LARGE, keep_freed_memory
+from lora_kit.training.processes import LARGE, keep_freed_memory
 keep_freed_memory()
 if sys.argv[1] == "large":
     keep_freed_memory(below=LARGE)

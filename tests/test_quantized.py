@@ -10,7 +10,8 @@ import lora_kit as lk
 from lora_kit.check import estimate
 from lora_kit.errors import BaseError
 from lora_kit.model import base as bases
-from lora_kit.model.base import leaks_when_packed, load_base, refuse_without_bfloat16
+from lora_kit.model.base import load_base, refuse_without_bfloat16
+from lora_kit.model.probe import leaks_when_packed
 from lora_kit.model.source import locate
 from lora_kit.recipe.load import load_recipe
 from lora_kit.training import loop

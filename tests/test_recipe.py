@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from lora_kit.errors import RecipeError
-from lora_kit.recipe.load import difference, dump, json_schema, load_recipe, reference, resolve_path
+from lora_kit.recipe.load import difference, dump, load_recipe, resolve_path
+from lora_kit.recipe.reference import json_schema, reference
 from lora_kit.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -205,6 +206,6 @@ def test_every_field_and_section_is_documented():
 
 
 def test_the_reference_and_the_json_schema_are_not_stale():
-    hint = "run `python -m lora_kit.recipe.load`"
+    hint = "run `python -m lora_kit.recipe.reference`"
     assert (ROOT / "docs" / "recipes.md").read_text() == reference(), hint
     assert json.loads((ROOT / "docs" / "recipe.schema.json").read_text()) == json_schema(), hint

@@ -156,7 +156,7 @@ def full_disk(descriptor):
 WRITER = """
 import sys
 from pathlib import Path
-from lora_kit.checkpoint import store
+from lora_kit.runs import store
 files = {"adapter_model.safetensors": [b"a" * 300_000], "optimizer.safetensors": [b"o" * 600_000]}
 for step in range(1, 10**6):
     store.commit(Path(sys.argv[1]), files, {"step": step, "fencing_token": 1})

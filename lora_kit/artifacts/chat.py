@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from lora_kit.artifacts.load import Answering, prompt_ids, stop_ids, stream
+from lora_kit.artifacts.answering import Answering, prompt_ids, stop_ids, stream
 from lora_kit.data.template import Renderer
 
 HELP = """/adapter off   go on with the base alone (/adapter on for the adapter again)

@@ -7,7 +7,6 @@ files, so a push may be repeated at any time: what is there already is not commi
 
 import hashlib
 import json
-import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -15,20 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HTTPError,  # of whichever HTTP library huggingface_hub uses
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
 from lora_kit.artifacts.card import model_card
-from lora_kit.errors import BaseError, CheckpointError, HubError, InputError, LoraKitError
-from lora_kit.model.source import Source, base_folder, file_hash, load_renderer, pinned_base, set_up_tokenizer
+from lora_kit.artifacts.hub_errors import FAILURES, TOKEN, reason_of, scrub
+from lora_kit.artifacts.locate import checkpoint_at
+from lora_kit.errors import BaseError, HubError, InputError, LoraKitError
+from lora_kit.model.source import Source, base_folder, file_hash, pinned_base
+from lora_kit.model.tokenizer import load_renderer, set_up_tokenizer
 from lora_kit.recipe.load import PATHS, as_yaml
 from lora_kit.recipe.schema import HUB_NAME, Recipe
 from lora_kit.runs import store
@@ -38,10 +31,7 @@ from lora_kit.views.console import Console
 
 CARD, RECIPE = "README.md", "recipe.yaml"
 PAUSES = (2.0, 10.0)  # seconds before a push is repeated by itself
-PASSING = {408, 409, 412, 425, 429}  # statuses, beside 5xx, that the same push may not meet again
-TOKEN = re.compile(r"hf_\w{20,}")
 HERE_ONLY = ("is_local", "local_files_only")  # what transformers notes about this machine in tokenizer_config.json
-FAILURES = (HTTPError, OSError, RuntimeError, ValueError, KeyError)  # what huggingface_hub raises
 
 
 @dataclass(frozen=True)
@@ -105,7 +95,7 @@ def push(
             _refuse_secrets(files, token)
             return _commit(HfApi(token=token), files, to, private=private, revision=revision)
         except FAILURES as error:
-            reason, passing = _reason(error, token)
+            reason, passing = reason_of(error, token)
             if seconds is None or not passing or pause(seconds):
                 # without its cause: that names signed addresses, which let anyone write for a while
                 raise HubError(f"{to}: {reason}; {again}") from None
@@ -198,37 +188,6 @@ def _refuse_secrets(files: Mapping[str, bytes | Path], token: str) -> None:
             raise InputError(f"{name}: a Hub token stands in it, so it is not published; take it out of the recipe")
 
 
-def _reason(error: Exception, token: str | None) -> tuple[str, bool]:
-    """Return what went wrong, in words without secrets, and whether it may pass by itself."""
-    while isinstance(error, (RuntimeError, LocalEntryNotFoundError)) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # the upload of a large file, and a download, hide what went wrong
-    if isinstance(error, OfflineModeIsEnabled):
-        return "the Hub is switched off here by HF_HUB_OFFLINE", False
-    if isinstance(error, HfHubHTTPError):
-        status, said = error.response.status_code, scrub(error.server_message or "", token)
-        known = {
-            401: "the Hub does not accept the token; log in with `hf auth login` or set HF_TOKEN",
-            403: "the token may not write there; make one with write access",
-            404: "the Hub has no such thing",
-            409: "another commit is being made there",
-            412: "another commit came in between",
-            429: "too many requests; wait some minutes",
-        }
-        reason = known.get(status, "the Hub has a fault" if status >= 500 else "the Hub refused")
-        return f"{reason} ({status}{': ' + said if said else ''})", status in PASSING or status >= 500
-    if isinstance(error, HTTPError):
-        return f"the connection to the Hub failed ({type(error).__name__})", True
-    return f"{type(error).__name__}: {scrub(str(error), token)}", isinstance(error, json.JSONDecodeError)
-
-
-def scrub(text: str, token: str | None) -> str:
-    """Return one short line without tokens, passwords in addresses, or signatures of addresses."""
-    line = " ".join(text.split()).replace(token or "\0", "***")
-    for pattern, harmless in ((TOKEN, "***"), (r"://[^\s/@]+@", "://"), (r"(https?://[^\s?]+)\?\S+", r"\1")):
-        line = re.sub(pattern, harmless, line)
-    return line[:200]
-
-
 def unready(recipe: Recipe) -> list[str]:
     """Return what a person should know before a run that ends with a push."""
     if recipe.hub.repo is None or get_token() is not None:
@@ -260,53 +219,3 @@ def push_finished(
     else:
         journal.event("pushed", commit=pushed.commit, made=pushed.made, **done)
         console.say(f"pushed to {pushed.url}")
-
-
-def checkpoint_at(path: str | Path) -> Path:
-    """Return a checkpoint's folder as it is, of a run its newest that verifies, of a Hub name its download.
-
-    Raises:
-        CheckpointError: No checkpoint there verifies.
-        HubError: A Hub name that is not there, or cannot be had.
-    """
-    name, _, revision = str(path).partition("@")
-    if not Path(path).exists() and HUB_NAME.fullmatch(name):
-        return fetch(name, revision=revision or None)
-    if (Path(path) / store.MANIFEST).exists():
-        return Path(path)
-    found = store.find(Path(path)).latest
-    if found is None:
-        raise CheckpointError(f"{path}: no checkpoint here verifies; train first, or see `lora-kit verify {path}`")
-    return found.path
-
-
-def fetch(name: str, *, revision: str | None = None) -> Path:
-    """Download an adapter that `push` published, or take it from the Hub's local cache; return its folder.
-
-    Raises:
-        HubError: It is not there, cannot be had, was not published by lora_kit, or wants to run code.
-    """
-    where = f"{name}: no folder here, and on the Hub"
-    try:
-        manifest = Path(hf_hub_download(name, store.MANIFEST, revision=revision))
-        content = json.loads(manifest.read_text())
-        names = [store.MANIFEST, *content["files"]]
-        folder = Path(snapshot_download(name, revision=manifest.parent.name, allow_patterns=names))
-        foreign_code = content["recipe"]["base"]["trust_remote_code"]
-    except RemoteEntryNotFoundError:
-        raise HubError(
-            f"{where} it has no {store.MANIFEST}, so lora_kit did not make it; load it with "
-            f'peft.AutoPeftModelForCausalLM.from_pretrained("{name}")'
-        ) from None
-    except RevisionNotFoundError:
-        raise HubError(f"{where} it has no revision {revision!r}") from None
-    except RepositoryNotFoundError:
-        raise HubError(f"{where} not found; check the name and, if it is private, `hf auth login`") from None
-    except FAILURES as error:
-        reason, _ = _reason(error, get_token())
-        raise HubError(f"{where} not to be had: {reason}") from None
-    if foreign_code:
-        raise HubError(
-            f"{name}: asks to run the Python files of its base's repository; if you trust them, load it from {folder}"
-        )
-    return folder

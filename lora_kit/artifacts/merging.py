@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lora_kit.artifacts.load import load, prompt_ids, stop_ids
+from lora_kit.artifacts.answering import prompt_ids, stop_ids
+from lora_kit.artifacts.load import load
 from lora_kit.data.template import Renderer
 from lora_kit.errors import CheckpointError, InputError
 

@@ -16,11 +16,11 @@ from torch import nn
 from lora_kit.errors import BaseError
 from lora_kit.kernels import fusing
 from lora_kit.kernels.attention import inner_of
-from lora_kit.model.adapter import FlatState
-from lora_kit.model.base import probe_batch
 from lora_kit.model.forward import model_inputs
+from lora_kit.model.probe import probe_batch
 from lora_kit.model.sizes import read_config
 from lora_kit.model.source import Source
+from lora_kit.model.state import FlatState
 from lora_kit.recipe.schema import Recipe
 from lora_kit.runs.resume import Row
 from lora_kit.training import micro_batches

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from lora_kit.artifacts.hub import checkpoint_at
-from lora_kit.artifacts.load import Answering, answer, load, stop_ids
+from lora_kit.artifacts.answering import Answering, answer, stop_ids
+from lora_kit.artifacts.load import load
+from lora_kit.artifacts.locate import checkpoint_at
 from lora_kit.data.packing import collate, pack
 from lora_kit.data.plan import Plan, prepare_data
 from lora_kit.data.template import Prompt, Renderer

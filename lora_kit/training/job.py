@@ -26,10 +26,13 @@ from lora_kit.errors import DataError
 from lora_kit.files import write_whole
 from lora_kit.kernels import fusing
 from lora_kit.kernels.attention import use_attention
-from lora_kit.model.adapter import FlatState, flatten, inject
-from lora_kit.model.base import choose_attention, load_base, require_quantization
-from lora_kit.model.source import Source, load_renderer, locate
+from lora_kit.model.adapter import inject
+from lora_kit.model.base import load_base, require_quantization
+from lora_kit.model.probe import choose_attention
+from lora_kit.model.source import Source, locate
+from lora_kit.model.state import FlatState, flatten
 from lora_kit.model.targets import find_targets
+from lora_kit.model.tokenizer import load_renderer
 from lora_kit.recipe.load import dump, resolve_path
 from lora_kit.recipe.schema import Recipe
 from lora_kit.runs.journal import Journal

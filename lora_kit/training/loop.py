@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_kit.artifacts.hub import checkpoint_at, push_finished
-from lora_kit.artifacts.load import answer
+from lora_kit.artifacts.answering import answer
+from lora_kit.artifacts.hub import push_finished
+from lora_kit.artifacts.locate import checkpoint_at
 from lora_kit.data.order import micro_batch_seed
 from lora_kit.data.packing import MicroBatch, collate, reduction_schedule
 from lora_kit.errors import DivergenceError, Stopped
-from lora_kit.model.adapter import LOSS, STOP, refuse_unreached
+from lora_kit.model.state import LOSS, STOP, refuse_unreached
 from lora_kit.recipe.schema import Recipe
 from lora_kit.runs import store
 from lora_kit.runs.resume import OpenRun, open_run

@@ -11,7 +11,7 @@ SCRIPT = Path(__file__).parent / "crash_states.py"
 
 def look(states, *, without="pass"):
     """Look at states in a process of its own, for audit hooks stay; `without` is what a broken writer leaves out."""
-    broken = f"import sys, runpy; from lora_kit.checkpoint import store; {without}; "
+    broken = f"import sys, runpy; from lora_kit.runs import store; {without}; "
     broken += f"sys.argv[1:] = ['--states', '{states}']; sys.path.insert(0, {str(SCRIPT.parent)!r}); "
     broken += f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     return subprocess.run([sys.executable, "-c", broken], capture_output=True, text=True, timeout=120)

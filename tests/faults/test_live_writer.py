@@ -10,7 +10,7 @@ SCRIPT = Path(__file__).parent / "kill_writer.py"
 
 def storm(kills, *, without="pass"):
     """Kill a writer so often, in a process without torch; `without` is what a broken one leaves out."""
-    broken = f"import sys, runpy; from lora_kit.checkpoint import live; {without}; "
+    broken = f"import sys, runpy; from lora_kit.runs import live; {without}; "
     broken += f"sys.argv[1:] = ['--kills', '{kills}']; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     return subprocess.run([sys.executable, "-c", broken], capture_output=True, text=True, timeout=120)
 

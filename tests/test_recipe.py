@@ -1,4 +1,4 @@
-"""All that is wrong with a recipe is told at once, where it stands and with what was meant; nothing is ignored."""
+"""Every problem of a recipe is reported at once, with its file, line and the likely intention; none is ignored."""
 
 import ast
 import json
@@ -16,8 +16,8 @@ MINIMAL = "base: {repo: a/b}\ndata: {train: x.jsonl}\ntrain: {steps: 3}\n"
 
 
 @pytest.fixture
-def told(tmp_path):
-    """The lines that a recipe's errors take, without the folder."""
+def problems_of(tmp_path):
+    """The lines of the error that loading a recipe raises, without the folder."""
 
     def load(text, *overrides):
         (tmp_path / "r.yaml").write_text(text)
@@ -33,13 +33,13 @@ def load(tmp_path, text, *overrides):
     return load_recipe(tmp_path / "r.yaml", overrides)
 
 
-def test_all_problems_are_told_at_once_with_their_lines(told):
-    lines = told(
+def test_all_problems_are_reported_at_once_with_their_lines(problems_of):
+    lines = problems_of(
         "base:\n  rep: x\n  dtype: float16\ndata:\n  train: 5\ntrain:\n  steps: 1.5\nadaptor: {}\n",
         "optim.warmup=2",
     )
     assert lines == [
-        "r.yaml:1: base.repo: missing; A Hub name, a folder, or `builtin:base` for the embedded one.",
+        "r.yaml:1: base.repo: missing; A Hub name, a local folder, or `builtin:base` for the tiny model in lora_kit.",
         "r.yaml:3: base.dtype: found 'float16', expected 'bfloat16' or 'float32'",
         "r.yaml:2: base.rep: unknown key; did you mean 'repo'?",
         "r.yaml:5: data.train: found 5, expected string",
@@ -54,16 +54,16 @@ def test_all_problems_are_told_at_once_with_their_lines(told):
     [
         (
             "base: {repo: a/b}\nbase: {repo: c/d}\n",
-            'r.yaml:2: found duplicate key "base"; each key may stand once',
+            'r.yaml:2: found duplicate key "base"; write each key once',
         ),
         ("base: [1,\n", "r.yaml:2: not YAML: expected the node content, but found '<stream end>'"),
         ("", "r.yaml: a recipe is a mapping of sections"),
         ("- base\n", "r.yaml: a recipe is a mapping of sections"),
         (MINIMAL + "optim: 3\n", "r.yaml:4: optim: found 3, expected dictionary or instance of Optim"),
-        (MINIMAL.replace("{steps: 3}", "{}"), "r.yaml:3: train: name exactly one of steps and epochs"),
+        (MINIMAL.replace("{steps: 3}", "{}"), "r.yaml:3: train: set exactly one of steps and epochs"),
         (
             MINIMAL.replace("steps: 3", "steps: 3, epochs: 1"),
-            "r.yaml:3: train: name exactly one of steps and epochs",
+            "r.yaml:3: train: set exactly one of steps and epochs",
         ),
         (
             MINIMAL.replace("x.jsonl", "x.jsonl, validation: 1.5"),
@@ -81,8 +81,8 @@ def test_all_problems_are_told_at_once_with_their_lines(told):
         ),
     ],
 )
-def test_a_problem_is_told_where_it_stands(told, text, line):
-    assert any(one.startswith(line) for one in told(text)), told(text)
+def test_a_problem_is_reported_with_its_file_and_line(problems_of, text, line):
+    assert any(problem.startswith(line) for problem in problems_of(text)), problems_of(text)
 
 
 @pytest.mark.parametrize(
@@ -95,18 +95,18 @@ def test_a_problem_is_told_where_it_stands(told, text, line):
         ("train.seed=-1", "--set train.seed=-1: train.seed: found -1, expected greater than or equal to 0"),
     ],
 )
-def test_a_wrong_override_is_told_as_it_was_typed(told, override, line):
-    (found,) = told(MINIMAL, override)
+def test_a_wrong_override_is_quoted_as_it_was_typed(problems_of, override, line):
+    (found,) = problems_of(MINIMAL, override)
     assert found.startswith(line)
 
 
-def test_a_missing_file_names_one_that_is_near(tmp_path):
+def test_a_missing_file_suggests_a_similar_name(tmp_path):
     (tmp_path / "quickstart.yaml").write_text(MINIMAL)
     with pytest.raises(RecipeError, match=r"quickstrat\.yaml: no such file; did you mean .*quickstart\.yaml"):
         load_recipe(tmp_path / "quickstrat.yaml")
 
 
-def test_yaml_1_2_reads_numbers_and_words_as_people_mean_them(tmp_path):
+def test_yaml_1_2_reads_1e_minus_4_as_a_number_and_no_as_a_string(tmp_path):
     recipe = load(tmp_path, MINIMAL + "optim: {learning_rate: 1e-4}\n", "base.revision=no", "optim.warmup=0")
     assert recipe.optim.learning_rate == 1e-4
     assert recipe.base.revision == "no"
@@ -139,7 +139,7 @@ def test_a_dumped_split_of_a_folder_is_still_found(tmp_path):
     assert (again.train, again.validation) == (f"{tmp_path / 'chats'}[train]", "a/b[test]")
 
 
-def test_differences_are_told_by_key(tmp_path):
+def test_differences_are_listed_by_key(tmp_path):
     old, new = load(tmp_path, MINIMAL), load(tmp_path, MINIMAL, "optim.warmup=0.5", "train.steps=4")
     assert difference(old.model_dump(mode="json"), old) == []
     assert difference(old.model_dump(mode="json"), new) == [
@@ -154,9 +154,9 @@ def test_paths_start_from_the_recipes_folder_and_hub_names_are_not_paths(tmp_pat
     assert resolve_path(recipe, "model") == tmp_path / "model"
     assert resolve_path(recipe, "meta-llama/Llama-3.2-1B") is None
     assert resolve_path(recipe, "builtin:base").is_dir()
-    with pytest.raises(RecipeError, match="lora_kit ships no such thing; it has builtin:base"):
+    with pytest.raises(RecipeError, match="not shipped with lora_kit; choose one of builtin:base"):
         resolve_path(recipe, "builtin:other")
-    with pytest.raises(RecipeError, match=r"\./gone: there is no .*gone; relative paths start"):
+    with pytest.raises(RecipeError, match=r"\./gone: .*gone does not exist; relative paths start"):
         resolve_path(recipe, "./gone")
 
 
@@ -172,7 +172,7 @@ def test_shipped_recipes_load_are_short_and_say_how_to_launch(path):
     assert any("lora-kit train" in line for line in header)
 
 
-def test_the_recipes_that_must_ship_do():
+def test_the_expected_recipes_ship():
     assert {path.stem for path in SHIPPED} >= {"quickstart", "sft-bf16-1b", "sft-bf16-8b"}
 
 

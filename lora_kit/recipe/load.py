@@ -1,7 +1,7 @@
-"""Read recipes: YAML to a checked `Recipe`, with all that is wrong told at once.
+"""Read a recipe: YAML to a checked `Recipe`, reporting every problem at once.
 
-The schema is in schema.py; this module finds the file and line of every problem, applies overrides, resolves paths, and
-compares recipes.
+schema.py defines what a recipe may contain. This module finds the file and line of every problem, applies overrides,
+resolves paths and compares recipes.
 """
 
 import difflib
@@ -17,14 +17,11 @@ from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from lora_kit.errors import RecipeError
-from lora_kit.recipe.schema import (
-    Recipe,
-    Section,
-)
+from lora_kit.recipe.schema import Recipe, Section
 
 ASSETS = Path(__file__).parents[1] / "assets"
 BUILTIN = "builtin:"
-PATHS = (("base", "repo"), ("data", "train"), ("data", "validation"), ("data", "template"))  # fields that may be one
+PATHS = (("base", "repo"), ("data", "train"), ("data", "validation"), ("data", "template"))  # fields that may be paths
 SECTIONS: dict[str, type[Section]] = {name: field.annotation for name, field in Recipe.model_fields.items()}  # type: ignore[misc]
 
 
@@ -33,14 +30,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: A YAML 1.2 file.
-        overrides: Each `section.field=value`, the value in YAML.
+        overrides: Strings `section.field=value`, with the value in YAML.
 
     Raises:
-        RecipeError: Everything that is wrong, a line each: file:line, key, what was found, what was expected.
+        RecipeError: All problems, each on a line: file:line, field, value found, value expected.
     """
-    tree, problems = _read(Path(path)), []
-    content = _plain(tree)
-    origins: dict[str, str] = {}
+    path = Path(path)
+    tree = _read(path)
+    content, problems = _plain(tree), []
+    origins: dict[str, str] = {}  # the option that set a section or field, for messages
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or key.count(".") != 1:
@@ -51,32 +49,41 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if section not in content:
             origins[section] = origins[key]
         try:
-            _put(content, section, field, _plain(YAML().load(text)))
+            value = _plain(YAML().load(text))
         except YAMLError:
             problems.append(f"--set {override}: {text!r} is not a YAML value")
+            continue
+        if not isinstance(content.get(section), dict):
+            content[section] = {}
+        content[section][field] = value
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        for same in _by_key(error.errors(include_url=False)):
-            problems.append(_told(same, tree, Path(path), origins))
+        for field_errors in _by_field(error.errors(include_url=False)):
+            problems.append(_message(field_errors, tree, path, origins))
     if problems:
         raise RecipeError("\n".join(dict.fromkeys(problems)))
-    recipe._folder = Path(path).resolve().parent
+    recipe._folder = path.resolve().parent
     return recipe
 
 
 def _read(path: Path) -> CommentedMap:
+    """Parse a YAML file, keeping the line of every key.
+
+    Raises:
+        RecipeError: The file is missing, unreadable, not YAML, or not a mapping.
+    """
     try:
         tree = YAML().load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        near = difflib.get_close_matches(path.name, [one.name for one in path.parent.glob("*.yaml")])
-        hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
+        similar = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.yaml")])
+        hint = f"; did you mean {path.with_name(similar[0])}?" if similar else ""
         raise RecipeError(f"{path}: no such file{hint}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read as text: {error}") from error
     except DuplicateKeyError as error:
         line = error.problem_mark.line + 1
-        raise RecipeError(f"{path}:{line}: {str(error.problem).split(' with')[0]}; each key may stand once") from error
+        raise RecipeError(f"{path}:{line}: {str(error.problem).split(' with')[0]}; write each key once") from error
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError(f"{path}:{line}: not YAML: {error.problem or error.context}") from error
@@ -88,33 +95,34 @@ def _read(path: Path) -> CommentedMap:
 
 
 def _plain(value: Any) -> Any:
-    """Return a YAML value as Python's own types."""
+    """Convert ruamel's types, which remember comments and positions, to Python's built-in types."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(one) for one in value]
+        return [_plain(item) for item in value]
     for kind in (bool, int, float, str):
         if isinstance(value, kind):
             return kind(value)
     return value
 
 
-def _put(content: dict[str, Any], section: str, field: str, value: Any) -> None:
-    if not isinstance(content.get(section), dict):
-        content[section] = {}
-    content[section][field] = value
-
-
-def _by_key(errors: Sequence[Any]) -> list[list[Any]]:
-    """Group pydantic's errors by field: it tells one for every type that a field may have."""
+def _by_field(errors: Sequence[Any]) -> list[list[Any]]:
+    """Group pydantic's errors by field: for a union it reports an error for each type of the union."""
     groups: dict[tuple[str, ...], list[Any]] = {}
     for error in errors:
         groups.setdefault(tuple(map(str, error["loc"][:2])), []).append(error)
     return list(groups.values())
 
 
-def _told(errors: Sequence[Any], tree: CommentedMap, path: Path, origins: Mapping[str, str]) -> str:
-    """Turn pydantic's errors about one field into one of ours."""
+def _message(errors: Sequence[Any], tree: CommentedMap, path: Path, origins: Mapping[str, str]) -> str:
+    """Return one message for pydantic's errors about one field.
+
+    Args:
+        errors: The errors; all have the same location.
+        tree: The recipe as parsed, with line numbers.
+        path: The recipe's file.
+        origins: The override that set a section or field, for those that an override set.
+    """
     error = errors[0]
     keys = [str(part) for part in error["loc"][:2]]
     key = ".".join(keys)
@@ -122,30 +130,30 @@ def _told(errors: Sequence[Any], tree: CommentedMap, path: Path, origins: Mappin
     if error["type"] == "value_error":
         return f"{where}: {key + ': ' if key else ''}{error['ctx']['error']}"
     if error["type"] == "extra_forbidden":
-        known = _known(keys[:-1])
-        near = difflib.get_close_matches(keys[-1], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+        known = _known_keys(keys[:-1])
+        similar = difflib.get_close_matches(keys[-1], known, n=1)
+        hint = f"did you mean {similar[0]!r}?" if similar else f"expected one of {', '.join(known)}"
         return f"{where}: {key}: unknown key; {hint}"
     if error["type"] == "missing":
         return f"{where}: {key}: missing; {_description(keys)}"
-    wanted = [one["msg"].removeprefix("Input should be ").removeprefix("a valid ") for one in errors]
+    expected = [error["msg"].removeprefix("Input should be ").removeprefix("a valid ") for error in errors]
     found = origins[key].partition("=")[2] if key in origins else repr(error["input"])
-    return f"{where}: {key}: found {found}, expected {' or '.join(dict.fromkeys(wanted))}"
+    return f"{where}: {key}: found {found}, expected {' or '.join(dict.fromkeys(expected))}"
 
 
-def _known(keys: Sequence[str]) -> list[str]:
-    if not keys:
-        return list(Recipe.model_fields)
-    return list(SECTIONS[keys[0]].model_fields) if keys[0] in SECTIONS else []
+def _known_keys(keys: Sequence[str]) -> list[str]:
+    """Return the keys allowed below a path of keys: the sections below (), the fields below a section."""
+    return list(SECTIONS[keys[0]].model_fields if keys else Recipe.model_fields)
 
 
 def _description(keys: Sequence[str]) -> str:
     if len(keys) == 1:
-        return f"a section with {', '.join(_known(keys))}"
+        return f"a section with {', '.join(_known_keys(keys))}"
     return str(SECTIONS[keys[0]].model_fields[keys[1]].description)
 
 
 def _line(tree: Any, keys: Sequence[str]) -> int:
+    """Return the line, from 1, of the deepest of these nested keys that the file contains."""
     line = 0
     for key in keys:
         if not isinstance(tree, CommentedMap) or key not in tree:
@@ -156,21 +164,21 @@ def _line(tree: Any, keys: Sequence[str]) -> int:
 
 
 def resolve_path(recipe: Recipe, text: str) -> Path | None:
-    """Return the path that a value of a recipe names; None when it can only be a Hub name.
+    """Return the existing path that a recipe's value names, or None if it can only be a Hub name.
 
     Raises:
-        RecipeError: It can only be a path, and nothing is there.
+        RecipeError: The value can only be a path, and the path does not exist.
     """
     if text.startswith(BUILTIN):
         path = ASSETS / text.removeprefix(BUILTIN)
         if not path.exists():
-            raise RecipeError(f"{text}: lora_kit ships no such thing; it has {', '.join(sorted(_shipped()))}")
+            raise RecipeError(f"{text}: not shipped with lora_kit; choose one of {', '.join(sorted(_shipped()))}")
         return path
     path = recipe.folder / Path(text).expanduser()
     if path.exists():
         return path
     if text.startswith((".", "/", "~")) or text.count("/") > 1:
-        raise RecipeError(f"{text}: there is no {path}; relative paths start from the recipe's folder")
+        raise RecipeError(f"{text}: {path} does not exist; relative paths start in the recipe's folder")
     return None
 
 
@@ -179,7 +187,7 @@ def _shipped() -> Iterator[str]:
 
 
 def dump(recipe: Recipe) -> str:
-    """Return a recipe as YAML that loads back equal from any folder: its relative paths become absolute."""
+    """Return a recipe as YAML that can be loaded from any folder: relative paths are made absolute."""
     content = recipe.model_dump(mode="json")
     for section, field in PATHS:
         value = content[section][field]
@@ -189,7 +197,7 @@ def dump(recipe: Recipe) -> str:
 
 
 def as_yaml(content: Mapping[str, Any]) -> str:
-    """Return plain values as YAML, in their order."""
+    """Return a mapping of JSON values as YAML, keeping the order of its keys."""
     yaml, text = YAML(), StringIO()
     yaml.default_flow_style = False
     yaml.dump(content, text)
@@ -197,16 +205,21 @@ def as_yaml(content: Mapping[str, Any]) -> str:
 
 
 def _absolute(folder: Path, text: str) -> str:
-    """Return an existing path, also one with a `[split]`, as absolute; anything else as it is."""
+    """Return an existing path, with or without a `[split]` after it, as absolute; any other text unchanged."""
     name, bracket, split = text.partition("[")
-    for path, rest in ((folder / text, ""), (folder / name, bracket + split)):
+    for path, suffix in ((folder / text, ""), (folder / name, bracket + split)):
         if path.exists():
-            return f"{path.resolve()}{rest}"
+            return f"{path.resolve()}{suffix}"
     return text
 
 
 def difference(old: Mapping[str, Any], new: Recipe) -> list[tuple[str, Any, Any]]:
-    """Return (key, then, now) for every field whose value is another one than in `old`, a dumped recipe."""
+    """Return (section.field, old value, new value) for every field whose value differs.
+
+    Args:
+        old: A recipe from `model_dump(mode="json")`; a field that it lacks counts as None.
+        new: The recipe to compare with it.
+    """
     return [
         (f"{section}.{field}", old.get(section, {}).get(field), value)
         for section, fields in new.model_dump(mode="json").items()

@@ -1,6 +1,6 @@
-"""The reference of a recipe: docs/recipes.md and the JSON Schema, both made from the schema.
+"""Generate the documentation of recipes from the schema: docs/recipes.md and docs/recipe.schema.json.
 
-python -m lora_kit.recipe.reference      writes both anew
+python -m lora_kit.recipe.reference      writes both files
 """
 
 import json
@@ -13,49 +13,56 @@ from lora_kit.recipe.schema import Recipe
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the JSON Schema of a recipe, for editors."""
+    """Return the JSON Schema of a recipe, which editors use for completion and checks."""
     return Recipe.model_json_schema()
 
 
 def reference() -> str:
-    """Return docs/recipes.md: every field with its type, default and meaning."""
-    lines = [REFERENCE_HEAD]
-    for name, kind in SECTIONS.items():
+    """Return the content of docs/recipes.md: every field with its type, default and description."""
+    lines, definitions = [HEADER], json_schema()["$defs"]
+    for name, section in SECTIONS.items():
         lines += [
             f"## {name}",
             "",
-            f"{kind.__doc__}",
+            _one_line(section.__doc__),
             "",
             "| field | type | default | meaning |",
             "|---|---|---|---|",
         ]
-        for field, info in kind.model_fields.items():
-            shape = Recipe.model_json_schema()["$defs"][kind.__name__]["properties"][field]
+        for field, info in section.model_fields.items():
+            schema = definitions[section.__name__]["properties"][field]
             default = "required" if info.is_required() else f"`{json.dumps(info.default)}`"
-            meaning = " ".join(str(info.description).split())
-            lines.append(f"| `{field}` | {_type_name(shape)} | {default} | {meaning} |")
+            lines.append(f"| `{field}` | {_type_name(schema)} | {default} | {_one_line(info.description)} |")
         lines.append("")
     return "\n".join(lines)
 
 
-def _type_name(shape: Mapping[str, Any]) -> str:
-    if "anyOf" in shape:
-        return " or ".join(_type_name(one) for one in shape["anyOf"])
-    if "enum" in shape:
-        return ", ".join(f"`{one}`" for one in shape["enum"])
-    if "const" in shape:
-        return f"`{shape['const']}`"
+def _one_line(text: str | None) -> str:
+    return " ".join(str(text).split())
+
+
+def _type_name(schema: Mapping[str, Any]) -> str:
+    """Return a field's type and bounds in words, from its JSON Schema."""
+    if "anyOf" in schema:
+        return " or ".join(_type_name(choice) for choice in schema["anyOf"])
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    if "const" in schema:
+        return f"`{schema['const']}`"
     bounds = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
-    limits = [f"{sign} {shape[key]:g}" for key, sign in bounds.items() if key in shape]
-    return " ".join([shape["type"].replace("array", "list").replace("object", "mapping"), *limits])
+    limits = [f"{sign} {schema[key]:g}" for key, sign in bounds.items() if key in schema]
+    return " ".join(
+        [schema["type"].replace("array", "list").replace("object", "mapping"), " and ".join(limits)]
+    ).strip()
 
 
-REFERENCE_HEAD = """# Recipes
+HEADER = """# Recipes
 
-A recipe is one YAML 1.2 file (so `1e-4` is a number and `no` is a string). An unknown key, a wrong type or a key that
-stands twice is an error, and all errors are told at once. `--set SECTION.FIELD=VALUE` overrides a field. Relative paths
-start from the recipe's folder; `builtin:NAME` is what ships with lora_kit; a Hub dataset is
-`name:config@revision[split]`.
+A recipe is a YAML 1.2 file (so `1e-4` is a number and `no` is a string). An unknown key, a repeated key or a value of
+the wrong type is an error; all errors are reported at once. `--set SECTION.FIELD=VALUE` overrides a field.
+
+Relative paths start in the recipe's folder. `builtin:NAME` names a file or model that ships with lora_kit. A Hub
+dataset is written `name:config@revision[split]`; config, revision and split are optional.
 
 For completion and checks in an editor, put this on the first line of a recipe:
 `# yaml-language-server: $schema=../docs/recipe.schema.json`

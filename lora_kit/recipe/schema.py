@@ -1,7 +1,7 @@
-"""The schema of a recipe: every field, its meaning and its bounds.
+"""The schema of a recipe: every field with its type, default, bounds and description.
 
-A field stands here only if the code reads it. The strings below the fields are their documentation: they make
-docs/recipes.md and the JSON Schema.
+The string below a field is its description. docs/recipes.md and docs/recipe.schema.json are generated from these
+strings. A test fails for a field that no code reads.
 """
 
 import re
@@ -15,7 +15,7 @@ FRACTION = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Section(BaseModel):
-    """A part of a recipe; frozen, and a key that it does not know is an error."""
+    """A section of a recipe. Sections are immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -23,181 +23,184 @@ class Section(BaseModel):
 
 
 class Base(Section):
-    """The frozen model."""
+    """The base model, whose weights stay frozen."""
 
     repo: str
-    """A Hub name, a folder, or `builtin:base` for the embedded one."""
+    """A Hub name, a local folder, or `builtin:base` for the tiny model in lora_kit."""
     revision: str | None = None
-    """A branch, tag or commit of the Hub repository; the commit is recorded."""
+    """A branch, tag or commit of the Hub repository. The run records the commit that it resolves to."""
     quantization: Literal["none", "nf4", "int8"] = "none"
-    """How the frozen weights of linear layers are held: nf4 (4 bits, with quantised scales) and int8 need
-    `lora_kit[bnb]`. The adapter is trained in full precision all the same."""
+    """Quantisation of the frozen linear layers: nf4 (4 bits, with quantised scales) or int8. Both need
+    `lora_kit[bnb]`. The adapter itself is never quantised."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """What the base computes in; the adapter's master weights are always fp32."""
+    """The dtype of the base's weights and activations. The adapter's master weights are always float32."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """The attention implementation of transformers; auto attends to each packed example by itself where a probe of the
-    model finds that right, and is the model's own default elsewhere. A run keeps what was chosen."""
+    """The attention implementation. auto computes attention separately for each packed example if a test of the model
+    at start-up shows the same logits as without packing; otherwise it uses the model's default in transformers. A run
+    keeps the implementation that it started with."""
     stop_token: str | None = None
-    """The token that ends an answer; by default the tokenizer's end of sequence. A base that never saw that token in
-    pretraining cannot learn to stop with it."""
+    """The token that ends an answer; null takes the tokenizer's end-of-sequence token. Choose a token that the base saw
+    in pretraining: the adapter cannot learn to stop with a token whose frozen embedding was never trained."""
     trust_remote_code: bool = False
-    """Run the Python files of the base's repository."""
+    """Allow transformers to run Python files from the model's repository."""
 
 
 class Data(Section):
-    """The examples."""
+    """The training and validation examples."""
 
     train: str
-    """A file (JSON, JSONL, CSV, Parquet), a folder of them, a Hub name `name:config@revision[split]`, or
-    `builtin:quickstart.train.jsonl`."""
+    """A file (JSON, JSONL, CSV or Parquet), a folder of such files, a Hub dataset
+    `name:config@revision[split]`, or `builtin:quickstart.train.jsonl`."""
     validation: str | FRACTION | None = None
-    """Held-out examples: a source like `train`, or the share of `train` to hold out."""
+    """A source as for `train`, or the fraction of `train` to hold out for it."""
     format: Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text"] | None = None
-    """How a record is laid out; found out from the columns when not named."""
+    """The format of the records; null detects it from their column names."""
     columns: dict[str, str] = {}
-    """Renames: the format's column name to the file's, e.g. `{prompt: question}`."""
+    """The file's name for a column of the format, e.g. `{prompt: question}` reads prompts from the column question."""
     template: str | None = None
-    """A jinja file that replaces the tokenizer's chat template."""
+    """A Jinja file that replaces the tokenizer's chat template."""
     sequence_length: int = Field(2048, gt=1)
-    """The most tokens an example may have."""
+    """Maximum length of an example, in tokens."""
     overlong: Literal["error", "drop", "truncate"] = "error"
-    """What happens to a longer example."""
+    """What to do with an example longer than `sequence_length`: stop with an error, leave it out, or cut it."""
     max_examples: int | None = Field(None, gt=0)
-    """Read only the first so many records of `train`."""
+    """Read only the first N records of `train`; null reads all of them."""
 
 
 class Adapter(Section):
-    """The trained low-rank matrices."""
+    """The LoRA adapter: a pair of trained matrices A and B for each target layer."""
 
     rank: int = Field(16, gt=0)
-    """Columns of B, rows of A."""
+    """Rank of the update BA."""
     alpha: int = Field(32, gt=0)
-    """The adapter's output is scaled by alpha / rank."""
+    """Scaling: the adapter's output is multiplied by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout before A; the only live dropout of the run."""
+    """Dropout on the input of A. The dropout layers of the base are switched off."""
     targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = "all-linear"
-    """Which layers get an adapter: all linear ones (not the head, and in a mixture neither routers nor experts), or a
-    list of names; experts are named like `experts.gate_up_proj`."""
+    """The layers that get an adapter. all-linear selects every linear layer except the output head and, in a
+    mixture-of-experts model, the routers and the experts. A list selects layers by name, e.g. `[q_proj, v_proj]`, and
+    experts by parameter name, e.g. `experts.gate_up_proj`."""
 
 
 class Objective(Section):
-    """The loss: cross-entropy of the trained tokens (supervised fine-tuning)."""
+    """Supervised fine-tuning: the mean cross-entropy over the trained tokens of a batch."""
 
     train_on: Literal["assistant", "all"] = "assistant"
-    """Train the answers with the token that ends them, or every token."""
+    """The trained tokens: those of the assistant's answers including the token that ends each answer, or all tokens."""
 
 
 class Optim(Section):
-    """AdamW and its learning rate."""
+    """AdamW and the learning-rate schedule."""
 
     learning_rate: float = Field(2e-4, gt=0)
-    """The highest of the run; LoRA wants about ten times that of full fine-tuning."""
+    """Peak learning rate. LoRA usually needs about ten times the rate of full fine-tuning."""
     betas: Annotated[tuple[FRACTION, FRACTION], Field(strict=False)] = (0.9, 0.999)
-    """How slowly the two moments move."""
+    """AdamW beta1 and beta2."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled; of the adapter's weights."""
+    """AdamW weight decay, applied to the adapter's weights."""
     max_grad_norm: float | None = Field(1.0, gt=0)
-    """Where the gradient's norm is clipped; null leaves it."""
+    """Clip the gradient to this L2 norm; null does not clip."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the rate falls to zero after the warm-up."""
+    """The learning rate after the warm-up: constant, or a linear or cosine decay to zero at the last step."""
     warmup: float = Field(0.03, ge=0, le=1)
-    """The share of the run, in examples, over which the rate rises."""
+    """Length of the linear warm-up, as a fraction of the run's examples."""
 
 
 class Train(Section):
-    """How long, and in which portions."""
+    """Length of the run, batch sizes, memory and limits."""
 
     steps: int | None = Field(None, gt=0)
-    """Optimizer steps of the whole run; or name epochs."""
+    """Number of optimizer steps. Set either steps or epochs."""
     epochs: float | None = Field(None, gt=0)
-    """Visits of every example; or name steps."""
+    """Number of passes over the training data. Set either steps or epochs."""
     batch_size: int = Field(16, gt=0)
-    """Examples an optimizer step, over ALL processes; accumulation follows from it."""
+    """Examples per optimizer step, summed over all processes. Gradient accumulation follows from it."""
     micro_batch_tokens: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
-    """The most tokens that one process computes at once; examples are packed into it. auto takes 2,048 on a CPU, and on
-    a GPU the most of 2,048 to 16,384 that fits, but never less than `data.sequence_length`. A run keeps what was
-    chosen."""
+    """Maximum number of tokens in one forward and backward pass of one process; several examples are packed into a
+    pass. auto takes 2,048 on a CPU, and on a GPU the largest power of two from 2,048 to 16,384 that is estimated to
+    fit, but at least `data.sequence_length`. A run keeps the value that it started with."""
     activation_checkpointing: Literal["auto"] | bool = "auto"
-    """Compute each layer's activations twice instead of keeping them: less memory, a third more time. auto does so only
-    where fewer than 4,096 tokens would fit without."""
+    """Recompute each layer's activations in the backward pass instead of keeping them: less memory, about a third more
+    time. auto does so only if fewer than 4,096 tokens would fit otherwise."""
     kernels: Literal["auto", "none"] = "auto"
-    """Which parts of a step lora_kit computes by its own fast code: auto takes those that give this model's own
-    numbers, none leaves all to transformers and peft."""
+    """Use lora_kit's own kernels. auto replaces the parts of the model whose kernels reproduce its results; none
+    computes everything with transformers and peft."""
     seed: int = Field(0, ge=0)
-    """Of the order of the examples, of A's start and of dropout."""
+    """Seed for example order, the held-out fraction, LoRA A initialisation and dropout."""
     step_timeout: float | None = Field(None, gt=0)
-    """Seconds without a sign of life that are a hang, which ends in a restart; by default ten times the longest so far,
-    and at least 60."""
+    """Restart the processes if one makes no progress for this many seconds; null takes ten times the longest step so
+    far, and at least 60."""
     max_loss: float | None = Field(None, gt=0)
-    """A step with a higher loss is skipped, as one whose loss is no number always is."""
+    """Skip a step whose loss is higher than this. A step whose loss is NaN or infinite is always skipped."""
     max_norm: float | None = Field(None, gt=0)
-    """A step whose gradient has a larger norm, before clipping, is skipped."""
+    """Skip a step whose gradient norm before clipping is larger than this. A NaN or infinite norm is always skipped."""
 
     @model_validator(mode="after")
-    def _one_length(self) -> "Train":
+    def _check_length(self) -> "Train":
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("name exactly one of steps and epochs")
+            raise ValueError("set exactly one of steps and epochs")
         return self
 
 
 class Checkpoint(Section):
-    """What is kept on disk."""
+    """When to write checkpoints, and which of them to keep."""
 
     every_steps: int = Field(100, gt=0)
-    """A durable checkpoint after every so many steps, and after the last."""
+    """Write a checkpoint every N steps, and after the last step."""
     every_seconds: float = Field(30.0, gt=0)
-    """In between, the newest finished step becomes durable whenever the last write is so long ago; no step waits."""
+    """Also write a checkpoint in the background at least every N seconds. Training does not wait for it."""
     keep: int = Field(3, ge=2)
-    """How many of the newest stay."""
+    """Keep the newest N checkpoints and delete older ones."""
     keep_every: int | None = Field(None, gt=0)
-    """Those of every so many steps stay too; a file named `pinned` in a checkpoint keeps that one."""
+    """Also keep the checkpoints whose step is a multiple of N. Add a file named `pinned` to a checkpoint to keep it."""
     best: bool = False
-    """Keep the one with the lowest held-out loss too; takes `evaluate.every_steps`."""
+    """Also keep the checkpoint with the lowest validation loss. Needs `evaluate.every_steps`."""
 
 
 class Evaluate(Section):
-    """What is measured on held-out examples: at the end of base and adapter, and on the way of the adapter."""
+    """Measurements on the validation data. After the last step, base and adapter are both measured."""
 
     every_steps: int | None = Field(None, gt=0)
-    """Measure the held-out loss after every so many steps, and keep a checkpoint there."""
+    """Measure the adapter's validation loss every N steps and write a checkpoint; null measures at the end only."""
     generate: int = Field(0, ge=0)
-    """How many validation examples are answered by generation at the end, for exact match; the first answers are also
-    logged at every evaluation on the way."""
+    """Number of validation prompts to answer after the last step, to measure exact match. The first few answers are
+    also logged at every evaluation during training."""
 
 
 class Hub(Section):
-    """Where the last checkpoint is published when the run has ended; a push that fails never fails the run, and
-    `lora-kit push` repeats it."""
+    """Upload of the last checkpoint to the Hugging Face Hub. A failed upload does not fail the run; repeat it with
+    `lora-kit push`."""
 
     repo: str | None = None
-    """A Hub repository, `user/name`, made if there is none; null pushes nothing."""
+    """The repository to upload to, `user/name`; it is created if it does not exist. null uploads nothing."""
     private: bool = False
-    """Make the repository private; refused if it is there and public."""
+    """Create the repository as private. An existing public repository is an error."""
     revision: str | None = None
-    """A branch, made if there is none; by default the main one."""
+    """The branch to upload to; it is created if it does not exist. null takes the default branch."""
     licence: str | None = None
-    """The adapter's licence as the Hub names it, e.g. `apache-2.0`, for the model card."""
+    """The adapter's licence in the model card, as the Hub spells it, e.g. `apache-2.0`."""
 
     @model_validator(mode="after")
-    def _name(self) -> "Hub":
+    def _check_repo(self) -> "Hub":
         if self.repo is not None and not HUB_NAME.fullmatch(self.repo):
             raise ValueError(f"repo is {self.repo!r}; expected user/name, e.g. me/first-adapter")
         return self
 
 
 class Track(Section):
-    """Trackers that follow metrics.jsonl. They find their servers and credentials where they always do."""
+    """Experiment trackers that receive the lines of metrics.jsonl. Each reads its own environment variables and
+    configuration files for servers and credentials."""
 
     names: Annotated[tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...], Field(strict=False)] = ()
-    """Which; their packages come with `lora_kit[trackers]`."""
+    """The trackers to use. `lora_kit[trackers]` installs their packages."""
     project: str = Field("lora_kit", min_length=1)
-    """What groups runs: project of wandb and trackio, experiment of MLflow."""
+    """The project (wandb, trackio) or experiment (MLflow) that the run belongs to."""
     run: str | None = Field(None, min_length=1)
-    """The run's name there; by default that of its folder."""
+    """The run's name in the tracker; null takes the name of the run's folder."""
 
 
 class Recipe(Section):
-    """A whole recipe."""
+    """A recipe: all sections together."""
 
     base: Base
     data: Data
@@ -214,19 +217,19 @@ class Recipe(Section):
 
     @property
     def folder(self) -> Path:
-        """Where relative paths start: the recipe file's folder."""
+        """The folder of the recipe file; relative paths in the recipe start there."""
         return self._folder
 
     @model_validator(mode="after")
-    def _fields_that_need_each_other(self) -> "Recipe":
+    def _check_fields_against_each_other(self) -> "Recipe":
         tokens = self.train.micro_batch_tokens
         if isinstance(tokens, int) and tokens < self.data.sequence_length:
             raise ValueError(
                 f"train.micro_batch_tokens is {tokens}, less than data.sequence_length "
-                f"({self.data.sequence_length}); an example is never split, so raise the one or lower the other"
+                f"({self.data.sequence_length}); an example is never split, so raise the first or lower the second"
             )
         if self.evaluate.every_steps and self.data.validation is None:
-            raise ValueError("evaluate.every_steps needs held-out examples; set data.validation")
+            raise ValueError("evaluate.every_steps needs validation data; set data.validation")
         if self.checkpoint.best and not self.evaluate.every_steps:
-            raise ValueError("checkpoint.best needs losses to compare; set evaluate.every_steps")
+            raise ValueError("checkpoint.best needs validation losses; set evaluate.every_steps")
         return self

@@ -75,7 +75,7 @@ def without_c():
     """Why there are no kernels in C here, if so; a fault of theirs is no reason."""
     import torch
 
-    from lora_kit.kernels.cpu.ops import FLAGS
+    from lora_kit.kernels.cpu.build import FLAGS
 
     if not torch.cpu._is_avx512_bf16_supported():
         return "the CPU does not multiply bf16 by AVX-512"

@@ -16,12 +16,12 @@ from transformers.models.olmo2.modeling_olmo2 import apply_rotary_pos_emb as olm
 from lora_kit.errors import ContractError
 from lora_kit.kernels import fusing, lora, mlp, norm
 from lora_kit.kernels.attention import inner_of
+from lora_kit.kernels.cpu.allocator import LARGE
 from lora_kit.kernels.loss import ROWS
 from lora_kit.kernels.rotary import rotated
 from lora_kit.model.base import load_base
 from lora_kit.recipe.load import load_recipe
 from lora_kit.training import loop
-from lora_kit.training.processes import LARGE
 
 
 class OtherRMSNorm(LlamaRMSNorm):

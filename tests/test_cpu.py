@@ -16,7 +16,8 @@ import torch
 from conftest import need_c
 
 from lora_kit.kernels import dispatch
-from lora_kit.kernels.cpu import ops
+from lora_kit.kernels.cpu import build, ops
+from lora_kit.kernels.cpu.buffers import Rooms
 from lora_kit.kernels.lora import across, summed
 
 BF16, EXACT = torch.bfloat16, torch.float64
@@ -430,7 +431,7 @@ def test_a_replay_by_any_number_of_threads_has_the_same_bits(c):
 
 
 def test_rooms_are_used_again_when_nothing_holds_them(c):
-    rooms = ops.Rooms()
+    rooms = Rooms()
     first = rooms.empty(100, 3, 8)
     assert first.shape == (100, 3, 8) and first.dtype == BF16 and first.data_ptr() % 4096 == 0
     place, view = first.data_ptr(), first[2:, 1].fill_(7)
@@ -446,7 +447,7 @@ def test_rooms_are_used_again_when_nothing_holds_them(c):
 
 
 def test_rooms_grow_with_the_longest_micro_batch(c):
-    rooms = ops.Rooms()
+    rooms = Rooms()
     short, long = rooms.empty(2048, 8).fill_(1), rooms.empty(5000, 8).fill_(2)
     again = rooms.empty(2049, 8).fill_(3)
     assert (short == 1).all() and (long == 2).all() and (again == 3).all() and len(long) == 5000
@@ -461,7 +462,7 @@ def fresh(monkeypatch, tmp_path):
     """An empty cache and no library in this process, before and after; the CPU passes for one that can use it."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "cache"))
-    caches = ops.library, dispatch._c  # which tests put others in the place of
+    caches = build.library, dispatch._c  # which tests put others in the place of
     for one in caches:
         one.cache_clear()
     yield tmp_path / "cache"
@@ -522,13 +523,13 @@ def test_where_nothing_can_be_kept_there_is_one_warning_and_the_plain_way(fresh,
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_other_precisions_ask_for_no_compiler(dtype, fresh, monkeypatch):
-    monkeypatch.setattr(ops, "library", None)
+    monkeypatch.setattr(build, "library", None)
     assert dispatch.compiled(torch.ones(2, dtype=dtype)) is None
 
 
 def test_a_cpu_without_bf16_asks_for_no_compiler_and_warns_of_nothing(fresh, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    monkeypatch.setattr(ops, "library", None)
+    monkeypatch.setattr(build, "library", None)
     assert told() == []
 
 
@@ -547,36 +548,36 @@ def test_a_library_that_is_kept_is_used_again_and_another_source_makes_another(c
     monkeypatch.setenv("CC", str(counted(tmp_path)))
     for _ in range(2):
         assert dispatch.compiled(drawn(2, 2)) is ops
-        ops.library.cache_clear()
+        build.library.cache_clear()
         dispatch._c.cache_clear()
     assert calls(tmp_path) == 1 and len(left_in(fresh)) == 1
-    monkeypatch.setattr(ops, "FLAGS", [*ops.FLAGS, "-DANOTHER"])
-    ops.library()
+    monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-DANOTHER"])
+    build.library()
     assert calls(tmp_path) == 2 and len(left_in(fresh)) == 2
 
 
 def test_a_library_that_is_broken_is_made_again(c, fresh):
-    code = "from lora_kit.kernels.cpu import ops; ops.library()"
+    code = "from lora_kit.kernels.cpu import build; build.library()"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)  # in this process it would stay open
     (made,) = fresh.rglob("*.so")
     made.write_bytes(b"half")
-    assert ops.library() and made.stat().st_size > 1000
+    assert build.library() and made.stat().st_size > 1000
 
 
 def test_a_library_that_others_may_write_is_not_trusted(c, fresh):
-    assert ops.library()
+    assert build.library()
     (made,) = fresh.rglob("*.so")
     made.chmod(0o720)
-    ops.library.cache_clear()
+    build.library.cache_clear()
     (message,) = told()
     assert message == PLAIN + f"others may write {made}: remove it"
 
 
 def test_a_library_that_is_kept_needs_no_compiler(c, fresh, monkeypatch, tmp_path):
-    assert ops.library()
+    assert build.library()
     monkeypatch.setenv("PATH", str(tmp_path))
-    ops.library.cache_clear()
-    assert ops.library()
+    build.library.cache_clear()
+    assert build.library()
 
 
 def test_two_processes_that_compile_at_once_leave_one_library(c, fresh, tmp_path):

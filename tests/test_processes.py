@@ -125,7 +125,7 @@ HOLES = """
 import sys
 import psutil
 import torch
-from lora_kit.training.processes import LARGE, keep_freed_memory
+from lora_kit.kernels.cpu.allocator import LARGE, keep_freed_memory
 keep_freed_memory()
 if sys.argv[1] == "large":
     keep_freed_memory(below=LARGE)

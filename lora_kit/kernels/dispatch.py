@@ -54,10 +54,10 @@ def _c() -> ModuleType | None:
     """Compile the kernels, if the CPU multiplies bf16 by AVX-512."""
     if not torch.cpu._is_avx512_bf16_supported():
         return None
-    from lora_kit.kernels.cpu import ops
+    from lora_kit.kernels.cpu import build, ops
 
     try:
-        ops.library()
+        build.library()
     except (OSError, ValueError) as error:
         _warn("the kernels for CPUs are not compiled", error)
         return None

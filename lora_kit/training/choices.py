@@ -16,6 +16,7 @@ from torch import nn
 from lora_kit.errors import BaseError
 from lora_kit.kernels import fusing
 from lora_kit.kernels.attention import inner_of
+from lora_kit.kernels.cpu.allocator import LARGE, keep_freed_memory
 from lora_kit.model.forward import model_inputs
 from lora_kit.model.probe import probe_batch
 from lora_kit.model.sizes import read_config
@@ -25,7 +26,7 @@ from lora_kit.recipe.schema import Recipe
 from lora_kit.runs.resume import Row
 from lora_kit.training import micro_batches
 from lora_kit.training.objectives.sft import sft
-from lora_kit.training.processes import LARGE, Processes, keep_freed_memory
+from lora_kit.training.processes import Processes
 
 TINY_BASE_BYTES = 20_000_000  # below it, two threads spend more time meeting than computing
 SMALL_BASE_BYTES = 100_000_000  # below it they may, and it is measured

@@ -6,7 +6,6 @@ many processes there are (1, 2, 4, 8, ...; for other numbers the result is equal
 """
 
 import atexit
-import ctypes
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,13 +20,10 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from lora_kit.errors import LaunchError, LoraKitError
-from lora_kit.kernels.cpu.ops import rooms
+from lora_kit.kernels.cpu.allocator import PRODUCTS_KEPT, keep_freed_memory
+from lora_kit.kernels.cpu.buffers import rooms
 
 T = TypeVar("T")
-
-PRODUCTS_KEPT = "128"
-"""How many compiled products oneDNN keeps, some 0.3 MB each: a micro-batch of 2,048 tokens needs about 90, and the next
-one mostly others. Of its own 1,024 most would never be used again, and lie between what could be freed."""
 
 CONTRADICTIONS = {  # what `accelerate launch` asks for through the environment, and what a recipe can stand
     "ACCELERATE_MIXED_PRECISION": ("no", "the recipe's base.dtype decides the precision"),
@@ -40,26 +36,6 @@ CONTRADICTIONS = {  # what `accelerate launch` asks for through the environment,
     "ACCELERATE_USE_MEGATRON_LM": ("false", "lora_kit does not train through Megatron-LM"),
     "ACCELERATE_DYNAMO_BACKEND": ("no", "the recipe does not compile the model"),
 }
-
-
-MMAP_THRESHOLD, TRIM_THRESHOLD, NEVER = -3, -1, 1 << 30  # of glibc's mallopt
-LARGE = 1 << 19  # bytes of a tensor
-MOST_BEFORE_2_35 = 1 << 25  # which those versions accept
-
-
-def keep_freed_memory(*, below: int = NEVER) -> None:
-    """Let glibc use again what is freed, instead of giving it to the system and asking for it a moment later.
-
-    Every page of new memory is a fault. Activations of 32 MiB and more would be new each time.
-
-    Args:
-        below: Bytes of what is used again.
-    """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if set_option is None or {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys():
-        return
-    if set_option(MMAP_THRESHOLD, below) or set_option(MMAP_THRESHOLD, MOST_BEFORE_2_35):
-        set_option(TRIM_THRESHOLD, NEVER)
 
 
 def refuse_contradictions(environment: dict[str, str], dtype: str) -> None:

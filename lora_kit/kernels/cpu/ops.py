@@ -1,152 +1,20 @@
-"""Linear maps, attention, and what is bound by memory on a CPU: cpu.c, which the system's C compiler makes a library.
+"""Linear maps, attention, and what is bound by memory on a CPU: kernels.c.
 
-That takes two seconds, once on a machine; the library is kept beside other things that lora_kit caches. Made by gcc, it
-runs on the threads of torch, whose OpenMP it shares. Tensors are bf16; what gpu.py and gpu_attention.py say of shapes
-holds for the functions of the same names.
+Tensors are bf16; what kernels/triton/ says of shapes holds for the functions of the same names.
 """
 
-import ctypes
-import hashlib
-import math
-import mmap
-import os
-import shlex
-import shutil
-import subprocess
-import tempfile
-import weakref
 from collections.abc import Sequence
-from functools import cache
-from importlib.resources import files
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lora_kit.files import cache_folder
+from lora_kit.kernels.cpu.buffers import rooms
+from lora_kit.kernels.cpu.build import Attention, Part, library
 
-AVX512 = ("f", "bw", "dq", "vl", "bf16")
-FLAGS = ["-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp", "-mfma", *(f"-mavx512{one}" for one in AVX512)]
 LEAST_ROWS = 8  # of a product
-PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 WHOLE = 1 << 30  # rows of a tile: an example is never cut
 Gated = None  # unlike a GPU's: `linear` adds adapters
-
-
-@cache
-def library() -> ctypes.CDLL:
-    """Return the compiled kernels.
-
-    Raises:
-        OSError: There is no C compiler, it does not know this CPU, or nothing can be kept (safely).
-        ValueError: `CC` is no command.
-    """
-    compiler = shlex.split(os.environ.get("CC") or "cc")
-    source = files("lora_kit.kernels.cpu").joinpath("kernels.c").read_text()
-    name = hashlib.sha256(" ".join([*compiler, *FLAGS, source]).encode()).hexdigest()[:16]
-    made = cache_folder("kernels") / f"cpu-{name}-{os.getuid()}.so"
-    if not made.exists():
-        _compile(compiler, source, made)
-    status = made.stat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise OSError(f"others may write {made}: remove it")
-    try:
-        kernels = ctypes.CDLL(str(made))
-    except OSError:  # it is not whole, or was made for another system
-        _compile(compiler, source, made)
-        kernels = ctypes.CDLL(str(made))
-    return _declared(kernels)
-
-
-def _compile(compiler: Sequence[str], source: str, made: Path) -> None:
-    """Make the library; others may be at it at the same time."""
-    if shutil.which(compiler[0]) is None:
-        raise OSError(f"there is no C compiler ({' '.join(compiler)})")
-    made.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=made.parent) as work:
-        target = Path(work) / made.name
-        command = [*compiler, *FLAGS, "-x", "c", "-", "-o", str(target), "-lm"]
-        done = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise OSError(f"{compiler[0]} does not compile the kernels: {done.stderr.strip()[:500]}")
-        target.chmod(0o700)
-        target.replace(made)
-
-
-def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
-    long, pointer, number = ctypes.c_long, ctypes.c_void_p, ctypes.c_int
-    kernels.attention_room.argtypes, kernels.attention_room.restype = [long, long], long
-    kernels.attention.argtypes = [ctypes.POINTER(_Attention), number, pointer, long, number]
-    kernels.linear_room.argtypes, kernels.linear_room.restype = [long], long
-    kernels.linear.argtypes = [ctypes.POINTER(_Part), number, pointer, pointer, long, long, pointer, long, number]
-    kernels.outer_room.argtypes, kernels.outer_room.restype = [long], long
-    kernels.outer.argtypes = [pointer, long, pointer, long, pointer, long, long, long, pointer, long, number]
-    kernels.norm.argtypes = [*[pointer] * 4, long, long, ctypes.c_float, number, number]
-    kernels.norm_back.argtypes = [*[pointer] * 5, long, long, number, number]
-    kernels.gate.argtypes = [*[pointer] * 3, long, number, number]
-    kernels.gate_back.argtypes = [*[pointer] * 5, long, number, number]
-    kernels.rotate.argtypes = [*[pointer] * 4, long, long, long, number]
-    kernels.choose.argtypes = [*[pointer] * 3, long, long, number, number]
-    for one in ("attention", "linear", "outer", "norm", "norm_back", "gate", "gate_back", "choose", "rotate"):
-        kernels[one].restype = None
-    return kernels
-
-
-class _Attention(ctypes.Structure):
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("query", "key", "value", "output", "sums", "tiles")]
-        + [(name, ctypes.c_long) for name in ("examples", "length", "heads", "key_heads", "width", "window")]
-        + [("scale", ctypes.c_float)]
-        + [(name, ctypes.c_void_p) for name in ("gradient", "of_query", "of_key", "of_value")]
-    )
-
-
-class _Part(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "weight")] + [
-        (name, ctypes.c_long) for name in ("inner", "apart", "turned")
-    ]
-
-
-class Rooms:
-    """Memory that is lent to tensors and kept when they are gone.
-
-    malloc cannot use a hole again for a tensor of the hole's size, since torch asks for aligned memory, so a third of
-    what it held was holes. A room is as long as any micro-batch; only what is written takes memory.
-    """
-
-    def __init__(self) -> None:
-        self._rows, self._free = 2048, dict[int, list[np.ndarray]]()
-
-    def release(self) -> None:
-        """Keep nothing, not even what is lent now."""
-        self._free = {}
-
-    def empty(self, rows: int, *shape: int) -> Tensor:
-        """Return new memory for [rows, *shape] in bf16."""
-        if rows > self._rows:
-            self.release()
-            self._rows = 1 << (rows - 1).bit_length()
-        width = 2 * math.prod(shape)
-        return self._lend(rows * width, self._rows * width).view(torch.bfloat16).view(rows, *shape)
-
-    def scratch(self, size: int) -> Tensor:
-        """Return so many bytes."""
-        return self._lend(size, 1 << (size - 1).bit_length())
-
-    def _lend(self, size: int, whole: int) -> Tensor:
-        free = self._free.setdefault(whole, [])
-        try:
-            room = free.pop()
-        except IndexError:
-            room = np.frombuffer(mmap.mmap(-1, max(1, whole), flags=PRIVATE), np.uint8)
-        lent = room[:size]
-        weakref.finalize(lent, free.append, room).atexit = False
-        return torch.from_numpy(lent)
-
-
-rooms = Rooms()
 
 
 def linear(parts: Sequence[tuple[Tensor, Tensor, bool]], bias: Tensor | None = None) -> Tensor:
@@ -170,9 +38,9 @@ def linear(parts: Sequence[tuple[Tensor, Tensor, bool]], bias: Tensor | None = N
         raise ValueError(f"no products in bf16 to one sum: {shapes}, {[one.dtype for one in tensors]}")
     output, room = rooms.empty(rows, columns), library().linear_room(inner)
     scratch = rooms.scratch(threads * room)
-    made = [_Part(x.data_ptr(), weight.data_ptr(), x.shape[1], x.stride(0), turned) for x, weight, turned in given]
+    made = [Part(x.data_ptr(), weight.data_ptr(), x.shape[1], x.stride(0), turned) for x, weight, turned in given]
     rest = (output.data_ptr(), rows, columns, scratch.data_ptr(), room, threads)
-    library().linear((_Part * len(made))(*made), len(made), None if bias is None else bias.data_ptr(), *rest)
+    library().linear((Part * len(made))(*made), len(made), None if bias is None else bias.data_ptr(), *rest)
     return output
 
 
@@ -297,5 +165,5 @@ def _attention(tiles: Tensor, scale: float, window: int | None, query: Tensor, k
     rest = (len(tiles), length, heads, key.shape[1], width, window or 0, scale)
     room = library().attention_room(int(tiles[0, 2] - tiles[0, 0]), width)
     scratch = rooms.scratch(threads * room)
-    all_of_it = _Attention(*given, *rest, *(one.data_ptr() for one in back))
+    all_of_it = Attention(*given, *rest, *(one.data_ptr() for one in back))
     library().attention(all_of_it, bool(back), scratch.data_ptr(), room, threads)

@@ -22,6 +22,8 @@ from lora_kit.kernels.rotary import rotated
 from lora_kit.model.base import load_base
 from lora_kit.recipe.load import load_recipe
 from lora_kit.training import loop
+from lora_kit.training.objectives.sft import Sft
+from lora_kit.training.processes import LARGE
 
 
 class OtherRMSNorm(LlamaRMSNorm):
@@ -127,9 +129,9 @@ def test_no_gradient_is_computed_below_the_first_adapted_layer(recipe_file, tmp_
 def test_the_last_mlp_is_computed_where_tokens_are_trained_and_nothing_else_changes(
     twice, recipe_file, tmp_path, captured, monkeypatch
 ):
-    seen, batches, own, loss_of = [], [], mlp.GatedMlp.forward, loop.sft
+    seen, batches, own, loss_of = [], [], mlp.GatedMlp.forward, Sft.loss
     monkeypatch.setattr(mlp.GatedMlp, "forward", lambda ctx, x, *rest: (seen.append(len(x)), own(ctx, x, *rest))[1])
-    monkeypatch.setattr(loop, "sft", lambda model, one, *rest: (batches.append(one), loss_of(model, one, *rest))[1])
+    monkeypatch.setattr(Sft, "loss", lambda *given: (batches.append(given[2]), loss_of(*given))[1])
     changes = ["train.steps=1", "adapter.dropout=0", f"train.activation_checkpointing={str(twice).lower()}"]
     loop.train(load_recipe(recipe_file, changes), tmp_path / "narrow")
     expected = []

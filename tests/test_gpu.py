@@ -19,7 +19,8 @@ from lora_kit.runs.live import Region
 from lora_kit.runs.store import open_checkpoint
 from lora_kit.training import publisher
 from lora_kit.training.profiling import OTHER
-from lora_kit.training.publisher import Publisher, on_its_way
+from lora_kit.training.progress import copied_to_host
+from lora_kit.training.publisher import Publisher
 
 pytestmark = pytest.mark.gpu
 
@@ -158,7 +159,7 @@ def test_memory_that_cuda_does_not_take_leaves_no_error_behind():
 
 
 def test_a_step_s_numbers_do_not_wait_for_what_is_queued_after_them():
-    wait = on_its_way(torch.arange(4.0, device="cuda"))
+    wait = copied_to_host(torch.arange(4.0, device="cuda"))
     torch.cuda._sleep(2_000_000_000)  # about a second
     after = torch.cuda.Event()
     after.record()

@@ -163,7 +163,7 @@ def test_three_frames_of_ours_lead_from_the_command_to_the_model(recipe_file, tm
             ]
         )
     ours = [frame.name for frame in stacks[0] if Path(frame.filename).is_relative_to(PACKAGE)]
-    assert ours == ["train", "train", "sft"]
+    assert ours == ["train", "train", "loss"]
 
 
 def test_every_test_file_states_its_promise():

@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from lora_kit.kernels import fusing, lora, loss, mlp, norm
 from lora_kit.kernels.attention import SEGMENT, use_attention
 from lora_kit.kernels.dispatch import multiplying
-from lora_kit.model import base
-from lora_kit.training.objectives.sft import sft
+from lora_kit.model.probe import probe_batch
+from lora_kit.training.objectives.sft import Sft
 
 EXACT = 1e-5
 WORSE = 1.25  # than PEFT, from the truth
@@ -437,7 +437,8 @@ def test_products_on_a_cpu_have_few_numbers_of_rows(dtype):
     fusing.use_kernels(model, ["lora", "mlp", "norm", "rotary", "loss", "last mlp"])
     with Rows() as rows:
         for lengths in ((5, 9), (31,), (64, 1), (40, 3, 60), (33,)):
-            sft(model, base.probe_batch([np.arange(many) for many in lengths]), torch.device("cpu")).backward()
+            batch = probe_batch([np.arange(length) for length in lengths])
+            Sft().loss(model, batch, torch.device("cpu")).total.backward()
     ranks = {4, 8, 12}  # of one adapter, of two, of three
     in_c = multiplying(torch.empty(32, 1, dtype=dtype)) is not None
     assert rows.found == set() if in_c else {size for size in rows.found if size % 32} == ranks

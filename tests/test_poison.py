@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from lora_kit.errors import PoisonError
 from lora_kit.recipe.load import load_recipe
 from lora_kit.training import loop
+from lora_kit.training.objectives.sft import Sft
 
 POISON = "~"
 STEPS = 8
@@ -78,14 +79,19 @@ def test_a_killed_run_remembers_what_it_skipped(run, recipe, tmp_path):
 
 
 def test_a_run_in_which_nothing_works_any_more_ends_with_the_adapter_from_before(recipe_file, tmp_path, monkeypatch):
-    steps, loss_of, batches = [], loop.sft, loop.my_micro_batches
+    steps, loss_of, batches = [], Sft.loss, loop.my_micro_batches
 
     def noted(job, step):
         steps.append(step)
         return batches(job, step)
 
     monkeypatch.setattr(loop, "my_micro_batches", noted)
-    monkeypatch.setattr(loop, "sft", lambda *a: loss_of(*a) * (torch.nan if steps[-1] >= 2 else 1))
+
+    def poisoned(*given):
+        loss = loss_of(*given)
+        return loss._replace(total=loss.total * torch.nan) if steps[-1] >= 2 else loss
+
+    monkeypatch.setattr(Sft, "loss", poisoned)
     more = ["checkpoint.every_steps=100", "train.steps=20"]
     with pytest.raises(PoisonError, match=r"no step from 3 to 8 had a loss .* the adapter is as after step 2"):
         loop.train(load_recipe(recipe_file, more), tmp_path / "run")

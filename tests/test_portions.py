@@ -22,7 +22,7 @@ from lora_kit.recipe.load import load_recipe
 from lora_kit.runs import store
 from lora_kit.training import choices, loop, micro_batches
 from lora_kit.training.micro_batches import ROOM, Machine, Portions, choose
-from lora_kit.training.objectives.sft import sft
+from lora_kit.training.objectives.sft import Sft
 
 ROOT = Path(__file__).parents[1]
 GB = 1_000_000_000
@@ -110,7 +110,7 @@ def kept_by_autograd(job, batch):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = sft(job.model, batch, torch.device("cpu"))
+        loss = Sft().loss(job.model, batch, torch.device("cpu")).total
     del loss
     return sum(storage.nbytes() for key, storage in saved.items() if key not in known)
 
@@ -127,7 +127,7 @@ def test_no_more_is_ever_live_than_was_estimated(micro_batch, recompute, way):
     if recompute:
         fusing.compute_twice(inner_of(job.model))
     with Live(of_the_model(job)) as live:
-        sft(job.model, batch, torch.device("cpu")).backward()
+        Sft().loss(job.model, batch, torch.device("cpu")).total.backward()
     estimate = expected(job, recompute=recompute)
     estimated = estimate.activation_bytes + estimate.working_bytes
     assert live.most <= estimated

@@ -21,7 +21,7 @@ from lora_kit.model.forward import model_inputs
 from lora_kit.model.probe import choose_attention
 from lora_kit.model.source import locate
 from lora_kit.recipe.schema import Base
-from lora_kit.training.objectives.sft import sft
+from lora_kit.training.objectives.sft import Sft
 
 WIDE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 8}
 FAMILIES = {
@@ -83,7 +83,10 @@ def by_the_fast_path(base, batch, seed, device):
     assert use_kernels(model, None, inputs) == ["lora", "mlp", "norm", "rotary", "loss", "last mlp"]
     with torch.no_grad():
         logits = head_of(model).logits(inner_of(model).base_model(**inputs)[0])[0].float()
-    losses, loss = cross_entropy(logits.cpu(), torch.from_numpy(batch.labels[0])), sft(model, batch, device)
+    losses, loss = (
+        cross_entropy(logits.cpu(), torch.from_numpy(batch.labels[0])),
+        Sft().loss(model, batch, device).total,
+    )
     assert float(loss.detach()) == pytest.approx(float(losses.sum()), rel=1e-5)
     return losses, gradient_of(model, loss)
 

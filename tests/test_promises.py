@@ -15,6 +15,7 @@ from lora_kit.runs.store import FORMAT
 from lora_kit.supervise import launch as launching
 from lora_kit.supervise.launch import Attempt, Launch
 from lora_kit.training import loop
+from lora_kit.training.objectives.sft import Sft
 
 
 def test_a_checkpoint_is_four_files_however_long_the_run_and_whoever_tokenises(recipe_file, tmp_path):
@@ -89,7 +90,7 @@ def test_a_manifest_names_its_format_and_holds_nothing_but_json(recipe_file, tmp
 
 
 def test_a_keeper_beside_a_trainer_outlives_it_when_memory_runs_out(recipe_file, tmp_path, monkeypatch):
-    scores, loss = [], loop.sft
+    scores, loss = [], Sft.loss
     mine, out = Path("/proc/self/oom_score_adj"), tmp_path / "run"
 
     def looked(*arguments):
@@ -100,7 +101,7 @@ def test_a_keeper_beside_a_trainer_outlives_it_when_memory_runs_out(recipe_file,
         return loss(*arguments)
 
     before = int(mine.read_text())
-    monkeypatch.setattr(loop, "sft", looked)
+    monkeypatch.setattr(Sft, "loss", looked)
     go_on(recipe_file, out, "train.steps=120")
     assert scores and all(ours > theirs for ours, theirs in scores)
     assert int(mine.read_text()) == before

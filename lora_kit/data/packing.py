@@ -8,6 +8,7 @@ model that would leak between packed examples, as rows padded to the longest.
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -46,6 +47,13 @@ class MicroBatch:
 def cost(lengths: Sequence[int]) -> int:
     """Return the relative time of a micro-batch with examples of these lengths."""
     return sum(length * (COST_OF_A_TOKEN + length) for length in lengths)
+
+
+class Split(Protocol):
+    """A function that groups a step's examples into micro-batches; `pack` is one."""
+
+    def __call__(self, lengths: Sequence[int], micro_batch_tokens: int, *, padded: bool = False) -> list[list[int]]:
+        """Return the indices into `lengths` of each micro-batch."""
 
 
 def pack(lengths: Sequence[int], micro_batch_tokens: int, *, padded: bool = False) -> list[list[int]]:

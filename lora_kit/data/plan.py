@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from lora_kit.data.cache import remembered
 from lora_kit.data.order import examples_of_step, total_examples, total_steps
-from lora_kit.data.packing import pack
+from lora_kit.data.packing import Split, pack
 from lora_kit.data.template import Renderer
 from lora_kit.data.tokens import Prepared, Tokens, prepare
 from lora_kit.recipe.schema import Recipe
@@ -29,12 +29,14 @@ class Plan:
         tokens: Of all examples.
         micro_batch_tokens: What the run has settled on; the recipe may say auto.
         padded: Whether micro-batches are rows of one example each.
+        split: How the objective groups the examples of a step into micro-batches.
     """
 
     recipe: Recipe
     tokens: Tokens
     micro_batch_tokens: int
     padded: bool
+    split: Split = pack
 
     @property
     def total(self) -> int:
@@ -59,7 +61,7 @@ class Plan:
         )
         members = [position.example for position in positions]
         lengths = self.tokens.lengths[members].tolist()
-        groups = pack(lengths, self.micro_batch_tokens, padded=self.padded)
+        groups = self.split(lengths, self.micro_batch_tokens, padded=self.padded)
         return [[members[index] for index in group] for group in groups]
 
     def idle_share(self, processes: int) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora_kit.errors import CheckpointError, RecipeError
 
 Arrays = Mapping[str, np.ndarray]
-LOSS, STOP = -2, -1  # two slots after the gradient travel with it: one reduction agrees on everything
+LOSS, STOP, METRICS = 0, 1, 2  # where `FlatState.sums` holds the loss, the wish to stop and the first metric
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -37,20 +37,30 @@ class FlatState:
         names: PEFT's saved names, in the order of the buffers.
         parameters: The model's parameters; views into `weights`, their gradients views into `gradient`.
         weights: The master weights.
-        gradient: The gradient, then one slot for the loss and one for the wish to stop.
+        reduced: What processes add up in one reduction: the gradient, then `sums`.
         moments: AdamW's running averages of the gradient and of its square.
     """
 
     names: tuple[str, ...]
     parameters: tuple[nn.Parameter, ...]
     weights: Float32[Tensor, "size"]
-    gradient: Float32[Tensor, "size_and_two"]
+    reduced: Float32[Tensor, "size_and_sums"]
     moments: tuple[Float32[Tensor, "size"], Float32[Tensor, "size"]]
 
     @property
     def size(self) -> int:
         """The number of trainable parameters."""
         return self.weights.numel()
+
+    @property
+    def gradient(self) -> Float32[Tensor, "size"]:
+        """The gradient of the weights."""
+        return self.reduced[: self.size]
+
+    @property
+    def sums(self) -> Float32[Tensor, "sums"]:
+        """The loss, how many processes want to stop, and the metrics of the objective."""
+        return self.reduced[self.size :]
 
     def assert_views(self) -> None:
         """Check that the model still computes with these buffers; some loaders replace parameters in silence."""
@@ -62,7 +72,7 @@ class FlatState:
 
     def _split(self, flat: Tensor) -> list[Tensor]:
         sizes = [parameter.numel() for parameter in self.parameters]
-        pieces = flat[: sum(sizes)].split(sizes)
+        pieces = flat.split(sizes)
         return [piece.view(parameter.shape) for piece, parameter in zip(pieces, self.parameters, strict=True)]
 
     @property
@@ -103,24 +113,28 @@ def _fill(names: tuple[str, ...], views: list[Tensor], arrays: Arrays) -> None:
         view.copy_(torch.from_numpy(arrays[name]))
 
 
-def flatten(model: nn.Module) -> FlatState:
+def flatten(model: nn.Module, *, metrics: int = 0) -> FlatState:
     """Move the trainable parameters into flat buffers and leave views in the model.
 
     Do this last, after every move and load.
+
+    Args:
+        model: Base and adapter.
+        metrics: How many metrics of an objective are summed with the gradient.
     """
     named = list(trainable(model))
     parameters = tuple(parameter for _, parameter in named)
     assert parameters and all(parameter.dtype == torch.float32 for parameter in parameters)
     weights = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
-    gradient = torch.zeros(weights.numel() + 2, device=weights.device)
+    reduced = torch.zeros(weights.numel() + METRICS + metrics, device=weights.device)
     state = FlatState(
         names=tuple(saved_name(name) for name, _ in named),
         parameters=parameters,
         weights=weights,
-        gradient=gradient,
+        reduced=reduced,
         moments=(torch.zeros_like(weights), torch.zeros_like(weights)),
     )
-    for parameter, weight, grad in zip(parameters, state._split(weights), state._split(gradient), strict=True):
+    for parameter, weight, grad in zip(parameters, state._split(weights), state._split(state.gradient), strict=True):
         parameter.data, parameter.grad = weight, grad
     state.assert_views()
     return state

@@ -25,8 +25,8 @@ from lora_kit.model.state import FlatState
 from lora_kit.recipe.schema import Recipe
 from lora_kit.runs.resume import Row
 from lora_kit.training import micro_batches
-from lora_kit.training.objectives.sft import sft
-from lora_kit.training.processes import Processes
+from lora_kit.training.objectives.objective import Objective
+from lora_kit.training.processes import LARGE, Processes, keep_freed_memory
 
 TINY_BASE_BYTES = 20_000_000  # below it, two threads spend more time meeting than computing
 SMALL_BASE_BYTES = 100_000_000  # below it they may, and it is measured
@@ -82,7 +82,7 @@ def _cores(processes: Processes) -> int:
     return max(1, (psutil.cpu_count(logical=False) or 1) // processes.count)
 
 
-def measured_threads(model: nn.Module, state: FlatState, processes: Processes) -> int:
+def measured_threads(model: nn.Module, objective: Objective, state: FlatState, processes: Processes) -> int:
     """Return how many threads a tiny base is faster with: one, or all there are for a process."""
     many = _cores(processes)
     if many == 1:
@@ -94,9 +94,9 @@ def measured_threads(model: nn.Module, state: FlatState, processes: Processes) -
         for threads in seconds:
             torch.set_num_threads(threads)
             began = time.perf_counter()
-            sft(model, probe_batch(examples), processes.device).backward()
+            objective.loss(model, probe_batch(examples), processes.device).total.backward()
             seconds[threads] = min(seconds[threads], time.perf_counter() - began)
-    state.gradient.zero_()
+    state.reduced.zero_()
     chosen: int = processes.main_decides(lambda: many if seconds[1] > WORTH_IT * seconds[many] else 1)
     torch.set_num_threads(chosen)
     return chosen

@@ -12,7 +12,7 @@ from peft import PeftModel
 from lora_kit.artifacts.answering import Answering, answer, stop_ids
 from lora_kit.artifacts.load import load
 from lora_kit.artifacts.locate import checkpoint_at
-from lora_kit.data.packing import collate, pack
+from lora_kit.data.packing import collate
 from lora_kit.data.plan import Plan, prepare_data
 from lora_kit.data.template import Prompt, Renderer
 from lora_kit.data.tokens import Prepared, Tokens
@@ -21,7 +21,8 @@ from lora_kit.kernels.attention import use_attention
 from lora_kit.kernels.fusing import use_kernels
 from lora_kit.recipe.load import resolve_path
 from lora_kit.recipe.schema import Recipe
-from lora_kit.training.objectives.sft import sft
+from lora_kit.training.objectives.objective import Objective
+from lora_kit.training.objectives.sft import Sft
 from lora_kit.training.processes import Processes
 
 
@@ -53,6 +54,7 @@ class HeldOut:
         prompts: Those to answer by generation.
         micro_batch_tokens: As in training.
         padded: As in training.
+        objective: As in training.
         how: How answers are made.
     """
 
@@ -60,17 +62,18 @@ class HeldOut:
     prompts: Sequence[Prompt]
     micro_batch_tokens: int
     padded: bool
+    objective: Objective
     how: Answering
 
 
-def held_out_of(plan: Plan, data: Prepared, renderer: Renderer) -> HeldOut | None:
+def held_out_of(plan: Plan, objective: Objective, data: Prepared, renderer: Renderer) -> HeldOut | None:
     """Return what is held out, to be run as training is planned; None when there is no validation data."""
     if data.validation is None:
         return None
     # an answer that has outgrown the longest expected one cannot be equal to it
     longest = max((len(renderer.tokenizer(one.expected)["input_ids"]) for one in data.prompts), default=0)
     how = Answering(stop_ids(renderer), max_new_tokens=longest + 8)
-    return HeldOut(data.validation, data.prompts, plan.micro_batch_tokens, plan.padded, how)
+    return HeldOut(data.validation, data.prompts, plan.micro_batch_tokens, plan.padded, objective, how)
 
 
 def score(
@@ -100,13 +103,14 @@ def score(
 def _loss(model: PeftModel, held_out: HeldOut, processes: Processes, tick: Callable[[str], None]) -> tuple[float, int]:
     was_training = model.training
     model.eval()
-    groups = pack(held_out.tokens.lengths.tolist(), held_out.micro_batch_tokens, padded=held_out.padded)
+    lengths, objective = held_out.tokens.lengths.tolist(), held_out.objective
+    groups = objective.split(lengths, held_out.micro_batch_tokens, padded=held_out.padded)
     loss_sum, weight = 0.0, 0
     for members in groups[processes.index :: processes.count]:
         tick("held-out loss")
         batch = collate(held_out.tokens, members, padded=held_out.padded)
-        loss_sum += float(sft(model, batch, processes.device))
-        weight += batch.weight
+        loss = objective.loss(model, batch, processes.device)
+        loss_sum, weight = loss_sum + float(loss.total), weight + loss.weight
     model.train(was_training)
     return loss_sum, weight
 
@@ -152,7 +156,8 @@ def evaluate(recipe: Recipe, checkpoint: str | Path) -> dict[str, Score]:
         renderer = Renderer(tokenizer, stop_token=recipe.base.stop_token)
         data, named = prepare_data(recipe, renderer), recipe.train.micro_batch_tokens
         tokens = named if isinstance(named, int) else resolved["micro_batch_tokens"]
-        held_out = held_out_of(Plan(recipe, data.train, tokens, resolved["layout"] == "padded"), data, renderer)
+        plan, objective = Plan(recipe, data.train, tokens, resolved["layout"] == "padded"), Sft()
+        held_out = held_out_of(plan, objective, data, renderer)
         if held_out is None:
             raise DataError("data.validation: the recipe names none; add a file, a Hub name or a fraction such as 0.05")
         return compare(model, renderer, held_out, processes=processes)

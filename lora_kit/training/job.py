@@ -43,6 +43,8 @@ from lora_kit.runs.store import Checkpoint
 from lora_kit.runs.trackers import STATE, Curves, Trackers, claim_id
 from lora_kit.training.choices import choices, fast_parts, measured_threads
 from lora_kit.training.micro_batches import Portions
+from lora_kit.training.objectives.objective import Objective
+from lora_kit.training.objectives.sft import Sft
 from lora_kit.training.processes import Processes
 from lora_kit.version import VERSION
 from lora_kit.views.console import Console
@@ -72,6 +74,7 @@ class Job:
     model: PeftModel
     state: FlatState
     plan: Plan
+    objective: Objective
     start: int
     journal: Journal
     skipped: list[int]
@@ -96,6 +99,7 @@ def prepare_job(
         InputError: Something that the user gave cannot work, or would change what the run is.
     """
     require_quantization(recipe.base)
+    objective = Sft()
     console.tick("base: fingerprint")
     source = processes.main_decides(lambda: locate(recipe.base, resolve_path(recipe, recipe.base.repo)))
     renderer = load_renderer(source, recipe)
@@ -120,12 +124,12 @@ def prepare_job(
         fusing.compute_twice(base)
     console.tick("adapter: inject")
     model = inject(base, recipe.adapter, seed=recipe.train.seed, name=source.name, revision=source.commit)
-    state = flatten(model.train())
+    state = flatten(model.train(), metrics=len(objective.metrics))
     resolved["kernels"] = fast_parts(model, recipe, resolved, processes)
     if resolved["threads"] == 0:
-        resolved["threads"] = measured_threads(model, state, processes)
+        resolved["threads"] = measured_threads(model, objective, state, processes)
     fill(state, run)
-    plan = Plan(recipe, data.train, resolved["micro_batch_tokens"], resolved["layout"] == "padded")
+    plan = Plan(recipe, data.train, resolved["micro_batch_tokens"], resolved["layout"] == "padded", objective.split)
     manifest = facts | {
         "template": renderer.template,
         "data": {name: data.summary[name] for name in ("train", "validation")},
@@ -150,6 +154,7 @@ def prepare_job(
         model,
         state,
         plan,
+        objective,
         start,
         journal,
         skipped=list(moving["skipped_steps"]) if moving else [],

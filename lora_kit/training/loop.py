@@ -22,7 +22,7 @@ from lora_kit.artifacts.locate import checkpoint_at
 from lora_kit.data.order import micro_batch_seed
 from lora_kit.data.packing import MicroBatch, collate, reduction_schedule
 from lora_kit.errors import DivergenceError, Stopped
-from lora_kit.model.state import LOSS, STOP, refuse_unreached
+from lora_kit.model.state import LOSS, METRICS, STOP, refuse_unreached
 from lora_kit.recipe.schema import Recipe
 from lora_kit.runs import store
 from lora_kit.runs.resume import OpenRun, open_run
@@ -31,11 +31,18 @@ from lora_kit.runs.trackers import following, require
 from lora_kit.supervise.stopping import Stop, stop_signals
 from lora_kit.training import evaluation, optim
 from lora_kit.training.job import Job, prepare_job
-from lora_kit.training.objectives.sft import sft
 from lora_kit.training.processes import Processes
 from lora_kit.training.profiling import part, profiled
-from lora_kit.training.progress import Numbers, give_up_when_stuck, moving_parts, settle, tell, with_held_out
-from lora_kit.training.publisher import Publisher, on_its_way, publishing
+from lora_kit.training.progress import (
+    Numbers,
+    give_up_when_stuck,
+    moving_parts,
+    settle,
+    step_values,
+    tell,
+    with_held_out,
+)
+from lora_kit.training.publisher import Publisher, publishing
 from lora_kit.views.console import Console
 
 AGREE_EVERY = 10  # steps between two comparisons of the processes' states
@@ -83,11 +90,12 @@ def train(
             # 1. this process's micro-batches; each gradient is divided by the weight of the whole step
             for batch, weight, merges in my_micro_batches(job, step):
                 live.alive()
-                loss = part("loss", sft)(job.model, batch, processes.device) / weight
-                part("rest of the way back", loss.backward)()
-                state.gradient[LOSS] = loss.detach()
-                state.gradient[STOP] = float(stop_wish.is_set() or live.stop)
-                part("reduction", add_to_tree)(partial_sums, state.gradient, merges)
+                loss = part("loss", job.objective.loss)(job.model, batch, processes.device).divided(weight)
+                part("rest of the way back", loss.total.backward)()
+                state.sums[LOSS], state.sums[STOP] = loss.total.detach(), float(stop_wish.is_set() or live.stop)
+                for place, metric in enumerate(loss.metrics, start=METRICS):
+                    state.sums[place] = metric
+                part("reduction", add_to_tree)(partial_sums, state.reduced, merges)
             # 2. the sum over processes, in the order in which one process would have added
             part("reduction", sum_up)(job, partial_sums, step)
             if step == 0:
@@ -97,15 +105,15 @@ def train(
             rate, norm, taken = part("optimizer", update)(job, step)
             # 4. the numbers of the step before, now that this one is queued: nobody waits for the device
             stop = numbers is not None and settle(job, numbers, live, console)
-            seen = on_its_way(torch.stack([*state.gradient[LOSS:], norm, taken]))
-            numbers = Numbers(step, rate, seen, time.perf_counter() - began, stall)
+            values = step_values(state.sums, norm, taken, job.objective.metrics)
+            numbers = Numbers(step, rate, values, time.perf_counter() - began, stall)
             give_up_when_stuck(job, numbers, live)
             agree(job, done)
             # 5. live while the next step computes; durable when that is due
             measured, last = due(done, recipe.evaluate.every_steps), stop or done == plan.steps
             save = due(done, recipe.checkpoint.every_steps) or last
             part("publishing", live.begin)(partial(moving_parts, job, numbers), due=save and not measured)
-            state.gradient.zero_()
+            state.reduced.zero_()
             if measured:
                 live.finished()
                 numbers = replace(numbers, held_out_loss=measure(job, done, live, console))
@@ -144,7 +152,7 @@ def my_micro_batches(job: Job, step: int) -> Iterator[tuple[MicroBatch, int, int
     The generator is seeded before each, so that dropout is the same whichever process runs it.
     """
     groups = part("data", job.plan.micro_batches)(step)
-    weight = sum(job.data.train.weight(index) for group in groups for index in group)
+    weight = job.objective.weight(job.data.train, [index for group in groups for index in group])
     mine = range(job.processes.index, len(groups), job.processes.count)
     for place, merges in reduction_schedule(len(mine)):
         number = mine[place]
@@ -165,9 +173,9 @@ def add_to_tree(partial_sums: list[Tensor], gradient: Tensor, merges: int) -> No
 def sum_up(job: Job, partial_sums: list[Tensor], step: int) -> None:
     """Replace the gradient by the sum over all micro-batches of the step, on every process."""
     if partial_sums:
-        job.state.gradient.copy_(partial_sums.pop())
+        job.state.reduced.copy_(partial_sums.pop())
     sharing = min(job.processes.count, len(job.plan.micro_batches(step)))
-    job.processes.tree_sum(job.state.gradient, contributors=sharing)
+    job.processes.tree_sum(job.state.reduced, contributors=sharing)
 
 
 def update(job: Job, step: int) -> tuple[float, Tensor, Tensor]:
@@ -177,7 +185,7 @@ def update(job: Job, step: int) -> tuple[float, Tensor, Tensor]:
         The learning rate, the gradient's norm before clipping, and whether the step was taken.
     """
     recipe, settings, state = job.recipe, job.recipe.optim, job.state
-    gradient, loss = state.gradient[: state.size], state.gradient[LOSS]
+    gradient, loss = state.gradient, state.sums[LOSS]
     norm = optim.gradient_norm(gradient)
     if settings.max_grad_norm:
         optim.clip(gradient, norm, settings.max_grad_norm)
@@ -204,7 +212,7 @@ def measure(job: Job, done: int, live: Publisher, console: Console) -> float:
         live.alive()
         console.tick(what)
 
-    held_out = evaluation.held_out_of(job.plan, job.data, job.renderer)
+    held_out = evaluation.held_out_of(job.plan, job.objective, job.data, job.renderer)
     assert held_out is not None
     loss_alone, few = replace(held_out, prompts=()), held_out.prompts[:SAMPLES]
     score = evaluation.score(job.model, job.renderer, loss_alone, processes=job.processes, tick=tick)
@@ -281,7 +289,7 @@ def finish(job: Job, live: Publisher, console: Console, stop_wish: Stop) -> None
         live.alive()
         console.tick(what)
 
-    held_out = evaluation.held_out_of(job.plan, job.data, job.renderer)
+    held_out = evaluation.held_out_of(job.plan, job.objective, job.data, job.renderer)
     scores = {}
     if held_out is not None:
         scores = evaluation.compare(job.model, job.renderer, held_out, processes=job.processes, tick=tick)

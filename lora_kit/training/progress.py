@@ -5,9 +5,13 @@ A step's line in metrics.jsonl travels in its snapshot too, so that a run that e
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float32
+from torch import Tensor
 
 from lora_kit.errors import PoisonError
 from lora_kit.runs import store
@@ -19,13 +23,60 @@ LATE_LINES = 50  # of the logs, between two warnings that they cannot be written
 STUCK = 5  # so many skipped steps in a row, and one more, end a run
 
 
+class StepValues(NamedTuple):
+    """What a step computed, on the host.
+
+    Attributes:
+        loss: The mean loss of the step, over all processes.
+        stop: Whether any process has heard a stop signal.
+        grad_norm: The norm of the gradient before clipping.
+        taken: Whether the optimizer took the step.
+        metrics: The means of the objective's metrics, by name.
+    """
+
+    loss: float
+    stop: bool
+    grad_norm: float
+    taken: bool
+    metrics: dict[str, float]
+
+
+def step_values(
+    sums: Float32[Tensor, "sums"], norm: Float32[Tensor, ""], taken: Bool[Tensor, ""], metrics: Sequence[str]
+) -> Callable[[], StepValues]:
+    """Copy what a step computed to the host; calling the result waits for the copy and nothing that is queued later."""
+    read = copied_to_host(torch.stack([norm, taken, *sums]))
+
+    def wait() -> StepValues:
+        norm, taken, loss, stop, *more = read()
+        return StepValues(loss, stop > 0, norm, taken > 0, dict(zip(metrics, more, strict=True)))
+
+    return wait
+
+
+def copied_to_host(on_device: Tensor) -> Callable[[], list[float]]:
+    """Copy values from the device; calling the result waits for the copy and nothing that is queued later."""
+    if not on_device.is_cuda:
+        return on_device.tolist
+    values, arrived = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True), torch.cuda.Event()
+    values.copy_(on_device, non_blocking=True)
+    arrived.record()
+
+    def wait() -> list[float]:
+        arrived.synchronize()
+        numbers: list[float] = values.tolist()
+        return numbers
+
+    return wait
+
+
 @dataclass(frozen=True)
 class Numbers:
-    """What one step was; `seen` waits for what is on its way: loss, the wish to stop, norm and whether it was taken."""
+    """A step that was queued: what is known of it at once, and `values`, which waits for the device."""
 
     step: int
     learning_rate: float
-    seen: Callable[[], list[float]]
+    values: Callable[[], StepValues]
     seconds: float
     stall_seconds: float
     held_out_loss: float | None = None
@@ -33,7 +84,7 @@ class Numbers:
 
 def moving_parts(job: Job, numbers: Numbers) -> Moving:
     """Return the parts of a manifest that change from step to step; `line` is the step's in metrics.jsonl."""
-    loss, _, norm, taken = numbers.seen()
+    values = numbers.values()
     done = numbers.step + 1
     groups = job.plan.micro_batches(numbers.step)
     tokens = int(sum(job.data.train.lengths[group].sum() for group in groups))
@@ -41,9 +92,10 @@ def moving_parts(job: Job, numbers: Numbers) -> Moving:
         "step": done,
         "examples": job.plan.examples_seen(done),
         "tokens": tokens,
-        "loss": loss,
+        "loss": values.loss,
         "learning_rate": numbers.learning_rate,
-        "grad_norm": norm,
+        "grad_norm": values.grad_norm,
+        **values.metrics,
         "tokens_per_second": round(tokens / numbers.seconds, 1),
         "stall_seconds": round(numbers.stall_seconds, 4),
         "time": round(time.time(), 3),
@@ -51,7 +103,7 @@ def moving_parts(job: Job, numbers: Numbers) -> Moving:
     facts = {
         "step": done,
         "examples_seen": record["examples"],
-        "skipped_steps": [*job.skipped, *([] if taken else [done])],
+        "skipped_steps": [*job.skipped, *([] if values.taken else [done])],
     }
     return with_held_out(facts | {"line": json.dumps(record)}, numbers.held_out_loss)
 
@@ -83,7 +135,7 @@ def settle(job: Job, numbers: Numbers, live: Publisher, console: Console) -> boo
             console.warn(fault)
         if job.journal.trouble and len(job.journal.late) % LATE_LINES == 1:
             console.warn(job.journal.trouble)
-    return numbers.seen()[1] > 0
+    return numbers.values().stop
 
 
 def tell(job: Job, record: dict[str, Any], console: Console) -> None:
@@ -100,7 +152,7 @@ def give_up_when_stuck(job: Job, numbers: Numbers, live: Publisher) -> None:
         PoisonError: The last steps and this one were skipped.
     """
     first = numbers.step - STUCK  # so many steps were done before the first of them
-    if job.skipped[-STUCK:] != list(range(first + 1, numbers.step + 1)) or numbers.seen()[3]:
+    if job.skipped[-STUCK:] != list(range(first + 1, numbers.step + 1)) or numbers.values().taken:
         return
     if job.processes.is_main:
         job.journal.event("went back", step=first)  # what comes after it may be tried again with another recipe

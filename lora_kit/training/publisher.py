@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lora_kit.errors import CheckpointError
 from lora_kit.model.adapter import saved_config
@@ -216,22 +215,6 @@ def _register(whole: memoryview) -> bool:
 def _unregister(whole: memoryview) -> None:
     """End what `_register` began: once unmapped, CUDA would copy to where the memory was."""
     torch.cuda.cudart().cudaHostUnregister(torch.frombuffer(whole, dtype=torch.uint8).data_ptr())
-
-
-def on_its_way(seen: Tensor) -> Callable[[], list[float]]:
-    """Send values from the device; what is returned waits for them, and for nothing that is queued after them."""
-    if not seen.is_cuda:
-        return seen.tolist
-    values, arrived = torch.empty(seen.shape, dtype=seen.dtype, pin_memory=True), torch.cuda.Event()
-    values.copy_(seen, non_blocking=True)
-    arrived.record()
-
-    def wait() -> list[float]:
-        arrived.synchronize()
-        numbers: list[float] = values.tolist()
-        return numbers
-
-    return wait
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from runs import go_on
 
 from lora_kit.runs import live
 from lora_kit.training import loop
+from lora_kit.training.objectives.sft import Sft
 
 STEPS = 8
 
@@ -27,7 +28,7 @@ def test_every_step_is_copied_once_and_not_by_the_thread_that_trains(recipe_file
 
 
 def test_the_next_step_computes_while_the_copy_has_not_ended(recipe_file, tmp_path, monkeypatch):
-    computing, overlapped, copy, loss = threading.Event(), [], live.copy_hashed, loop.sft
+    computing, overlapped, copy, loss = threading.Event(), [], live.copy_hashed, Sft.loss
 
     def late(target, sources):
         if len(overlapped) < STEPS - 1:  # after the last step nothing computes
@@ -49,7 +50,7 @@ def test_the_next_step_computes_while_the_copy_has_not_ended(recipe_file, tmp_pa
         begin(self, *arguments, **named)
 
     monkeypatch.setattr(live, "copy_hashed", late)
-    monkeypatch.setattr(loop, "sft", forward)
+    monkeypatch.setattr(Sft, "loss", forward)
     monkeypatch.setattr(loop.Publisher, "begin", begun)
     go_on(recipe_file, tmp_path / "run")
     assert overlapped == [True] * (STEPS - 1)

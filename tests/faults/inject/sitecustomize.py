@@ -83,6 +83,7 @@ def around(owner, name, phase, *, after=False):
 def into_trainer(trainer):
     from lora_kit.runs import live
     from lora_kit.training import job, publisher
+    from lora_kit.training.objectives.sft import Sft
     from lora_kit.training.processes import Processes
 
     batches, copy = trainer.my_micro_batches, live.copy_hashed
@@ -104,7 +105,7 @@ def into_trainer(trainer):
 
     tree_sum, Processes.tree_sum = Processes.tree_sum, summed
     trainer.my_micro_batches, publisher.live.copy_hashed = noted, half
-    around(trainer, "sft", "forward")
+    around(Sft, "loss", "forward")
     around(trainer, "add_to_tree", "backward")
     around(trainer, "update", "update")
     around(trainer, "update", "updated", after=True)

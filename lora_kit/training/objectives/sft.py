@@ -27,7 +27,7 @@ class Sft:
         return sum(tokens.weight(example) for example in examples)
 
     def loss(self, model: nn.Module, batch: MicroBatch, device: torch.device) -> LossSum:
-        """Return the summed cross-entropy of a micro-batch, with the head applied to trained positions where it can be."""
+        """Return the summed cross-entropy; apply the head to trained positions alone if it can be."""
         on_cpu = device.type == "cpu"
         if on_cpu and attention_of(model) == SEGMENT:
             batch = _padded(batch)

@@ -23,7 +23,6 @@ from lora_kit.model.base import load_base
 from lora_kit.recipe.load import load_recipe
 from lora_kit.training import loop
 from lora_kit.training.objectives.sft import Sft
-from lora_kit.training.processes import LARGE
 
 
 class OtherRMSNorm(LlamaRMSNorm):

@@ -26,7 +26,7 @@ from lora_kit.recipe.schema import Recipe
 from lora_kit.runs.resume import Row
 from lora_kit.training import micro_batches
 from lora_kit.training.objectives.objective import Objective
-from lora_kit.training.processes import LARGE, Processes, keep_freed_memory
+from lora_kit.training.processes import Processes
 
 TINY_BASE_BYTES = 20_000_000  # below it, two threads spend more time meeting than computing
 SMALL_BASE_BYTES = 100_000_000  # below it they may, and it is measured

@@ -1,42 +1,72 @@
-"""The oracle of a step's gradient: transformers and peft, one example at a time."""
+"""Oracles: a run and a step's gradient as docs/how-it-works.md computes them with torch, transformers and peft."""
+
+from functools import cache
+from pathlib import Path
+from types import ModuleType
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM
+
+PAGE = Path(__file__).parents[1] / "docs" / "how-it-works.md"
+
+
+def program_of(page):
+    """Return the Python blocks of a Markdown page as one program, whose line numbers are those of the page."""
+    lines, inside = [], False
+    for line in page.read_text().splitlines():
+        inside = line != "```" if inside else line == "```python"
+        lines.append(line if inside and line != "```python" else "")
+    return "\n".join(lines)
+
+
+def new_tutorial():
+    """Return a fresh module with the code of the page; its settings can be changed without an effect elsewhere."""
+    module = ModuleType("how_it_works")
+    exec(compile(program_of(PAGE), PAGE, "exec"), module.__dict__)
+    return module
+
+
+tutorial = cache(new_tutorial)
 
 
 def plain_loop(job, weights, members, base=None):
-    """The oracle: transformers and peft, one example at a time, the loss of all trained tokens divided once."""
+    """Return the gradient of a step and its loss, one example at a time.
+
+    Args:
+        job: The run's job.
+        weights: The adapter's weights before the step, flat.
+        members: The indices of the step's examples.
+        base: The base to adapt; by default the run's, loaded again.
+    """
     base = base or AutoModelForCausalLM.from_pretrained(
         job.source.folder,
         dtype=torch.float32,
         attn_implementation="eager",  # the sdpa of transformers 5.17 drops a soft cap
     )
     theirs = job.model.peft_config["default"]
-    model = get_peft_model(
-        base,
-        LoraConfig(
-            r=job.recipe.adapter.rank,
-            lora_alpha=job.recipe.adapter.alpha,
-            target_modules=theirs.target_modules,
-            target_parameters=theirs.target_parameters,
-            task_type="CAUSAL_LM",
-        ),
+    config = LoraConfig(
+        r=job.recipe.adapter.rank,
+        lora_alpha=job.recipe.adapter.alpha,
+        target_modules=theirs.target_modules,
+        target_parameters=theirs.target_parameters,
+        task_type="CAUSAL_LM",
     )
+    model = tutorial().add_adapter(base, config, seed=0)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     torch.nn.utils.vector_to_parameters(weights.cpu(), parameters)
-    weight = sum(int(job.data.train.example(index)[1][1:].sum()) for index in members)
+    examples = [[torch.tensor(array) for array in job.data.train.example(index)] for index in members]
+    weight = sum(int(trained[1:].sum()) for _, trained in examples)
     total = 0.0
-    for index in members:
-        ids, trained = (torch.tensor(array) for array in job.data.train.example(index))
-        logits = model(input_ids=ids[None].long()).logits[0, :-1]
-        losses = torch.nn.functional.cross_entropy(logits, ids[1:].long(), reduction="none")
-        loss = losses[trained[1:]].sum() / weight
+    for ids, trained in examples:
+        ids = ids.long()
+        loss = tutorial().summed_loss(model(input_ids=ids[None]).logits[0], ids, trained) / weight
         loss.backward()
         total += loss.item()
     return torch.cat([parameter.grad.reshape(-1) for parameter in parameters]), total
 
 
 def relative(ours, theirs):
+    """Return the distance of two tensors, as a share of the second."""
     ours, theirs = ours.detach().cpu(), theirs.detach().cpu()
     return float((ours - theirs).norm() / theirs.norm())

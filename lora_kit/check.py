@@ -283,7 +283,7 @@ def _check_data(plan: Plan, data: Prepared, renderer: Renderer, report: Report, 
         "micro_batches_of_the_first_step": len(plan.micro_batches(0)),
         "idle_share": round(plan.idle_share(processes), 3),
     }
-    if idleness := plan.about_idleness(processes):
+    if idleness := plan.idleness_note(processes):
         report.notes.append(idleness)
     if report.estimate is not None:
         check_tokenizer_fits(renderer.tokenizer, report.estimate.vocabulary, used=data.train)

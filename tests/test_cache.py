@@ -1,4 +1,4 @@
-"""Tokens made once are found again, and never those of other data, another tokenizer, template or limit."""
+"""The cache returns tokens made earlier, and never those of other data, another tokenizer, template or limit."""
 
 import json
 import os
@@ -74,7 +74,7 @@ def test_a_second_start_tokenises_nothing_and_has_the_same(folder, made):
     assert len(again.prompts) == 2 and all(type(one.ids) is list for one in again.prompts)
 
 
-def test_without_held_out_data_too(folder, made):
+def test_data_without_a_validation_part_is_cached_too(folder, made):
     first, again = (data_of(folder, "data.validation=null", "evaluate.generate=0") for _ in range(2))
     assert len(made) == 1 and again.validation is None and again.train.fingerprint == first.train.fingerprint
 
@@ -173,7 +173,7 @@ def test_a_damaged_entry_is_made_again(folder, made):
     assert same(first, data_of(folder)) and entries(folder) == [path] and not made
 
 
-def test_data_that_changes_while_it_is_read_is_not_kept(folder, monkeypatch):
+def test_data_that_changes_while_it_is_read_is_not_cached(folder, monkeypatch):
     prepare = plan.prepare
 
     def slow(*arguments, **named):
@@ -186,7 +186,7 @@ def test_data_that_changes_while_it_is_read_is_not_kept(folder, monkeypatch):
     assert not (folder / "cache" / "tokens").exists()
 
 
-def test_what_cannot_be_hashed_is_not_kept(folder, monkeypatch):
+def test_data_that_cannot_be_hashed_is_not_cached(folder, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     renderer = Renderer(tokenizer)
     floating, pinned = (
@@ -199,7 +199,7 @@ def test_what_cannot_be_hashed_is_not_kept(folder, monkeypatch):
     assert cache.key_of(load_recipe(folder / "recipe.yaml"), foreign) is None
 
 
-def test_problems_of_the_data_are_told_as_ever(folder):
+def test_problems_of_the_data_are_reported_as_without_a_cache(folder):
     (folder / "train.jsonl").write_text('{"messages": 1}\n')
     for _ in range(2):
         with pytest.raises(DataError, match=r"train.jsonl:1: "):
@@ -208,19 +208,19 @@ def test_problems_of_the_data_are_told_as_ever(folder):
         data_of(folder, "data.train=gone.jsonl")
 
 
-def test_a_disk_that_takes_nothing_changes_nothing(folder, made):
+def test_a_read_only_cache_folder_is_no_error(folder, made):
     (folder / "cache").write_text("in the way")
     assert same(data_of(folder), data_of(folder)) and len(made) == 2
 
 
 def test_entries_are_bounded_and_the_last_used_stay(folder, monkeypatch):
-    monkeypatch.setattr(cache, "KEPT", 3)
+    monkeypatch.setattr(cache, "MAX_ENTRIES", 3)
     first = data_of(folder)
     (oldest,) = entries(folder)
     for seed in (1, 2, 3):
         data_of(folder, f"train.seed={seed}")
         assert same(data_of(folder), first)  # used again, so newest again
     assert len(entries(folder)) == 3 and oldest in entries(folder)
-    monkeypatch.setattr(cache, "KEPT_BYTES", 1)
+    monkeypatch.setattr(cache, "MAX_BYTES", 1)
     cache.prune(folder / "cache" / "tokens")
     assert entries(folder) == [oldest]

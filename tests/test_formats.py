@@ -1,4 +1,4 @@
-"""Records of every format become the same two kinds of example; others are refused with a way out."""
+"""Records of every format become the same two kinds of example; other records are refused with a remedy."""
 
 import json
 
@@ -52,7 +52,7 @@ def test_strings_as_prompt_and_completion_are_raw_text():
     assert to_example({"prompt": "1+1=", "completion": "2"}, "prompt-completion", {}) == Completion("1+1=", "2")
 
 
-def test_of_a_list_of_messages_only_the_completion_is_trained():
+def test_only_the_completion_of_a_list_of_messages_is_trained():
     record = {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]}
     assert to_example(record, "prompt-completion", {}).answers == [3]
 
@@ -87,23 +87,23 @@ def test_sharegpt_takes_system_tools_and_calls():
     assert made.tools == ({"type": "function", "function": tools[0]},)
 
 
-def test_text_beside_another_format_is_its_rendering():
+def test_a_text_column_beside_another_format_is_ignored():
     assert detect(["instruction", "input", "output", "text"], {}) == "alpaca"
     assert detect(["instruction", "input", "output", "text"], {}, named="text") == "text"
 
 
-def test_two_formats_at_once_must_be_settled_by_the_recipe():
-    with pytest.raises(DataError, match=r"fit messages and prompt-completion; say which with data\.format"):
+def test_columns_of_two_formats_need_data_format():
+    with pytest.raises(DataError, match=r"match messages and prompt-completion; set data\.format"):
         detect(["messages", "prompt", "completion"], {})
 
 
-def test_unknown_columns_are_told_with_every_format_and_how_to_rename():
+def test_unknown_columns_are_reported_with_every_format_and_how_to_rename():
     with pytest.raises(DataError) as error:
         detect(["question", "answer"], {})
     message = str(error.value)
     assert message.startswith("the columns are question, answer; expected those of a format (")
     assert all(f"{name}: {columns}" in message for name, columns in FORMATS.items())
-    assert message.endswith("say in data.columns which is which, e.g. {prompt: question, completion: answer}")
+    assert message.endswith("map them in data.columns, e.g. {prompt: question, completion: answer}")
 
 
 def test_a_named_format_whose_columns_are_missing_is_refused():
@@ -112,21 +112,21 @@ def test_a_named_format_whose_columns_are_missing_is_refused():
 
 
 def test_a_renamed_column_that_is_not_there_is_refused():
-    with pytest.raises(DataError, match=r"data\.columns: text: there is no column 'story'; the columns are body, id"):
+    with pytest.raises(DataError, match="text: the data has no column 'story'; its columns are body, id"):
         detect(["body", "id"], {"text": "story"})
 
 
 def test_a_rename_of_no_format_s_column_is_refused():
-    with pytest.raises(DataError, match=r"data.columns: 'body' is no column of text; expected one of text \(ours"):
+    with pytest.raises(DataError, match=r"'body' is not a column of text; expected one of text \(the format"):
         detect(["body"], {"body": "text"}, named="text")
 
 
 @pytest.mark.parametrize(
-    ("format", "record", "told"),
+    ("format", "record", "expected"),
     [
         ("alpaca", {"instruction": "x"}, "output is missing; found instruction; the format alpaca needs"),
         ("alpaca", {"instruction": "x", "output": 5}, "output is a number; expected a string"),
-        ("alpaca", {"instruction": "x", "output": ""}, "output is an assistant turn with nothing in it"),
+        ("alpaca", {"instruction": "x", "output": ""}, "output is an assistant turn without content"),
         ("alpaca", {"instruction": "x", "output": "y", "history": [["a"]]}, "history[0] has 1 items"),
         ("text", {"text": ["a"]}, "text is a list; expected a string"),
         ("text", {"text": "\n"}, "text is empty"),
@@ -144,9 +144,9 @@ def test_a_rename_of_no_format_s_column_is_refused():
         ),
     ],
 )  # fmt: skip
-def test_a_record_that_is_not_of_its_format_is_refused_with_the_place(format, record, told):
-    assert told in refusal(record, format)
+def test_a_record_that_is_not_of_its_format_is_refused_with_the_place(format, record, expected):
+    assert expected in refusal(record, format)
 
 
-def test_a_missing_column_is_told_by_the_name_it_has_in_the_file():
+def test_a_missing_column_is_reported_by_the_name_it_has_in_the_file():
     assert refusal({"q": "x"}, "alpaca", {"instruction": "q", "output": "a"}).startswith("a is missing; found q;")

@@ -1,4 +1,4 @@
-"""A conversation reaches the template in one shape, whatever it had before; or is refused by place."""
+"""Every variant of messages and tools becomes the same structure, or is refused with its place in the record."""
 
 import json
 
@@ -58,7 +58,7 @@ def test_other_keys_are_kept_for_the_template_and_null_ones_dropped():
         {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}},
     ],
 )
-def test_tool_calls_of_every_shape_become_one(call):
+def test_every_variant_of_tool_calls_becomes_the_same(call):
     made = make(USER, {"role": "assistant", "content": None, "tool_calls": [call]})
     assert made.messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
 
@@ -69,7 +69,7 @@ def test_the_id_of_a_call_is_kept():
 
 
 @pytest.mark.parametrize("shape", ["wrapped", "flat", "json"])
-def test_tools_of_every_shape_become_one(shape):
+def test_every_variant_of_tools_becomes_the_same(shape):
     flat = {"name": "weather", "parameters": {"type": "object"}}
     wrapped = {"type": "function", "function": flat}
     given = {"wrapped": [wrapped], "flat": [flat], "json": json.dumps([flat])}[shape]
@@ -77,19 +77,19 @@ def test_tools_of_every_shape_become_one(shape):
 
 
 @pytest.mark.parametrize("nothing", [None, [], "", "[]"])
-def test_no_tools_is_none(nothing):
+def test_empty_tools_become_none(nothing):
     assert make(USER, ASSISTANT, tools=nothing).tools is None
 
 
 @pytest.mark.parametrize(
-    ("messages", "told"),
+    ("messages", "expected"),
     [
-        ([], "there are no messages"),
+        ([], "the record has no messages"),
         ([USER], "no assistant turn to train on; the roles are user"),
         ([USER, ASSISTANT | {"weight": 0}], "no assistant turn to train on"),
         (
             [ASSISTANT, USER],
-            "messages[0] is an assistant turn; the message that it answers must come before it",
+            "messages[0] is an assistant turn; a message to answer must come before it",
         ),
         (["hi"], "messages[0] is a string; expected an object with role and content"),
         (
@@ -97,7 +97,7 @@ def test_no_tools_is_none(nothing):
             f"messages[2].role is 'bot'; expected one of {', '.join(ROLES)}",
         ),
         ([{"content": "x"}], "messages[0] has no role, only content"),
-        ([{"from": "gpt", "value": "x"}], "for from and value set data.format: sharegpt"),
+        ([{"from": "gpt", "value": "x"}], "if the keys are from and value, set data.format: sharegpt"),
         ([USER | {"content": 5}], "messages[0].content is a number; expected a string"),
         ([USER | {"content": {"a": 1}}], "messages[0].content is an object with a; expected a string"),
         ([{"role": "user"}], "messages[0].content is missing"),
@@ -107,7 +107,7 @@ def test_no_tools_is_none(nothing):
         ),
         ([USER | {"content": ["x"]}], "messages[0].content[0] is a string; expected a part of type 'text'"),
         ([USER | {"content": [{"type": "text"}]}], "messages[0].content[0].text is null; expected a string"),
-        ([USER, ASSISTANT | {"content": " \n"}], "messages[1] is an assistant turn with nothing in it"),
+        ([USER, ASSISTANT | {"content": " \n"}], "messages[1] is an assistant turn without content"),
         (
             [USER, ASSISTANT | {"weight": 0.5}],
             "messages[1].weight is 0.5; expected 0 (context) or 1 (trained)",
@@ -118,11 +118,11 @@ def test_no_tools_is_none(nothing):
         ),
         (
             [USER | {"tool_calls": [CALL]}],
-            "messages[0].tool_calls: only the assistant calls tools; the role is 'user'",
+            "messages[0].tool_calls: only an assistant turn may call tools; the role is 'user'",
         ),
         (
             [USER, ASSISTANT | {"tool_calls": [{}]}],
-            "messages[1].tool_calls[0] is an object with nothing in it",
+            "messages[1].tool_calls[0] is an object with no keys",
         ),
         ([USER, ASSISTANT | {"tool_calls": "f()"}], "messages[1].tool_calls is a string; expected a list"),
         (
@@ -135,12 +135,12 @@ def test_no_tools_is_none(nothing):
         ),
     ],
 )
-def test_a_wrong_message_is_refused_with_its_place(messages, told):
-    assert told in refusal(*messages)
+def test_a_wrong_message_is_refused_with_its_place(messages, expected):
+    assert expected in refusal(*messages)
 
 
 @pytest.mark.parametrize(
-    ("tools", "told"),
+    ("tools", "expected"),
     [
         ("weather", "tools is not JSON"),
         ({"name": "weather"}, "tools is an object with name; expected a list"),
@@ -150,5 +150,5 @@ def test_a_wrong_message_is_refused_with_its_place(messages, told):
         ),
     ],
 )
-def test_wrong_tools_are_refused_with_their_place(tools, told):
-    assert told in refusal(USER, ASSISTANT, tools=tools)
+def test_wrong_tools_are_refused_with_their_place(tools, expected):
+    assert expected in refusal(USER, ASSISTANT, tools=tools)

@@ -1,4 +1,4 @@
-"""Every epoch visits every example once, in an order that is computed and not stored; nothing depends on processes."""
+"""Every epoch visits every example once, in an order that is computed, not stored, and independent of processes."""
 
 from collections import Counter
 
@@ -15,7 +15,7 @@ def test_a_permutation_is_a_permutation(count):
         assert sorted(permute(np.arange(count), count, key).tolist()) == list(range(count))
 
 
-def test_any_position_is_found_without_the_others():
+def test_a_position_does_not_depend_on_the_other_positions():
     whole = permute(np.arange(1000), 1000, 7)
     assert [int(permute(np.array([position]), 1000, 7)[0]) for position in (0, 1, 500, 999)] == whole[
         [0, 1, 500, 999]

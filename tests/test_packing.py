@@ -1,4 +1,4 @@
-"""Packing loses no token and obeys its bound; the sum's order is one tree however many processes share it."""
+"""Packing loses no token and keeps its limit; gradients are summed by the same tree for any number of processes."""
 
 from fractions import Fraction
 
@@ -30,7 +30,7 @@ def test_packing_is_near_the_best_possible(seed):
     assert len(pack(lengths, 128)) <= 11 / 9 * -(-sum(lengths) // 128) + 1  # the bound of best-fit decreasing
 
 
-def test_best_fit_chooses_the_tightest_room():
+def test_an_example_goes_where_the_least_space_remains():
     assert pack([6, 5, 4, 3], 9) == [[1, 2], [0, 3]] or pack([6, 5, 4, 3], 9) == [[0, 3], [1, 2]]
 
 
@@ -64,7 +64,7 @@ def test_no_label_crosses_from_one_example_into_the_next():
     assert collate(tokens, [0, 1], padded=False).labels.tolist() == [[1, 2, IGNORE, 4, 5, IGNORE]]
 
 
-def test_padded_rows_carry_the_same_tokens_and_labels():
+def test_padded_rows_hold_the_same_tokens_and_labels():
     tokens = make_tokens([3, 5, 2])
     packed, padded = (collate(tokens, [0, 1, 2], padded=flag) for flag in (False, True))
     real = padded.attention_mask.astype(bool)

@@ -1,9 +1,9 @@
-"""Tokenised data kept between starts, so that a resume renders and tokenises nothing again.
+"""A cache of tokenised data, so that a resumed run does not render and tokenise again.
 
-The key is a hash of everything that decides the tokens: the bytes of the files, not their names and times, the
-tokenizer, the template, the recipe's section and the code that makes tokens of them. So nothing here is ever out of
-date, only unused: an entry that nobody asks for goes when newer ones need its place. Where something cannot be hashed
-(a Hub dataset without a commit, a tokenizer with code of its own) there is no key, and nothing is kept.
+The key is a hash of everything that determines the tokens: the content of the data files, the tokenizer, the template,
+the recipe's section `data`, and the code of this package. An entry can therefore never be stale. The least recently
+used entries are deleted when the cache is full. If something cannot be hashed (a Hub dataset without a commit, a
+tokenizer with custom code) there is no key, and nothing is cached.
 """
 
 import hashlib
@@ -29,36 +29,36 @@ from lora_kit.files import cache_folder, sha256_of
 from lora_kit.recipe.schema import Recipe
 from lora_kit.version import VERSION
 
-KEPT, KEPT_BYTES = 20, 8 << 30  # entries, and what they may take together
+MAX_ENTRIES, MAX_BYTES = 20, 8 << 30  # of the whole cache
 PACKAGES = ("transformers", "tokenizers", "datasets", "jinja2", "numpy", "pyarrow")
 COMMIT = re.compile("[0-9a-f]{40}")
-VALIDATION = "validation."  # before the names of its arrays
+VALIDATION = "validation."  # prefix of the names of the validation arrays in a file
 
 
-def remembered(recipe: Recipe, renderer: Renderer, make: Callable[[], Prepared]) -> Prepared:
-    """Return what `make` would, from an earlier call of the same key or by calling it."""
+def cached(recipe: Recipe, renderer: Renderer, make: Callable[[], Prepared]) -> Prepared:
+    """Return the recipe's prepared data from the cache, or call `make` and cache its result."""
     key = key_of(recipe, renderer)
     if key is None:
         return make()
     path = cache_folder("tokens") / f"{key}.safetensors"
-    known = read(path)
-    if known is not None:
-        return known
-    made = make()
-    if key_of(recipe, renderer) == key:  # else a file changed while it was read
-        write(path, made)
-    return made
+    prepared = read(path)
+    if prepared is not None:
+        return prepared
+    prepared = make()
+    if key_of(recipe, renderer) == key:  # otherwise a file changed while it was read
+        write(path, prepared)
+    return prepared
 
 
 def key_of(recipe: Recipe, renderer: Renderer) -> str | None:
-    """Return the hash of everything that decides a recipe's tokens; None when something cannot be told."""
+    """Return the hash of everything that determines a recipe's tokens; None if something of it cannot be hashed."""
     tokenizer = renderer.tokenizer
     if not type(tokenizer).__module__.startswith("transformers."):
         return None
-    named = [recipe.data.train, *([recipe.data.validation] if isinstance(recipe.data.validation, str) else [])]
+    names = [recipe.data.train, *([recipe.data.validation] if isinstance(recipe.data.validation, str) else [])]
     try:
-        contents = [_contents(source, recipe.folder) for source in named]
-    except (LoraKitError, OSError):  # whoever reads the data says what is wrong with it
+        contents = [_contents(source, recipe.folder) for source in names]
+    except (LoraKitError, OSError):  # the caller will read the data and report the error
         return None
     if None in contents:
         return None
@@ -77,7 +77,7 @@ def key_of(recipe: Recipe, renderer: Renderer) -> str | None:
 
 
 def _contents(source: str, base_dir: Path) -> list[str] | None:
-    """Return the hashes of a source's files with their suffixes, or the name of what can never change."""
+    """Return the suffixes and hashes of a source's files, or its name if it names a commit; None if it may change."""
     files = sources.files(source, base_dir)
     if files is not None:
         return [part for file in files for part in (file.suffix, sha256_of(file))]
@@ -90,7 +90,7 @@ def _code() -> list[str]:
 
 
 def read(path: Path) -> Prepared | None:
-    """Return what `write` kept; None when there is nothing, or it is not as it was written."""
+    """Return the prepared data that `write` saved; None if the file is missing or damaged."""
     try:
         with safe_open(path, framework="numpy") as file:
             about, checksum = (file.metadata()[name] for name in ("about", "checksum"))
@@ -100,20 +100,20 @@ def read(path: Path) -> Prepared | None:
             return None
     except (OSError, SafetensorError, KeyError, TypeError):
         return None
-    with suppress(OSError):  # of another user, perhaps: it is only used earlier than it seems
+    with suppress(OSError):  # the file may belong to another user; then its time of last use stays older
         os.utime(path)
     facts = json.loads(about)
-    return Prepared(train, validation, tuple(Prompt(*one) for one in facts["prompts"]), facts["summary"])
+    return Prepared(train, validation, tuple(Prompt(*prompt) for prompt in facts["prompts"]), facts["summary"])
 
 
-def write(path: Path, made: Prepared) -> None:
-    """Keep prepared data, whole or not at all, and let go of what was not used for longest."""
-    about = json.dumps({"prompts": made.prompts, "summary": made.summary})
-    arrays = dict(_arrays(made.train, ""))
-    if made.validation is not None:
-        arrays |= _arrays(made.validation, VALIDATION)
-    checksum = _checksum(about, made.train, made.validation)
-    with suppress(OSError, SafetensorError):  # a full or read-only disk: the next start tokenises again, no more
+def write(path: Path, prepared: Prepared) -> None:
+    """Save prepared data atomically, and delete the least recently used entries; failures are ignored."""
+    about = json.dumps({"prompts": prepared.prompts, "summary": prepared.summary})
+    arrays = dict(_arrays(prepared.train, ""))
+    if prepared.validation is not None:
+        arrays |= _arrays(prepared.validation, VALIDATION)
+    checksum = _checksum(about, prepared.train, prepared.validation)
+    with suppress(OSError, SafetensorError):  # e.g. a full or read-only disk; the next start tokenises again
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
             save_file(arrays, Path(folder) / path.name, {"about": about, "checksum": checksum})
@@ -122,13 +122,13 @@ def write(path: Path, made: Prepared) -> None:
 
 
 def prune(folder: Path) -> None:
-    """Remove the entries that were not used for longest, until the rest is within bounds; the newest stays."""
-    found = [(path, path.stat()) for path in folder.glob("*.safetensors")]
-    found.sort(key=lambda one: -one[1].st_mtime_ns)
+    """Delete the least recently used entries until the cache is within its limits; the newest entry always stays."""
+    entries = [(path, path.stat()) for path in folder.glob("*.safetensors")]
+    entries.sort(key=lambda entry: -entry[1].st_mtime_ns)
     total = 0
-    for place, (path, stat) in enumerate(found):
+    for rank, (path, stat) in enumerate(entries):
         total += stat.st_size
-        if place and (place >= KEPT or total > KEPT_BYTES):
+        if rank and (rank >= MAX_ENTRIES or total > MAX_BYTES):
             path.unlink(missing_ok=True)
 
 

@@ -1,8 +1,7 @@
-"""Records of the formats that people have, to one `Example`.
+"""Detect the format of records, and convert a record to an `Example`.
 
-A record is what stands on a line of a file. An example is one of two things: a conversation, which a chat
-template will render, or raw text with a prompt. All that is peculiar to a format ends here; nothing after it
-knows formats.
+A record is an object from a data file, e.g. a line of JSONL. An example is either a conversation, which a chat template
+will render, or raw text with a prompt. The modules after this one do not depend on the format.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -29,7 +28,7 @@ SHAREGPT_ROLES = {
 
 @dataclass(frozen=True)
 class Completion:
-    """Raw text for the tokenizer; only the completion is trained. Plain text has an empty prompt."""
+    """Raw text that no template renders. Only the completion is trained; plain text has an empty prompt."""
 
     prompt: str
     completion: str
@@ -40,7 +39,7 @@ Example = Conversation | Completion
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a format."""
+    """The columns that a format requires, and those that it also reads."""
 
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
@@ -62,32 +61,32 @@ def detect(columns: Collection[str], renames: Mapping[str, str], *, named: str |
     """Return the format that has these columns.
 
     Args:
-        columns: The file's column names.
-        renames: The recipe's `data.columns`: a format's column to the file's.
-        named: The recipe's `data.format`; it is checked instead of detected.
+        columns: The data's column names.
+        renames: The recipe's `data.columns`, from the format's column names to the data's.
+        named: The recipe's `data.format`. If given, it is only checked.
 
     Raises:
-        DataError: No format fits, several do, or a renamed column is not there.
+        DataError: No format matches, several match, or a renamed column does not exist.
     """
     found = ", ".join(columns)
     candidates = [named] if named else list(FORMATS)
     _check_renames(columns, renames, candidates)
-    fitting = [
+    matching = [
         name for name in candidates if all(renames.get(column, column) in columns for column in FORMATS[name].required)
     ]
-    if len(fitting) > 1:  # nearly every dataset with another format also has a rendered `text`
-        fitting = [name for name in fitting if name != "text"]
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        raise DataError(f"the columns {found} fit {' and '.join(fitting)}; say which with data.format")
-    wanted = FORMATS[named or "prompt-completion"].required
-    theirs = [*columns, *["..."] * len(wanted)]
-    hint = ", ".join(f"{ours}: {name}" for ours, name in zip(wanted, theirs, strict=False))
+    if len(matching) > 1:  # datasets of other formats often have an additional column `text` with the rendered example
+        matching = [name for name in matching if name != "text"]
+    if len(matching) == 1:
+        return matching[0]
+    if matching:
+        raise DataError(f"the columns {found} match {' and '.join(matching)}; set data.format")
+    required = FORMATS[named or "prompt-completion"].required
+    theirs = [*columns, *["..."] * len(required)]
+    hint = ", ".join(f"{ours}: {name}" for ours, name in zip(required, theirs, strict=False))
     known = "; ".join(f"{name}: {FORMATS[name]}" for name in candidates)
     raise DataError(
         f"the columns are {found}; expected those of {'the format' if named else 'a format'} ({known}); "
-        f"say in data.columns which is which, e.g. {{{hint}}}"
+        f"map them in data.columns, e.g. {{{hint}}}"
     )
 
 
@@ -96,32 +95,32 @@ def _check_renames(columns: Collection[str], renames: Mapping[str, str], candida
     for ours, theirs in renames.items():
         if ours not in known:
             raise DataError(
-                f"data.columns: {ours!r} is no column of {' or '.join(candidates)}; expected one of "
-                f"{', '.join(sorted(known))} (ours first, then yours)"
+                f"data.columns: {ours!r} is not a column of {' or '.join(candidates)}; expected one of "
+                f"{', '.join(sorted(known))} (the format's name first, then the file's)"
             )
         if theirs not in columns:
             found = ", ".join(columns)
-            raise DataError(f"data.columns: {ours}: there is no column {theirs!r}; the columns are {found}")
+            raise DataError(f"data.columns: {ours}: the data has no column {theirs!r}; its columns are {found}")
 
 
 def to_example(record: Mapping[str, Any], format: str, columns: Mapping[str, str]) -> Example:
-    """Turn a record into an example.
+    """Convert a record to an example.
 
     Args:
-        record: One line of the data.
+        record: The record.
         format: A key of FORMATS.
-        columns: The recipe's `data.columns`: a format's column to the file's.
+        columns: The recipe's `data.columns`, from the format's column names to the data's.
 
     Raises:
-        DataError: The record is not of the format; the message starts with the place inside the record.
+        DataError: The record does not fit the format. The message starts with the field inside the record.
     """
-    wanted = FORMATS[format]
-    fields = {name: record.get(columns.get(name, name)) for name in (*wanted.required, *wanted.optional)}
-    for name in wanted.required:
+    expected = FORMATS[format]
+    fields = {name: record.get(columns.get(name, name)) for name in (*expected.required, *expected.optional)}
+    for name in expected.required:
         if fields[name] is None:
             raise DataError(
                 f"{columns.get(name, name)} is missing; found {', '.join(map(str, record)) or 'nothing'}; "
-                f"the format {format} needs {' and '.join(columns.get(one, one) for one in wanted.required)}"
+                f"the format {format} needs {' and '.join(columns.get(column, column) for column in expected.required)}"
             )
     return _READERS[format](fields)
 
@@ -134,7 +133,7 @@ def _from_prompt_completion(fields: Mapping[str, Any]) -> Example:
     prompt, completion = fields["prompt"], fields["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         if not completion.strip():
-            raise DataError("completion is empty; there is nothing to learn from it")
+            raise DataError("completion is empty; add an answer or remove the record")
         return Completion(prompt, completion)
     if isinstance(prompt, str) or isinstance(completion, str):
         raise DataError(
@@ -165,7 +164,7 @@ def _from_text(fields: Mapping[str, Any]) -> Example:
     if not isinstance(fields["text"], str):
         raise DataError(f"text is {kind(fields['text'])}; expected a string")
     if not fields["text"].strip():
-        raise DataError("text is empty; there is nothing to learn from it")
+        raise DataError("text is empty; remove the record")
     return Completion("", fields["text"])
 
 
@@ -184,7 +183,7 @@ def _sharegpt_message(turn: Any, label: str) -> dict[str, Any]:
     if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
         hint = ""
         if isinstance(turn, Mapping) and {"role", "content"} <= set(turn):
-            hint = "; for role and content set data.format: messages and data.columns: {messages: conversations}"
+            hint = "; for role and content, set data.format: messages and data.columns: {messages: conversations}"
         raise DataError(f"{label} is {kind(turn)}; expected an object with from and value{hint}")
     if turn["from"] not in SHAREGPT_ROLES:
         raise DataError(f"{label}.from is {turn['from']!r}; expected one of {', '.join(SHAREGPT_ROLES)}")

@@ -1,8 +1,8 @@
-"""What a conversation must be, and the one shape in which chat templates get it.
+"""Check a conversation and convert it to the structure that chat templates expect.
 
-The shape is the one that the templates of transformers read: a string `content` in every message, tool calls
-as {type, function: {name, arguments}} with the arguments an object, tool schemas as {type, function}. What
-people bring in other shapes is turned into it here, or refused with its place in the record.
+Chat templates of transformers expect a string `content` in every message, tool calls as {type, function: {name,
+arguments}} with an object as arguments, and tool schemas as {type, function}. Common variants are converted; anything
+else is an error that names its place in the record.
 """
 
 import json
@@ -14,10 +14,10 @@ from lora_kit.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
-WEIGHTS = ("weight", "loss_weight")  # two names for: 1 trains an assistant turn, 0 shows it as context
+WEIGHTS = ("weight", "loss_weight")  # keys of a message: 1 trains an assistant turn, 0 makes it context only
 
 Labelled = tuple[str, Any]
-"""A value of a record and its name for error messages, e.g. `messages[2]`."""
+"""The name of a value for error messages, e.g. `messages[2]`, and the value."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Conversation:
     """Messages for a chat template.
 
     Attributes:
-        messages: Each with `role` and a string `content`; whatever else a template may read is kept.
-        tools: JSON schemas of the functions that may be called.
-        untrained: Positions of assistant messages that are context only (`weight: 0`, or part of a prompt).
+        messages: Each has `role` and a string `content`, and keeps other keys that a template may read.
+        tools: JSON schemas of the functions that the assistant may call.
+        untrained: Indices of assistant messages that are context only (`weight: 0`, or part of a prompt).
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -36,55 +36,60 @@ class Conversation:
 
     @property
     def answers(self) -> list[int]:
-        """Positions of the messages that are trained."""
+        """The indices of the messages that are trained."""
         roles = enumerate(message["role"] for message in self.messages)
         return [index for index, role in roles if role == "assistant" and index not in self.untrained]
 
 
 def conversation(parts: Sequence[Sequence[Labelled]], tools: Any) -> Conversation:
-    """Check a record's messages and tools; only the assistant turns of the last part are trained.
+    """Build a conversation from a record's messages and tools, and check them.
+
+    Args:
+        parts: Lists of messages with their names, to be joined. Only assistant turns of the last part are trained.
+        tools: The record's tool schemas: a list, a list as JSON, or None.
 
     Raises:
-        DataError: A message or a tool is not what it should be, or there is nothing to train.
+        DataError: A message or a tool is malformed, or nothing is trained.
     """
     messages, untrained = [], set()
     for number, part in enumerate(parts):
         for label, raw in part:
-            trained = number == len(parts) - 1
             messages.append(_message(raw, label))
-            if not (_weight(raw, label) and trained):
+            if not _is_trained(raw, label) or number < len(parts) - 1:
                 untrained.add(len(messages) - 1)
     if not messages:
-        raise DataError("there are no messages; expected at least a question and its answer")
+        raise DataError("the record has no messages; expected at least a question and its answer")
     roles = [message["role"] for message in messages]
     context = frozenset(index for index in untrained if roles[index] == "assistant")
-    made = Conversation(tuple(messages), _tools(tools), context)
-    if not made.answers:
+    result = Conversation(tuple(messages), _tools(tools), context)
+    if not result.answers:
         raise DataError(f"no assistant turn to train on; the roles are {', '.join(roles)}")
-    if made.answers[0] == 0:
+    if result.answers[0] == 0:
         label = next(label for part in parts for label, _ in part)
-        raise DataError(f"{label} is an assistant turn; the message that it answers must come before it")
-    return made
+        raise DataError(f"{label} is an assistant turn; a message to answer must come before it")
+    return result
 
 
 def _message(raw: Any, label: str) -> dict[str, Any]:
     if not isinstance(raw, Mapping):
         raise DataError(f"{label} is {kind(raw)}; expected an object with role and content")
     if "role" not in raw:
-        hint = "; for from and value set data.format: sharegpt" if "from" in raw else ""
+        hint = "; if the keys are from and value, set data.format: sharegpt" if "from" in raw else ""
         raise DataError(f"{label} has no role, only {', '.join(map(str, raw)) or 'nothing'}{hint}")
     if raw["role"] not in ROLES:
         raise DataError(f"{label}.role is {raw['role']!r}; expected one of {', '.join(ROLES)}")
     message = {key: value for key, value in raw.items() if value is not None and key not in WEIGHTS}
-    calls = message.pop("tool_calls", None)  # an empty list would make some templates call nothing
+    calls = message.pop("tool_calls", None)  # some templates would render an empty list as a tool call
     if calls:
         if message["role"] != "assistant":
-            raise DataError(f"{label}.tool_calls: only the assistant calls tools; the role is {message['role']!r}")
+            raise DataError(
+                f"{label}.tool_calls: only an assistant turn may call tools; the role is {message['role']!r}"
+            )
         named = labelled(items(calls, f"{label}.tool_calls"), f"{label}.tool_calls")
         message["tool_calls"] = [_tool_call(call, name) for name, call in named]
     message["content"] = "" if calls and raw.get("content") is None else _content(raw.get("content"), label)
     if message["role"] == "assistant" and not calls and not message["content"].strip():
-        raise DataError(f"{label} is an assistant turn with nothing in it; there is nothing to learn from it")
+        raise DataError(f"{label} is an assistant turn without content; add an answer or remove the record")
     return message
 
 
@@ -99,7 +104,7 @@ def _content(value: Any, label: str) -> str:
     for name, part in labelled(value, f"{label}.content"):
         if not isinstance(part, Mapping) or part.get("type") != "text":
             found = f".type is {part.get('type')!r}" if isinstance(part, Mapping) else f" is {kind(part)}"
-            raise DataError(f"{name}{found}; expected a part of type 'text': other kinds are not trained")
+            raise DataError(f"{name}{found}; expected a part of type 'text', lora_kit trains on text only")
         text = part.get("text", part.get("value"))
         if not isinstance(text, str):
             raise DataError(f"{name}.text is {kind(text)}; expected a string")
@@ -107,7 +112,8 @@ def _content(value: Any, label: str) -> str:
     return "".join(texts)
 
 
-def _weight(raw: Mapping[str, Any], label: str) -> bool:
+def _is_trained(raw: Mapping[str, Any], label: str) -> bool:
+    """Return False for a message with weight 0."""
     values = {key: raw[key] for key in WEIGHTS if raw.get(key) is not None}
     for key, value in values.items():
         if value not in (0, 1):
@@ -147,10 +153,15 @@ def _tools(value: Any) -> tuple[dict[str, Any], ...] | None:
 
 
 def parsed(text: str, label: str, expected: str) -> Any:
-    """Return JSON that a record holds as a string.
+    """Parse a string field that contains JSON.
+
+    Args:
+        text: The field.
+        label: Its name for the error message.
+        expected: The expected value for the error message, e.g. "an object".
 
     Raises:
-        DataError: It is not JSON.
+        DataError: The text is not JSON.
     """
     try:
         return json.loads(text)
@@ -159,10 +170,10 @@ def parsed(text: str, label: str, expected: str) -> Any:
 
 
 def items(value: Any, label: str) -> list[Any]:
-    """Return a list of a record.
+    """Return the value if it is a list.
 
     Raises:
-        DataError: It is not a list.
+        DataError: The value is not a list.
     """
     if not isinstance(value, list):
         raise DataError(f"{label} is {kind(value)}; expected a list")
@@ -170,13 +181,13 @@ def items(value: Any, label: str) -> list[Any]:
 
 
 def labelled(values: Sequence[Any], name: str) -> list[Labelled]:
-    """Return each value with its name for error messages."""
+    """Pair each value with its name for error messages: `name[0]`, `name[1]`, ..."""
     return [(f"{name}[{number}]", value) for number, value in enumerate(values)]
 
 
 def kind(value: Any) -> str:
-    """Name a value's type in the words of JSON."""
+    """Describe a value's JSON type for an error message, e.g. "a string"."""
     if isinstance(value, Mapping):
-        return f"an object with {', '.join(map(str, value)) or 'nothing in it'}"
+        return f"an object with {', '.join(map(str, value)) or 'no keys'}"
     names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a string"}
     return names.get(type(value), "a list" if isinstance(value, list | tuple) else f"a {type(value).__name__}")

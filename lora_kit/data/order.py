@@ -1,8 +1,9 @@
-"""Which examples a step trains on, and which random numbers it draws: pure functions of the step.
+"""The examples and the random seeds of a step, as pure functions of the step.
 
-An epoch is a permutation of the examples that a Feistel network computes from (seed, epoch): any position is found in
-constant time and nothing is stored, so resuming at step 1,000,000 costs what resuming at step 1 costs. Steps read the
-endless concatenation of the epochs' permutations, `batch_size` positions each, however many processes there are.
+The order of an epoch is a permutation that a Feistel network computes from (seed, epoch). Any position of it takes
+constant time and nothing is stored, so resuming at step 1,000,000 is as cheap as at step 1. The orders of all epochs
+form an endless sequence, and every step takes the next `batch_size` examples of it. The number of processes plays no
+role.
 """
 
 import math
@@ -17,19 +18,27 @@ ROUNDS = 6  # four rounds already pass the statistical tests; two more cost noth
 
 
 class Position(NamedTuple):
-    """One place in the endless sequence of examples."""
+    """An example in the endless sequence of examples, and the epoch that it is in."""
 
     epoch: int
     example: int
 
 
 def micro_batch_seed(seed: int, step: int, index: int) -> int:
-    """Return the generator's seed for one micro-batch, whichever process runs it."""
+    """Return the torch seed for a micro-batch; it does not depend on the process that computes it."""
     return mix(seed, 1, step, index) >> 1  # torch takes 63 bits
 
 
 def permute(positions: np.ndarray, count: int, key: int) -> np.ndarray:
-    """Return where a permutation of range(count), chosen by `key`, sends each position (int64).
+    """Apply a pseudo-random permutation of range(count) to some positions.
+
+    Args:
+        positions: Integers in range(count).
+        count: The size of the permuted range.
+        key: Selects the permutation.
+
+    Returns:
+        The permuted positions, int64, in the same order.
 
     Source: Luby and Rackoff 1988 (Feistel network); Black and Rogaway 2002 (cycle walking into a smaller range).
     """
@@ -56,7 +65,7 @@ def _scramble(values: np.ndarray) -> np.ndarray:
 
 
 def total_examples(examples: int, *, batch_size: int, steps: int | None, epochs: float | None) -> int:
-    """Return how many examples the whole run trains on, counting each epoch's visit."""
+    """Return how many examples the run trains on; an example counts once per epoch."""
     if steps is not None:
         return steps * batch_size
     assert epochs is not None
@@ -64,24 +73,24 @@ def total_examples(examples: int, *, batch_size: int, steps: int | None, epochs:
 
 
 def total_steps(total: int, batch_size: int) -> int:
-    """Return the number of optimizer steps that `total` examples make; the last may be short."""
+    """Return the number of optimizer steps for `total` examples; the last step may have fewer examples."""
     return math.ceil(total / batch_size)
 
 
 def examples_of_step(step: int, *, batch_size: int, examples: int, total: int, seed: int) -> list[Position]:
-    """Return what step `step` (from 0) trains on: positions [step*B, (step+1)*B) of the endless sequence.
+    """Return the examples of a step: positions [step * batch_size, (step + 1) * batch_size) of the endless sequence.
 
     Args:
         step: The optimizer step, counted from 0.
-        batch_size: Examples a step, over all processes.
-        examples: N, the number of examples after drops.
-        total: Where the run ends, in examples; the last step is cut there.
+        batch_size: Examples per step, over all processes.
+        examples: The number of training examples.
+        total: The number of examples of the whole run, where the last step ends.
         seed: The recipe's seed.
     """
-    wanted = np.arange(step * batch_size, min((step + 1) * batch_size, total), dtype=np.int64)
-    found: list[Position] = []
-    for epoch in np.unique(wanted // examples).tolist():
-        inside = wanted[wanted // examples == epoch] - epoch * examples
+    positions = np.arange(step * batch_size, min((step + 1) * batch_size, total), dtype=np.int64)
+    result: list[Position] = []
+    for epoch in np.unique(positions // examples).tolist():
+        inside = positions[positions // examples == epoch] - epoch * examples
         order = permute(inside, examples, mix(seed, 0, epoch))
-        found.extend(Position(epoch, example) for example in order.tolist())
-    return found
+        result.extend(Position(epoch, example) for example in order.tolist())
+    return result

@@ -1,8 +1,9 @@
-"""How a step's examples become micro-batches, and in which order their gradients are summed.
+"""Pack a step's examples into micro-batches, and define the order in which their gradients are summed.
 
-Both depend on the lengths alone, never on the number of processes: that is why one, two or eight processes compute the
-same bits. A micro-batch holds at most `micro_batch_tokens` tokens, either packed end to end (no padding) or, for a
-model that would leak between packed examples, as rows padded to the longest.
+Both depend only on the lengths of the examples, not on the number of processes. This is why one, two or eight processes
+compute the same bits. A micro-batch holds at most `micro_batch_tokens` tokens: either examples packed end to end
+without padding or, for a model whose attention would leak between packed examples, one row per example, padded to the
+longest.
 """
 
 from bisect import bisect_left, insort
@@ -15,20 +16,20 @@ import numpy as np
 from lora_kit.data.tokens import Tokens
 
 IGNORE = -100
-"""The label of a position that is not trained, as in transformers and torch."""
+"""The label of an untrained position, as in torch and transformers."""
 
-COST_OF_A_TOKEN = 2048  # attention costs l^2 and the rest about 2,048 l at the widths that people fine-tune
+TOKEN_COST = 2048  # an example of length l costs l^2 for attention and about 2,048 l for the rest, at usual widths
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one process holds at once. Arrays are [rows, length]; packed micro-batches have one row.
+    """The input of one forward and backward pass. Arrays are int64 [rows, length]; a packed micro-batch has one row.
 
     Attributes:
         ids: Token ids.
-        labels: The next token where it is trained, IGNORE elsewhere: already shifted.
-        position_ids: Positions, restarting at 0 with each example.
-        attention_mask: None when packed; 1 on real tokens and 0 on padding when padded.
+        labels: At each position the id of the next token if it is trained, otherwise IGNORE (so already shifted).
+        position_ids: Positions, which restart at 0 with each example.
+        attention_mask: 1 for tokens and 0 for padding; None if packed.
         segments: The lengths of the examples, in order.
     """
 
@@ -45,8 +46,8 @@ class MicroBatch:
 
 
 def cost(lengths: Sequence[int]) -> int:
-    """Return the relative time of a micro-batch with examples of these lengths."""
-    return sum(length * (COST_OF_A_TOKEN + length) for length in lengths)
+    """Return the estimated time of a micro-batch with examples of these lengths, in arbitrary units."""
+    return sum(length * (TOKEN_COST + length) for length in lengths)
 
 
 class Split(Protocol):
@@ -57,37 +58,37 @@ class Split(Protocol):
 
 
 def pack(lengths: Sequence[int], micro_batch_tokens: int, *, padded: bool = False) -> list[list[int]]:
-    """Group a step's examples into micro-batches, the most expensive first.
+    """Group a step's examples into micro-batches by best-fit decreasing, the most expensive micro-batch first.
 
     Args:
-        lengths: Tokens of each example, none above `micro_batch_tokens`.
-        micro_batch_tokens: The most tokens (padding included) a micro-batch may hold.
-        padded: Count a micro-batch as rows times its longest row.
+        lengths: The number of tokens of each example, at most `micro_batch_tokens`.
+        micro_batch_tokens: The maximum number of tokens in a micro-batch, padding included.
+        padded: Whether each example is a row that is padded to the longest.
 
     Returns:
         For each micro-batch the indices into `lengths`, ascending.
     """
     longest_first = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     groups: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # (tokens still free, group), ascending
+    spaces: list[tuple[int, int]] = []  # (free tokens, group) of every group, ascending
     for index in longest_first:
-        place = bisect_left(rooms, (lengths[index], -1))
-        if place < len(rooms):
-            room, group = rooms.pop(place)
+        place = bisect_left(spaces, (lengths[index], -1))
+        if place < len(spaces):
+            free, group = spaces.pop(place)
         else:
             row = lengths[index] if padded else 1
-            room, group = micro_batch_tokens // row * row, len(groups)
+            free, group = micro_batch_tokens // row * row, len(groups)
             groups.append([])
         groups[group].append(index)
-        # a padded row is as long as its group's first, which is the longest
-        insort(rooms, (room - lengths[groups[group][0] if padded else index], group))
+        # a padded row has the length of the first example of its group, which is the longest
+        insort(spaces, (free - lengths[groups[group][0] if padded else index], group))
     for group_members in groups:
         group_members.sort()
     return sorted(groups, key=lambda members: (-cost([lengths[index] for index in members]), members[0]))
 
 
 def collate(tokens: Tokens, members: Sequence[int], *, padded: bool) -> MicroBatch:
-    """Build the micro-batch of the examples `members` of `tokens`."""
+    """Build a micro-batch from the examples with the indices `members`."""
     rows = [_row(*tokens.example(index)) for index in members]
     segments = tuple(len(ids) for ids, _, _ in rows)
     if not padded:
@@ -103,17 +104,25 @@ def collate(tokens: Tokens, members: Sequence[int], *, padded: bool) -> MicroBat
 
 
 def _row(ids: np.ndarray, trained: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the ids, labels and position ids of an example."""
     labels = np.full(len(ids), IGNORE, dtype=np.int64)
     labels[:-1] = np.where(trained[1:], ids[1:], IGNORE)
     return ids.astype(np.int64), labels, np.arange(len(ids), dtype=np.int64)
 
 
 def reduction_schedule(count: int) -> list[tuple[int, int]]:
-    """Return the order in which a process visits its micro-batches and how it sums their gradients.
+    """Return the order in which a process computes its micro-batches and sums their gradients.
 
-    The sum is the fixed binary tree T(m) = T(m[0::2]) + T(m[1::2]); an absent leaf is skipped. Each entry is (index,
-    merges): after computing micro-batch `index`, add the last `merges` partial sums of the stack to it, newest first,
-    and push the result. The stack never holds more than log2(count) + 1 sums.
+    The order is fixed because floating-point addition is not associative. The gradients of a list m of micro-batches
+    are summed by the binary tree T(m) = T(m[0::2]) + T(m[1::2]), so that each of 2^k processes computes a subtree.
+
+    Args:
+        count: The number of micro-batches of this process.
+
+    Returns:
+        Pairs (index, merges) for a stack of partial sums: compute the gradient of micro-batch `index`, add the last
+        `merges` sums of the stack to it, newest first, and push the result. The stack holds at most log2(count) + 1
+        sums.
     """
 
     def visit(indices: range, merges: int) -> list[tuple[int, int]]:

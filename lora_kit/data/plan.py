@@ -1,8 +1,8 @@
-"""A recipe's data, and which of it each step trains on: a pure function of the step."""
+"""Prepare a recipe's data, and plan the examples and micro-batches of every step."""
 
 from dataclasses import dataclass
 
-from lora_kit.data.cache import remembered
+from lora_kit.data.cache import cached
 from lora_kit.data.order import examples_of_step, total_examples, total_steps
 from lora_kit.data.packing import Split, pack
 from lora_kit.data.template import Renderer
@@ -11,24 +11,28 @@ from lora_kit.recipe.schema import Recipe
 
 
 def prepare_data(recipe: Recipe, renderer: Renderer) -> Prepared:
-    """Read, render and tokenise what a recipe trains on and holds out, or take it from an earlier call."""
+    """Read, render and tokenise a recipe's training and validation data, or load it from the cache.
+
+    Raises:
+        DataError: The data has problems; the message lists them.
+    """
 
     def make() -> Prepared:
         prompts = recipe.evaluate.generate
         return prepare(recipe.data, renderer, base_dir=recipe.folder, seed=recipe.train.seed, prompts=prompts)
 
-    return remembered(recipe, renderer, make)
+    return cached(recipe, renderer, make)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which examples each step trains on, and in which micro-batches: a pure function of the step.
+    """The examples and micro-batches of every step, as pure functions of the step.
 
     Attributes:
-        recipe: Says which examples.
-        tokens: Of all examples.
-        micro_batch_tokens: What the run has settled on; the recipe may say auto.
-        padded: Whether micro-batches are rows of one example each.
+        recipe: The recipe.
+        tokens: All training examples.
+        micro_batch_tokens: Maximum number of tokens in a micro-batch (the recipe's value may be auto).
+        padded: Whether each example is a padded row of its micro-batch; otherwise they are packed into one row.
         split: How the objective groups the examples of a step into micro-batches.
     """
 
@@ -40,21 +44,21 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """The examples of the whole run, each epoch's visit counted."""
+        """The number of examples of the whole run; an example counts once per epoch."""
         train = self.recipe.train
         return total_examples(len(self.tokens), batch_size=train.batch_size, steps=train.steps, epochs=train.epochs)
 
     @property
     def steps(self) -> int:
-        """The optimizer steps of the whole run."""
+        """The number of optimizer steps of the whole run."""
         return total_steps(self.total, self.recipe.train.batch_size)
 
     def examples_seen(self, step: int) -> int:
-        """Return how many examples were trained on before a step."""
+        """Return how many examples were trained on before a step, which counts from 0."""
         return min(self.total, step * self.recipe.train.batch_size)
 
     def micro_batches(self, step: int) -> list[list[int]]:
-        """Return the step's micro-batches as indices of examples, over all processes."""
+        """Return the micro-batches of a step for all processes together, each as the indices of its examples."""
         train = self.recipe.train
         positions = examples_of_step(
             step, batch_size=train.batch_size, examples=len(self.tokens), total=self.total, seed=train.seed
@@ -65,13 +69,16 @@ class Plan:
         return [[members[index] for index in group] for group in groups]
 
     def idle_share(self, processes: int) -> float:
-        """Return the share of the processes' turns in which there is no micro-batch for them, over the first steps."""
-        counts = [len(self.micro_batches(step)) for step in range(min(20, self.steps))]
-        turns = sum(-(-count // processes) * processes for count in counts)
-        return 1 - sum(counts) / turns
+        """Return the fraction of process time spent waiting because micro-batches do not divide evenly.
 
-    def about_idleness(self, processes: int) -> str | None:
-        """Return what to say when a step has fewer micro-batches than there are processes; None when it has enough."""
+        It is the mean over the first 20 steps, and all micro-batches are assumed to take the same time.
+        """
+        counts = [len(self.micro_batches(step)) for step in range(min(20, self.steps))]
+        slots = sum(-(-count // processes) * processes for count in counts)
+        return 1 - sum(counts) / slots
+
+    def idleness_note(self, processes: int) -> str | None:
+        """Return a note for the user if a step has fewer micro-batches than there are processes, otherwise None."""
         count = len(self.micro_batches(0))
         if count >= processes:
             return None

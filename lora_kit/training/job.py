@@ -304,7 +304,7 @@ def announce(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Cons
         console.warn(note)
     if plan.padded:
         console.warn("this model mixes examples that are packed into one row, so it trains on padded rows: slower")
-    if idleness := plan.about_idleness(job.processes.count):
+    if idleness := plan.idleness_note(job.processes.count):
         console.warn(idleness)
     resolved, exact = job.manifest["resolved"], job.manifest["claim"]["level"] == "bitwise"
     threads = f", {resolved['threads']} thread(s) each" if resolved["threads"] else ""

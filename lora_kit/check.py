@@ -27,7 +27,7 @@ from lora_kit.model.tokenizer import load_renderer
 from lora_kit.recipe.load import resolve_path
 from lora_kit.recipe.schema import Recipe
 from lora_kit.runs.trackers import require
-from lora_kit.training.micro_batches import Machine, Portions, choose, described, this_machine
+from lora_kit.training.micro_batches import Machine, MicroBatches, choose, description, this_machine
 
 
 @dataclass(frozen=True, repr=False)
@@ -103,7 +103,7 @@ def estimate(recipe: Recipe, *, shapes: Path | None = None, offline: bool = Fals
     return _estimate(recipe, shape, choose(recipe, shape, machine), machine)
 
 
-def _estimate(recipe: Recipe, shape: Shape, portions: Portions, machine: Machine) -> Estimate:
+def _estimate(recipe: Recipe, shape: Shape, portions: MicroBatches, machine: Machine) -> Estimate:
     tokens, recompute = portions.micro_batch_tokens, portions.activation_checkpointing
     return estimate_memory(shape, recipe, tokens=tokens, recompute=recompute, device=machine.device)
 
@@ -147,7 +147,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
-    portions: Portions | None = None
+    portions: MicroBatches | None = None
     estimate: Estimate | None = None
     preview: Preview | None = None
 
@@ -184,7 +184,7 @@ class Report:
         if self.schedule:
             yield Text("schedule: " + ", ".join(f"{key} {_plain(value)}" for key, value in self.schedule.items()))
         if self.portions is not None:
-            yield Text(described(self.portions, self.machine))
+            yield Text(description(self.portions, self.machine))
         if self.estimate is not None:
             yield from (Text(line) for line in self.estimate.lines())
         yield from (Text(f"note: {note}", style="yellow") for note in self.notes)

@@ -1,4 +1,4 @@
-"""What the adapter gained on held-out examples: loss and exact match, of the base and of the adapter."""
+"""Held-out loss and exact match, of the base and of the adapter."""
 
 import json
 import math
@@ -31,10 +31,10 @@ class Score:
     """Held-out quality of one model.
 
     Attributes:
-        loss: Cross-entropy a trained token, nats.
+        loss: Mean cross-entropy of the trained tokens, in nats.
         perplexity: exp(loss).
-        exact_match: Share of answers equal to the expected text; None when none was generated.
-        examples: How many examples the loss is over.
+        exact_match: Share of answers equal to the expected text; None if no answers were generated.
+        examples: How many examples the loss covers.
         answered: How many answers were generated.
     """
 
@@ -47,15 +47,15 @@ class Score:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What is held out, and how it is run.
+    """Held-out data, and how the model is run on it; packing and objective are those of training.
 
     Attributes:
         tokens: The validation examples.
-        prompts: Those to answer by generation.
-        micro_batch_tokens: As in training.
-        padded: As in training.
-        objective: As in training.
-        how: How answers are made.
+        prompts: The prompts to answer by generation.
+        micro_batch_tokens: The most tokens of a micro-batch.
+        padded: Whether micro-batches are padded rows instead of one packed row.
+        objective: The loss.
+        how: How answers are generated.
     """
 
     tokens: Tokens
@@ -67,10 +67,10 @@ class HeldOut:
 
 
 def held_out_of(plan: Plan, objective: Objective, data: Prepared, renderer: Renderer) -> HeldOut | None:
-    """Return what is held out, to be run as training is planned; None when there is no validation data."""
+    """Return the held-out data of a plan; None without validation data."""
     if data.validation is None:
         return None
-    # an answer that has outgrown the longest expected one cannot be equal to it
+    # an answer longer than the longest expected text cannot be equal to any
     longest = max((len(renderer.tokenizer(one.expected)["input_ids"]) for one in data.prompts), default=0)
     how = Answering(stop_ids(renderer), max_new_tokens=longest + 8)
     return HeldOut(data.validation, data.prompts, plan.micro_batch_tokens, plan.padded, objective, how)
@@ -84,16 +84,16 @@ def score(
     processes: Processes,
     tick: Callable[[str], None] = lambda _: None,
 ) -> Score:
-    """Measure one model; the examples are dealt out over the processes."""
+    """Measure the model on the held-out data, divided over the processes."""
     loss_sum, weight = _loss(model, held_out, processes, tick)
-    mine = held_out.prompts[processes.index :: processes.count]
-    right = 0
-    for start in range(0, len(mine), held_out.how.batch_size):
+    own_prompts = held_out.prompts[processes.index :: processes.count]
+    matches = 0
+    for start in range(0, len(own_prompts), held_out.how.batch_size):
         tick("answering")
-        some = mine[start : start + held_out.how.batch_size]
-        texts = answer(model, renderer.tokenizer, [one.ids for one in some], held_out.how)
-        right += sum(text.strip() == one.expected.strip() for text, one in zip(texts, some, strict=True))
-    totals = [sum(column) for column in zip(*processes.gather([(loss_sum, weight, right)]), strict=True)]
+        batch = own_prompts[start : start + held_out.how.batch_size]
+        texts = answer(model, renderer.tokenizer, [prompt.ids for prompt in batch], held_out.how)
+        matches += sum(text.strip() == prompt.expected.strip() for text, prompt in zip(texts, batch, strict=True))
+    totals = [sum(column) for column in zip(*processes.gather([(loss_sum, weight, matches)]), strict=True)]
     loss = totals[0] / max(1, totals[1])
     match = totals[2] / len(held_out.prompts) if held_out.prompts else None
     return Score(loss, math.exp(min(loss, 700)), match, len(held_out.tokens), len(held_out.prompts))
@@ -131,7 +131,7 @@ def compare(
 
 
 def plain(scores: dict[str, Score]) -> dict[str, dict[str, float | None]]:
-    """Return the scores as JSON values, for result.json."""
+    """Return the scores as plain values for result.json."""
     return {name: asdict(one) for name, one in scores.items()}
 
 
@@ -139,8 +139,8 @@ def evaluate(recipe: Recipe, checkpoint: str | Path) -> dict[str, Score]:
     """Measure a checkpoint's base and adapter on a recipe's validation data.
 
     Args:
-        recipe: Says what is held out and where the base lies.
-        checkpoint: What `load` takes.
+        recipe: Names the validation data and the base.
+        checkpoint: A checkpoint, a run for its newest checkpoint, or a Hub name.
 
     Raises:
         DataError: The recipe has no validation data.

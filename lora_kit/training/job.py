@@ -42,7 +42,7 @@ from lora_kit.runs.resume import OpenRun, Row, contract, describe, enforce, enfo
 from lora_kit.runs.store import Checkpoint
 from lora_kit.runs.trackers import STATE, Curves, Trackers, claim_id
 from lora_kit.training.choices import choices, fast_parts, measured_threads
-from lora_kit.training.micro_batches import Portions
+from lora_kit.training.micro_batches import MicroBatches
 from lora_kit.training.objectives.objective import Objective
 from lora_kit.training.objectives.sft import Sft
 from lora_kit.training.processes import Processes
@@ -312,7 +312,7 @@ def announce(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Cons
         f"{job.processes.count} process(es) on {job.processes.device.type}{threads}; {resolved['layout']} rows, "
         f"{resolved['attention']} attention; a resume is exact {'to the bit' if exact else 'to rounding'}"
     )
-    portions = Portions(plan.micro_batch_tokens, resolved["activation_checkpointing"])
+    portions = MicroBatches(plan.micro_batch_tokens, resolved["activation_checkpointing"])
     console.say(f"micro-batches: {portions}; fast path: {fusing.about(job.model, resolved['kernels'])}")
 
 

@@ -91,7 +91,7 @@ def train(
             for batch, weight, merges in my_micro_batches(job, step):
                 live.alive()
                 loss = part("loss", job.objective.loss)(job.model, batch, processes.device).divided(weight)
-                part("rest of the way back", loss.total.backward)()
+                part("rest of backward", loss.total.backward)()
                 state.sums[LOSS], state.sums[STOP] = loss.total.detach(), float(stop_wish.is_set() or live.stop)
                 for place, metric in enumerate(loss.metrics, start=METRICS):
                     state.sums[place] = metric

@@ -1,8 +1,9 @@
-"""How many tokens a process computes at once, and whether it keeps their activations or computes them twice.
+"""How many tokens a process computes at once, and whether it keeps their activations or recomputes them.
 
-`auto` is settled once a run, from the recipe, the base's shape and the memory there is. On a CPU it is 2,048 tokens,
-whose activations its caches hold. On a GPU it is the most of a short ladder that fits with all activations kept; where
-fewer than 4,096 would, activations are computed twice, which costs a third more time, and the ladder is tried again.
+`auto` is settled once for a run, from the recipe, the shape of the base and the memory of the machine. On a CPU a
+micro-batch has 2,048 tokens, whose activations fit into the caches. On a GPU it is the largest size of a short ladder
+that fits with all activations kept. Where fewer than 4,096 tokens would fit, activations are recomputed in the backward
+pass, which costs a third more time, and the ladder is tried again.
 """
 
 import os
@@ -17,24 +18,24 @@ import psutil
 from lora_kit.model.sizes import Shape, estimate_memory, in_words
 from lora_kit.recipe.schema import Recipe
 
-ON_CPU = 2048  # at 160 M 1.5 times as fast as 8,192
-ON_GPU = (2048, 4096, 8192, 16384)
-FULL = 8192  # a GPU is busy with these while the next ones are launched, except with narrow bases
-NARROW = 4096  # the width below which it waits for them: a 1B Llama reached 30% of its products' rate
-ENOUGH = 4096  # more are not worth computing activations twice
-ROOM = {  # of the memory, for what is estimated; the rest is for libraries, fragments and other programs
-    "cpu": 0.5,  # malloc held 1.6 times what the tensors of a step of 160 M took
+CPU_TOKENS = 2048  # at 160 M parameters 1.5 times as fast as 8,192
+GPU_TOKENS = (2048, 4096, 8192, 16384)
+SATURATING_TOKENS = 8192  # keep a GPU busy while the next kernels are launched, unless the base is narrow
+NARROW_WIDTH = 4096  # below this hidden size launching is the limit: a 1B Llama reached 30% of the GEMM rate
+ENOUGH_TOKENS = 4096  # recomputing activations is not worth its time to get more than these
+MEMORY_SHARE = {  # of the memory may be estimated; the rest is for libraries, fragmentation and other programs
+    "cpu": 0.5,  # malloc held 1.6 times what the tensors of a step took at 160 M parameters
     "cuda": 0.85,
 }
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What is computed on.
+    """The device that a process computes on.
 
     Attributes:
         device: cpu or cuda.
-        memory: Bytes that one process has.
+        memory: Bytes that one process may use.
     """
 
     device: Literal["cpu", "cuda"]
@@ -42,76 +43,81 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Portions:
-    """The two values that a recipe may leave to `auto`."""
+class MicroBatches:
+    """The two settings that a recipe may leave to `auto`."""
 
     micro_batch_tokens: int
     activation_checkpointing: bool
 
     def __str__(self) -> str:
-        how = "computed twice" if self.activation_checkpointing else "kept"
-        return f"at most {self.micro_batch_tokens:,} tokens, activations {how}"
+        activations = "recomputed in backward" if self.activation_checkpointing else "kept"
+        return f"at most {self.micro_batch_tokens:,} tokens, activations {activations}"
 
 
-def choose(recipe: Recipe, shape: Shape | None, machine: Machine) -> Portions:
-    """Return what the recipe names, and what is best of what it leaves open.
+def choose(recipe: Recipe, shape: Shape | None, machine: Machine) -> MicroBatches:
+    """Return the settings that the recipe names, and the fastest that fit for those that it leaves to `auto`.
 
     Args:
         recipe: The recipe.
-        shape: Of the base; None where its family is not counted, and then a GPU is not filled.
-        machine: The least that any process has.
+        shape: The shape of the base; None for a family whose sizes are not known. A GPU is then not filled.
+        machine: The process with the least memory.
     """
-    tokens, twice = recipe.train.micro_batch_tokens, recipe.train.activation_checkpointing
+    tokens, recompute = recipe.train.micro_batch_tokens, recipe.train.activation_checkpointing
     sizes = [tokens] if isinstance(tokens, int) else _ladder(recipe, shape, machine)
-    ways = [twice] if isinstance(twice, bool) else [False, True]
+    recompute_choices = [recompute] if isinstance(recompute, bool) else [False, True]
     if shape is None:
-        return Portions(sizes[0], ways[0] if machine.device == "cpu" else ways[-1])
-    enough = min(sizes[-1], max(ENOUGH, recipe.data.sequence_length))
-    for way in ways:
-        estimates = [estimate_memory(shape, recipe, tokens=one, recompute=way, device=machine.device) for one in sizes]
-        fitting = [one for one in estimates if one.device_bytes <= ROOM[machine.device] * machine.memory]
-        most = max((one.micro_batch_tokens for one in fitting), default=0)
-        if most >= enough or (most and way is ways[-1]):
-            return Portions(most, way)
-    return Portions(sizes[0], ways[-1])
+        return MicroBatches(sizes[0], recompute_choices[0 if machine.device == "cpu" else -1])
+    limit = MEMORY_SHARE[machine.device] * machine.memory
+    enough = min(sizes[-1], max(ENOUGH_TOKENS, recipe.data.sequence_length))
+    for recomputed in recompute_choices:
+        estimates = [
+            estimate_memory(shape, recipe, tokens=size, recompute=recomputed, device=machine.device) for size in sizes
+        ]
+        largest = max((one.micro_batch_tokens for one in estimates if one.device_bytes <= limit), default=0)
+        if largest >= enough or (largest and recomputed is recompute_choices[-1]):
+            return MicroBatches(largest, recomputed)
+    return MicroBatches(sizes[0], recompute_choices[-1])
 
 
 def _ladder(recipe: Recipe, shape: Shape | None, machine: Machine) -> list[int]:
-    """Return the sizes to choose from, ascending; an example is never split, so none is below the longest allowed."""
+    """Return the sizes to choose from, ascending; none is below the longest example, since examples are not split."""
     if machine.device == "cpu":
-        sizes = [ON_CPU]
+        sizes = [CPU_TOKENS]
     elif shape is None:
-        sizes = [ENOUGH]
+        sizes = [ENOUGH_TOKENS]
     else:
-        sizes = [size for size in ON_GPU if size <= FULL or shape.width < NARROW]
+        sizes = [size for size in GPU_TOKENS if size <= SATURATING_TOKENS or shape.width < NARROW_WIDTH]
     return sorted({max(size, recipe.data.sequence_length) for size in sizes})
 
 
 def this_machine(processes: int = 1) -> Machine:
-    """Return what a run on this machine would compute on, without touching a GPU."""
-    gpus = _memory_of_gpus()
+    """Return the device that a run on this machine would compute on, without touching a GPU."""
+    gpus = _gpu_memory()
     return Machine("cuda", min(gpus)) if gpus else Machine("cpu", host_memory() // processes)
 
 
-def _memory_of_gpus() -> list[int]:
+def _gpu_memory() -> list[int]:
+    """Return the bytes of memory of every visible GPU."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible == "":
+        return []
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     command += [f"--id={visible}"] if visible else []
-    told = ""
-    if visible != "":
-        with suppress(OSError, subprocess.SubprocessError):
-            told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
-    return [int(line) << 20 for line in told.split() if line.isdigit()]
+    try:
+        printed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [int(line) << 20 for line in printed.split() if line.isdigit()]
 
 
 def host_memory() -> int:
-    """Return the bytes of memory that this machine has, or this container may use."""
+    """Return the bytes of memory that this machine has, or that this container may use."""
     total = int(psutil.virtual_memory().total)
     with suppress(OSError, ValueError):
         total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return total
 
 
-def described(portions: Portions, machine: Machine) -> str:
-    """Return a line about what was chosen, and for what."""
-    return f"micro-batches: {portions} ({machine.device} with {in_words(machine.memory)})"
+def description(settings: MicroBatches, machine: Machine) -> str:
+    """Return a line about the settings and the device that they were chosen for."""
+    return f"micro-batches: {settings} ({machine.device} with {in_words(machine.memory)})"

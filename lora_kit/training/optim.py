@@ -1,6 +1,6 @@
-"""The optimizer on flat state, and the learning rate as a function of how far the run is.
+"""AdamW on flat state, and the learning rate as a function of the examples seen.
 
-Neither has a counter of its own: both are told the step. So a resume has nothing to restore but the two moments.
+Neither has a counter: both are given the step. So a resume restores the two moments and nothing else.
 """
 
 import math
@@ -18,8 +18,13 @@ Flat = Float32[Tensor, "parameters"]
 def learning_rate(optim: Optim, examples_seen: int, total: int) -> float:
     """Return the learning rate of a step that begins after `examples_seen` of `total` examples.
 
-    It rises linearly over the first `optim.warmup` of the run (the first step already moves), then follows the schedule
-    down to zero at the end. Counting examples instead of steps makes it independent of how a batch is split.
+    It rises linearly over the first `optim.warmup` of the run, from a value above zero, and then follows the schedule;
+    linear and cosine end at zero. Progress is counted in examples, so that another batch size keeps the curve.
+
+    Args:
+        optim: The learning rate, the warm-up (a fraction of the run) and the schedule.
+        examples_seen: Examples that earlier steps have trained on.
+        total: Examples of the whole run, counting each epoch.
     """
     warmup = optim.warmup * total
     if examples_seen < warmup:
@@ -42,7 +47,7 @@ def gradient_norm(gradient: Flat) -> Float32[Tensor, ""]:
 
 
 def clip(gradient: Flat, norm: Float32[Tensor, ""], max_norm: float) -> None:
-    """Scale the gradient in place so that its norm is at most `max_norm`, without asking the device for the norm."""
+    """Scale the gradient in place so that its norm is at most `max_norm`; the host does not wait for the norm."""
     gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
@@ -57,27 +62,27 @@ def adamw(
     optim: Optim,
     taken: Bool[Tensor, ""],
 ) -> None:
-    """Do one AdamW update in place, or none.
+    """Update weights and moments in place by one step of AdamW, or leave them if the step is not taken.
 
     Args:
         weights: The fp32 master weights.
-        gradient: Their gradient; left as it is.
+        gradient: Their gradient; not changed.
         moments: The running averages of the gradient and of its square.
         step: The step's number from 0; the bias correction uses step + 1.
-        learning_rate: Of this step.
+        learning_rate: The learning rate of this step.
         optim: Betas and weight decay.
-        taken: False leaves weights and moments as they are, whatever the gradient holds; the device is not asked.
+        taken: If false, weights and moments stay, even if the gradient holds NaN; the host does not wait for the value.
 
     Source: Loshchilov and Hutter 2019, algorithm 2, with epsilon 1e-8 as in torch.
     """
     beta1, beta2 = optim.betas
     mean, square = moments
-    _take(mean, mean.lerp(gradient, 1 - beta1), taken)
-    _take(square, (square * beta2).addcmul_(gradient, gradient, value=1 - beta2), taken)
+    _write_if(mean, mean.lerp(gradient, 1 - beta1), taken)
+    _write_if(square, (square * beta2).addcmul_(gradient, gradient, value=1 - beta2), taken)
     denominator = (square.sqrt() / math.sqrt(1 - beta2 ** (step + 1))).add_(1e-8)
     decayed = weights * (1 - learning_rate * optim.weight_decay)
-    _take(weights, decayed.addcdiv_(mean, denominator, value=-learning_rate / (1 - beta1 ** (step + 1))), taken)
+    _write_if(weights, decayed.addcdiv_(mean, denominator, value=-learning_rate / (1 - beta1 ** (step + 1))), taken)
 
 
-def _take(buffer: Flat, new: Flat, taken: Bool[Tensor, ""]) -> None:
+def _write_if(buffer: Flat, new: Flat, taken: Bool[Tensor, ""]) -> None:
     torch.where(taken, new, buffer, out=buffer)

@@ -1,8 +1,8 @@
-"""The few things asked of accelerate: who am I, which device, sum in one fixed order, agree.
+"""The processes of a run, through accelerate: index, device, a sum in a fixed order, broadcast and gather.
 
-Every process computes the same optimizer step from the same gradient, so the only thing they must exchange is the
-gradient. It is summed in the tree order of `data.packing.reduction_schedule`, which makes the bits independent of how
-many processes there are (1, 2, 4, 8, ...; for other numbers the result is equal to rounding).
+Every process computes the same optimizer step from the same gradient, so processes exchange only the gradient. It is
+summed in the tree order of `data.packing.reduction_schedule`, which makes the bits independent of the number of processes
+if that is a power of two; for other numbers the result is equal to rounding.
 """
 
 import atexit
@@ -25,7 +25,7 @@ from lora_kit.kernels.cpu.buffers import rooms
 
 T = TypeVar("T")
 
-CONTRADICTIONS = {  # what `accelerate launch` asks for through the environment, and what a recipe can stand
+CONTRADICTIONS = {  # settings of `accelerate launch`: the value that a recipe allows, and why
     "ACCELERATE_MIXED_PRECISION": ("no", "the recipe's base.dtype decides the precision"),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
         "1",
@@ -39,7 +39,7 @@ CONTRADICTIONS = {  # what `accelerate launch` asks for through the environment,
 
 
 def refuse_contradictions(environment: dict[str, str], dtype: str) -> None:
-    """Refuse launcher settings that the recipe contradicts.
+    """Refuse launcher settings that contradict the recipe.
 
     Raises:
         LaunchError: Names each setting, its value and what the recipe says.
@@ -60,11 +60,11 @@ class Processes:
     """The processes of this run, seen from one of them.
 
     Attributes:
-        accelerator: What they are reached through.
-        guest: Whether someone else in this process had set accelerate up before.
-        threads: How many threads torch had before the run chose.
-        determinism: torch's debug mode of determinism before, likewise.
-        fills: Whether torch filled new memory in that mode, likewise.
+        accelerator: accelerate's handle on the process group.
+        guest: Whether other code in this process had set up accelerate before.
+        threads: How many threads torch had before the run; restored by `leave`.
+        determinism: The deterministic debug mode of torch before the run; restored too.
+        fills: Whether torch filled uninitialised memory in that mode; restored too.
     """
 
     accelerator: Accelerator
@@ -75,10 +75,16 @@ class Processes:
 
     @classmethod
     def start(cls, dtype: str) -> "Processes":
-        """Join the other processes of this launch, or be the only one."""
+        """Join the other processes of this launch, or start as the only process.
+
+        Raises:
+            LaunchError: A setting of the launcher contradicts the recipe.
+        """
         refuse_contradictions(dict(os.environ), dtype)
         if torch.cuda.is_available():
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed one
+            os.environ.setdefault(
+                "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+            )  # cuBLAS is deterministic only with a fixed workspace
         else:
             os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRODUCTS_KEPT)
             keep_freed_memory()
@@ -87,15 +93,15 @@ class Processes:
         accelerator = Accelerator(cpu=not torch.cuda.is_available())
         if accelerator.device.type == "cuda":
             torch.set_deterministic_debug_mode("warn")
-            _fill_new_memory(False)  # else every buffer is filled before its use
-        atexit.unregister(_end_group)  # an earlier call's
+            _fill_new_memory(False)  # filling every new buffer would cost a pass over memory
+        atexit.unregister(_end_group)  # registered by an earlier call
         atexit.register(_end_group)
         return cls(accelerator, guest, threads, determinism, fills)
 
     def leave(self) -> None:
-        """Leave this process as it was found: a notebook may train again, alone or with others.
+        """Restore the settings of this process, so that a notebook can train again with any number of processes.
 
-        accelerate remembers who was alone, and then starts no others from the same notebook.
+        accelerate remembers that a process was the only one; its `notebook_launcher` then refuses to start others.
         """
         torch.set_num_threads(self.threads)
         torch.set_deterministic_debug_mode(self.determinism)
@@ -106,7 +112,7 @@ class Processes:
 
     @property
     def index(self) -> int:
-        """This process's number, from 0."""
+        """The index of this process, from 0."""
         return self.accelerator.process_index
 
     @property
@@ -125,7 +131,7 @@ class Processes:
         return self.accelerator.device
 
     def main_decides(self, decide: Callable[[], T]) -> T:
-        """Run `decide` on the main process and return its result on all; its lora_kit error is raised on all."""
+        """Run `decide` on the main process; return its result, or raise its lora_kit error, on all processes."""
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
@@ -139,14 +145,14 @@ class Processes:
         return outcome[0]
 
     def gather(self, items: Sequence[T]) -> list[T]:
-        """Return every process's items, in the order of the processes."""
+        """Return the items of all processes, in the order of the processes."""
         return gather_object(list(items)) if self.count > 1 else list(items)
 
     def tree_sum(self, flat: Float32[Tensor, "length"], contributors: int) -> None:
         """Replace `flat` on every process by the sum over the first `contributors` processes, in tree order.
 
-        Each process receives one shard of every partial sum, adds them up and hands the result round: the traffic of a
-        ring all-reduce, in a fixed order.
+        Each process receives one shard of all processes, adds it up and sends the sum to all: the traffic of a ring
+        all-reduce, with a fixed order of addition.
         """
         if self.count == 1:
             return
@@ -159,13 +165,13 @@ class Processes:
         flat.copy_(padded[:length])
 
     def different(self, buffers: Sequence[Tensor]) -> list[int]:
-        """Return the processes whose buffers have not the bits that most have; of two, those unlike process 0."""
-        mine = torch.stack([one.view(torch.int32).sum(dtype=torch.int64) for one in buffers])
-        all_of_them = [torch.empty_like(mine) for _ in range(self.count)]
-        dist.all_gather(all_of_them, mine)
-        sums = [tuple(one.tolist()) for one in all_of_them]
-        most = max(sums, key=lambda one: (sums.count(one), one == sums[0]))
-        return [index for index, one in enumerate(sums) if one != most]
+        """Return the processes whose buffers differ from those of the majority; with two processes, from process 0."""
+        own = torch.stack([buffer.view(torch.int32).sum(dtype=torch.int64) for buffer in buffers])
+        gathered = [torch.empty_like(own) for _ in range(self.count)]
+        dist.all_gather(gathered, own)
+        checksums = [tuple(checksum.tolist()) for checksum in gathered]
+        majority = max(checksums, key=lambda checksum: (checksums.count(checksum), checksum == checksums[0]))
+        return [index for index, checksum in enumerate(checksums) if checksum != majority]
 
     def barrier(self) -> None:
         """Wait for all processes."""
@@ -177,7 +183,7 @@ def _fill_new_memory(wanted: bool) -> None:
 
 
 def _end_group() -> None:
-    """End this process's connections while Python still lives: threads of theirs that outlive it abort at exit."""
+    """Close the process group before Python exits: threads of the group that outlive the interpreter abort it."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,8 +1,8 @@
-"""Where a step's time goes: a few steps under torch's profiler, told by our own parts.
+"""How the time of a step divides into parts: a few steps under the profiler of torch, summed by part.
 
-A part is a name on a range of time: `part` puts it on what the loop calls, hooks on what the model calls, and only
-while the profiler runs. The way back has no ranges of ours, but every operation there carries the number of the one
-that it belongs to, and so takes its part.
+A part is a named range of time. `part` labels functions that the loop calls, and hooks label modules of the model, both
+only while the profiler runs. Operations of the backward pass have no label of their own: each carries the sequence number
+of its forward operation, whose part it is counted for.
 """
 
 from collections import defaultdict
@@ -20,18 +20,18 @@ from lora_kit.kernels.attention import inner_of
 from lora_kit.training.job import Job
 from lora_kit.views.console import Console
 
-WARM_UP, PROFILED = 2, 3  # steps of this start: the first are slower than the rest
-PREFIX, STEP = "part: ", "step"  # of a range's name in the trace; the range that holds all others
-BACK = "autograd::engine::evaluate_function: "  # an operation of the way back, as torch names it
+WARM_UP, PROFILED = 2, 3  # steps after a start: the first steps are slower and are not profiled
+PREFIX, STEP = "part: ", "step"  # the prefix of our ranges in the trace; the range that contains the others
+BACKWARD = "autograd::engine::evaluate_function: "  # the prefix of backward operations in the trace
 MODEL = ("attention", "adapters and linear layers", "MLP", "norm", "rest of the model")
-LOOP = ("loss", "rest of the way back", "reduction", "optimizer", "publishing", "data")
+LOOP = ("loss", "rest of backward", "reduction", "optimizer", "publishing", "data")
 OTHER = "other"
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 
 
 def part(name: str, function: Call) -> Call:
-    """Return a function whose time counts as a part while the profiler runs, and otherwise the function itself."""
+    """Return the function, labelled as a part while the profiler runs."""
     if not torch.autograd._profiler_enabled():
         return function
     labelled: Call = record_function(PREFIX + name)(function)
@@ -39,7 +39,7 @@ def part(name: str, function: Call) -> Call:
 
 
 def profiled(steps: range, job: Job, console: Console, *, wanted: bool) -> Iterator[int]:
-    """Yield the steps; if it is wanted, the main process has a few of them profiled and told in the run's folder."""
+    """Yield the steps; if wanted, profile a few of them on the main process and write table and trace to the run's folder."""
     first = steps.start + min(WARM_UP, max(0, len(steps) - PROFILED))
     chosen = range(first, min(first + PROFILED, steps.stop))
     if not wanted or not job.processes.is_main or not chosen:
@@ -66,7 +66,7 @@ def profiled(steps: range, job: Job, console: Console, *, wanted: bool) -> Itera
 
 @contextmanager
 def labelled_modules(model: nn.Module) -> Iterator[None]:
-    """Let the calls of a model's modules count as their parts."""
+    """Label the forward calls of a model's modules with their parts."""
     with ExitStack() as hooks:
         for module, name in parts_of(model):
             open_ranges: list[record_function] = []
@@ -86,17 +86,17 @@ def labelled_modules(model: nn.Module) -> Iterator[None]:
 
 
 def parts_of(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Yield the modules that begin a part, with its name; an MLP or an adapted layer is one, whatever is in it."""
-    inner, whole = inner_of(model), list[str]()
+    """Yield the modules that begin a part, with its name; an MLP or an adapted layer includes all its submodules."""
+    inner, closed = inner_of(model), list[str]()
     yield inner.base_model, "rest of the model"
     for path, module in inner.named_modules():
-        if any(path.startswith(f"{one}.") for one in whole):
+        if any(path.startswith(f"{parent}.") for parent in closed):
             continue
         name = "loss" if module is inner.get_output_embeddings() else _part_of(path, module)
         if name is not None:
             yield module, name
         if name in ("MLP", "adapters and linear layers"):
-            whole.append(path)
+            closed.append(path)
 
 
 def _part_of(path: str, module: nn.Module) -> str | None:
@@ -111,20 +111,24 @@ def _part_of(path: str, module: nn.Module) -> str | None:
 
 
 def times(events: Sequence[Any], *, cuda: bool) -> dict[str, float]:
-    """Return the milliseconds of every part over all profiled steps: of the GPU's time where there is one.
+    """Return the milliseconds of every part, summed over the profiled steps.
 
     Args:
-        events: Of torch's profiler.
-        cuda: Whether a GPU computes; what it waits for the loop is part of `other`.
+        events: The events of torch.profiler.
+        cuda: Count GPU time instead of CPU time; what the GPU waits for the host is part of `other`.
     """
-    events = [event for event in events if event.device_type == DeviceType.CPU]  # theirs is what they started there
+    events = [
+        event for event in events if event.device_type == DeviceType.CPU
+    ]  # a CPU event carries the GPU time of its kernels
     ordered = sorted(events, key=lambda event: (event.time_range.start, -event.time_range.end))
-    forward: dict[int, str] = {}  # the part of the last operation with this number: it is the one that made the node
-    found: dict[int, str] = {}
+    forward: dict[
+        int, str
+    ] = {}  # by sequence number: the part of the last forward operation, which made the backward node
+    part_of_event: dict[int, str] = {}
     total: dict[str, float] = defaultdict(float)
     for event in ordered:
-        name = _owner(event, found, forward)
-        found[id(event)] = name
+        name = _part_of_event(event, part_of_event, forward)
+        part_of_event[id(event)] = name
         if event.sequence_nr >= 0 and "Backward" not in event.name:
             forward[event.sequence_nr] = name
         total[name] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1000
@@ -133,19 +137,19 @@ def times(events: Sequence[Any], *, cuda: bool) -> dict[str, float]:
     return named | {OTHER: max(0.0, steps - sum(named.values()))}
 
 
-def _owner(event: Any, found: Mapping[int, str], forward: Mapping[int, str]) -> str:
+def _part_of_event(event: Any, known: Mapping[int, str], forward: Mapping[int, str]) -> str:
     if event.name.startswith(PREFIX):
         return str(event.name.removeprefix(PREFIX))
-    if event.name.startswith(BACK) and event.sequence_nr in forward:
+    if event.name.startswith(BACKWARD) and event.sequence_nr in forward:
         return forward[event.sequence_nr]
     parent = event.cpu_parent
-    return found.get(id(parent), OTHER) if parent is not None else OTHER
+    return known.get(id(parent), OTHER) if parent is not None else OTHER
 
 
 def table(milliseconds: Mapping[str, float], steps: int, about: str) -> str:
-    """Return the parts in the order of a step, with what each takes of one."""
-    whole = sum(milliseconds.values())
-    lines = [f"{about}: {whole / steps:,.1f} ms a step, the profiler's own cost included"]
+    """Return a table of the parts: milliseconds of a step and share of the whole."""
+    total = sum(milliseconds.values())
+    lines = [f"{about}: {total / steps:,.1f} ms a step, with the cost of the profiler"]
     lines.append(f"{'part':<28}{'ms a step':>12}{'share':>9}")
-    lines += [f"{name:<28}{time / steps:>12,.2f}{time / max(whole, 1e-9):>9.1%}" for name, time in milliseconds.items()]
+    lines += [f"{name:<28}{time / steps:>12,.2f}{time / max(total, 1e-9):>9.1%}" for name, time in milliseconds.items()]
     return "\n".join(lines)

@@ -21,7 +21,7 @@ from lora_kit.model.sizes import estimate_memory, read_config
 from lora_kit.recipe.load import load_recipe
 from lora_kit.runs import store
 from lora_kit.training import choices, loop, micro_batches
-from lora_kit.training.micro_batches import ROOM, Machine, Portions, choose
+from lora_kit.training.micro_batches import MEMORY_SHARE, Machine, MicroBatches, choose
 from lora_kit.training.objectives.sft import Sft
 
 ROOT = Path(__file__).parents[1]
@@ -151,7 +151,7 @@ def test_a_gpu_is_filled_as_far_as_the_estimate_allows_and_no_further(name, giga
 
     def fits(tokens, recompute):
         estimate = estimate_memory(shape, recipe, tokens=tokens, recompute=recompute, device="cuda")
-        return estimate.device_bytes <= ROOM["cuda"] * gigabytes * GB
+        return estimate.device_bytes <= MEMORY_SHARE["cuda"] * gigabytes * GB
 
     tokens, twice = found.micro_batch_tokens, found.activation_checkpointing
     most = 16384 if shape.width < 4096 else 8192
@@ -165,10 +165,10 @@ def test_a_gpu_is_filled_as_far_as_the_estimate_allows_and_no_further(name, giga
 def test_a_narrow_base_on_a_large_gpu_gets_more_tokens_and_long_examples_fit_whatever_the_ladder_says(recipe_file):
     gpu = Machine("cuda", 80 * GB)
     tiny = read_config(Path(load_recipe(recipe_file).base.repo) / "config.json")
-    assert choose(load_recipe(recipe_file, LEFT_OPEN), tiny, gpu) == Portions(16384, False)
+    assert choose(load_recipe(recipe_file, LEFT_OPEN), tiny, gpu) == MicroBatches(16384, False)
     for name, tokens in {"1b": 16384, "8b": 8192}.items():
         shape = shape_of(f"Llama-3.{2 if name == '1b' else 1}-{name.upper()}")
-        assert choose(large(f"sft-bf16-{name}", *LEFT_OPEN), shape, gpu) == Portions(tokens, False)
+        assert choose(large(f"sft-bf16-{name}", *LEFT_OPEN), shape, gpu) == MicroBatches(tokens, False)
     recipe = large("sft-bf16-8b", "data.sequence_length=10000", *LEFT_OPEN)
     assert choose(recipe, shape_of("Llama-3.1-8B"), gpu).micro_batch_tokens == 10000
 
@@ -179,29 +179,29 @@ def test_on_a_cpu_memory_decides_nothing_but_whether_to_compute_twice():
     assert {one.micro_batch_tokens for one in found} == {2048}
     assert [one.activation_checkpointing for one in found] == [True] * 4 + [False] * 2
     longer = large("sft-bf16-1b", "data.sequence_length=5000", *LEFT_OPEN)
-    assert choose(longer, shape, Machine("cpu", 64 * GB)) == Portions(5000, False)
+    assert choose(longer, shape, Machine("cpu", 64 * GB)) == MicroBatches(5000, False)
 
 
 def test_what_a_recipe_names_is_what_it_gets_whether_it_fits_or_not():
     shape, small = shape_of("Llama-3.1-8B"), Machine("cuda", GB)
     named = large("sft-bf16-8b", "train.micro_batch_tokens=9000", "train.activation_checkpointing=false")
-    assert choose(named, shape, small) == Portions(9000, False)
+    assert choose(named, shape, small) == MicroBatches(9000, False)
     half = large("sft-bf16-8b", "train.micro_batch_tokens=9000", "train.activation_checkpointing=auto")
-    assert choose(half, shape, small) == Portions(9000, True)
+    assert choose(half, shape, small) == MicroBatches(9000, True)
     other = large("sft-bf16-1b", "train.micro_batch_tokens=auto", "train.activation_checkpointing=false")
-    assert choose(other, shape, Machine("cuda", 24 * GB)) == Portions(2048, False)
+    assert choose(other, shape, Machine("cuda", 24 * GB)) == MicroBatches(2048, False)
 
 
 def test_attention_that_weighs_every_pair_of_a_row_gets_short_rows():
     recipe = large("sft-bf16-8b", "data.sequence_length=2048", "base.attention=eager", *LEFT_OPEN)
-    assert choose(recipe, shape_of("Llama-3.1-8B"), Machine("cuda", 80 * GB)) == Portions(8192, True)
-    assert choose(recipe, shape_of("Llama-3.1-8B"), Machine("cuda", 40 * GB)) == Portions(4096, True)
+    assert choose(recipe, shape_of("Llama-3.1-8B"), Machine("cuda", 80 * GB)) == MicroBatches(8192, True)
+    assert choose(recipe, shape_of("Llama-3.1-8B"), Machine("cuda", 40 * GB)) == MicroBatches(4096, True)
 
 
 def test_a_base_that_is_not_counted_fills_no_gpu():
     recipe = large("sft-bf16-1b", *LEFT_OPEN)
-    assert choose(recipe, None, Machine("cuda", 80 * GB)) == Portions(4096, True)
-    assert choose(recipe, None, Machine("cpu", 80 * GB)) == Portions(2048, False)
+    assert choose(recipe, None, Machine("cuda", 80 * GB)) == MicroBatches(4096, True)
+    assert choose(recipe, None, Machine("cpu", 80 * GB)) == MicroBatches(2048, False)
 
 
 @pytest.mark.parametrize(("limit", "least"), [("max\n", None), (f"{GB}\n", GB)])
@@ -252,15 +252,15 @@ def test_a_run_keeps_its_choice_when_memory_is_another(open_recipe, tmp_path, mo
     out = tmp_path / "run"
     monkeypatch.setattr(micro_batches, "host_memory", lambda: 1000)
     loop.train(load_recipe(open_recipe), out)
-    assert "micro-batches: at most 2,048 tokens, activations computed twice" in capsys.readouterr().out
+    assert "micro-batches: at most 2,048 tokens, activations recomputed in backward" in capsys.readouterr().out
     expected = state_hash(out, 6)
     monkeypatch.setattr(micro_batches, "host_memory", lambda: 64 * GB)
-    monkeypatch.setattr(micro_batches, "ON_CPU", 512)
+    monkeypatch.setattr(micro_batches, "CPU_TOKENS", 512)
     shutil.rmtree(store.checkpoint_folder(out, 6))
     (out / "result.json").unlink()
     loop.train(load_recipe(open_recipe), out)
     printed = capsys.readouterr().out
-    assert "same recipe, base, data and machine" in printed and "activations computed twice" in printed
+    assert "same recipe, base, data and machine" in printed and "activations recomputed in backward" in printed
     assert inner_of(jobs[-1].model).is_gradient_checkpointing and jobs[-1].plan.micro_batch_tokens == 2048
     assert state_hash(out, 6) == expected
     assert manifest_of(out)["resolved"]["micro_batch_tokens"] == 2048
@@ -305,7 +305,7 @@ def test_the_process_with_least_memory_decides_for_all(monkeypatch):
 def test_a_check_tells_what_a_run_would_choose(open_recipe, monkeypatch):
     monkeypatch.setattr(checking, "this_machine", lambda processes=1: Machine("cuda", 80 * GB))
     report = checking.check(load_recipe(open_recipe))
-    assert report.portions == Portions(16384, False) and report.estimate.micro_batch_tokens == 16384
+    assert report.portions == MicroBatches(16384, False) and report.estimate.micro_batch_tokens == 16384
     assert "micro-batches: at most 16,384 tokens, activations kept (cuda with 80 GB)" in repr(report)
     assert json.loads(json.dumps(report.to_dict()))["portions"]["micro_batch_tokens"] == 16384
     assert checking.estimate(load_recipe(open_recipe)) == report.estimate

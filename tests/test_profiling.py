@@ -43,11 +43,11 @@ def test_the_parts_add_up_and_the_bytes_are_the_same(recipe_file, tmp_path, kern
     assert {"part: step", "part: attention", "part: optimizer", "part: data"} <= names
 
 
-def test_the_way_back_counts_where_the_way_there_did(recipe_file, tmp_path, jobs):
+def test_backward_operations_are_counted_for_the_part_of_their_forward_operation(recipe_file, tmp_path, jobs):
     """Backward takes about twice the time of forward, so little of it may be left without a part."""
     train(load_recipe(recipe_file), tmp_path / "run", profile=True)
     rows = rows_of((tmp_path / "run" / "profile" / "table.txt").read_text())
-    assert rows["rest of the way back"][1] < sum(rows[name][1] for name in MODEL) / 2
+    assert rows["rest of backward"][1] < sum(rows[name][1] for name in MODEL) / 2
     parts = [name for _, name in parts_of(jobs[0].model)]
     assert parts.count("attention") == parts.count("MLP") == 2 and parts.count("norm") == 5
     assert parts.count("adapters and linear layers") == 8 and parts.count("loss") == 1

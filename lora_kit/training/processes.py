@@ -1,8 +1,8 @@
 """The processes of a run, through accelerate: index, device, a sum in a fixed order, broadcast and gather.
 
 Every process computes the same optimizer step from the same gradient, so processes exchange only the gradient. It is
-summed in the tree order of `data.packing.reduction_schedule`, which makes the bits independent of the number of processes
-if that is a power of two; for other numbers the result is equal to rounding.
+summed in the tree order of `data.packing.reduction_schedule`, which makes the bits independent of the number of
+processes if that is a power of two; for other numbers the result is equal to rounding.
 """
 
 import atexit
@@ -82,9 +82,7 @@ class Processes:
         """
         refuse_contradictions(dict(os.environ), dtype)
         if torch.cuda.is_available():
-            os.environ.setdefault(
-                "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-            )  # cuBLAS is deterministic only with a fixed workspace
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
         else:
             os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRODUCTS_KEPT)
             keep_freed_memory()

@@ -1,8 +1,8 @@
 """How the time of a step divides into parts: a few steps under the profiler of torch, summed by part.
 
 A part is a named range of time. `part` labels functions that the loop calls, and hooks label modules of the model, both
-only while the profiler runs. Operations of the backward pass have no label of their own: each carries the sequence number
-of its forward operation, whose part it is counted for.
+only while the profiler runs. Operations of the backward pass have no label: each carries the sequence number of its
+forward operation and is counted for the same part.
 """
 
 from collections import defaultdict
@@ -39,7 +39,7 @@ def part(name: str, function: Call) -> Call:
 
 
 def profiled(steps: range, job: Job, console: Console, *, wanted: bool) -> Iterator[int]:
-    """Yield the steps; if wanted, profile a few of them on the main process and write table and trace to the run's folder."""
+    """Yield the steps; if wanted, profile a few of them on the main process and write a table and a trace."""
     first = steps.start + min(WARM_UP, max(0, len(steps) - PROFILED))
     chosen = range(first, min(first + PROFILED, steps.stop))
     if not wanted or not job.processes.is_main or not chosen:
@@ -117,13 +117,10 @@ def times(events: Sequence[Any], *, cuda: bool) -> dict[str, float]:
         events: The events of torch.profiler.
         cuda: Count GPU time instead of CPU time; what the GPU waits for the host is part of `other`.
     """
-    events = [
-        event for event in events if event.device_type == DeviceType.CPU
-    ]  # a CPU event carries the GPU time of its kernels
+    # an event of the CPU has the GPU time of its kernels
+    events = [event for event in events if event.device_type == DeviceType.CPU]
     ordered = sorted(events, key=lambda event: (event.time_range.start, -event.time_range.end))
-    forward: dict[
-        int, str
-    ] = {}  # by sequence number: the part of the last forward operation, which made the backward node
+    forward: dict[int, str] = {}  # by sequence number: the part of the operation that made the backward node
     part_of_event: dict[int, str] = {}
     total: dict[str, float] = defaultdict(float)
     for event in ordered:

@@ -185,8 +185,9 @@ def verify(
     with errors_told():
         from lora_kit.runs import status as reading
         from lora_kit.runs import store
+        from lora_kit.runs.manifest import MANIFEST
 
-        found = [path] if (path / store.MANIFEST).exists() else store.folders(path)
+        found = [path] if (path / MANIFEST).exists() else store.folders(path)
         if not found:
             raise CheckpointError(f"{path}: no checkpoint here; give a run's folder or one of its checkpoints")
         results = [reading.validity(one) for one in found]

@@ -1,6 +1,6 @@
 """A card says what the records say, leaves out what they do not, and is the same for the same checkpoint."""
 
-import json
+from dataclasses import replace
 
 import pytest
 from conftest import RECIPE
@@ -10,6 +10,7 @@ import lora_kit as lk
 from lora_kit.artifacts.card import model_card
 from lora_kit.artifacts.hub import CARD, publication
 from lora_kit.runs import store
+from lora_kit.runs.manifest import MANIFEST, read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +23,17 @@ def run(tmp_path_factory, base_folder, data_file):
 
 
 @pytest.fixture(scope="module")
-def manifest(run):
-    """What is published of the last checkpoint."""
-    return json.loads(publication(store.open_checkpoint(run.latest), "me/x")[store.MANIFEST])
+def manifest(run, tmp_path_factory):
+    """The manifest that is published of the last checkpoint."""
+    path = tmp_path_factory.mktemp("published") / MANIFEST
+    path.write_bytes(publication(store.open_checkpoint(run.latest), "me/x")[MANIFEST])
+    return read_manifest(path)
+
+
+def with_recipe(manifest, section, **changes):
+    """Return a manifest whose recipe has other values in a section."""
+    recipe = manifest.run.recipe | {section: manifest.run.recipe[section] | changes}
+    return replace(manifest, run=replace(manifest.run, recipe=recipe))
 
 
 def card_of(path):
@@ -38,10 +47,9 @@ def test_the_front_matter_is_what_the_hub_reads(manifest):
 
 
 def test_a_hub_base_is_named_with_its_revision(manifest):
-    known = {**manifest, "recipe": {**manifest["recipe"], "base": {**manifest["recipe"]["base"], "repo": "them/base"}}}
-    base = {**manifest["fingerprints"]["base"], "commit": "c0ffee"}
-    known["fingerprints"] = {**manifest["fingerprints"], "base": base}
-    card = model_card("me/x", known)
+    facts = with_recipe(manifest, "base", repo="them/base").run
+    fingerprints = replace(facts.fingerprints, base=replace(facts.fingerprints.base, commit="c0ffee"))
+    card = model_card("me/x", replace(manifest, run=replace(facts, fingerprints=fingerprints)))
     data = ModelCard(card).data
     assert (data.base_model, data.base_model_relation) == ("them/base", "adapter")
     assert 'from_pretrained("them/base", revision="c0ffee", dtype="float32")' in card
@@ -56,24 +64,23 @@ def test_a_local_base_is_said_to_be_one_without_its_place(run, base_folder):
 
 
 def test_a_shipped_base_needs_no_place(manifest):
-    shipped = {**manifest, "recipe": {**manifest["recipe"], "base": {"repo": "builtin:base", "dtype": "float32"}}}
-    card = model_card("me/x", shipped, revision="new")
+    card = model_card("me/x", with_recipe(manifest, "base", repo="builtin:base"), revision="new")
     assert "the small base that ships with lora_kit" in card
     assert 'lk.load("me/x@new")' in card and '"me/x", revision="new")' in card
 
 
 def test_data_scores_settings_and_versions_are_those_of_the_records(run, manifest):
     card, scores = card_of(run.latest), run.result["metrics"]
-    counts = manifest["data"]["train"]
+    facts = manifest.run
     for fact in (
-        f"| tokens | {counts['tokens']:,} | {manifest['data']['validation']['tokens']:,} |",
-        manifest["fingerprints"]["train"],
+        f"| tokens | {facts.data.train.tokens:,} | {facts.data.validation.tokens:,} |",
+        facts.fingerprints.train,
         f"| base | {scores['base']['loss']:.4f} | {scores['base']['perplexity']:.2f} | ",
         f"| adapter | {scores['adapter']['loss']:.4f} |",
         "of 2 | 5 |",
         "| `adapter.rank` | 4 |",
         "| `optim.learning_rate` | 0.01 |",
-        f"| peft | {manifest['versions']['peft']} |",
+        f"| peft | {facts.versions['peft']} |",
         "after step 2",
     ):
         assert fact in card, fact
@@ -81,13 +88,13 @@ def test_data_scores_settings_and_versions_are_those_of_the_records(run, manifes
 
 def test_an_earlier_checkpoint_has_its_own_loss_and_not_the_runs(run):
     card = card_of(run.checkpoints[0])
-    own = store.open_checkpoint(run.checkpoints[0]).manifest["held_out_loss"]
+    own = store.open_checkpoint(run.checkpoints[0]).manifest.progress.held_out_loss
     assert f"| adapter | {own:.4f} | - | - | 5 |" in card and "| base | " not in card.split("## Held-out")[1]
 
 
 def test_what_is_not_known_is_left_out(manifest):
-    bare = {**manifest, "held_out_loss": None, "recipe": {**manifest["recipe"], "hub": {"licence": None}}}
-    card = model_card("me/x", bare)
+    bare = replace(manifest, progress=replace(manifest.progress, held_out_loss=None))
+    card = model_card("me/x", with_recipe(bare, "hub", licence=None))
     assert "## Held-out" not in card and "license" not in card and "None" not in card
 
 

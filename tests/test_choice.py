@@ -45,7 +45,7 @@ def test_a_family_that_computes_otherwise_keeps_its_own_norm_and_mlp(recipe_file
 
     monkeypatch.setattr("lora_kit.training.job.load_base", other)
     loop.train(load_recipe(recipe_file, ["train.steps=1"]), tmp_path / "run")
-    assert jobs[0].manifest["resolved"]["kernels"] == ["lora", "rotary", "loss"]
+    assert jobs[0].facts.resolved.kernels == ("lora", "rotary", "loss")
 
 
 def test_only_the_modules_that_differ_keep_their_own_code():
@@ -92,7 +92,7 @@ def test_layers_that_peft_computes_are_named(recipe_file, tmp_path, base_folder,
     folder = save_family(tmp_path / "base", "mixtral", base_folder)
     changes = [f"base.repo={folder}", f"adapter.targets={EXPERTS_BY_NAME}", "adapter.dropout=0", "train.steps=1"]
     loop.train(load_recipe(recipe_file, changes), tmp_path / "run")
-    said = fusing.about(jobs[0].model, jobs[0].manifest["resolved"]["kernels"])
+    said = fusing.about(jobs[0].model, jobs[0].facts.resolved.kernels)
     assert said.startswith("fused adapters (2 of 6; experts by peft)")
 
 

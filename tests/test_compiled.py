@@ -165,7 +165,7 @@ def test_a_step_with_them_is_the_step_without(by, dropout, recipe_file, tmp_path
         monkeypatch.setattr(one, "compiled", lambda _: there)
     loop.train(recipe, tmp_path / "ours")
     (_, plain), (_, ours) = captured
-    assert jobs[1].manifest["resolved"]["kernels"] == ["lora", "mlp", "norm", "rotary", "loss", "last mlp"]
+    assert jobs[1].facts.resolved.kernels == ("lora", "mlp", "norm", "rotary", "loss", "last mlp")
     bound = 1e-5 if by.dtype == torch.float32 else 5e-2  # how near the truth: test_precision
     assert 0 < relative(ours, plain) < bound  # 0 would be the same code twice
 

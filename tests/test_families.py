@@ -118,9 +118,9 @@ def test_a_window_that_attention_is_not_told_of_is_not_lost(family, window, tmp_
     folder = save_family(tmp_path / "base", family, base_folder, changes)
     settings = Base(repo="x", dtype="float32")
     model = load_base(locate(settings, folder), settings, torch.device("cpu"))
-    resolved = choose_attention(model, settings, torch.device("cpu"))
-    assert resolved == {"attention": "sdpa" if window else SEGMENT, "layout": "packed"}
-    assert attention_of(model) == resolved["attention"]
+    attention, layout = choose_attention(model, settings, torch.device("cpu"))
+    assert (attention, layout) == ("sdpa" if window else SEGMENT, "packed")
+    assert attention_of(model) == attention
 
 
 def test_a_named_attention_is_not_replaced(recipe_file, tmp_path, base_folder):

@@ -100,7 +100,7 @@ def test_gradients_equal_a_plain_loop_over_the_examples(
     recipe = load_recipe(recipe_file, [*changes, "optim.max_grad_norm=null"])
     run = loop.train(recipe, tmp_path / "run")
     (job,) = jobs
-    assert job.manifest["resolved"]["layout"] == layout
+    assert job.facts.resolved.layout == layout
     for step, (weights, gradient) in enumerate(captured):
         groups = job.plan.micro_batches(step)
         members = [index for group in groups for index in group]

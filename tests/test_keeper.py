@@ -4,19 +4,21 @@ import json
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from manifests import run_facts, step_facts
 
 from lora_kit.runs import live, store
 from lora_kit.runs.journal import Journal
 from lora_kit.runs.lease import take
-from lora_kit.runs.live import Phase, Word
+from lora_kit.runs.live import Header, JobFile, Phase, Word
 from lora_kit.supervise import keeper as keeping
 from lora_kit.supervise.keeper import Keeper
 
-SHAPES = {"base_model.model.q.lora_A.weight": [2, 8], "base_model.model.q.lora_B.weight": [8, 2]}
+SHAPES = {"base_model.model.q.lora_A.weight": (2, 8), "base_model.model.q.lora_B.weight": (8, 2)}
 SIZE = 32
 
 
@@ -29,19 +31,15 @@ class Trainer:
         Journal(run).event("started", step=0, run_id="r")
         self.region = live.make_region(run, 12 * SIZE)
         self.region.words[Word.TOKEN] = self.lease.token
-        manifest = {"run_id": "r", "fencing_token": self.lease.token}
-        job = {"run": str(run), "shapes": SHAPES, "adapter_config": "{}\n", "manifest": manifest}
-        live.write_job(
-            self.region, job | {"keep": keep, "keep_every": None, "best": False, "every_seconds": every_seconds}
-        )
+        facts = run_facts(fencing_token=self.lease.token)
+        live.write_job(self.region, JobFile(str(run), SHAPES, "{}\n", facts, every_seconds, keep, None, best=False))
         self.keeper = Keeper(run, self.lease)
 
     def publish(self, step, *, due=False):
         slot = self.region.claim(lambda: self.keeper.turn())
         values = np.full(3 * SIZE, step, np.float32)
         seal = live.copy_hashed(self.region.payload(slot), [values.view(np.uint8).data])
-        header = {"token": self.lease.token, "sequence": step, "checksum": seal, "due": due, "skipped": False}
-        self.region.publish(slot, header | {"moving": {"step": step, "line": json.dumps({"step": step})}})
+        self.region.publish(slot, Header(self.lease.token, step, seal, due, step_facts(step)))
 
     def steps(self):
         return [int(path.name[5:]) for path in store.folders(self.run)][::-1]
@@ -92,12 +90,12 @@ def test_a_due_step_is_written_also_when_the_write_before_it_is_slow(trainer, mo
 
 def test_in_between_the_newest_state_is_written_whenever_the_time_has_passed(trainer):
     trainer.keeper.turn()
-    trainer.keeper._job["every_seconds"] = 0.0
+    trainer.keeper._job = replace(trainer.keeper._job, every_seconds=0.0)
     for step in (1, 2):
         trainer.publish(step)
     settle(trainer.keeper)
     assert trainer.steps() == [2]
-    trainer.keeper._job["every_seconds"] = 1000.0
+    trainer.keeper._job = replace(trainer.keeper._job, every_seconds=1000.0)
     trainer.publish(3)
     settle(trainer.keeper)
     assert trainer.steps() == [2]

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from manifests import run_facts, step_facts
 
 from lora_kit.errors import CheckpointError, LeaseError
 from lora_kit.runs import live
-from lora_kit.runs.live import Region, Word
+from lora_kit.runs.live import Header, JobFile, Region, Word
 
 FLOATS = 300  # weights and two moments
 
@@ -31,9 +32,13 @@ def publish(region, step, *, due=False, value=None, waiting=never):
     slot = region.claim(waiting)
     source = np.full(FLOATS, step if value is None else value, np.float32)
     seal = live.copy_hashed(region.payload(slot), [source.view(np.uint8).data])
-    header = {"token": 0, "sequence": step, "checksum": seal, "due": due, "skipped": False}
-    region.publish(slot, header | {"moving": {"step": step}})
+    region.publish(slot, Header(0, step, seal, due, step_facts(step)))
     return slot
+
+
+def write_job(region, run, **facts):
+    """Write what turns a region's snapshots into checkpoints of a run."""
+    live.write_job(region, JobFile(str(run), {}, "{}", run_facts(**facts), 60.0, 2, None, best=False))
 
 
 def test_what_was_published_last_is_the_newest_and_verifies(region):
@@ -95,7 +100,7 @@ def test_another_jobs_token_ends_the_publishing(region):
 def test_a_header_without_room_is_refused(region):
     slot = region.claim(never)
     with pytest.raises(CheckpointError, match="bytes of header, there is room for"):
-        region.publish(slot, {"token": 0, "sequence": 1, "moving": {"skipped_steps": list(range(20_000))}})
+        region.publish(slot, Header(0, 1, 0, False, step_facts(1, skipped_steps=tuple(range(20_000)))))
 
 
 def test_a_region_is_reserved_whole_and_does_not_grow(region):
@@ -136,7 +141,7 @@ def test_regions_of_runs_that_are_gone_are_reaped_and_others_are_kept(tmp_path, 
     gone.mkdir()
     orphan = live.make_region(gone, 400)
     for one, run in ((orphan, gone), (region, tmp_path)):
-        live.write_job(one, {"run": str(run)})
+        write_job(one, run)
     gone.rmdir()
     live.reap_orphans()
     assert not orphan.path.exists() and region.path.exists()
@@ -144,7 +149,7 @@ def test_regions_of_runs_that_are_gone_are_reaped_and_others_are_kept(tmp_path, 
 
 def test_a_region_of_another_run_at_the_same_place_never_wins(tmp_path, region):
     publish(region, 9)
-    live.write_job(region, {"run": str(tmp_path), "manifest": {"run_id": "an earlier one"}})
+    write_job(region, tmp_path, run_id="an earlier one")
     assert live.newest(tmp_path, "this one") == (None, [])
     assert live.newest(tmp_path, "an earlier one")[0].step == 9
 
@@ -152,7 +157,7 @@ def test_a_region_of_another_run_at_the_same_place_never_wins(tmp_path, region):
 def test_a_damaged_newest_snapshot_is_told_and_the_one_before_is_used(tmp_path, region):
     publish(region, 1)
     slot = publish(region, 2)
-    live.write_job(region, {"run": str(tmp_path), "manifest": {"run_id": "r"}})
+    write_job(region, tmp_path)
     region.payload(slot)[0] ^= 1
     found, problems = live.newest(tmp_path, "r")
     assert found.step == 1 and "the live snapshot of step 2 does not verify" in problems[0]

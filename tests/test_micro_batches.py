@@ -20,6 +20,7 @@ from lora_kit.kernels.attention import inner_of
 from lora_kit.model.sizes import estimate_memory, read_config
 from lora_kit.recipe.load import load_recipe
 from lora_kit.runs import store
+from lora_kit.runs.manifest import MANIFEST
 from lora_kit.training import choices, loop, micro_batches
 from lora_kit.training.micro_batches import MEMORY_SHARE, Machine, MicroBatches, choose
 from lora_kit.training.objectives.sft import Sft
@@ -234,7 +235,7 @@ def open_recipe(tmp_path, base_folder):
 
 
 def manifest_of(run):
-    return json.loads((store.find(run).latest.path / store.MANIFEST).read_text())
+    return json.loads((store.find(run).latest.path / MANIFEST).read_text())
 
 
 def test_auto_gives_the_bits_of_the_number_that_it_stands_for(open_recipe, tmp_path, jobs):

@@ -40,12 +40,12 @@ def test_a_new_run_begins_with_an_earlier_adapter_and_fresh_moments(
     run = loop.train(recipe, tmp_path / "run", start_from=trained_run)
     assert f"begins with the adapter of {checkpoint(trained_run, 4)}" in capsys.readouterr().out
     assert sorted(filled[0].tolist()) == sorted(value for array in begun.values() for value in array.ravel().tolist())
-    manifest = store.open_checkpoint(run.latest).manifest
-    assert manifest["origin"]["step"] == 4 and manifest["origin"]["run_id"] != manifest["run_id"]
+    facts = store.open_checkpoint(run.latest).manifest.run
+    assert facts.origin.step == 4 and facts.origin.run_id != facts.run_id
     fresh = loop.train(recipe, tmp_path / "fresh")
     assert state_hash(run.folder, 1) != state_hash(fresh.folder, 1)
     again = loop.train(load_recipe(recipe_file, ["train.steps=1"]), tmp_path / "run", start_from=trained_run)
-    assert store.open_checkpoint(again.latest).manifest["origin"] == manifest["origin"]
+    assert store.open_checkpoint(again.latest).manifest.run.origin == facts.origin
 
 
 def test_an_adapter_that_does_not_fit_is_refused_with_every_difference(recipe_file, tmp_path, trained_run):

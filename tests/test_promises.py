@@ -11,7 +11,7 @@ from runs import go_on, state_hash
 from lora_kit.recipe.load import load_recipe
 from lora_kit.runs import live, store
 from lora_kit.runs.live import Phase, Word
-from lora_kit.runs.store import FORMAT
+from lora_kit.runs.manifest import FORMAT, MANIFEST
 from lora_kit.supervise import launch as launching
 from lora_kit.supervise.launch import Attempt, Launch
 from lora_kit.training import loop
@@ -23,7 +23,7 @@ def test_a_checkpoint_is_four_files_however_long_the_run_and_whoever_tokenises(r
     for steps in (4, 60):
         run = go_on(recipe_file, tmp_path / str(steps), f"train.steps={steps}", "checkpoint.every_steps=100")
         names = {path.name: path.stat().st_size for path in run.latest.iterdir()}
-        assert sorted(names) == sorted([store.ADAPTER, store.ADAPTER_CONFIG, store.OPTIMIZER, store.MANIFEST])
+        assert sorted(names) == sorted([store.ADAPTER, store.ADAPTER_CONFIG, store.OPTIMIZER, MANIFEST])
         sizes.append(sum(names.values()))
     assert abs(sizes[0] - sizes[1]) < 200, "no history, no tokenizer and no model card travel with a checkpoint"
 
@@ -85,7 +85,7 @@ def test_other_micro_batches_train_the_same_examples_at_the_same_rates(recipe_fi
 
 def test_a_manifest_names_its_format_and_holds_nothing_but_json(recipe_file, tmp_path):
     path = go_on(recipe_file, tmp_path / "run", "train.steps=1").latest
-    assert json.loads((path / store.MANIFEST).read_text())["format"] == FORMAT
+    assert json.loads((path / MANIFEST).read_text())["format"] == FORMAT
     assert not any(one.suffix in (".pt", ".bin", ".pth", ".pkl") for one in path.iterdir())
 
 

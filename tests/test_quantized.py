@@ -52,7 +52,7 @@ def test_gradients_are_those_of_the_dequantised_weights_also_after_an_evaluation
     changes += ["data.validation=0.2", "evaluate.every_steps=1", "evaluate.generate=2"]
     loop.train(load_recipe(recipe_file, changes), tmp_path / "run")
     (job,) = jobs
-    assert len(linears(job.model)) == 14 and job.manifest["resolved"]["layout"] == "packed"
+    assert len(linears(job.model)) == 14 and job.facts.resolved.layout == "packed"
     for step, (weights, gradient) in enumerate(captured):
         members = [index for group in job.plan.micro_batches(step) for index in group]
         expected, _ = plain_loop(job, weights, members, dequantized(job))

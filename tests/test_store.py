@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from manifests import run_facts, step_facts
 
 from lora_kit.errors import CheckpointError
 from lora_kit.runs import store
-from lora_kit.runs.store import commit, find, folders, open_checkpoint, prune, set_aside, sweep
+from lora_kit.runs.manifest import FORMAT, manifest_bytes
+from lora_kit.runs.store import find, folders, open_checkpoint, prune, set_aside, sweep
 
 FILES = {
     "adapter_model.safetensors": [b"a" * 2000, memoryview(b"a" * 3000)],
@@ -22,21 +25,17 @@ FILES = {
 }
 
 
-def manifest(step, token=1, **more):
-    return {
-        "run_id": "r",
-        "step": step,
-        "fencing_token": token,
-        "recipe": {"optim": {"learning_rate": 1e-4}},
-        **more,
-    }
+def commit(run, files, step, token=1, **changes):
+    """Commit a checkpoint of a run that was never trained."""
+    return store.commit(run, files, run_facts(fencing_token=token), step_facts(step, **changes))
 
 
 def test_a_commit_reads_back_as_it_was_written(tmp_path):
-    made = commit(tmp_path, FILES, manifest(120))
+    made = commit(tmp_path, FILES, 120)
     assert made.path.name == "step-00000120"
     read = open_checkpoint(made.path)
-    assert (read.step, read.manifest["format"], read.size) == (120, store.FORMAT, 14003)
+    assert (read.step, read.manifest, read.size) == (120, made.manifest, 14003)
+    assert json.loads((made.path / "manifest.json").read_text())["format"] == FORMAT
     assert {name: (made.path / name).read_bytes() for name in FILES} == {name: b"".join(FILES[name]) for name in FILES}
     assert sorted(path.name for path in made.path.iterdir()) == sorted([*FILES, "manifest.json"])
     assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
@@ -44,7 +43,7 @@ def test_a_commit_reads_back_as_it_was_written(tmp_path):
 
 @pytest.mark.parametrize("name", [*FILES, "manifest.json"])
 def test_every_single_bit_flip_is_found(tmp_path, name):
-    path = commit(tmp_path, FILES, manifest(1)).path
+    path = commit(tmp_path, FILES, 1).path
     whole = (path / name).read_bytes()
     rng = random.Random(name)
     for _ in range(40):
@@ -58,7 +57,7 @@ def test_every_single_bit_flip_is_found(tmp_path, name):
 
 @pytest.mark.parametrize("name", [*FILES, "manifest.json"])
 def test_every_truncation_and_a_missing_file_are_found(tmp_path, name):
-    path = commit(tmp_path, FILES, manifest(1)).path
+    path = commit(tmp_path, FILES, 1).path
     whole = (path / name).read_bytes()
     for length in {0, 1, len(whole) // 2, len(whole) - 1}:
         (path / name).write_bytes(whole[:length])
@@ -70,7 +69,7 @@ def test_every_truncation_and_a_missing_file_are_found(tmp_path, name):
 
 
 def test_the_message_names_the_file_and_both_sizes(tmp_path):
-    path = commit(tmp_path, FILES, manifest(1)).path
+    path = commit(tmp_path, FILES, 1).path
     (path / "optimizer.safetensors").write_bytes(b"o" * 8999)
     with pytest.raises(CheckpointError, match=r"optimizer\.safetensors: 8,999 bytes, the manifest says 9,000"):
         open_checkpoint(path)
@@ -78,7 +77,7 @@ def test_the_message_names_the_file_and_both_sizes(tmp_path):
 
 def test_latest_is_the_newest_that_verifies(tmp_path):
     for step in (10, 20, 30):
-        commit(tmp_path, FILES, manifest(step))
+        commit(tmp_path, FILES, step)
     (tmp_path / "checkpoints/step-00000030/adapter_config.json").unlink()
     found = find(tmp_path)
     assert found.latest is not None and found.latest.step == 20
@@ -92,26 +91,26 @@ def test_a_folder_that_was_never_committed_is_no_checkpoint(tmp_path):
 
 
 def test_a_manifest_of_another_format_is_refused_with_both_versions(tmp_path):
-    path = commit(tmp_path, FILES, manifest(1)).path
+    path = commit(tmp_path, FILES, 1).path
     content = json.loads((path / "manifest.json").read_bytes()) | {"format": 99}
-    (path / "manifest.json").write_bytes(store.manifest_bytes(content))
+    (path / "manifest.json").write_bytes(manifest_bytes(content))
     with pytest.raises(CheckpointError, match="format 99, this lora_kit reads 1"):
         open_checkpoint(path)
 
 
 def test_a_second_commit_of_the_same_state_takes_the_firsts_place(tmp_path):
-    commit(tmp_path, FILES, manifest(7))
-    commit(tmp_path, FILES, manifest(7, held_out_loss=0.5))
-    assert open_checkpoint(tmp_path / "checkpoints/step-00000007").manifest["held_out_loss"] == 0.5
+    commit(tmp_path, FILES, 7)
+    commit(tmp_path, FILES, 7, held_out_loss=0.5)
+    assert open_checkpoint(tmp_path / "checkpoints/step-00000007").manifest.progress.held_out_loss == 0.5
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000007"]
 
 
 def test_a_second_commit_of_a_step_with_another_state_sets_the_first_aside(tmp_path):
-    commit(tmp_path, FILES | {"optimizer.safetensors": [b"p" * 9000]}, manifest(7, token=1))
-    commit(tmp_path, FILES, manifest(7, token=2))
-    assert open_checkpoint(tmp_path / "checkpoints/step-00000007").manifest["fencing_token"] == 2
+    commit(tmp_path, FILES | {"optimizer.safetensors": [b"p" * 9000]}, 7, token=1)
+    commit(tmp_path, FILES, 7, token=2)
+    assert open_checkpoint(tmp_path / "checkpoints/step-00000007").manifest.run.fencing_token == 2
     quarantine = tmp_path / "checkpoints/.quarantine"
-    assert open_checkpoint(quarantine / "step-00000007.1").manifest["fencing_token"] == 1
+    assert open_checkpoint(quarantine / "step-00000007.1").manifest.run.fencing_token == 1
     assert "same step" in (quarantine / "step-00000007.1.reason.txt").read_text()
 
 
@@ -124,7 +123,7 @@ def test_setting_aside_never_overwrites(tmp_path):
 
 def test_pruning_keeps_the_newest_and_never_fewer_than_two(tmp_path):
     for step in range(1, 6):
-        commit(tmp_path, FILES, manifest(step))
+        commit(tmp_path, FILES, step)
     prune(tmp_path, 3)
     assert [path.name[-1] for path in folders(tmp_path)] == ["5", "4", "3"]
     prune(tmp_path, 1)
@@ -133,7 +132,7 @@ def test_pruning_keeps_the_newest_and_never_fewer_than_two(tmp_path):
 
 def test_nothing_is_pruned_while_the_newest_does_not_verify(tmp_path):
     for step in range(1, 6):
-        commit(tmp_path, FILES, manifest(step))
+        commit(tmp_path, FILES, step)
     (tmp_path / "checkpoints/step-00000005/optimizer.safetensors").unlink()
     with pytest.raises(CheckpointError):
         prune(tmp_path, 2)
@@ -141,10 +140,10 @@ def test_nothing_is_pruned_while_the_newest_does_not_verify(tmp_path):
 
 
 def test_a_full_disk_says_so_and_leaves_what_was_there(tmp_path, monkeypatch):
-    commit(tmp_path, FILES, manifest(1))
+    commit(tmp_path, FILES, 1)
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(CheckpointError, match=r"No space left on device \(14,003 bytes needed\); earlier"):
-        commit(tmp_path, FILES, manifest(2))
+        commit(tmp_path, FILES, 2)
     assert find(tmp_path).latest.step == 1
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
@@ -156,10 +155,11 @@ def full_disk(descriptor):
 WRITER = """
 import sys
 from pathlib import Path
+from manifests import run_facts, step_facts
 from lora_kit.runs import store
 files = {"adapter_model.safetensors": [b"a" * 300_000], "optimizer.safetensors": [b"o" * 600_000]}
 for step in range(1, 10**6):
-    store.commit(Path(sys.argv[1]), files, {"step": step, "fencing_token": 1})
+    store.commit(Path(sys.argv[1]), files, run_facts(), step_facts(step))
     store.prune(Path(sys.argv[1]), 2)
     print(step, flush=True)
 """
@@ -169,7 +169,8 @@ def test_a_kill_at_any_moment_leaves_the_last_commit_or_a_newer_one(tmp_path):
     rng = random.Random(0)
     for kill in range(12):
         run = tmp_path / str(kill)
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(run)], stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-c", WRITER, str(run)]
+        writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent)
         writer.stdout.readline()
         time.sleep(rng.uniform(0, 0.05))
         writer.send_signal(signal.SIGKILL)

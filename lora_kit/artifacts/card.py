@@ -5,18 +5,20 @@ fact that is not known is left out.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
 from lora_kit.recipe.load import BUILTIN
 from lora_kit.recipe.schema import Hub
+from lora_kit.runs.manifest import BaseFingerprint, Manifest, RunFacts
 
 HYPERPARAMETERS = ("adapter", "objective", "optim", "train")
 
 
 def model_card(
-    repo: str, manifest: Mapping[str, Any], *, revision: str | None = None, scores: Mapping[str, Any] | None = None
+    repo: str, manifest: Manifest, *, revision: str | None = None, scores: Mapping[str, Any] | None = None
 ) -> str:
     """Return README.md for an adapter on the Hub.
 
@@ -26,7 +28,7 @@ def model_card(
         revision: The branch, None for the main one.
         scores: `base` and `adapter` as in result.json, if this checkpoint was measured.
     """
-    recipe, commit = manifest["recipe"], manifest["fingerprints"]["base"]["commit"]
+    facts, recipe, commit = manifest.run, manifest.run.recipe, manifest.run.fingerprints.base.commit
     base, hub = recipe["base"]["repo"], Hub.model_validate(recipe["hub"])
     data = ModelCardData(
         base_model=base if commit else None,
@@ -40,11 +42,11 @@ def model_card(
         f"---\n{data.to_yaml()}\n---",
         f"# {repo}",
         f"A LoRA adapter of rank {recipe['adapter']['rank']} for {_base(base, commit)}, after step "
-        f"{manifest['step']:,} ({manifest['examples_seen']:,} examples seen). Trained with lora_kit "
-        f"{manifest['versions']['lora_kit']}; this card was generated from the run's records.",
-        _usage(repo, manifest, revision),
-        "## Base\n\n" + _table(("", ""), _base_rows(manifest)),
-        "## Data\n\n" + _table(("", "train", "validation"), _data_rows(manifest)),
+        f"{manifest.progress.step:,} ({manifest.progress.examples_seen:,} examples seen). Trained with lora_kit "
+        f"{facts.versions['lora_kit']}; this card was generated from the run's records.",
+        _usage(repo, recipe["base"], commit, revision),
+        "## Base\n\n" + _table(("", ""), _base_rows(recipe["base"], facts.fingerprints.base)),
+        "## Data\n\n" + _table(("", "train", "validation"), _data_rows(facts)),
     ]
     if measured := list(_score_rows(manifest, scores)):
         parts.append(
@@ -55,7 +57,7 @@ def model_card(
     parts += [
         "## Hyper-parameters\n\nAll of them are in [recipe.yaml](recipe.yaml).\n\n"
         + _table(("field", "value"), fields),
-        "## Versions\n\n" + _table(("package", "version"), manifest["versions"].items()),
+        "## Versions\n\n" + _table(("package", "version"), facts.versions.items()),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -68,39 +70,38 @@ def _base(base: str, commit: str | None) -> str:
     return f"a base in a local folder, `{base}`, which is not known to be on the Hub"
 
 
-def _base_rows(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    section, fingerprint = manifest["recipe"]["base"], manifest["fingerprints"]["base"]
+def _base_rows(section: Mapping[str, Any], fingerprint: BaseFingerprint) -> Iterator[tuple[str, Any]]:
     yield "base", f"`{section['repo']}`"
     yield (
         "revision",
-        f"`{fingerprint['commit']}`"
-        if fingerprint["commit"]
+        f"`{fingerprint.commit}`"
+        if fingerprint.commit
         else ("none: shipped" if section["repo"].startswith(BUILTIN) else "none: a local folder"),
     )
     yield "computed in", section["dtype"]
-    for name, digest in fingerprint["files"].items():
+    for name, digest in fingerprint.files.items():
         if name.endswith(".safetensors"):
             yield f"SHA-256 of {name}", f"`{digest}`"
 
 
-def _data_rows(manifest: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
-    names = ("train", "validation")
-    section, counts = manifest["recipe"]["data"], manifest["data"]
+def _data_rows(facts: RunFacts) -> Iterator[tuple[Any, ...]]:
+    section, datasets = facts.recipe["data"], (facts.data.train, facts.data.validation)
     yield "source", f"`{section['train']}`", "-" if section["validation"] is None else f"`{section['validation']}`"
     for key in ("format", "examples", "tokens", "trained_tokens"):
-        values = [counts[name][key] if counts[name] else "-" for name in names]
+        values = [asdict(counts)[key] if counts else "-" for counts in datasets]
         label = key.replace("_", " ")
         yield label, *(f"{value:,}" if isinstance(value, int) else value for value in values)
-    digests = [manifest["fingerprints"][name] for name in names]
+    digests = [facts.fingerprints.train, facts.fingerprints.validation]
     yield "SHA-256 of the tokens", *(f"`{digest}`" if digest else "-" for digest in digests)
 
 
-def _score_rows(manifest: Mapping[str, Any], scores: Mapping[str, Any] | None) -> Iterator[tuple[Any, ...]]:
+def _score_rows(manifest: Manifest, scores: Mapping[str, Any] | None) -> Iterator[tuple[Any, ...]]:
     for name, one in (scores or {}).items():
         match = "-" if one["exact_match"] is None else f"{one['exact_match']:.1%} of {one['answered']}"
         yield name, f"{one['loss']:.4f}", f"{one['perplexity']:.2f}", match, one["examples"]
-    if not scores and manifest["held_out_loss"] is not None:
-        yield "adapter", f"{manifest['held_out_loss']:.4f}", "-", "-", manifest["data"]["validation"]["examples"]
+    loss, validation = manifest.progress.held_out_loss, manifest.run.data.validation
+    if not scores and loss is not None and validation is not None:
+        yield "adapter", f"{loss:.4f}", "-", "-", validation.examples
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
@@ -108,8 +109,7 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _usage(repo: str, manifest: Mapping[str, Any], revision: str | None) -> str:
-    section, commit = manifest["recipe"]["base"], manifest["fingerprints"]["base"]["commit"]
+def _usage(repo: str, section: Mapping[str, Any], commit: str | None, revision: str | None) -> str:
     branch = f', revision="{revision}"' if revision else ""
     where = f'"{section["repo"]}", revision="{commit}"' if commit else '"path/to/the/base"'
     own = "" if commit or section["repo"].startswith(BUILTIN) else ', base="path/to/the/base"'

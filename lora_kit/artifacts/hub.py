@@ -10,7 +10,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -26,6 +26,7 @@ from lora_kit.recipe.load import PATHS, as_yaml
 from lora_kit.recipe.schema import HUB_NAME, Recipe
 from lora_kit.runs import store
 from lora_kit.runs.journal import Journal
+from lora_kit.runs.manifest import MANIFEST, FileEntry, manifest_bytes
 from lora_kit.runs.run import Run
 from lora_kit.views.console import Console
 
@@ -127,19 +128,19 @@ def publication(checkpoint: store.Checkpoint, to: str, *, revision: str | None =
     Raises:
         BaseError: The base's tokenizer is not here, or is no longer the one of the training.
     """
-    manifest = checkpoint.manifest
+    manifest, facts = checkpoint.manifest, checkpoint.manifest.run
     config = json.loads((checkpoint.path / store.ADAPTER_CONFIG).read_text())
     files = tokenizer_files(checkpoint, config["base_model_name_or_path"])
-    public = without_paths(Recipe.model_validate(manifest["recipe"]))
-    if manifest["fingerprints"]["base"]["commit"] is None:
+    public = without_paths(Recipe.model_validate(facts.recipe))
+    if facts.fingerprints.base.commit is None:
         config["base_model_name_or_path"] = public["base"]["repo"]  # was the folder's place on this machine
     files[store.ADAPTER_CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
     files[RECIPE] = as_yaml(public).encode()
-    entries = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
-    entries[store.ADAPTER] = manifest["files"][store.ADAPTER]
-    content = manifest | {"recipe": public, "files": dict(sorted(entries.items()))}
-    card = model_card(to, content, revision=revision, scores=_scores(checkpoint))
-    texts = {store.MANIFEST: store.manifest_bytes(content), CARD: card.encode()}
+    entries = {name: FileEntry(len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()}
+    entries[store.ADAPTER] = manifest.files[store.ADAPTER]
+    published = replace(manifest, run=replace(facts, recipe=public), files=dict(sorted(entries.items())))
+    card = model_card(to, published, revision=revision, scores=_scores(checkpoint))
+    texts = {MANIFEST: manifest_bytes(published.to_dict()), CARD: card.encode()}
     return {store.ADAPTER: checkpoint.path / store.ADAPTER, **files, **texts}
 
 
@@ -159,17 +160,17 @@ def tokenizer_files(checkpoint: store.Checkpoint, base_name: str) -> dict[str, b
     Raises:
         BaseError: The base is not here, or its tokenizer has changed since the training.
     """
-    manifest = checkpoint.manifest
-    recipe = Recipe.model_validate(manifest["recipe"])
-    section, folder = pinned_base(recipe, manifest, base_name)
+    facts = checkpoint.manifest.run
+    recipe = Recipe.model_validate(facts.recipe)
+    section, folder = pinned_base(recipe, facts.fingerprints.base.commit, base_name)
     found = base_folder(section, folder, weights=False)
-    for name, digest in manifest["fingerprints"]["base"]["files"].items():
+    for name, digest in facts.fingerprints.base.files.items():
         if name.startswith(("tokenizer", "chat_template")) and file_hash(found / name) != digest:
             raise BaseError(f"{found / name}: changed since the training; push from where the base is as it was")
     source = Source(section.repo, found, found.name, {})
-    tokenizer = load_renderer(source, recipe, template=manifest["template"]).tokenizer
+    tokenizer = load_renderer(source, recipe, template=facts.template).tokenizer
     with tempfile.TemporaryDirectory() as scratch:
-        set_up_tokenizer(tokenizer, recipe, manifest["template"]).save_pretrained(scratch)
+        set_up_tokenizer(tokenizer, recipe, facts.template).save_pretrained(scratch)
         files = {path.name: path.read_bytes() for path in sorted(Path(scratch).iterdir())}
     settings = json.loads(files["tokenizer_config.json"])
     kept = {key: value for key, value in settings.items() if key not in HERE_ONLY}

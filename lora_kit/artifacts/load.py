@@ -39,15 +39,16 @@ def load(
         BaseError: Its base is not here, or is no longer the one that it was trained on.
     """
     path = checkpoint_at(path)
-    manifest = store.open_checkpoint(path).manifest
-    recipe = Recipe.model_validate(manifest["recipe"])
+    facts = store.open_checkpoint(path).manifest.run
+    recipe = Recipe.model_validate(facts.recipe)
     name = json.loads((path / store.ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
-    source = locate(*pinned_base(recipe, manifest, name, base=Path(base) if base else None))
-    if source.fingerprint != manifest["fingerprints"]["base"]:
+    recorded = facts.fingerprints.base
+    source = locate(*pinned_base(recipe, recorded.commit, name, base=Path(base) if base else None))
+    if source.fingerprint != recorded:
         raise BaseError(f"{path}: was trained on other bytes of {source.name} than lie in {source.folder} now")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     changes = ({"dtype": dtype} if dtype else {}) | ({} if quantized else {"quantization": "none"})
     wanted = recipe.base.model_copy(update=changes)
     model = PeftModel.from_pretrained(load_base(source, wanted, where), str(path))
-    tokenizer = load_renderer(source, recipe, template=manifest["template"]).tokenizer
-    return model.eval(), set_up_tokenizer(tokenizer, recipe, manifest["template"])
+    tokenizer = load_renderer(source, recipe, template=facts.template).tokenizer
+    return model.eval(), set_up_tokenizer(tokenizer, recipe, facts.template)

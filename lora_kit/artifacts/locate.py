@@ -1,6 +1,5 @@
 """Where a checkpoint is: a folder, the newest of a run, or a download from the Hub."""
 
-import json
 from pathlib import Path
 
 from huggingface_hub import get_token, hf_hub_download, snapshot_download
@@ -10,6 +9,7 @@ from lora_kit.artifacts.hub_errors import FAILURES, reason_of
 from lora_kit.errors import CheckpointError, HubError
 from lora_kit.recipe.schema import HUB_NAME
 from lora_kit.runs import store
+from lora_kit.runs.manifest import MANIFEST, read_manifest
 
 
 def checkpoint_at(path: str | Path) -> Path:
@@ -22,7 +22,7 @@ def checkpoint_at(path: str | Path) -> Path:
     name, _, revision = str(path).partition("@")
     if not Path(path).exists() and HUB_NAME.fullmatch(name):
         return fetch(name, revision=revision or None)
-    if (Path(path) / store.MANIFEST).exists():
+    if (Path(path) / MANIFEST).exists():
         return Path(path)
     found = store.find(Path(path)).latest
     if found is None:
@@ -38,14 +38,13 @@ def fetch(name: str, *, revision: str | None = None) -> Path:
     """
     where = f"{name}: no folder here, and on the Hub"
     try:
-        manifest = Path(hf_hub_download(name, store.MANIFEST, revision=revision))
-        content = json.loads(manifest.read_text())
-        names = [store.MANIFEST, *content["files"]]
-        folder = Path(snapshot_download(name, revision=manifest.parent.name, allow_patterns=names))
-        foreign_code = content["recipe"]["base"]["trust_remote_code"]
+        path = Path(hf_hub_download(name, MANIFEST, revision=revision))
+        manifest = read_manifest(path)
+        folder = Path(snapshot_download(name, revision=path.parent.name, allow_patterns=[MANIFEST, *manifest.files]))
+        foreign_code = manifest.run.recipe["base"]["trust_remote_code"]
     except RemoteEntryNotFoundError:
         raise HubError(
-            f"{where} it has no {store.MANIFEST}, so lora_kit did not make it; load it with "
+            f"{where} it has no {MANIFEST}, so lora_kit did not make it; load it with "
             f'peft.AutoPeftModelForCausalLM.from_pretrained("{name}")'
         ) from None
     except RevisionNotFoundError:

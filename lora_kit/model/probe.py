@@ -17,7 +17,7 @@ PROBE_TOLERANCE = {
 PROBE_LARGEST = 0.25  # where a base is so wide, deep or untrained that rounding alone comes near
 
 
-def choose_attention(model: PreTrainedModel, base: Base, device: torch.device) -> dict[str, str]:
+def choose_attention(model: PreTrainedModel, base: Base, device: torch.device) -> tuple[str, str]:
     """Find out how this model trains fastest among the ways that are right, and leave it set so.
 
     Returns:
@@ -26,10 +26,10 @@ def choose_attention(model: PreTrainedModel, base: Base, device: torch.device) -
     own, vocabulary = attention_of(model), model.config.get_text_config().vocab_size
     if base.attention == "auto" and use_attention(model, SEGMENT):
         if not leaks_when_packed(model, vocabulary, device):
-            return {"attention": SEGMENT, "layout": "packed"}
+            return SEGMENT, "packed"
         use_attention(model, own)
     leaks = leaks_when_packed(model, vocabulary, device)
-    return {"attention": own, "layout": "padded" if leaks else "packed"}
+    return own, "padded" if leaks else "packed"
 
 
 @torch.no_grad()

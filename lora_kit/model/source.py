@@ -2,11 +2,9 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -15,6 +13,7 @@ from lora_kit.errors import BaseError
 from lora_kit.files import cache_folder, sha256_of, write_whole
 from lora_kit.recipe.load import BUILTIN, resolve_path
 from lora_kit.recipe.schema import Base, Recipe
+from lora_kit.runs.manifest import BaseFingerprint
 
 LIGHT = ["*.json", "*.jinja", "*.model", "*.txt", "*.py"]
 WANTED = [*LIGHT, "*.safetensors"]
@@ -37,9 +36,9 @@ class Source:
     files: dict[str, str]
 
     @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What a manifest keeps: equal fingerprints mean equal bytes."""
-        return {"commit": self.commit, "files": self.files}
+    def fingerprint(self) -> BaseFingerprint:
+        """What a manifest records: equal fingerprints mean equal bytes."""
+        return BaseFingerprint(self.commit, self.files)
 
 
 def locate(base: Base, folder: Path | None) -> Source:
@@ -62,14 +61,12 @@ def locate(base: Base, folder: Path | None) -> Source:
     return Source(base.repo if folder is None else str(folder), found, None if folder else found.name, hashes)
 
 
-def pinned_base(
-    recipe: Recipe, manifest: Mapping[str, Any], name: str, *, base: Path | None = None
-) -> tuple[Base, Path | None]:
+def pinned_base(recipe: Recipe, commit: str | None, name: str, *, base: Path | None = None) -> tuple[Base, Path | None]:
     """Return where a checkpoint's base is: the recipe's section at the commit of its training, and the folder, if any.
 
     Args:
         recipe: The checkpoint's.
-        manifest: The checkpoint's.
+        commit: The base's commit on the Hub, from the checkpoint's manifest; None for a local folder.
         name: The base's name in adapter_config.json.
         base: A folder to look in instead.
 
@@ -78,7 +75,6 @@ def pinned_base(
     """
     if base is not None:
         return recipe.base, base
-    commit = manifest["fingerprints"]["base"]["commit"]
     if commit is not None:
         return recipe.base.model_copy(update={"revision": commit}), None
     if recipe.base.repo.startswith(BUILTIN):

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
 from typing import Any
+
 from lora_kit.files import write_whole
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"

@@ -13,20 +13,21 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 import xxhash
+from pydantic import TypeAdapter
 
-from lora_kit.runs.store import ADAPTER, ADAPTER_CONFIG, OPTIMIZER, Tensors, headers_of, split
 from lora_kit.errors import CheckpointError, LeaseError
 from lora_kit.files import write_whole
+from lora_kit.runs.manifest import Manifest, RunFacts, StepFacts
+from lora_kit.runs.store import ADAPTER, ADAPTER_CONFIG, OPTIMIZER, Tensors, headers_of, split
 
-MAGIC = int.from_bytes(b"lorakit1", "little")
+MAGIC = int.from_bytes(b"lorakit2", "little")
 PAGE, HEADER_BYTES, SLOTS = 4096, 65536, 3
 FAULT_AT = 2048  # in the first page: what the keeper could not write
 CHUNK = 1 << 20  # copied and hashed while it is in the cache
@@ -58,25 +59,43 @@ class Phase(IntEnum):
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """A published slot: where it is, and its header.
+class Header:
+    """What is published with a slot's bytes.
 
-    The header has the fencing token and `sequence`, which never goes back, the `step`, the payload's `checksum`, if
-    a checkpoint of exactly this step is `due`, and `moving`: the manifest's parts that change from step to step.
+    Attributes:
+        token: The fencing token of the trainer.
+        sequence: Grows with every publication, also after a return to an earlier step.
+        checksum: Of the slot's bytes.
+        due: Whether exactly this step must become a checkpoint.
+        progress: The step's part of the manifest.
     """
 
+    token: int
+    sequence: int
+    checksum: int
+    due: bool
+    progress: StepFacts
+
+
+_HEADER = TypeAdapter(Header)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A published slot: its index and its header."""
+
     slot: int
-    header: dict[str, Any]
+    header: Header
 
     @property
     def order(self) -> tuple[int, int]:
-        """What decides which of two is newer."""
-        return self.header["token"], self.header["sequence"]
+        """The token and the sequence: the larger of two is the newer."""
+        return self.header.token, self.header.sequence
 
     @property
     def step(self) -> int:
-        """How many steps were finished."""
-        return int(self.header["moving"]["step"])
+        """The number of finished steps."""
+        return self.header.progress.step
 
 
 class Region:
@@ -103,13 +122,18 @@ class Region:
 
     def snapshots(self) -> list[Snapshot]:
         """Return what is published, newest first."""
-        headers = ((slot, _read_cell(self._header(slot))) for slot in range(SLOTS))
-        return sorted((Snapshot(slot, one) for slot, one in headers if one), key=lambda one: one.order, reverse=True)
+        headers = ((slot, self._read_header(slot)) for slot in range(SLOTS))
+        published = (Snapshot(slot, header) for slot, header in headers if header)
+        return sorted(published, key=lambda snapshot: snapshot.order, reverse=True)
+
+    def _read_header(self, slot: int) -> Header | None:
+        text = _read_cell(self._header(slot))
+        return _HEADER.validate_json(text, strict=True) if text else None
 
     def verifies(self, snapshot: Snapshot) -> bool:
         """Return whether a slot still holds the bytes that its header was published for."""
-        same = checksum(self.payload(snapshot.slot)) == snapshot.header["checksum"]
-        return same and _read_cell(self._header(snapshot.slot)) == snapshot.header
+        same = checksum(self.payload(snapshot.slot)) == snapshot.header.checksum
+        return same and self._read_header(snapshot.slot) == snapshot.header
 
     def claim(self, waiting: Callable[[], None]) -> int:
         """Return a slot to fill, its header made invalid; `waiting` is called while every slot is needed."""
@@ -125,7 +149,7 @@ class Region:
         """Return the oldest slot that is neither the newest, nor being read, nor due and unwritten."""
         published = self.snapshots()
         handled, reading = self.words[Word.HANDLED], self._being_read()
-        needed = {one.slot for one in published if one.header["due"] and one.header["sequence"] > handled}
+        needed = {one.slot for one in published if one.header.due and one.header.sequence > handled}
         needed |= {one.slot for one in published[:1]}
         if reading is not None:
             needed.add(reading)
@@ -138,15 +162,15 @@ class Region:
         mark = self.words[Word.READING]
         return mark - 1 if mark and psutil.pid_exists(self.words[Word.KEEPER]) else None
 
-    def publish(self, slot: int, header: Mapping[str, Any]) -> None:
+    def publish(self, slot: int, header: Header) -> None:
         """Make a filled slot the newest snapshot.
 
         Raises:
             LeaseError: Another job has taken the run over.
         """
-        if header["token"] != self.words[Word.TOKEN]:
+        if header.token != self.words[Word.TOKEN]:
             raise LeaseError(f"{self.path}: another job has taken this run over; this one ends without a trace")
-        _write_cell(self._header(slot), header)
+        _write_cell(self._header(slot), json.dumps(asdict(header)).encode())
 
     def clear(self) -> None:
         """Forget every snapshot."""
@@ -156,20 +180,19 @@ class Region:
     @property
     def fault(self) -> str:
         """What the keeper could not write; empty when all is well."""
-        return str((_read_cell(self._map[FAULT_AT:PAGE]) or {}).get("fault", ""))
+        return _read_cell(self._map[FAULT_AT:PAGE]).decode()
 
     def tell_fault(self, text: str) -> None:
         """Leave word of a failed write for the trainer to show."""
-        _write_cell(self._map[FAULT_AT:PAGE], {"fault": text[:1500]})
+        _write_cell(self._map[FAULT_AT:PAGE], text.encode()[:1500].decode(errors="ignore").encode())
         self.words[Word.FAULTS] += 1
 
 
-def _write_cell(cell: memoryview, content: Mapping[str, Any] | None) -> None:
-    """Replace a cell's content; a reader sees the old, nothing or the new, since the length comes last."""
+def _write_cell(cell: memoryview, text: bytes | None) -> None:
+    """Replace a cell's text; a reader sees the old, nothing or the new, since the length is written last."""
     words = cell[:16].cast("Q")
     words[0] = 0
-    if content is not None:
-        text = json.dumps(content).encode()
+    if text is not None:
         if len(text) > len(cell) - 16:
             raise CheckpointError(f"live region: {len(text):,} bytes of header, there is room for {len(cell) - 16:,}")
         cell[16 : 16 + len(text)] = text
@@ -177,13 +200,11 @@ def _write_cell(cell: memoryview, content: Mapping[str, Any] | None) -> None:
         words[0] = len(text)
 
 
-def _read_cell(cell: memoryview) -> dict[str, Any] | None:
+def _read_cell(cell: memoryview) -> bytes:
+    """Return a cell's text; empty when there is none, or it is just being replaced."""
     length, digest = cell[:16].cast("Q")
     text = bytes(cell[16 : 16 + length]) if 0 < length <= len(cell) - 16 else b""
-    if not text or xxhash.xxh3_64_intdigest(text) != digest:
-        return None
-    content: dict[str, Any] = json.loads(text)
-    return content
+    return text if xxhash.xxh3_64_intdigest(text) == digest else b""
 
 
 def checksum(payload: memoryview) -> int:
@@ -279,59 +300,85 @@ def reap_orphans() -> None:
     for place in _places():
         for folder in place.glob(f"lora_kit-{os.getuid()}-*"):
             job = read_job(folder)
-            if job is not None and not Path(job["run"]).is_dir():
+            if job is not None and not Path(job.run).is_dir():
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_job(region: Region, job: Mapping[str, Any]) -> None:
-    """Leave beside the region all that its snapshots need to become checkpoints, in one rename."""
-    write_whole(region.path.with_name(JOB), json.dumps(job))
+@dataclass(frozen=True)
+class JobFile:
+    """The content of job.json beside a region: everything that turns its snapshots into checkpoints.
+
+    Attributes:
+        run: The absolute path of the run's folder.
+        shapes: The adapter's tensors in the order in which they lie in a slot.
+        adapter_config: The text of adapter_config.json.
+        facts: The part of the manifest that is the same for every step.
+        every_seconds: The longest time between two checkpoints.
+        keep: How many of the newest checkpoints stay.
+        keep_every: Checkpoints of every so many steps stay too.
+        best: Whether the checkpoint with the lowest held-out loss stays too.
+    """
+
+    run: str
+    shapes: dict[str, tuple[int, ...]]
+    adapter_config: str
+    facts: RunFacts
+    every_seconds: float
+    keep: int
+    keep_every: int | None
+    best: bool
 
 
-def read_job(folder: Path) -> dict[str, Any] | None:
-    """Return what `write_job` left in a region's folder."""
+_JOB = TypeAdapter(JobFile)
+
+
+def write_job(region: Region, job: JobFile) -> None:
+    """Write job.json beside a region, in one rename."""
+    write_whole(region.path.with_name(JOB), json.dumps(asdict(job)))
+
+
+def read_job(folder: Path) -> JobFile | None:
+    """Return the content of job.json in a region's folder; None when it is missing or not as `write_job` writes it."""
     try:
-        job: dict[str, Any] = json.loads((folder / JOB).read_text())
+        return _JOB.validate_json((folder / JOB).read_bytes(), strict=True)
     except (FileNotFoundError, ValueError):
         return None
-    return job
 
 
-def files_of(job: Mapping[str, Any], payload: memoryview) -> dict[str, list[bytes | memoryview]]:
+def files_of(job: JobFile, payload: memoryview) -> dict[str, list[bytes | memoryview]]:
     """Return the content of a checkpoint's files, pieces in order, without a copy of a tensor."""
-    weights, headers = len(payload) // 3, headers_of(job["shapes"])
+    weights, headers = len(payload) // 3, headers_of(job.shapes)
     return {
         ADAPTER: [headers[ADAPTER], payload[:weights]],
-        ADAPTER_CONFIG: [job["adapter_config"].encode()],
+        ADAPTER_CONFIG: [job.adapter_config.encode()],
         OPTIMIZER: [headers[OPTIMIZER], payload[weights:]],
     }
 
 
 @dataclass(frozen=True)
 class Live:
-    """A snapshot that a run can go on from, as a checkpoint would be.
+    """A snapshot that a run can resume from like a checkpoint; its manifest lists no files.
 
     Attributes:
-        path: The region's.
-        slot: Where in it.
-        manifest: As a checkpoint's, but for `files`.
-        job: What `write_job` left.
+        path: The region's file.
+        slot: The slot's index.
+        shapes: The adapter's tensors in the order in which they lie in the slot.
     """
 
     path: Path
     slot: int
-    manifest: dict[str, Any]
-    job: dict[str, Any]
+    shapes: Mapping[str, Sequence[int]]
+    manifest: Manifest
 
     @property
     def step(self) -> int:
-        """How many steps were finished."""
-        return int(self.manifest["step"])
+        """The number of finished steps."""
+        return self.manifest.progress.step
 
     def state(self) -> tuple[Tensors, Tensors, Tensors]:
         """Return the weights and the two moments, by PEFT's names."""
         flat = np.frombuffer(Region(self.path).payload(self.slot), np.float32).copy()
-        weights, first, second = (split(one, self.job["shapes"]) for one in np.split(flat, 3))
+        weights, first, second = (split(part, self.shapes) for part in np.split(flat, 3))
         return weights, first, second
 
 
@@ -339,11 +386,11 @@ def newest(run: Path, run_id: str) -> tuple[Live | None, list[str]]:
     """Return the newest live snapshot of a run that verifies, and what is wrong with newer ones."""
     region, problems = open_region(run), list[str]()
     job = read_job(region.path.parent) if region else None
-    if region is None or job is None or job["manifest"]["run_id"] != run_id:
+    if region is None or job is None or job.facts.run_id != run_id:
         return None, []
-    for one in region.snapshots():
-        if region.verifies(one):
-            manifest = job["manifest"] | one.header["moving"] | {"fencing_token": one.header["token"]}
-            return Live(region.path, one.slot, manifest, job), problems
-        problems.append(f"{region.path}: the live snapshot of step {one.step} does not verify")
+    for snapshot in region.snapshots():
+        if region.verifies(snapshot):
+            facts = replace(job.facts, fencing_token=snapshot.header.token)
+            return Live(region.path, snapshot.slot, job.shapes, Manifest(facts, snapshot.header.progress, {})), problems
+        problems.append(f"{region.path}: the live snapshot of step {snapshot.step} does not verify")
     return None, problems

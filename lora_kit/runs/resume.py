@@ -8,18 +8,19 @@ import fnmatch
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lora_kit.errors import CheckpointError, ContractError, InputError
+from lora_kit.recipe.load import difference
+from lora_kit.recipe.schema import Recipe
 from lora_kit.runs import live, store
+from lora_kit.runs.journal import Journal
 from lora_kit.runs.lease import Lease, inherited, take
 from lora_kit.runs.live import Live
+from lora_kit.runs.manifest import BaseFingerprint, Environment, Origin, RunFacts
 from lora_kit.runs.store import Checkpoint
-from lora_kit.errors import CheckpointError, ContractError, InputError
-from lora_kit.runs.journal import Journal
-from lora_kit.recipe.schema import Recipe
-from lora_kit.recipe.load import difference
 
 Verdict = Literal["harmless", "accept", "refused"]
 
@@ -62,17 +63,17 @@ class Row:
     verdict: Verdict
 
 
-def contract(manifest: Mapping[str, Any], recipe: Recipe, facts: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+def contract(recorded: RunFacts, recipe: Recipe, environment: Environment) -> list[Row]:
     """Return every difference that matters to a resume.
 
     Args:
-        manifest: Of the checkpoint.
-        recipe: What is asked for now.
-        facts: The manifest's other sections as they are now: `fingerprints`, `versions`, `machine`.
+        recorded: From the checkpoint's manifest.
+        recipe: The recipe of this start.
+        environment: The inputs, versions and machine of this start.
     """
-    found = list(difference(manifest["recipe"], recipe))
-    for section in facts:
-        then, now = dict(_flat(section, manifest[section])), dict(_flat(section, facts[section]))
+    found, before = list(difference(recorded.recipe, recipe)), asdict(recorded)
+    for section, value in asdict(environment).items():
+        then, now = dict(_flat(section, before[section])), dict(_flat(section, value))
         found += [(key, then.get(key), now.get(key)) for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
     return [Row(key, then, now, _verdict(key)) for key, then, now in found]
 
@@ -209,32 +210,24 @@ def open_run(folder: Path, start_from: Path | None = None) -> OpenRun:
     if origin is not None and is_own(folder, origin):
         origin = None
     durable = store.find(folder).latest
-    run_id = durable.manifest["run_id"] if durable else Journal(folder).run_id()
+    run_id = durable.manifest.run.run_id if durable else Journal(folder).run_id()
     running, problems = live.newest(folder, run_id) if run_id else (None, [])
-    latest = max((one for one in (durable, running) if one), key=_order, default=None)
-    if origin is not None and latest and latest.manifest.get("origin") != describe(origin):
+    latest = max((one for one in (durable, running) if one), key=lambda one: one.manifest.order, default=None)
+    if origin is not None and latest and latest.manifest.run.origin != describe(origin):
         lease.release()
         raise ContractError(
-            f"{folder}: a run that began with {latest.manifest.get('origin') or 'a fresh adapter'}, not with "
+            f"{folder}: a run that began with {latest.manifest.run.origin or 'a fresh adapter'}, not with "
             f"{describe(origin)}; leave --from out to go on with it, or use another --out"
         )
-    new_id = latest.manifest["run_id"] if latest else secrets.token_hex(8)
+    new_id = latest.manifest.run.run_id if latest else secrets.token_hex(8)
     reached = Journal(folder).last_step()
     return OpenRun(folder, lease, new_id, latest, origin, reached, (*notices, *problems))
 
 
-def _order(station: Checkpoint | Live) -> tuple[int, int]:
-    return station.manifest["fencing_token"], station.step
-
-
-def describe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return what a manifest remembers of the checkpoint that its run began with."""
+def describe(checkpoint: Checkpoint) -> Origin:
+    """Return what the manifest of a run records of the checkpoint that the run began with."""
     manifest = checkpoint.manifest
-    return {
-        "run_id": manifest["run_id"],
-        "step": manifest["step"],
-        "adapter": manifest["files"][store.ADAPTER]["sha256"],
-    }
+    return Origin(manifest.run.run_id, checkpoint.step, manifest.files[store.ADAPTER].sha256)
 
 
 def _go_back(folder: Path, target: Checkpoint) -> Iterator[str]:
@@ -250,16 +243,16 @@ def _go_back(folder: Path, target: Checkpoint) -> Iterator[str]:
     (folder / "result.json").unlink(missing_ok=True)
 
 
-def enforce_origin(origin: Checkpoint, recipe: Recipe, fingerprint: Any) -> None:
+def enforce_origin(origin: Checkpoint, recipe: Recipe, fingerprint: BaseFingerprint) -> None:
     """Refuse to begin with an adapter that was made for another base or has another shape.
 
     Raises:
         ContractError: Names each difference.
     """
-    then, now = origin.manifest["recipe"]["adapter"], recipe.model_dump(mode="json")["adapter"]
+    then, now = origin.manifest.run.recipe["adapter"], recipe.model_dump(mode="json")["adapter"]
     changed = [key for key in now if key != "dropout" and then[key] != now[key]]
     wrong = [f"adapter.{key}: {then[key]} there, {now[key]} here" for key in changed]
-    if origin.manifest["fingerprints"]["base"] != fingerprint:
+    if origin.manifest.run.fingerprints.base != fingerprint:
         wrong.append("base: other bytes there")
     if wrong:
         told = "\n  ".join(wrong)

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_kit.files import write_whole
-from lora_kit.views import notebook
-from lora_kit.runs import store
-from lora_kit.views.console import Console
 from lora_kit.errors import CheckpointError
-from lora_kit.runs.journal import Journal
+from lora_kit.files import write_whole
 from lora_kit.recipe.load import BUILTIN
 from lora_kit.recipe.schema import Recipe
+from lora_kit.runs import store
+from lora_kit.runs.journal import Journal
 from lora_kit.runs.status import status
+from lora_kit.views import notebook
+from lora_kit.views.console import Console
 
 RESULT = "result.json"
 

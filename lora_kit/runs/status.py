@@ -9,10 +9,10 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-from lora_kit.runs import live, store
-from lora_kit.runs.lease import is_held
 from lora_kit.errors import CheckpointError, InputError
+from lora_kit.runs import live, store
 from lora_kit.runs.journal import EVENTS, Journal
+from lora_kit.runs.lease import is_held
 
 ENDS = {"finished": "finished", "stopped": "stopped, resumable", "failed": "failed, resumable"}
 SILENT_END = "ended without a word: killed, or the machine went down"

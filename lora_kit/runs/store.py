@@ -23,9 +23,8 @@ from safetensors.numpy import load_file
 
 from lora_kit.errors import CheckpointError, LeaseError
 from lora_kit.files import sha256_of
+from lora_kit.runs.manifest import MANIFEST, FileEntry, Manifest, RunFacts, StepFacts, manifest_bytes, read_manifest
 
-FORMAT = 1
-MANIFEST = "manifest.json"
 ADAPTER, ADAPTER_CONFIG, OPTIMIZER = (
     "adapter_model.safetensors",
     "adapter_config.json",
@@ -39,20 +38,20 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed folder and what its manifest says."""
+    """A committed folder and its manifest."""
 
     path: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
 
     @property
     def step(self) -> int:
-        """How many steps were finished."""
-        return int(self.manifest["step"])
+        """The number of finished steps."""
+        return self.manifest.progress.step
 
     @property
     def size(self) -> int:
         """Bytes of all files but the manifest."""
-        return sum(entry["size"] for entry in self.manifest["files"].values())
+        return sum(entry.size for entry in self.manifest.files.values())
 
     def state(self) -> "tuple[Tensors, Tensors, Tensors]":
         """Return the weights and the two moments, by PEFT's names."""
@@ -111,22 +110,16 @@ def checkpoint_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def manifest_bytes(content: Mapping[str, Any]) -> bytes:
-    """Serialise a manifest with a SHA-256 of its own content, so that a flipped bit in it is found too."""
-    plain = {key: value for key, value in content.items() if key != "sha256"}
-    digest = hashlib.sha256(_canonical(plain)).hexdigest()
-    return _canonical(plain | {"sha256": digest})
-
-
-def _canonical(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
 Pieces = Sequence[bytes | memoryview]
 
 
 def commit(
-    run: Path, files: Mapping[str, Pieces], manifest: Mapping[str, Any], *, ours: Callable[[], bool] = lambda: True
+    run: Path,
+    files: Mapping[str, Pieces],
+    facts: RunFacts,
+    progress: StepFacts,
+    *,
+    ours: Callable[[], bool] = lambda: True,
 ) -> Checkpoint:
     """Write a checkpoint so that a crash at any moment leaves it whole or absent.
 
@@ -137,15 +130,16 @@ def commit(
     Args:
         run: The run's folder.
         files: Content of every file but the manifest, in pieces that follow each other.
-        manifest: Has `step` and `fencing_token`; format, files and checksum are added here.
+        facts: The run's part of the manifest.
+        progress: The step's part of the manifest.
         ours: Asked last, whether the run is still this writer's.
 
     Raises:
         CheckpointError: It could not be written; the reason is in the message and nothing earlier was touched.
         LeaseError: Another job has taken the run over; nothing was touched.
     """
-    final = checkpoint_folder(run, manifest["step"])
-    staging = final.parent / f".tmp-{manifest['fencing_token']}"
+    final = checkpoint_folder(run, progress.step)
+    staging = final.parent / f".tmp-{facts.fencing_token}"
     predicted = {name: sum(map(len, pieces)) for name, pieces in files.items()}
     try:
         shutil.rmtree(staging, ignore_errors=True)
@@ -154,14 +148,14 @@ def commit(
             _sync_folder(run)
             _sync_folder(run.absolute().parent)
         entries = {name: _write_synced(staging / name, pieces) for name, pieces in files.items()}
-        if (written := {name: entry["size"] for name, entry in entries.items()}) != predicted:
+        if (written := {name: entry.size for name, entry in entries.items()}) != predicted:
             raise CheckpointError(f"{staging}: {written} bytes are there, {predicted} were expected")
-        whole = manifest_bytes({"format": FORMAT, **manifest, "files": entries})
-        _write_synced(staging / MANIFEST, [whole])
+        manifest = Manifest(facts, progress, entries)
+        _write_synced(staging / MANIFEST, [manifest_bytes(manifest.to_dict())])
         _sync_folder(staging)
         if not ours():
             shutil.rmtree(staging, ignore_errors=True)
-            raise LeaseError(f"{run}: another job has taken this run over; step {manifest['step']} is not written")
+            raise LeaseError(f"{run}: another job has taken this run over; step {progress.step} is not written")
         if final.exists() and _holds(final, entries):  # the same state, of which more is known now
             final.rename(final.with_name(f".tmp-old-{final.name}"))
         elif final.exists():
@@ -175,18 +169,18 @@ def commit(
             f"{final}: not written: {error.strerror} ({sum(predicted.values()):,} bytes needed); "
             "earlier checkpoints are untouched"
         ) from error
-    return Checkpoint(final, json.loads(whole))
+    return Checkpoint(final, manifest)
 
 
-def _holds(folder: Path, entries: Mapping[str, Any]) -> bool:
+def _holds(folder: Path, entries: Mapping[str, FileEntry]) -> bool:
     try:
-        return bool(_read_manifest(folder / MANIFEST)["files"] == entries)
+        return read_manifest(folder / MANIFEST).files == entries
     except CheckpointError:
         return False
 
 
-def _write_synced(path: Path, pieces: Pieces) -> dict[str, Any]:
-    """Write a file to the disk itself; return what the manifest says of it."""
+def _write_synced(path: Path, pieces: Pieces) -> FileEntry:
+    """Write a file, fsync it, and return its entry in the manifest."""
     digest = hashlib.sha256()
     with path.open("wb") as file:
         for piece in pieces:
@@ -194,7 +188,7 @@ def _write_synced(path: Path, pieces: Pieces) -> dict[str, Any]:
             file.write(piece)
         file.flush()
         os.fsync(file.fileno())
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+    return FileEntry(path.stat().st_size, digest.hexdigest())
 
 
 def _sync_folder(folder: Path) -> None:
@@ -211,34 +205,19 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: Names each file that is missing, too long, too short or changed.
     """
-    manifest = _read_manifest(path / MANIFEST)
+    manifest = read_manifest(path / MANIFEST)
     problems = []
-    for name, entry in manifest["files"].items():
+    for name, entry in manifest.files.items():
         file = path / name
         if not file.is_file():
             problems.append(f"{file}: missing")
-        elif (size := file.stat().st_size) != entry["size"]:
-            problems.append(f"{file}: {size:,} bytes, the manifest says {entry['size']:,}")
-        elif sha256_of(file) != entry["sha256"]:
+        elif (size := file.stat().st_size) != entry.size:
+            problems.append(f"{file}: {size:,} bytes, the manifest says {entry.size:,}")
+        elif sha256_of(file) != entry.sha256:
             problems.append(f"{file}: its SHA-256 is not the manifest's")
     if problems:
         raise CheckpointError("\n".join(problems))
     return Checkpoint(path, manifest)
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        data = path.read_bytes()
-        manifest = json.loads(data)
-        if data != manifest_bytes(manifest):
-            raise CheckpointError(f"{path}: changed since it was written; its own checksum does not match")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: missing; the folder was never committed") from error
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a manifest ({error})") from error
-    if manifest["format"] != FORMAT:
-        raise CheckpointError(f"{path}: format {manifest['format']}, this lora_kit reads {FORMAT}")
-    return manifest
 
 
 def folders(run: Path) -> list[Path]:
@@ -272,7 +251,7 @@ def newest_token(run: Path) -> int:
     tokens = [0]
     for path in folders(run):
         with contextlib.suppress(CheckpointError):
-            tokens.append(int(_read_manifest(path / MANIFEST)["fencing_token"]))
+            tokens.append(read_manifest(path / MANIFEST).run.fencing_token)
     return max(tokens)
 
 
@@ -293,7 +272,7 @@ def best_of(run: Path) -> Path | None:
     losses: dict[Path, float] = {}
     for path in folders(run):
         with contextlib.suppress(CheckpointError):
-            loss = _read_manifest(path / MANIFEST).get("held_out_loss")
+            loss = read_manifest(path / MANIFEST).progress.held_out_loss
             if loss is not None:
                 losses[path] = loss
     return min(losses, key=lambda path: losses[path]) if losses else None

@@ -25,11 +25,11 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from lora_kit.files import write_whole
-from lora_kit.views.console import Console
 from lora_kit.errors import LaunchError
-from lora_kit.runs.journal import Journal
+from lora_kit.files import write_whole
 from lora_kit.recipe.schema import Recipe
+from lora_kit.runs.journal import Journal
+from lora_kit.views.console import Console
 
 STATE = "trackers.json"
 PACKAGES = {  # any of them will do

@@ -15,14 +15,14 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lora_kit.errors import CheckpointError, LeaseError
 from lora_kit.runs import live, store
 from lora_kit.runs.journal import Journal
 from lora_kit.runs.lease import BEAT_SECONDS, FILE, Lease
-from lora_kit.runs.live import Phase, Region, Snapshot, Word
+from lora_kit.runs.live import JobFile, Phase, Region, Snapshot, Word
 
 LOOK_SECONDS = 0.01
 RETRY_SECONDS = 5.0  # after a failed write
@@ -35,7 +35,7 @@ class Keeper:
     def __init__(self, run: Path, lease: Lease) -> None:
         self.run, self.lease, self.journal = run, lease, Journal(run)
         self.region: Region | None = None
-        self._job: dict[str, Any] = {}
+        self._job: JobFile | None = None
         self._job_seen: tuple[int, int] | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
@@ -49,9 +49,9 @@ class Keeper:
         """Look once, and begin a write if one is due and none is in flight."""
         self._heartbeat()
         self._attach()
-        if self.region is None or self._fenced or (self._writing and not self._writing.done()):
+        if self.region is None or self._job is None or self._fenced or (self._writing and not self._writing.done()):
             return
-        snapshot = self._wanted(self.region)
+        snapshot = self._wanted(self.region, self._job.every_seconds)
         if snapshot is not None:
             self._writing = self._writer.submit(self._write, self.region, self._job, snapshot)
 
@@ -68,37 +68,37 @@ class Keeper:
         if seen == self._job_seen:
             return
         job = live.read_job(folder) if folder else None
-        if job is None or job["manifest"]["fencing_token"] != self.lease.token:
+        if job is None or job.facts.fencing_token != self.lease.token:
             self.region, self._job_seen = None, None
             return
         self.region, self._job, self._job_seen = live.open_region(self.run), job, seen
         if self.region is not None:
             self.region.words[Word.KEEPER], self.region.words[Word.READING] = os.getpid(), 0
 
-    def _wanted(self, region: Region) -> Snapshot | None:
+    def _wanted(self, region: Region, every_seconds: float) -> Snapshot | None:
         published, now = region.snapshots(), time.monotonic()
         handled = region.words[Word.HANDLED]
-        due = [one for one in published if one.header["due"] and one.header["sequence"] > handled]
+        due = [one for one in published if one.header.due and one.header.sequence > handled]
         if due:
             return due[-1]
-        old = now - self._written_at >= self._job["every_seconds"] or self._late
+        old = now - self._written_at >= every_seconds or self._late
         if not published or not old or now < self._not_before or published[0].order <= self._written:
             return None
-        return None if published[0].header["skipped"] else published[0]
+        return None if published[0].header.progress.skipped else published[0]
 
-    def _write(self, region: Region, job: dict[str, Any], snapshot: Snapshot) -> None:
+    def _write(self, region: Region, job: JobFile, snapshot: Snapshot) -> None:
         """Write a snapshot as a checkpoint and thin out the older ones; a failure is told, not raised."""
         region.words[Word.READING] = snapshot.slot + 1
-        began, sequence = time.monotonic(), snapshot.header["sequence"]
+        began, sequence = time.monotonic(), snapshot.header.sequence
         try:
             if snapshot not in region.snapshots():
                 return
             if not region.verifies(snapshot):
                 raise CheckpointError(f"{region.path}: the live snapshot of step {snapshot.step} does not verify")
-            manifest = job["manifest"] | snapshot.header["moving"] | {"fencing_token": self.lease.token}
+            facts = replace(job.facts, fencing_token=self.lease.token)
             files = live.files_of(job, region.payload(snapshot.slot))
-            made = store.commit(self.run, files, manifest, ours=self.lease.is_ours)
-            store.prune(self.run, job["keep"], keep_every=job["keep_every"], best=job["best"])
+            made = store.commit(self.run, files, facts, snapshot.header.progress, ours=self.lease.is_ours)
+            store.prune(self.run, job.keep, keep_every=job.keep_every, best=job.best)
             self._written, self._late = snapshot.order, False
             region.words[Word.COMMITTED] = sequence
             seconds = round(time.monotonic() - began, 4)
@@ -126,18 +126,18 @@ class Keeper:
         durable = store.find(self.run).latest
         return durable.step if durable else 0
 
-    def _unwritten(self) -> tuple[Region, dict[str, Any], Snapshot] | None:
+    def _unwritten(self) -> tuple[Region, JobFile, Snapshot] | None:
         """Return the newest live snapshot if no checkpoint is as new, also one that an earlier process left."""
         durable = store.find(self.run).latest
-        run_id = durable.manifest["run_id"] if durable else self.journal.run_id()
+        run_id = durable.manifest.run.run_id if durable else self.journal.run_id()
         region = live.open_region(self.run)
         job = live.read_job(region.path.parent) if region else None
-        if region is None or job is None or job["manifest"]["run_id"] != run_id:
+        if region is None or job is None or job.facts.run_id != run_id:
             return None
-        order = (durable.manifest["fencing_token"], durable.step) if durable else (0, 0)
+        order = durable.manifest.order if durable else (0, 0)
         valid = (one for one in region.snapshots() if region.verifies(one))
         newest = next(valid, None)
-        if newest is None or (newest.header["token"], newest.step) <= order:
+        if newest is None or (newest.header.token, newest.step) <= order:
             return None
         return region, job, newest
 
@@ -154,7 +154,7 @@ class Keeper:
         self._writer.shutdown()
         durable = store.find(self.run).latest
         if durable and self.journal.last_step() < step:  # it was live, and its trainer gone before the line was written
-            self.journal.metrics(json.loads(durable.manifest["line"]))
+            self.journal.metrics(json.loads(durable.manifest.progress.line))
         return step
 
 
@@ -188,7 +188,7 @@ def keep_beside(run: Path, trainer: int) -> None:
     job = live.read_job(region.path.parent) if region else None
     if region is None or job is None:
         return
-    keeper = Keeper(run, Lease(run / FILE, job["manifest"]["fencing_token"]))
+    keeper = Keeper(run, Lease(run / FILE, job.facts.fencing_token))
     flushed = False
     for _ in _looks():
         keeper.turn()

@@ -4,9 +4,7 @@ Each of these can change bits, so a second start must not choose again.
 """
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Set
 
 import numpy as np
 import psutil
@@ -23,7 +21,7 @@ from lora_kit.model.sizes import read_config
 from lora_kit.model.source import Source
 from lora_kit.model.state import FlatState
 from lora_kit.recipe.schema import Recipe
-from lora_kit.runs.resume import Row
+from lora_kit.runs.manifest import Resolved
 from lora_kit.training import micro_batches
 from lora_kit.training.objectives.objective import Objective
 from lora_kit.training.processes import Processes
@@ -36,30 +34,29 @@ WORTH_IT = (
 )
 
 
-PORTIONS = ("micro_batch_tokens", "activation_checkpointing")
-
-
 def choices(
-    recipe: Recipe, before: Mapping[str, Any] | None, rows: Sequence[Row], source: Source, processes: Processes
-) -> dict[str, Any]:
-    """Return what a run has chosen, or chooses before its base is loaded; the same on all processes.
+    recipe: Recipe, before: Resolved | None, changed: Set[str], source: Source, processes: Processes
+) -> micro_batches.Portions:
+    """Return the size of micro-batches and whether activations are recomputed; the same on all processes.
 
     Args:
         recipe: The recipe.
         before: What the run chose when it began; None when it begins.
-        rows: What a resume changes; such a field is read, or chosen, anew.
+        changed: Keys that a resume changes; such a field is read, or chosen, anew.
         source: The base.
         processes: That train together.
     """
-    resolved = {"threads": threads_for(source, processes)} if before is None else dict(before)
-    changed = {row.key for row in rows}
-    known = {name: resolved[name] for name in PORTIONS if name in resolved and f"train.{name}" not in changed}
+    recorded = {
+        "micro_batch_tokens": before and before.micro_batch_tokens,
+        "activation_checkpointing": before and before.activation_checkpointing,
+    }
+    known = {key: one for key, one in recorded.items() if one is not None and f"train.{key}" not in changed}
     settled = recipe.model_copy(update={"train": recipe.train.model_copy(update=known)})
     try:
         shape = read_config(source.folder / "config.json")
     except BaseError:
         shape = None
-    return resolved | asdict(micro_batches.choose(settled, shape, machine_of(processes)))
+    return micro_batches.choose(settled, shape, machine_of(processes))
 
 
 def machine_of(processes: Processes) -> micro_batches.Machine:
@@ -102,14 +99,15 @@ def measured_threads(model: nn.Module, objective: Objective, state: FlatState, p
     return chosen
 
 
-def fast_parts(model: nn.Module, recipe: Recipe, resolved: dict[str, Any], processes: Processes) -> list[str]:
+def fast_parts(
+    model: nn.Module, recipe: Recipe, known: tuple[str, ...] | None, processes: Processes
+) -> tuple[str, ...]:
     """Let the model compute with the kernels that fit it, or with those that the run began with."""
     if recipe.train.kernels == "none":
-        return []
-    known = resolved.get("kernels")
+        return ()
     ids = np.arange(32) % inner_of(model).config.get_text_config().vocab_size
     inputs = None if known else model_inputs(model, probe_batch([ids]), processes.device)
-    used = fusing.use_kernels(model, known or None, inputs)
+    used = tuple(fusing.use_kernels(model, known or None, inputs))
     if fusing.lends(model, used):
         keep_freed_memory(below=LARGE)  # malloc has few large tensors, and their holes cost more than their faults
     return used

@@ -1,6 +1,5 @@
 """Held-out loss and exact match, of the base and of the adapter."""
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from lora_kit.kernels.attention import use_attention
 from lora_kit.kernels.fusing import use_kernels
 from lora_kit.recipe.load import resolve_path
 from lora_kit.recipe.schema import Recipe
+from lora_kit.runs.manifest import MANIFEST, read_manifest
 from lora_kit.training.objectives.objective import Objective
 from lora_kit.training.objectives.sft import Sft
 from lora_kit.training.processes import Processes
@@ -149,14 +149,15 @@ def evaluate(recipe: Recipe, checkpoint: str | Path) -> dict[str, Score]:
     try:
         checkpoint = checkpoint_at(checkpoint)
         model, tokenizer = load(checkpoint, base=resolve_path(recipe, recipe.base.repo), device=str(processes.device))
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
-        resolved = manifest["recipe"]["train"] | manifest["resolved"]
-        use_attention(model, resolved["attention"])
-        use_kernels(model, resolved.get("kernels", []))
+        facts = read_manifest(checkpoint / MANIFEST).run
+        resolved = facts.resolved
+        use_attention(model, resolved.attention)
+        use_kernels(model, resolved.kernels or ())
         renderer = Renderer(tokenizer, stop_token=recipe.base.stop_token)
         data, named = prepare_data(recipe, renderer), recipe.train.micro_batch_tokens
-        tokens = named if isinstance(named, int) else resolved["micro_batch_tokens"]
-        plan, objective = Plan(recipe, data.train, tokens, resolved["layout"] == "padded"), Sft()
+        recorded = resolved.micro_batch_tokens or facts.recipe["train"]["micro_batch_tokens"]
+        tokens = named if isinstance(named, int) else recorded
+        plan, objective = Plan(recipe, data.train, tokens, resolved.layout == "padded"), Sft()
         held_out = held_out_of(plan, objective, data, renderer)
         if held_out is None:
             raise DataError("data.validation: the recipe names none; add a file, a Hub name or a fraction such as 0.05")

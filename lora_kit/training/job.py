@@ -9,7 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any, cast
 
@@ -38,10 +38,23 @@ from lora_kit.recipe.schema import Recipe
 from lora_kit.runs.journal import Journal
 from lora_kit.runs.lease import ORDERED
 from lora_kit.runs.live import Live
+from lora_kit.runs.manifest import (
+    Claim,
+    Counts,
+    DataCounts,
+    Environment,
+    Fingerprints,
+    LineageEntry,
+    Machine,
+    Origin,
+    Resolved,
+    RunFacts,
+    StepFacts,
+)
 from lora_kit.runs.resume import OpenRun, Row, contract, describe, enforce, enforce_origin, still_bitwise, table
 from lora_kit.runs.store import Checkpoint
 from lora_kit.runs.trackers import STATE, Curves, Trackers, claim_id
-from lora_kit.training.choices import choices, fast_parts, measured_threads
+from lora_kit.training.choices import choices, fast_parts, measured_threads, threads_for
 from lora_kit.training.micro_batches import MicroBatches
 from lora_kit.training.objectives.objective import Objective
 from lora_kit.training.objectives.sft import Sft
@@ -49,7 +62,6 @@ from lora_kit.training.processes import Processes
 from lora_kit.version import VERSION
 from lora_kit.views.console import Console
 
-MOVING = ("step", "examples_seen", "skipped_steps", "held_out_loss", "line")  # of a manifest, from step to step
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers")
 
 
@@ -61,8 +73,8 @@ class Job:
         start: How many steps are finished.
         skipped: The steps that left the adapter as it was, since they were poisoned.
         replayed: Steps after `start` that were skipped before an interruption, and so are skipped again.
-        manifest: The parts of every manifest that do not change while this process lives.
-        moving: The others, of the step that the run goes on from; None at the start.
+        facts: The part of every manifest that does not change while this process lives.
+        progress: The other part, of the step that the run resumes from; None for a new run.
     """
 
     recipe: Recipe
@@ -79,8 +91,8 @@ class Job:
     journal: Journal
     skipped: list[int]
     replayed: frozenset[int]
-    manifest: dict[str, Any]
-    moving: dict[str, Any] | None
+    facts: RunFacts
+    progress: StepFacts | None
     trackers: Trackers
 
 
@@ -105,44 +117,59 @@ def prepare_job(
     renderer = load_renderer(source, recipe)
     console.tick("data: render and tokenise")
     data = processes.main_decides(lambda: prepare_data(recipe, renderer))
-    facts = observed(recipe, source, renderer, data, processes)
+    environment = observed(recipe, source, renderer, data, processes)
     latest = run.latest
-    rows = [] if latest is None else contract(latest.manifest, recipe, facts)
+    rows = [] if latest is None else contract(latest.manifest.run, recipe, environment)
     processes.main_decides(lambda: enforce(rows, accept, run.folder))
     if run.origin is not None:
         enforce_origin(run.origin, recipe, source.fingerprint)
-    resolved = choices(recipe, latest.manifest["resolved"] if latest else None, rows, source, processes)
-    if resolved["threads"]:
-        torch.set_num_threads(resolved["threads"])
+    before = latest.manifest.run.resolved if latest else None
+    changed = {row.key for row in rows}
+    portions = choices(recipe, before, changed, source, processes)
+    threads = before.threads if before else threads_for(source, processes)
+    if threads:
+        torch.set_num_threads(threads)
     base = fitted_base(recipe, source, data, renderer, processes, console)
-    if latest is None or any(row.key == "base.attention" for row in rows):
-        if latest is None:
-            warn_of_what_stays(base, recipe, data, renderer, console)
-        resolved |= choose_attention(base, recipe.base, processes.device)
-    use_attention(base, resolved["attention"])
-    if resolved["activation_checkpointing"]:
+    if before is None:
+        warn_of_what_stays(base, recipe, data, renderer, console)
+    if before is None or "base.attention" in changed:
+        attention, layout = choose_attention(base, recipe.base, processes.device)
+    else:
+        attention, layout = before.attention, before.layout
+    use_attention(base, attention)
+    if portions.activation_checkpointing:
         fusing.compute_twice(base)
     console.tick("adapter: inject")
     model = inject(base, recipe.adapter, seed=recipe.train.seed, name=source.name, revision=source.commit)
     state = flatten(model.train(), metrics=len(objective.metrics))
-    resolved["kernels"] = fast_parts(model, recipe, resolved, processes)
-    if resolved["threads"] == 0:
-        resolved["threads"] = measured_threads(model, objective, state, processes)
+    kernels = fast_parts(model, recipe, before.kernels if before else None, processes)
+    if threads == 0:
+        threads = measured_threads(model, objective, state, processes)
     fill(state, run)
-    plan = Plan(recipe, data.train, resolved["micro_batch_tokens"], resolved["layout"] == "padded", objective.split)
-    manifest = facts | {
-        "template": renderer.template,
-        "data": {name: data.summary[name] for name in ("train", "validation")},
-        "run_id": run.run_id,
-        "origin": latest.manifest.get("origin") if latest else run.origin and describe(run.origin),
-        "fencing_token": run.lease.token,
-        "recipe": recipe.model_dump(mode="json"),
-        "resolved": resolved,
-        "lineage": lineage(latest, rows),
-        "claim": claim(latest, rows, processes),
-    }
+    plan = Plan(recipe, data.train, portions.micro_batch_tokens, layout == "padded", objective.split)
+    facts = RunFacts(
+        run_id=run.run_id,
+        fencing_token=run.lease.token,
+        recipe=recipe.model_dump(mode="json"),
+        template=renderer.template,
+        fingerprints=environment.fingerprints,
+        data=DataCounts(counts_of(data, "train"), counts_of(data, "validation") if data.validation else None),
+        versions=environment.versions,
+        machine=environment.machine,
+        resolved=Resolved(
+            threads=threads,
+            attention=attention,
+            layout=layout,
+            micro_batch_tokens=portions.micro_batch_tokens,
+            activation_checkpointing=portions.activation_checkpointing,
+            kernels=kernels,
+        ),
+        lineage=lineage(latest, rows),
+        claim=claim(latest, rows, processes),
+        origin=origin_of(run),
+    )
     start = latest.step if latest else 0
-    moving = {name: latest.manifest[name] for name in MOVING} if latest else None
+    progress = latest.manifest.progress if latest else None
     journal = Journal(run.folder)
     job = Job(
         recipe,
@@ -157,10 +184,10 @@ def prepare_job(
         objective,
         start,
         journal,
-        skipped=list(moving["skipped_steps"]) if moving else [],
+        skipped=list(progress.skipped_steps) if progress else [],
         replayed=journal.skipped_after(start) if latest else frozenset(),
-        manifest=manifest,
-        moving=moving,
+        facts=facts,
+        progress=progress,
         trackers=trackers,
     )
     if processes.is_main:
@@ -180,6 +207,13 @@ def fitted_base(
     return base
 
 
+def origin_of(run: OpenRun) -> Origin | None:
+    """Return the checkpoint that the run began with, now or when it was new."""
+    if run.latest is not None:
+        return run.latest.manifest.run.origin
+    return describe(run.origin) if run.origin else None
+
+
 def fill(state: FlatState, run: OpenRun) -> None:
     """Give the adapter what the run goes on from, or begins with."""
     if run.latest is not None:
@@ -188,25 +222,26 @@ def fill(state: FlatState, run: OpenRun) -> None:
         state.load_weights(run.origin.state()[0])
 
 
-def observed(
-    recipe: Recipe, source: Source, renderer: Renderer, data: Prepared, processes: Processes
-) -> dict[str, dict[str, Any]]:
+def counts_of(data: Prepared, name: str) -> Counts:
+    """Return the counts of the training or the validation data."""
+    return Counts(**data.summary[name])
+
+
+def observed(recipe: Recipe, source: Source, renderer: Renderer, data: Prepared, processes: Processes) -> Environment:
     """Return what a resume compares beside the recipe: fingerprints, versions and the machine."""
     cuda = processes.device.type == "cuda"
     quantizer = {"bitsandbytes": version("bitsandbytes")} if recipe.base.quantization != "none" else {}
-    return {
-        "fingerprints": {
-            "base": source.fingerprint,
-            "template": hashlib.sha256(template_of(renderer).encode()).hexdigest(),
-            "train": data.train.fingerprint,
-            "validation": data.validation.fingerprint if data.validation else None,
-        },
-        "versions": {"lora_kit": VERSION} | {name: version(name) for name in PACKAGES} | quantizer,
-        "machine": {
-            "processes": processes.count,
-            "device": torch.cuda.get_device_name(processes.device) if cuda else f"cpu {platform.machine()}",
-        },
-    }
+    device = torch.cuda.get_device_name(processes.device) if cuda else f"cpu {platform.machine()}"
+    return Environment(
+        Fingerprints(
+            base=source.fingerprint,
+            template=hashlib.sha256(template_of(renderer).encode()).hexdigest(),
+            train=data.train.fingerprint,
+            validation=data.validation.fingerprint if data.validation else None,
+        ),
+        versions={"lora_kit": VERSION} | {name: version(name) for name in PACKAGES} | quantizer,
+        machine=Machine(processes.count, device),
+    )
 
 
 def warn_of_what_stays(
@@ -250,30 +285,27 @@ def template_of(renderer: Renderer) -> str:
     return str(renderer.template or renderer.tokenizer.chat_template or "")
 
 
-def claim(latest: Checkpoint | Live | None, rows: Sequence[Row], processes: Processes) -> dict[str, str]:
+def claim(latest: Checkpoint | Live | None, rows: Sequence[Row], processes: Processes) -> Claim:
     """Return what a checkpoint promises: the bits of an undisturbed run, or its values to rounding, and for what."""
     power_of_two = processes.count & (processes.count - 1) == 0
-    so_far = latest is None or latest.manifest["claim"]["level"] == "bitwise"
+    so_far = latest is None or latest.manifest.run.claim.level == "bitwise"
     if so_far and power_of_two and still_bitwise(rows) and processes.device.type == "cpu":
-        return {
-            "level": "bitwise",
-            "holds_for": "1, 2, 4, 8, ... processes, these versions, this kind of processor",
-        }
-    return {"level": "rounding", "holds_for": "any number of processes, any device"}
+        return Claim("bitwise", "1, 2, 4, 8, ... processes, these versions, this kind of processor")
+    return Claim("rounding", "any number of processes, any device")
 
 
-def lineage(latest: Checkpoint | Live | None, rows: Sequence[Row]) -> list[dict[str, Any]]:
+def lineage(latest: Checkpoint | Live | None, rows: Sequence[Row]) -> tuple[LineageEntry, ...]:
     """Return every accepted change of the run's life, with the step it came at."""
     if latest is None:
-        return []
+        return ()
     accepted = [row for row in rows if row.verdict == "accept"]
-    new = [{"step": latest.step, "key": row.key, "then": row.then, "now": row.now} for row in accepted]
-    return latest.manifest["lineage"] + new
+    new = (LineageEntry(latest.step, row.key, row.then, row.now) for row in accepted)
+    return (*latest.manifest.run.lineage, *new)
 
 
 def announce(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Console) -> None:
     """Write the run's beginning to its logs and say what will be trained."""
-    run, plan, train = job.run, job.plan, job.data.train
+    run, plan, train, origin = job.run, job.plan, job.data.train, job.facts.origin
     track(job)
     kept, text = run.folder / "recipe.yaml", dump(job.recipe)
     if not (kept.is_file() and kept.read_text() == text):  # a full disk would not take it
@@ -286,7 +318,7 @@ def announce(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Cons
     }
     facts["seconds"] = seconds_of(console.began)
     if run.latest is None:
-        job.journal.event("started", **facts, run_id=run.run_id, origin=job.manifest["origin"])
+        job.journal.event("started", **facts, run_id=run.run_id, origin=origin and asdict(origin))
     else:
         job.journal.event("resumed", **facts, reached=run.reached, run_id=run.run_id)
         console.say(f"resuming {run.folder} after step {job.start} of {plan.steps}; compared with its checkpoint:")
@@ -295,10 +327,10 @@ def announce(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Cons
         console.say(f"begins with the adapter of {run.origin.path}, its moments and steps start anew")
     share = job.state.size / job.model.get_nb_trainable_parameters()[1]  # which counts what is packed into 4 bits
     console.say(f"base {job.recipe.base.repo}: {job.state.size:,} trainable parameters ({share:.2%})")
-    counts = job.data.summary["train"]
+    counts = job.facts.data.train
     console.say(
-        f"data: {len(train):,} examples ({counts['format']}), {counts['tokens']:,} tokens, "
-        f"{counts['trained_share']:.0%} of them trained"
+        f"data: {len(train):,} examples ({counts.format}), {counts.tokens:,} tokens, {counts.trained_share:.0%} of "
+        "them trained"
     )
     for note in [*job.data.summary["notes"], *unready(job.recipe)]:
         console.warn(note)
@@ -306,14 +338,14 @@ def announce(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Cons
         console.warn("this model mixes examples that are packed into one row, so it trains on padded rows: slower")
     if idleness := plan.idleness_note(job.processes.count):
         console.warn(idleness)
-    resolved, exact = job.manifest["resolved"], job.manifest["claim"]["level"] == "bitwise"
-    threads = f", {resolved['threads']} thread(s) each" if resolved["threads"] else ""
+    resolved, exact = job.facts.resolved, job.facts.claim.level == "bitwise"
+    threads = f", {resolved.threads} thread(s) each" if resolved.threads else ""
     console.say(
-        f"{job.processes.count} process(es) on {job.processes.device.type}{threads}; {resolved['layout']} rows, "
-        f"{resolved['attention']} attention; a resume is exact {'to the bit' if exact else 'to rounding'}"
+        f"{job.processes.count} process(es) on {job.processes.device.type}{threads}; {resolved.layout} rows, "
+        f"{resolved.attention} attention; a resume is exact {'to the bit' if exact else 'to rounding'}"
     )
-    portions = MicroBatches(plan.micro_batch_tokens, resolved["activation_checkpointing"])
-    console.say(f"micro-batches: {portions}; fast path: {fusing.about(job.model, resolved['kernels'])}")
+    micro_batches = MicroBatches(plan.micro_batch_tokens, bool(resolved.activation_checkpointing))
+    console.say(f"micro-batches: {micro_batches}; fast path: {fusing.about(job.model, resolved.kernels or ())}")
 
 
 def seconds_of(began: Mapping[str, float]) -> dict[str, float]:
@@ -326,15 +358,15 @@ def seconds_of(began: Mapping[str, float]) -> dict[str, float]:
 
 def track(job: Job) -> None:
     """Cut the journal back to where the run goes on, and let the trackers follow it from there."""
-    run, settings, fingerprints = job.run, job.recipe.track, job.manifest["fingerprints"]
+    run, settings, fingerprints = job.run, job.recipe.track, asdict(job.facts.fingerprints)
     known = run.run_id
     if settings.names or (run.folder / STATE).is_file():
         known = claim_id(
             run.folder, run.run_id, start=job.start, reached=run.reached, recipe=job.recipe, fingerprints=fingerprints
         )
-    measured = job.moving is not None and job.moving["held_out_loss"] is not None
+    measured = job.progress is not None and job.progress.held_out_loss is not None
     job.journal.cut(job.start, samples=job.start if measured else job.start - 1)
-    sections = job.manifest["recipe"] | {name: job.manifest[name] for name in ("fingerprints", "versions")}
+    sections = job.facts.recipe | {"fingerprints": fingerprints, "versions": job.facts.versions}
     facts = {
         f"{section}.{key}": str(value) if isinstance(value, (list, dict)) else value
         for section, fields in sections.items()

@@ -36,8 +36,8 @@ from lora_kit.training.profiling import part, profiled
 from lora_kit.training.progress import (
     Numbers,
     give_up_when_stuck,
-    moving_parts,
     settle,
+    step_facts,
     step_values,
     tell,
     with_held_out,
@@ -112,12 +112,12 @@ def train(
             # 5. live while the next step computes; durable when that is due
             measured, last = due(done, recipe.evaluate.every_steps), stop or done == plan.steps
             save = due(done, recipe.checkpoint.every_steps) or last
-            part("publishing", live.begin)(partial(moving_parts, job, numbers), due=save and not measured)
+            part("publishing", live.begin)(partial(step_facts, job, numbers), due=save and not measured)
             state.reduced.zero_()
             if measured:
                 live.finished()
                 numbers = replace(numbers, held_out_loss=measure(job, done, live, console))
-                live.begin(partial(moving_parts, job, numbers), due=True)
+                live.begin(partial(step_facts, job, numbers), due=True)
             if last:
                 stop, numbers = settle(job, numbers, live, console) or stop, None
                 live.written()
@@ -228,16 +228,16 @@ def measure(job: Job, done: int, live: Publisher, console: Console) -> float:
 
 def catch_up(job: Job, live: Publisher, console: Console) -> None:
     """Do what an end in the middle left undone after the step that we go on from: its measurement and its line."""
-    moving = job.moving
-    if moving is None:
+    progress = job.progress
+    if progress is None:
         return
-    if due(job.start, job.recipe.evaluate.every_steps) and moving["held_out_loss"] is None:
-        moving = with_held_out(moving, measure(job, job.start, live, console))
-        live.begin(lambda: moving, due=True)
+    if due(job.start, job.recipe.evaluate.every_steps) and progress.held_out_loss is None:
+        progress = with_held_out(progress, measure(job, job.start, live, console))
+        live.begin(lambda: progress, due=True)
     if job.processes.is_main and job.journal.last_step() < job.start:
-        tell(job, json.loads(moving["line"]), console)
+        tell(job, json.loads(progress.line), console)
     if job.start == job.plan.steps and not store.checkpoint_folder(job.run.folder, job.start).exists():
-        live.begin(lambda: moving, due=True)
+        live.begin(lambda: progress, due=True)
         live.written()
 
 

@@ -6,7 +6,7 @@ A step's line in metrics.jsonl travels in its snapshot too, so that a run that e
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lora_kit.errors import PoisonError
 from lora_kit.runs import store
+from lora_kit.runs.manifest import StepFacts
 from lora_kit.training.job import Job
-from lora_kit.training.publisher import Moving, Publisher
+from lora_kit.training.publisher import Publisher
 from lora_kit.views.console import Console
 
 LATE_LINES = 50  # of the logs, between two warnings that they cannot be written
@@ -82,8 +83,8 @@ class Numbers:
     held_out_loss: float | None = None
 
 
-def moving_parts(job: Job, numbers: Numbers) -> Moving:
-    """Return the parts of a manifest that change from step to step; `line` is the step's in metrics.jsonl."""
+def step_facts(job: Job, numbers: Numbers) -> StepFacts:
+    """Return the step's part of the manifest."""
     values = numbers.values()
     done = numbers.step + 1
     groups = job.plan.micro_batches(numbers.step)
@@ -100,25 +101,21 @@ def moving_parts(job: Job, numbers: Numbers) -> Moving:
         "stall_seconds": round(numbers.stall_seconds, 4),
         "time": round(time.time(), 3),
     }
-    facts = {
-        "step": done,
-        "examples_seen": record["examples"],
-        "skipped_steps": [*job.skipped, *([] if values.taken else [done])],
-    }
-    return with_held_out(facts | {"line": json.dumps(record)}, numbers.held_out_loss)
+    skipped = (*job.skipped, *(() if values.taken else (done,)))
+    facts = StepFacts(done, job.plan.examples_seen(done), skipped, json.dumps(record))
+    return facts if numbers.held_out_loss is None else with_held_out(facts, numbers.held_out_loss)
 
 
-def with_held_out(moving: Moving, loss: float | None) -> Moving:
+def with_held_out(facts: StepFacts, loss: float) -> StepFacts:
     """Return a step's facts with its held-out loss, in its line as well."""
-    line = moving["line"] if loss is None else json.dumps(json.loads(moving["line"]) | {"held_out_loss": loss})
-    return moving | {"held_out_loss": loss, "line": line}
+    return replace(facts, held_out_loss=loss, line=json.dumps(json.loads(facts.line) | {"held_out_loss": loss}))
 
 
 def settle(job: Job, numbers: Numbers, live: Publisher, console: Console) -> bool:
     """Write a step's line, now that it is live; return whether any process wants to stop."""
-    facts = live.finished() or moving_parts(job, numbers)
-    done, record = numbers.step + 1, json.loads(facts["line"])
-    if facts["skipped_steps"][-1:] == [done]:
+    facts = live.finished() or step_facts(job, numbers)
+    done, record = numbers.step + 1, json.loads(facts.line)
+    if facts.skipped:
         job.skipped.append(done)
         if job.processes.is_main:
             why = f"loss {record['loss']}, gradient norm {record['grad_norm']}"
@@ -159,8 +156,8 @@ def give_up_when_stuck(job: Job, numbers: Numbers, live: Publisher) -> None:
     if first > job.start and not store.checkpoint_folder(job.run.folder, first).exists():
         job.skipped[-STUCK:] = []
         line = json.dumps(next(one for one in job.journal.read_metrics() if one["step"] == first))
-        facts = {"step": first, "examples_seen": job.plan.examples_seen(first), "skipped_steps": job.skipped}
-        live.begin(lambda: with_held_out(facts | {"line": line}, None), due=True)
+        facts = StepFacts(first, job.plan.examples_seen(first), tuple(job.skipped), line)
+        live.begin(lambda: facts, due=True)
         live.written()
     raise PoisonError(
         f"{job.run.folder}: no step from {first + 1} to {numbers.step + 1} had a loss and a gradient that are finite "

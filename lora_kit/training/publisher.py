@@ -22,13 +22,12 @@ from lora_kit.errors import CheckpointError
 from lora_kit.model.adapter import saved_config
 from lora_kit.runs import live
 from lora_kit.runs.lease import inherited
-from lora_kit.runs.live import Phase, Region, Word
+from lora_kit.runs.live import Header, JobFile, Phase, Region, Word
+from lora_kit.runs.manifest import StepFacts
 from lora_kit.supervise import oom
 from lora_kit.supervise.keeper import start_beside
 from lora_kit.supervise.stopping import Stop
 from lora_kit.training.job import Job
-
-Moving = dict[str, Any]  # the manifest's parts that change from step to step
 
 
 class Publisher:
@@ -39,7 +38,7 @@ class Publisher:
         self._region: Region | None = None
         self._keeper: subprocess.Popen[bytes] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="publish")
-        self._job: Future[Moving] | None = None
+        self._job: Future[StepFacts] | None = None
         self._queued = threading.Event()
         self._copied: Any = None
         self._registered = False
@@ -52,22 +51,22 @@ class Publisher:
     def _open(self, job: Job) -> None:
         region = live.make_region(self._run, 12 * self._state.size)
         words, recipe = region.words, job.recipe
-        if job.moving is None:
+        if job.progress is None:
             region.clear()
         words[Word.TOKEN], words[Word.STOP], words[Word.FAULTS] = self._token, 0, 0
         words[Word.PHASE] = Phase.LOADING
-        self._sequence = max([words[Word.HANDLED], *(one.header["sequence"] for one in region.snapshots())])
-        facts = {
-            "run": str(self._run.resolve()),
-            "shapes": {name: list(shape) for name, shape in self._state.shapes.items()},
-            "adapter_config": json.dumps(saved_config(job.model), indent=2) + "\n",
-            "manifest": job.manifest,
-            "keep": recipe.checkpoint.keep,
-            "keep_every": recipe.checkpoint.keep_every,
-            "best": recipe.checkpoint.best,
-            "every_seconds": recipe.checkpoint.every_seconds,
-        }
-        live.write_job(region, facts)
+        self._sequence = max([words[Word.HANDLED], *(snapshot.header.sequence for snapshot in region.snapshots())])
+        job_file = JobFile(
+            run=str(self._run.resolve()),
+            shapes={name: tuple(shape) for name, shape in self._state.shapes.items()},
+            adapter_config=json.dumps(saved_config(job.model), indent=2) + "\n",
+            facts=job.facts,
+            every_seconds=recipe.checkpoint.every_seconds,
+            keep=recipe.checkpoint.keep,
+            keep_every=recipe.checkpoint.keep_every,
+            best=recipe.checkpoint.best,
+        )
+        live.write_job(region, job_file)
         self._region = region
         self._targets = [region.payload(slot) for slot in range(live.SLOTS)]
         if self._state.weights.is_cuda:
@@ -91,11 +90,11 @@ class Publisher:
         if self._region is not None:
             self._region.words[Word.PHASE] = Phase.LOADING
 
-    def begin(self, moving: Callable[[], Moving], *, due: bool) -> None:
+    def begin(self, progress: Callable[[], StepFacts], *, due: bool) -> None:
         """Start to publish the state as it is now, once what was begun before is published.
 
         Args:
-            moving: Called in another thread; may wait for the device.
+            progress: Called in another thread; may wait for the device.
             due: Whether this step's checkpoint is written in any case.
         """
         if self._region is None:
@@ -108,21 +107,21 @@ class Publisher:
             ready = torch.cuda.Event()
             ready.record()
         self._sequence += 1
-        self._job = self._thread.submit(self._publish, self._region, moving, self._sequence, due, ready)
+        self._job = self._thread.submit(self._publish, self._region, progress, self._sequence, due, ready)
 
-    def _publish(self, region: Region, moving: Callable[[], Moving], sequence: int, due: bool, ready: Any) -> Moving:
+    def _publish(
+        self, region: Region, progress: Callable[[], StepFacts], sequence: int, due: bool, ready: Any
+    ) -> StepFacts:
         try:
             slot = region.claim(self._keeper_lives)
             checksum = self._copy(slot, ready)
         finally:
             self._queued.set()
-        facts = moving()
+        facts = progress()
         if ready is not None:
             self._side.synchronize()
             checksum = live.checksum(self._targets[slot])
-        skipped = facts["step"] in facts["skipped_steps"]
-        header = {"token": self._token, "sequence": sequence, "checksum": checksum, "due": due, "skipped": skipped}
-        region.publish(slot, header | {"moving": facts})
+        region.publish(slot, Header(self._token, sequence, checksum, due, facts))
         return facts
 
     def _copy(self, slot: int, ready: Any) -> int:
@@ -152,7 +151,7 @@ class Publisher:
             self._job.exception()
         return time.perf_counter() - began
 
-    def finished(self) -> Moving | None:
+    def finished(self) -> StepFacts | None:
         """Wait until what was begun is published; return what it was published with, None on other processes."""
         return None if self._job is None else self._job.result()
 

@@ -16,6 +16,9 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from manifests import run_facts, step_facts
+
 from lora_kit.runs import store
 
 NAMES = (store.ADAPTER, store.ADAPTER_CONFIG, store.OPTIMIZER)
@@ -95,9 +98,8 @@ def record(root):
     for step, version in ((1, 0), (2, 0), (3, 0), (3, 1), (4, 0)):
         recorder.on = True
         recorder.note("begin", step, version)
-        more = {"held_out_loss": 0.5} if version else {}
         content = files_of(step, 0)  # a repeated commit has the same tensors, and knows more
-        store.commit(run, content, {"run_id": "r", "step": step, "fencing_token": 1, **more})
+        store.commit(run, content, run_facts(), step_facts(step, held_out_loss=0.5 if version else None))
         recorder.note("returned", step, version)
         store.prune(run, 2)
         recorder.note("pruned")

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from lora_kit.runs import live
-from lora_kit.runs.live import Region, Word
+from lora_kit.runs.live import Header, Region, Word
+from lora_kit.runs.manifest import StepFacts
 
 NUMBERS = 400_000  # fp32: copied in about as long as everything else takes
 
@@ -29,8 +30,8 @@ def write_for_ever(path, first, told):
         slot = region.claim(lambda: None)
         parts = [np.full(NUMBERS // 3, number, np.float32).view(np.uint8).data for _ in range(3)]
         seal = live.copy_hashed(region.payload(slot), parts)
-        header = {"token": 0, "sequence": number, "checksum": seal, "due": False, "moving": {"step": number}}
-        region.publish(slot, header)
+        progress = StepFacts(number, 0, (), "{}")
+        region.publish(slot, Header(0, number, seal, due=False, progress=progress))
         os.write(told, number.to_bytes(8, "little"))
 
 

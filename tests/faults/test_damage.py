@@ -6,6 +6,7 @@ the state that is dropped: a proof that cannot fail proves nothing.
 
 import random
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -104,8 +105,7 @@ def test_the_proof_fails_without_any_part_of_the_state(recipe, whole, undisturbe
         store.OPTIMIZER: [headers[store.OPTIMIZER], *pieces[1], *pieces[2]],
     }
     shutil.rmtree(path)
-    plain = {key: value for key, value in found.manifest.items() if key not in ("sha256", "files", "format")}
-    store.commit(tmp_path / "run", files, plain | {"step": step})
+    store.commit(tmp_path / "run", files, found.manifest.run, replace(found.manifest.progress, step=step))
     go_on(recipe, tmp_path / "run")
     assert (state_hash(tmp_path / "run", STEPS) == undisturbed) == (dropped == "nothing")
 
@@ -205,4 +205,4 @@ def test_another_version_is_a_harmless_row_and_ends_the_claim_to_the_bit(own, ca
     monkeypatch.setattr(job, "version", lambda name: "99.0" if name == "peft" else known(name))
     go_on(folder / "recipe.yaml", folder / "early")
     assert "harmless        versions.peft: " in capsys.readouterr().out
-    assert store.find(folder / "early").latest.manifest["claim"]["level"] == "rounding"
+    assert store.find(folder / "early").latest.manifest.run.claim.level == "rounding"

@@ -19,6 +19,7 @@ from conftest import RECIPE
 from runs import command, go_on, start, state_hash, train, wait_for_lines
 
 from lora_kit.runs import live, store
+from lora_kit.runs.manifest import MANIFEST
 
 STEPS = 20
 INJECT = Path(__file__).parent / "inject"
@@ -293,10 +294,10 @@ def test_a_nan_on_one_process_is_skipped_by_all_and_in_every_replay(recipe, faul
     (tmp_path / "done" / "0.0").unlink()
     more = ["--set", "checkpoint.every_steps=4", "--set", "checkpoint.keep=20"]
     train(recipe, tmp_path / "two", *more, processes=2, environment=faults(plan, kill))
-    assert store.find(tmp_path / "two").latest.manifest["skipped_steps"] == [5]
+    assert store.find(tmp_path / "two").latest.manifest.progress.skipped_steps == (5,)
     assert state_hash(tmp_path / "one", STEPS) == state_hash(tmp_path / "two", STEPS)
     for path in store.folders(tmp_path / "two")[:-1]:
-        (path / store.MANIFEST).write_text("{}")
+        (path / MANIFEST).write_text("{}")
     go_on(recipe, tmp_path / "two", *more[1::2])  # from step 4, and nothing is wrong with step 5 now
     printed = capsys.readouterr().out
     assert "falling back to step 4" in printed and "step 5: loss" in printed

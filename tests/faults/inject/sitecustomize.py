@@ -120,7 +120,7 @@ def into_store(store):
 
     def written(path, pieces):
         reach("write")
-        if path.name == store.MANIFEST:
+        if path.name == "manifest.json":
             reach("manifest")
         return write(path, pieces)
 

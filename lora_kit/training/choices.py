@@ -36,7 +36,7 @@ WORTH_IT = (
 
 def choices(
     recipe: Recipe, before: Resolved | None, changed: Set[str], source: Source, processes: Processes
-) -> micro_batches.Portions:
+) -> micro_batches.MicroBatches:
     """Return the size of micro-batches and whether activations are recomputed; the same on all processes.
 
     Args:

@@ -125,7 +125,7 @@ def prepare_job(
         enforce_origin(run.origin, recipe, source.fingerprint)
     before = latest.manifest.run.resolved if latest else None
     changed = {row.key for row in rows}
-    portions = choices(recipe, before, changed, source, processes)
+    micro_batches = choices(recipe, before, changed, source, processes)
     threads = before.threads if before else threads_for(source, processes)
     if threads:
         torch.set_num_threads(threads)
@@ -137,7 +137,7 @@ def prepare_job(
     else:
         attention, layout = before.attention, before.layout
     use_attention(base, attention)
-    if portions.activation_checkpointing:
+    if micro_batches.activation_checkpointing:
         fusing.compute_twice(base)
     console.tick("adapter: inject")
     model = inject(base, recipe.adapter, seed=recipe.train.seed, name=source.name, revision=source.commit)
@@ -146,7 +146,7 @@ def prepare_job(
     if threads == 0:
         threads = measured_threads(model, objective, state, processes)
     fill(state, run)
-    plan = Plan(recipe, data.train, portions.micro_batch_tokens, layout == "padded", objective.split)
+    plan = Plan(recipe, data.train, micro_batches.micro_batch_tokens, layout == "padded", objective.split)
     facts = RunFacts(
         run_id=run.run_id,
         fencing_token=run.lease.token,
@@ -160,8 +160,8 @@ def prepare_job(
             threads=threads,
             attention=attention,
             layout=layout,
-            micro_batch_tokens=portions.micro_batch_tokens,
-            activation_checkpointing=portions.activation_checkpointing,
+            micro_batch_tokens=micro_batches.micro_batch_tokens,
+            activation_checkpointing=micro_batches.activation_checkpointing,
             kernels=kernels,
         ),
         lineage=lineage(latest, rows),

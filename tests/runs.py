@@ -1,36 +1,144 @@
-"""Start real runs for the tests: command line, environment, what they left behind."""
+"""Start real runs for the tests: command line, environment, what they left behind.
+
+A run is forked from a process that has imported everything (fork_server.py). It starts from a fresh interpreter where
+the test asks for that, or where its environment has a value that may have decided something during the imports.
+"""
 
 import hashlib
+import json
 import os
+import re
+import select
+import socket
 import subprocess
 import sys
+import time
+from functools import cache
 from pathlib import Path
 
+from fork_server import INJECT, MESSAGE_BYTES, NUMBER
+
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith(("RANK", "WORLD", "LOCAL_"))}
+READ_AFTER_IMPORTS = re.compile(r"FAULTS|PYTEST_|WANDB_|TRACKIO_|MLFLOW_|HF_TOKEN$")
+WAIT_SECONDS = 100.0  # for anything that a test waits for; a machine under load may need tens of seconds
+POLL_SECONDS = 0.005
 
 
-def command(recipe, out, *more, processes=1):
-    """Return the command line that trains a recipe."""
-    many = ["--processes", str(processes)] if processes > 1 else []
-    return [sys.executable, "-m", "lora_kit", "train", str(recipe), "--out", str(out), *many, *more]
+class Forked:
+    """The part of `subprocess.Popen` that the tests use, for a process that the fork server has started."""
+
+    def __init__(self, arguments, environment):
+        reading, output = os.pipe()
+        self._told, tell = os.pipe()
+        request = {"arguments": arguments, "environment": environment, "folder": str(Path.cwd())}
+        message = json.dumps(request).encode()
+        assert len(message) < MESSAGE_BYTES
+        socket.send_fds(fork_server(), [message], [output, tell])
+        os.close(output)
+        os.close(tell)
+        self.stdout = os.fdopen(reading, encoding="utf-8")
+        self.returncode = None
+        self.pid = self._number(WAIT_SECONDS)
+
+    def _number(self, timeout):
+        """Return the next number that the server tells, None when none comes in time."""
+        if not select.select([self._told], [], [], timeout)[0]:
+            return None
+        number = os.read(self._told, NUMBER.size)
+        assert number, "the fork server is gone"
+        return NUMBER.unpack(number)[0]
+
+    def poll(self):
+        if self.returncode is None:
+            self.returncode = self._number(0)
+        return self.returncode
+
+    def wait(self, timeout=WAIT_SECONDS):
+        if self.returncode is None:
+            self.returncode = self._number(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.pid, timeout)
+        return self.returncode
+
+    def communicate(self, timeout=WAIT_SECONDS):
+        """Return all that was printed, once the process and those that share its stdout have ended."""
+        end, printed = time.monotonic() + timeout, b""
+        while True:
+            if not select.select([self.stdout], [], [], max(0, end - time.monotonic()))[0]:
+                raise subprocess.TimeoutExpired(self.pid, timeout, printed)
+            part = os.read(self.stdout.fileno(), 1 << 16)
+            if not part:
+                self.wait(max(0.1, end - time.monotonic()))
+                return printed.decode(), None
+            printed += part
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self):
+        self.send_signal(15)
+
+    def kill(self):
+        self.send_signal(9)
+
+    def __del__(self):
+        self.stdout.close()
+        os.close(self._told)
 
 
-def start(recipe, out, *more, processes=1, environment=None):
-    """Start a training command and return the process."""
+@cache
+def fork_server():
+    """Start this session's fork server, which ends with this process; return the socket to it."""
+    mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("fork_server.py"), str(theirs.fileno())],
+        stdin=subprocess.DEVNULL,
+        env=ENVIRONMENT | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"},  # with this check torch's import leaves CUDA alone
+        pass_fds=[theirs.fileno()],
+        start_new_session=True,
+    )
+    theirs.close()
+    return mine
+
+
+def same_imports(environment):
+    """Return whether a process with this environment imports what the fork server has imported."""
+    changed = {key for key, value in (environment.items() ^ ENVIRONMENT.items()) if not READ_AFTER_IMPORTS.match(key)}
+    return not changed or (changed == {"PYTHONPATH"} and environment["PYTHONPATH"] == with_faults())
+
+
+def with_faults():
+    """Return the PYTHONPATH on which Python finds the faults that tests inject."""
+    return os.pathsep.join([str(INJECT.parent), ENVIRONMENT.get("PYTHONPATH", "")])
+
+
+def command(*arguments):
+    """Return the command line of `lora-kit` in a fresh interpreter."""
+    return [sys.executable, "-m", "lora_kit", *map(str, arguments)]
+
+
+def start(recipe, out, *more, processes=1, environment=None, fresh=False):
+    """Start a training command and return the process; `fresh` is its true command line, with all imports."""
+    several = ["--processes", processes] if processes > 1 else []
+    arguments = [str(argument) for argument in ("train", recipe, "--out", out, *several, *more)]
+    environment = ENVIRONMENT | (environment or {})
+    if not fresh and same_imports(environment):
+        return Forked(arguments, environment)
     return subprocess.Popen(
-        command(recipe, out, *more, processes=processes),
+        command(*arguments),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=ENVIRONMENT | (environment or {}),
+        env=environment,
         start_new_session=True,
     )
 
 
-def train(recipe, out, *more, processes=1, expect=0, environment=None):
+def train(recipe, out, *more, processes=1, expect=0, environment=None, fresh=False):
     """Train to the end and return what was printed."""
-    process = start(recipe, out, *more, processes=processes, environment=environment)
-    printed, _ = process.communicate(timeout=300)
+    process = start(recipe, out, *more, processes=processes, environment=environment, fresh=fresh)
+    printed, _ = process.communicate(timeout=WAIT_SECONDS)
     assert process.returncode == expect, f"exit code {process.returncode}\n{printed}"
     return printed
 
@@ -50,7 +158,18 @@ def state_hash(run, step):
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()
 
 
+def wait_until(condition, process=None, *, limit=WAIT_SECONDS):
+    """Block until a condition holds and return its value; fail after `limit` seconds or if the process has ended."""
+    end = time.monotonic() + limit
+    while True:
+        ended = process is not None and process.poll() is not None
+        if value := condition():
+            return value
+        assert not ended, f"the process has ended with {process.returncode}\n{process.stdout.read()}"
+        assert time.monotonic() < end, f"the condition does not hold after {limit} s"
+        time.sleep(POLL_SECONDS)
+
+
 def wait_for_lines(path, count, process):
     """Block until a run's metrics have `count` lines; fail if the run ends before."""
-    while not path.exists() or path.read_bytes().count(b"\n") < count:
-        assert process.poll() is None, process.stdout.read()
+    wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= count, process)

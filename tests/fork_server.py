@@ -24,6 +24,8 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from runpy import run_module
 
+IMPORTED = ("lora_kit.training.loop", "lora_kit.cli", "lora_kit.supervise.launch", "datasets")
+IMPORTED += ("transformers.models.llama.modeling_llama",)
 INJECT = Path(__file__).parent / "faults" / "inject" / "sitecustomize.py"
 MESSAGE_BYTES = 200_000
 NUMBER = struct.Struct("<q")  # a process id or an exit code
@@ -158,7 +160,7 @@ def sound_to_fork():
 
 def main(descriptor):
     """Import everything, serve, and run the command line in every child."""
-    for module in ("lora_kit.training.loop", "lora_kit.cli", "lora_kit.supervise.launch", "datasets"):
+    for module in IMPORTED:
         import_module(module)
     assert sound_to_fork(), "an import has started a thread or touched CUDA"
     gc.freeze()

@@ -16,13 +16,12 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import RECIPE
-from runs import command, go_on, start, state_hash, train, wait_for_lines
+from runs import WAIT_SECONDS, go_on, start, state_hash, train, wait_for_lines, wait_until, with_faults
 
 from lora_kit.runs import live, store
 from lora_kit.runs.manifest import MANIFEST
 
 STEPS = 20
-INJECT = Path(__file__).parent / "inject"
 EVERY = ["--set", "checkpoint.every_steps=7"]
 
 
@@ -48,12 +47,11 @@ def faults(tmp_path, monkeypatch):
     def environment(*plan, sleep=0.0):
         done = tmp_path / "done"
         done.mkdir(exist_ok=True)
-        paths = [str(INJECT), os.environ.get("PYTHONPATH", "")]
         return {
             "FAULTS": json.dumps(plan),
             "FAULTS_SLEEP": str(sleep),
             "FAULTS_DONE": str(done),
-            "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONPATH": with_faults(),
         }
 
     return environment
@@ -70,6 +68,11 @@ def events(out, *kinds):
 
 def steps_shown(out):
     return [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def gone(processes):
+    """Return whether all processes have ended."""
+    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
 
 
 def nothing_was_lost(out):
@@ -108,16 +111,15 @@ def test_random_kills_of_any_process_leave_the_bytes_as_they_were(recipe, undist
     launcher = psutil.Process(process.pid)
     wait_for_lines(out / "metrics.jsonl", 1, process)
     for _ in range(4):
-        time.sleep(rng.uniform(0.02, 0.1))
+        time.sleep(rng.uniform(0.02, 0.1))  # so that the kill comes at any moment of a step
         family = [one for one in launcher.children(recursive=True) if one.pid not in done]
         if family and len(steps_shown(out)) < STEPS - 3:
             chosen = rng.choice(family)  # the process that forks the others is among them
             done.add(chosen.pid)
             chosen.kill()
             reached = len(steps_shown(out))
-            while process.poll() is None and len(steps_shown(out)) <= reached:
-                time.sleep(0.005)
-    printed, _ = process.communicate(timeout=120)
+            wait_until(lambda: process.poll() is not None or len(steps_shown(out)) > reached)  # noqa: B023
+    printed, _ = process.communicate()
     assert process.returncode == 0, printed
     assert state_hash(out, STEPS) == undisturbed
     nothing_was_lost(out)
@@ -126,15 +128,12 @@ def test_random_kills_of_any_process_leave_the_bytes_as_they_were(recipe, undist
 @pytest.mark.parametrize("phase", ["write", "manifest"])
 def test_a_kill_of_the_keeper_in_a_commit_ends_all_and_the_run_goes_on(recipe, undisturbed, faults, tmp_path, phase):
     out = tmp_path / "run"
-    process = start(recipe, out, *EVERY, processes=2, environment=faults({"phase": phase, "kind": "kill"}))
-    while not psutil.Process(process.pid).children() and process.poll() is None:
-        time.sleep(0.01)
-    time.sleep(3)
-    family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-    process.wait(timeout=120)
-    psutil.wait_procs(family, timeout=5)
-    assert process.returncode == -signal.SIGKILL and fired(tmp_path) == 1
-    assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in family)
+    plan = {"phase": phase, "kind": "kill"}
+    process = start(recipe, out, *EVERY, processes=2, environment=faults(plan, sleep=0.05))
+    wait_for_lines(out / "metrics.jsonl", 1, process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert process.wait() == -signal.SIGKILL and fired(tmp_path) == 1
+    wait_until(lambda: gone(family))
     go_on(recipe, out, EVERY[1])
     assert state_hash(out, STEPS) == undisturbed
     nothing_was_lost(out)
@@ -155,17 +154,16 @@ def test_a_stop_signal_makes_the_last_finished_step_durable(recipe, undisturbed,
         recipe, out, "--set", "checkpoint.every_steps=100", processes=2, environment=faults(*plan, sleep=0.1)
     )
     wait_for_lines(out / "metrics.jsonl", 2, process)
-    while plan and not fired(tmp_path):
-        time.sleep(0.01)
+    wait_until(lambda: fired(tmp_path) == len(plan), process)
     number = random.Random(situation + target).choice([signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
     zygote = psutil.Process(process.pid).children()[0]
     workers = zygote.children()
     (psutil.Process(process.pid) if target == "launcher" else workers[0]).send_signal(number)
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate()
     assert process.returncode == 75, printed
     assert "the same command goes on" in printed
     assert store.find(out).latest.step == steps_shown(out)[-1]
-    assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in workers)
+    assert gone(workers)
     go_on(recipe, out)
     assert state_hash(out, STEPS) == undisturbed
     nothing_was_lost(out)
@@ -176,13 +174,12 @@ def test_a_second_signal_ends_at_once_and_one_that_is_only_forwarded_does_not(re
     process = start(recipe, out, "--set", "checkpoint.every_steps=100", environment=faults(plan, sleep=0.1))
     wait_for_lines(out / "metrics.jsonl", 2, process)
     process.terminate()
-    while not fired(tmp_path):
-        time.sleep(0.01)
+    wait_until(lambda: fired(tmp_path), process)
     process.terminate()
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=2.2)
     process.terminate()
-    assert process.wait(timeout=5) == 128 + signal.SIGTERM
+    assert process.wait() == 128 + signal.SIGTERM
     assert store.find(out).latest is None
     go_on(recipe, out)
     assert state_hash(out, STEPS) == undisturbed
@@ -198,12 +195,9 @@ def test_a_stop_signal_while_loading_keeps_what_was_live(recipe, undisturbed, fa
     shown = steps_shown(out)[-1]
     assert store.find(out).latest is None
     process = start(recipe, out, environment=faults({"phase": "load", "kind": "stop"}))
-    while not fired(tmp_path):
-        assert process.poll() is None
-        time.sleep(0.01)
+    wait_until(lambda: fired(tmp_path), process)
     process.terminate()
-    process.wait(timeout=60)
-    assert process.returncode == 75 and store.find(out).latest.step >= shown
+    assert process.wait() == 75 and store.find(out).latest.step >= shown
     go_on(recipe, out)
     assert state_hash(out, STEPS) == undisturbed
 
@@ -212,15 +206,13 @@ def test_a_hung_process_is_found_by_the_keepers_clock_and_all_start_again(recipe
     out, plan = tmp_path / "run", {"rank": 1, "step": 9, "phase": "forward", "kind": "stop"}
     more = [*EVERY, "--set", "train.step_timeout=2"]
     process = start(recipe, out, *more, processes=2, environment=faults(plan))
-    while not fired(tmp_path):
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.01)
+    wait_until(lambda: fired(tmp_path), process)
     workers = psutil.Process(process.pid).children(recursive=True)
-    printed, _ = process.communicate(timeout=120)
+    printed, _ = process.communicate()
     assert process.returncode == 0 and "a hang" in printed, printed
     (restart,) = events(out, "restart")
     assert "no sign of life" in restart["cause"]
-    assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in workers)
+    assert gone(workers)
     assert state_hash(out, STEPS) == undisturbed
     nothing_was_lost(out)
 
@@ -257,7 +249,7 @@ def test_a_world_that_changes_all_the_time_gives_the_same_bytes(recipe, undistur
         process = start(recipe, out, *EVERY, processes=processes, environment=faults(sleep=0.1))
         wait_for_lines(out / "metrics.jsonl", lines, process)
         process.terminate()
-        assert process.wait(timeout=60) == 75
+        assert process.wait() == 75
     train(recipe, out, *EVERY, processes=2)
     assert state_hash(out, STEPS) == undisturbed
     nothing_was_lost(out)
@@ -315,9 +307,8 @@ def test_a_second_job_on_a_run_is_refused_and_the_first_goes_on(recipe, undistur
     out = tmp_path / "run"
     process = start(recipe, out, *EVERY, environment=faults(sleep=0.15))
     wait_for_lines(out / "metrics.jsonl", 1, process)
-    second = subprocess.run(command(recipe, out), capture_output=True, text=True, timeout=60)
-    assert second.returncode == 2 and "is training here" in second.stderr
-    assert process.wait(timeout=120) == 0
+    assert "is training here" in train(recipe, out, expect=2)
+    assert process.wait() == 0
     assert state_hash(out, STEPS) == undisturbed
 
 
@@ -327,10 +318,10 @@ found = []
 sys.addaudithook(lambda event, arguments: found.append(arguments) if event == "pickle.find_class" else None)
 import torch
 torch.load = None
-from lora_kit import trainer
-from lora_kit.recipe import load_recipe
+from lora_kit.recipe.load import load_recipe
+from lora_kit.training import loop
 found.clear()
-trainer.train(load_recipe(sys.argv[1]), sys.argv[2])
+loop.train(load_recipe(sys.argv[1]), sys.argv[2])
 sys.exit(bool(found))
 """
 
@@ -340,6 +331,6 @@ def test_a_resume_unpickles_nothing(recipe, undisturbed, faults, tmp_path):
     process = start(recipe, out, *EVERY, environment=faults(sleep=0.1))
     wait_for_lines(out / "metrics.jsonl", 9, process)
     process.terminate()
-    assert process.wait(timeout=60) == 75
-    subprocess.run([sys.executable, "-c", AUDIT, str(recipe), str(out)], check=True, timeout=120)
+    assert process.wait() == 75
+    subprocess.run([sys.executable, "-c", AUDIT, str(recipe), str(out)], check=True, timeout=WAIT_SECONDS)
     assert state_hash(out, STEPS) == undisturbed

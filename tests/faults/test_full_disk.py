@@ -1,22 +1,18 @@
 """A real file system that fills up while a run trains on it: the run lives, what was there stays, nothing is lost."""
 
 import json
-import os
 import signal
 import subprocess
-import time
-from pathlib import Path
 
 import pytest
 from conftest import RECIPE
-from runs import go_on, start, state_hash, wait_for_lines
+from runs import go_on, start, state_hash, wait_for_lines, wait_until, with_faults
 
 from lora_kit.runs import live, store
 from lora_kit.runs.live import Word
 
 STEPS = 30
-INJECT = Path(__file__).parent / "inject"
-SLOWLY = {"FAULTS_SLEEP": "0.05", "PYTHONPATH": os.pathsep.join([str(INJECT), os.environ.get("PYTHONPATH", "")])}
+SLOWLY = {"FAULTS_SLEEP": "0.05", "PYTHONPATH": with_faults()}
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +55,10 @@ def fill_while_it_trains(recipe, disk):
     out = disk / "run"
     process = start(recipe, out, environment=SLOWLY)
     wait_for_lines(out / "metrics.jsonl", 7, process)
-    while store.find(out).latest is None:
-        time.sleep(0.01)
+    wait_until(lambda: store.find(out).latest is not None, process)
     fill(disk)
     region = live.open_region(out)
-    while region.words[Word.FAULTS] < 2:
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.01)
+    wait_until(lambda: region.words[Word.FAULTS] >= 2, process)
     return process, out
 
 
@@ -77,10 +70,9 @@ def test_a_disk_that_fills_up_and_is_emptied_costs_nothing(recipe, undisturbed, 
     process, out = fill_while_it_trains(recipe, disk)
     assert store.find(out).latest.step >= 3, "what was durable before is untouched"
     reached = live.open_region(out).snapshots()[0].step
-    while live.open_region(out).snapshots()[0].step < min(STEPS - 6, reached + 6):
-        assert process.poll() is None, process.stdout.read()
+    wait_until(lambda: live.open_region(out).snapshots()[0].step >= min(STEPS - 6, reached + 6), process)
     (disk / "ballast").unlink()
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate()
     assert process.returncode == 0, printed
     assert printed.count("No space left on device") >= 1 and "earlier checkpoints are untouched" in printed
     assert state_hash(out, STEPS) == undisturbed and shown(out) == list(range(1, STEPS + 1))
@@ -88,7 +80,7 @@ def test_a_disk_that_fills_up_and_is_emptied_costs_nothing(recipe, undisturbed, 
 
 def test_a_disk_that_stays_full_keeps_the_last_step_in_memory_until_there_is_room(recipe, undisturbed, disk):
     process, out = fill_while_it_trains(recipe, disk)
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate()
     assert process.returncode == 1 and "Traceback" not in printed, printed
     assert "No space left on device" in printed and store.find(out).latest.step < STEPS
     (disk / "ballast").unlink()
@@ -101,7 +93,7 @@ def test_a_disk_that_stays_full_keeps_the_last_step_in_memory_until_there_is_roo
 def test_a_stop_signal_on_a_full_disk_ends_with_75_and_loses_nothing(recipe, undisturbed, disk):
     process, out = fill_while_it_trains(recipe, disk)
     process.send_signal(signal.SIGTERM)
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate()
     assert process.returncode == 75 and "Traceback" not in printed, printed
     reached = live.open_region(out).snapshots()[0].step
     (disk / "ballast").unlink()

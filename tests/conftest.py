@@ -57,9 +57,9 @@ def way(request, monkeypatch):
 
 def without_compiled(monkeypatch):
     """Let the fast path compute everything by PyTorch."""
-    from lora_kit.kernels import attention, lora, loss, mlp, norm, rotary
+    from lora_kit.kernels import attention, identity, lora, loss, mlp, norm, rotary
 
-    for one in (attention, loss, mlp, norm, rotary):
+    for one in (attention, identity, loss, mlp, norm, rotary):
         monkeypatch.setattr(one, "compiled", lambda _: None)
     monkeypatch.setattr(lora, "multiplying", lambda _: None)
 
@@ -82,7 +82,7 @@ def without_c():
     compiler = shlex.split(os.environ.get("CC") or "cc")
     if shutil.which(compiler[0]) is None:
         return "there is no C compiler"
-    command, nothing = [*compiler, *FLAGS, "-x", "c", "-", "-o", os.devnull, "-lm"], "#include <immintrin.h>\n"
+    command, nothing = [*compiler, *FLAGS, "-c", "-x", "c", "-", "-o", os.devnull], "#include <immintrin.h>\n"
     able = subprocess.run(command, input=nothing, capture_output=True, text=True, check=False).returncode == 0
     return None if able else f"{compiler[0]} does not know AVX-512 bf16"
 

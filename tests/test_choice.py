@@ -17,7 +17,7 @@ from lora_kit.errors import ContractError
 from lora_kit.kernels import fusing, lora, mlp, norm
 from lora_kit.kernels.attention import inner_of
 from lora_kit.kernels.cpu.allocator import LARGE
-from lora_kit.kernels.loss import ROWS
+from lora_kit.kernels.limits import ROW_MULTIPLE
 from lora_kit.kernels.rotary import rotated
 from lora_kit.model.base import load_base
 from lora_kit.recipe.load import load_recipe
@@ -135,7 +135,7 @@ def test_the_last_mlp_is_computed_where_tokens_are_trained_and_nothing_else_chan
     loop.train(load_recipe(recipe_file, changes), tmp_path / "narrow")
     expected = []
     for one in batches:
-        whole, narrow = (-(-many // ROWS) * ROWS for many in (one.ids.size, one.weight))
+        whole, narrow = (-(-many // ROW_MULTIPLE) * ROW_MULTIPLE for many in (one.ids.size, one.weight))
         expected += [whole, narrow] + [narrow, whole] * twice
     assert seen[-len(expected) :] == expected and batches[0].weight < batches[0].ids.size
     monkeypatch.setattr(fusing, "_narrow_last_mlp", lambda *_: False)

@@ -4,19 +4,13 @@ their library is made and what happens where it cannot be.
 
 import ctypes
 import mmap
-import os
-import subprocess
-import sys
-import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import need_c
 
-from lora_kit.kernels import dispatch
-from lora_kit.kernels.cpu import build, ops
+from lora_kit.kernels.cpu import ops
 from lora_kit.kernels.cpu.buffers import Rooms
 from lora_kit.kernels.lora import across, summed
 
@@ -452,145 +446,3 @@ def test_rooms_grow_with_the_longest_micro_batch(c):
     again = rooms.empty(2049, 8).fill_(3)
     assert (short == 1).all() and (long == 2).all() and (again == 3).all() and len(long) == 5000
     assert rooms.scratch(100).shape == (100,) and rooms.empty(0, 8).shape == (0, 8)
-
-
-# the library
-
-
-@pytest.fixture
-def fresh(monkeypatch, tmp_path):
-    """An empty cache and no library in this process, before and after; the CPU passes for one that can use it."""
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "cache"))
-    caches = build.library, dispatch._c  # which tests put others in the place of
-    for one in caches:
-        one.cache_clear()
-    yield tmp_path / "cache"
-    for one in caches:
-        one.cache_clear()
-
-
-def script(path, text):
-    """Write a compiler."""
-    path.write_text("#!/bin/sh\n" + text)
-    path.chmod(0o755)
-    return path
-
-
-def told():
-    """What two calls warn of, neither of which finds a kernel."""
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        assert dispatch.compiled(drawn(2, 2)) is None and dispatch.compiled(drawn(2, 2)) is None
-    assert all(one.category is UserWarning for one in seen)
-    return [str(one.message) for one in seen]
-
-
-def left_in(folder):
-    return sorted(one.relative_to(folder).as_posix() for one in folder.rglob("*") if one.is_file() or "tmp" in one.name)
-
-
-PLAIN = "the kernels for CPUs are not compiled, so attention, norms and the like take longer: "
-
-
-def test_without_a_compiler_there_is_one_warning_and_the_plain_way(fresh, monkeypatch, tmp_path):
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert told() == [PLAIN + "there is no C compiler (cc)"]
-
-
-def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(fresh, monkeypatch, tmp_path):
-    compiler = script(tmp_path / "broken", "echo 'unrecognized option -mavx512bf16' >&2\nexit 1\n")
-    monkeypatch.setenv("CC", str(compiler))
-    assert told() == [PLAIN + f"{compiler} does not compile the kernels: unrecognized option -mavx512bf16"]
-    assert left_in(fresh) == []
-
-
-def test_a_library_that_cannot_be_loaded_is_no_crash(fresh, monkeypatch, tmp_path):
-    monkeypatch.setenv(
-        "CC", str(script(tmp_path / "empty", 'for one; do case $one in *.so) : > "$one";; esac; done\n'))
-    )
-    (message,) = told()
-    assert message.startswith(PLAIN) and ".so" in message
-
-
-def test_where_nothing_can_be_kept_there_is_one_warning_and_the_plain_way(fresh, monkeypatch, tmp_path):
-    monkeypatch.setenv("CC", str(script(tmp_path / "unasked", "exit 1\n")))
-    fresh.write_text("a file where the folder should be")
-    (message,) = told()
-    assert message.startswith(PLAIN) and str(fresh) in message
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_other_precisions_ask_for_no_compiler(dtype, fresh, monkeypatch):
-    monkeypatch.setattr(build, "library", None)
-    assert dispatch.compiled(torch.ones(2, dtype=dtype)) is None
-
-
-def test_a_cpu_without_bf16_asks_for_no_compiler_and_warns_of_nothing(fresh, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    monkeypatch.setattr(build, "library", None)
-    assert told() == []
-
-
-def counted(tmp_path, meet=""):
-    """A compiler that counts its calls and is the real one."""
-    return script(
-        tmp_path / "counted", f'echo $$ >> {tmp_path}/calls\n{meet}\nexec {os.environ.get("CC", "cc")} "$@"\n'
-    )
-
-
-def calls(tmp_path):
-    return len((tmp_path / "calls").read_text().splitlines())
-
-
-def test_a_library_that_is_kept_is_used_again_and_another_source_makes_another(c, fresh, monkeypatch, tmp_path):
-    monkeypatch.setenv("CC", str(counted(tmp_path)))
-    for _ in range(2):
-        assert dispatch.compiled(drawn(2, 2)) is ops
-        build.library.cache_clear()
-        dispatch._c.cache_clear()
-    assert calls(tmp_path) == 1 and len(left_in(fresh)) == 1
-    monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-DANOTHER"])
-    build.library()
-    assert calls(tmp_path) == 2 and len(left_in(fresh)) == 2
-
-
-def test_a_library_that_is_broken_is_made_again(c, fresh):
-    code = "from lora_kit.kernels.cpu import build; build.library()"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)  # in this process it would stay open
-    (made,) = fresh.rglob("*.so")
-    made.write_bytes(b"half")
-    assert build.library() and made.stat().st_size > 1000
-
-
-def test_a_library_that_others_may_write_is_not_trusted(c, fresh):
-    assert build.library()
-    (made,) = fresh.rglob("*.so")
-    made.chmod(0o720)
-    build.library.cache_clear()
-    (message,) = told()
-    assert message == PLAIN + f"others may write {made}: remove it"
-
-
-def test_a_library_that_is_kept_needs_no_compiler(c, fresh, monkeypatch, tmp_path):
-    assert build.library()
-    monkeypatch.setenv("PATH", str(tmp_path))
-    build.library.cache_clear()
-    assert build.library()
-
-
-def test_two_processes_that_compile_at_once_leave_one_library(c, fresh, tmp_path):
-    both = (
-        f"while [ $(wc -l < {tmp_path}/calls) -lt 2 ]; do sleep 0.05; done"  # neither begins before the other is there
-    )
-    code = "import torch; from lora_kit.kernels.cpu import ops; x = torch.ones(2, 8, dtype=torch.bfloat16)\n"
-    code += "assert (ops.norm(x, x[0], 0.0, gemma=False)[0] == 1).all()"
-    settings = dict(os.environ, CC=str(counted(tmp_path, both)), PYTHONPATH=str(Path(__file__).parents[1]))
-    started = [subprocess.Popen([sys.executable, "-c", code], env=settings) for _ in range(2)]
-    try:
-        assert [one.wait(timeout=120) for one in started] == [0, 0]
-    finally:
-        for one in started:
-            one.kill()
-    assert calls(tmp_path) == 2 and len(left_in(fresh)) == 1

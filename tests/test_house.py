@@ -112,8 +112,16 @@ def test_only_a_few_rooms_import(library):
         assert not used or name_of(path).split(".")[1] in ONLY[library], f"{path} imports {library}"
 
 
-LIGHT = ["cli", "check", "data.order", "data.packing", "model.source", "model.sizes", "training.micro_batches"]
-LIGHT += ["artifacts.card", "artifacts.hub"]
+LIGHT = [
+    "cli",
+    "check",
+    "data.order",
+    "data.packing",
+    "model.source",
+    "model.sizes",
+    "training.micro_batches",
+]
+LIGHT += ["artifacts.card", "artifacts.hub", "kernels.limits"]
 LIGHT += [
     name_of(path).removeprefix("lora_kit.") for path in MODULES if room_of(name_of(path)) in ("runs", "supervise")
 ]

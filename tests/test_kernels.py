@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_kit.kernels import fusing, lora, loss, mlp, norm
 from lora_kit.kernels.attention import SEGMENT, use_attention
 from lora_kit.kernels.dispatch import multiplying
+from lora_kit.kernels.limits import GATED_MLP
 from lora_kit.model.probe import probe_batch
 from lora_kit.training.objectives.sft import Sft
 
@@ -220,7 +221,7 @@ def gated_mlp(kind, activation, *, dropout=0.0, seed=0, device="cpu"):
     torch.manual_seed(seed)
     config = LlamaConfig(hidden_size=24, intermediate_size=40, hidden_act=activation, num_attention_heads=4)
     config.hidden_activation = activation
-    return adapted(kind(config), targets=mlp.PARTS, dropout=dropout, device=device)
+    return adapted(kind(config), targets=GATED_MLP, dropout=dropout, device=device)
 
 
 def fused_mlp(activation, *, adapters=True):
@@ -432,7 +433,7 @@ def test_products_on_a_cpu_have_few_numbers_of_rows(dtype):
     config = LlamaConfig(
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, vocab_size=96
     )
-    model = adapted(LlamaForCausalLM(config), targets=[*GROUP, "o_proj", *mlp.PARTS]).to(dtype)
+    model = adapted(LlamaForCausalLM(config), targets=[*GROUP, "o_proj", *GATED_MLP]).to(dtype)
     use_attention(model, SEGMENT)
     fusing.use_kernels(model, ["lora", "mlp", "norm", "rotary", "loss", "last mlp"])
     with Rows() as rows:

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import Function
 
-QUERIES = 256  # of a block, at most: fewer make small products, more compute scores that the mask then hides
+from lora_kit.kernels.limits import QUERIES
+
 ALIGNED = 32  # softmax over bf16 takes half as long again where a row is not so many numbers, or a multiple
 
 

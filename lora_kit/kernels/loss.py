@@ -13,13 +13,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from lora_kit.kernels.dispatch import compiled
+from lora_kit.kernels.limits import LOGITS, LOGITS_IN_CACHE, ROW_MULTIPLE
 from lora_kit.kernels.lora import summed
-
-LOGITS = {"cpu": 1 << 23, "cuda": 1 << 26}  # held at once: a GPU reads the head anew for each chunk of rows
-AT_ONCE = 1 << 18  # logits that stay in a CPU's cache
-ROWS = 32
-"""Rows of a product on a CPU are a multiple of it: what oneDNN generates for so many rows it keeps for ever, several MB
-for each number that ever comes."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,7 @@ class _CrossEntropy(Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Head, labels: Tensor, wanted: bool) -> Tensor:
         total, of_hidden = torch.zeros((), device=hidden.device), torch.empty_like(hidden)
-        rows = max(ROWS, LOGITS[hidden.device.type] // len(head.weight) // ROWS * ROWS)
+        rows = max(ROW_MULTIPLE, LOGITS[hidden.device.type] // len(head.weight) // ROW_MULTIPLE * ROW_MULTIPLE)
         for some, label, target in zip(hidden.split(rows), labels.split(rows), of_hidden.split(rows), strict=True):
             before = head.before_cap(_filled(some))
             logits = head.capped(before)
@@ -87,7 +82,7 @@ class _CrossEntropy(Function):
 
 def _filled(rows: Tensor) -> Tensor:
     """Return rows whose number is a multiple, with zeros, on a CPU, where each number costs memory."""
-    more = -len(rows) % ROWS
+    more = -len(rows) % ROW_MULTIPLE
     return torch.nn.functional.pad(rows, (0, 0, 0, more)) if more and not rows.is_cuda else rows
 
 
@@ -98,7 +93,7 @@ def _chosen(logits: Tensor, labels: Tensor, *, to_gradient: bool) -> Tensor:
         chosen: Tensor = kernels.choose(logits, labels, to_gradient=to_gradient)
         return chosen.sum()
     total = torch.zeros((), device=logits.device)
-    few = len(logits) if logits.is_cuda else max(1, AT_ONCE // logits.shape[1])
+    few = len(logits) if logits.is_cuda else max(1, LOGITS_IN_CACHE // logits.shape[1])
     for part, label in zip(logits.split(few), labels.split(few), strict=True):
         chosen = torch.log_softmax(part, -1, dtype=torch.float32).gather(1, label)
         total += chosen.sum()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from lora_kit.kernels.dispatch import compiled
+from lora_kit.kernels.limits import GATED_MLP
 from lora_kit.kernels.lora import Kept, Map, Origin, adapters_of, covered, map_of, origin_of, project, project_back
 
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
@@ -21,7 +22,6 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tenso
     ),
 }
 """Of each name that configurations use: the activation, and what turns its gradient back."""
-PARTS = ("gate_proj", "up_proj", "down_proj")
 ASKED = "_rows_of_lora_kit"  # where an MLP finds what `at_rows` asks of it
 
 
@@ -110,12 +110,12 @@ def _of_parts(adapters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 def gated(mlp: nn.Module) -> bool:
     """Return whether a module has the parts of a gated MLP, all of them with plain adapters."""
-    return all(name in mlp._modules and covered(mlp.get_submodule(name)) for name in PARTS)
+    return all(name in mlp._modules and covered(mlp.get_submodule(name)) for name in GATED_MLP)
 
 
 def fuse(mlp: nn.Module, activation: str) -> Callable[[], None]:
     """Let a gated MLP compute in one piece wherever its adapters are plain and on; return the way back."""
-    own, parts = mlp.forward, [mlp.get_submodule(name) for name in PARTS]
+    own, parts = mlp.forward, [mlp.get_submodule(name) for name in GATED_MLP]
 
     def forward(x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         if not gated(mlp):

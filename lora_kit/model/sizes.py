@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_kit.errors import BaseError
+from lora_kit.kernels.limits import GATED_MLP, LOGITS, LOGITS_IN_CACHE, QUERIES, ROW_MULTIPLE
 from lora_kit.recipe.schema import Recipe
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3")
@@ -31,10 +32,6 @@ READS = {  # the linear maps of a layer by what they read; those in one line sha
     "inner": ("down_proj",),
 }
 NORMED = ("attention", "mlp")  # what a norm gave out, which is made again from what the norm read
-GATED = ("gate_proj", "up_proj", "down_proj")  # that kernels/mlp.py computes in one piece
-LOGITS = {"cpu": 1 << 23, "cuda": 1 << 26}  # held at once by kernels/loss.py
-LOGITS_IN_CACHE = 1 << 18  # of these, in fp32
-QUERIES = 256  # of a block in kernels/blocks.py, and the columns of most masks
 
 
 @dataclass(frozen=True)
@@ -251,7 +248,7 @@ def _kept_by_layer(shape: Shape, recipe: Recipe, tokens: int) -> int:
     size, rank, fused = BYTES[recipe.base.dtype], recipe.adapter.rank, recipe.train.kernels == "auto"
     adapted = shape.adapted(recipe.adapter.targets)
     names, inner = {one.name for one in adapted}, shape.wide("inner")
-    in_one_piece = fused and names.issuperset(GATED)
+    in_one_piece = fused and names.issuperset(GATED_MLP)
     if fused:
         kept = [place for place in READS if recipe.adapter.dropout or place not in NORMED]
         read = sum(shape.wide(place) for place in kept if names.intersection(READS[place]))
@@ -272,7 +269,7 @@ def _working_bytes(shape: Shape, recipe: Recipe, tokens: int, device: str) -> in
     longest = min(tokens, recipe.data.sequence_length)
     logits = tokens * shape.vocabulary
     if recipe.train.kernels == "auto":
-        logits = min(logits, max(LOGITS[device], 32 * shape.vocabulary))
+        logits = min(logits, max(LOGITS[device], ROW_MULTIPLE * shape.vocabulary))
         in_fp32 = logits if device == "cuda" else min(logits, max(LOGITS_IN_CACHE, shape.vocabulary))
         loss = logits * size + in_fp32 * (4 + size)
     else:

@@ -1,96 +1,167 @@
-"""The library of kernels in C, which the system's compiler makes on first use.
+"""The library of the kernels in C: the system's C compiler makes it from kernels.c on first use.
 
-That takes two seconds, once on a machine; the library is kept beside other things that lora_kit caches. Made by gcc, it
-runs on the threads of torch, whose OpenMP it shares.
+That takes two seconds, once on a machine; the library is kept in the user's cache folder. It is linked with torch and
+not with an OpenMP runtime, so its loops run on the threads of the runtime that torch itself has loaded.
 """
 
 import ctypes
 import hashlib
 import os
+import re
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from lora_kit.files import cache_folder
 
 AVX512 = ("f", "bw", "dq", "vl", "bf16")
-FLAGS = ["-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp", "-mfma", *(f"-mavx512{one}" for one in AVX512)]
+FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-mfma", *(f"-mavx512{x}" for x in AVX512)]
+FLAGS += ["-ffp-contract=off"]  # else each compiler fuses other products with sums and rounds otherwise
+LINK = ["-shared", "-Wl,--no-as-needed", "-ltorch_cpu", "-Wl,--as-needed", "-lm"]  # torch names its OpenMP runtime
+COMPILE_SECONDS = 120.0
+C_TYPES = {"long": ctypes.c_long, "int": ctypes.c_int, "float": ctypes.c_float, "void": None}
 
 
-class Attention(ctypes.Structure):
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("query", "key", "value", "output", "sums", "tiles")]
-        + [(name, ctypes.c_long) for name in ("examples", "length", "heads", "key_heads", "width", "window")]
-        + [("scale", ctypes.c_float)]
-        + [(name, ctypes.c_void_p) for name in ("gradient", "of_query", "of_key", "of_value")]
-    )
+@dataclass(frozen=True)
+class Library:
+    """The compiled kernels.
 
+    Attributes:
+        kernels: The functions that kernels.c exports, with their argument types.
+        sha256: Hash of the library's bytes.
+        compiler: Name and version of the compiler that made it.
+    """
 
-class Part(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "weight")] + [
-        (name, ctypes.c_long) for name in ("inner", "apart", "turned")
-    ]
+    kernels: ctypes.CDLL
+    sha256: str
+    compiler: str
 
 
 @cache
-def library() -> ctypes.CDLL:
-    """Return the compiled kernels.
+def library() -> Library:
+    """Return the compiled kernels; compile them if the cache folder does not hold them.
 
     Raises:
-        OSError: There is no C compiler, it does not know this CPU, or nothing can be kept (safely).
-        ValueError: `CC` is no command.
+        OSError: There is no C compiler, it fails or takes too long, its library cannot be loaded, or other users could
+            change what the cache folder holds.
+        ValueError: `CC` is not a command.
     """
     compiler = shlex.split(os.environ.get("CC") or "cc")
     source = files("lora_kit.kernels.cpu").joinpath("kernels.c").read_text()
-    name = hashlib.sha256(" ".join([*compiler, *FLAGS, source]).encode()).hexdigest()[:16]
-    made = cache_folder("kernels") / f"cpu-{name}-{os.getuid()}.so"
-    if not made.exists():
-        _compile(compiler, source, made)
-    status = made.stat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise OSError(f"others may write {made}: remove it")
+    key = hashlib.sha256(" ".join([*compiler, *FLAGS, *LINK, source]).encode()).hexdigest()[:16]
+    folder, name = _open_folder(cache_folder("kernels")), f"cpu-{key}.so"
     try:
-        kernels = ctypes.CDLL(str(made))
-    except OSError:  # it is not whole, or was made for another system
-        _compile(compiler, source, made)
-        kernels = ctypes.CDLL(str(made))
-    return _declared(kernels)
+        with suppress(FileNotFoundError):
+            kept = os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder)
+            _require_private(kept, cache_folder("kernels") / name)
+            with suppress(OSError):  # an incomplete file, or a library for another system: compile again
+                return _load(kept, source)
+        compiled = _keep(_compile(compiler, source), name, folder)
+    finally:
+        os.close(folder)
+    try:
+        return _load(compiled, source)
+    except OSError as error:
+        command = " ".join(compiler)
+        raise OSError(f"what {command} made does not load beside torch's OpenMP: {error}; try CC=gcc") from error
 
 
-def _compile(compiler: Sequence[str], source: str, made: Path) -> None:
-    """Make the library; others may be at it at the same time."""
-    if shutil.which(compiler[0]) is None:
-        raise OSError(f"there is no C compiler ({' '.join(compiler)})")
-    made.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=made.parent) as work:
-        target = Path(work) / made.name
-        command = [*compiler, *FLAGS, "-x", "c", "-", "-o", str(target), "-lm"]
-        done = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise OSError(f"{compiler[0]} does not compile the kernels: {done.stderr.strip()[:500]}")
-        target.chmod(0o700)
-        target.replace(made)
+def _open_folder(folder: Path) -> int:
+    """Return a descriptor of the folder; files reached through it are in a folder that no other user can change."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        _require_private(descriptor, folder)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
-def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
-    long, pointer, number = ctypes.c_long, ctypes.c_void_p, ctypes.c_int
-    kernels.attention_room.argtypes, kernels.attention_room.restype = [long, long], long
-    kernels.attention.argtypes = [ctypes.POINTER(Attention), number, pointer, long, number]
-    kernels.linear_room.argtypes, kernels.linear_room.restype = [long], long
-    kernels.linear.argtypes = [ctypes.POINTER(Part), number, pointer, pointer, long, long, pointer, long, number]
-    kernels.outer_room.argtypes, kernels.outer_room.restype = [long], long
-    kernels.outer.argtypes = [pointer, long, pointer, long, pointer, long, long, long, pointer, long, number]
-    kernels.norm.argtypes = [*[pointer] * 4, long, long, ctypes.c_float, number, number]
-    kernels.norm_back.argtypes = [*[pointer] * 5, long, long, number, number]
-    kernels.gate.argtypes = [*[pointer] * 3, long, number, number]
-    kernels.gate_back.argtypes = [*[pointer] * 5, long, number, number]
-    kernels.rotate.argtypes = [*[pointer] * 4, long, long, long, number]
-    kernels.choose.argtypes = [*[pointer] * 3, long, long, number, number]
-    for one in ("attention", "linear", "outer", "norm", "norm_back", "gate", "gate_back", "choose", "rotate"):
-        kernels[one].restype = None
-    return kernels
+def _require_private(descriptor: int, path: Path) -> None:
+    """Raise OSError if another user owns an open file or folder or may write to it."""
+    status = os.fstat(descriptor)
+    if status.st_uid != os.getuid():
+        raise OSError(f"{path} belongs to another user (uid {status.st_uid}); remove it or set LORA_KIT_CACHE")
+    if status.st_mode & 0o022:
+        raise OSError(f"other users may write to {path} (mode {status.st_mode & 0o777:o}); run chmod go-w on it")
+
+
+def _load(descriptor: int, source: str) -> Library:
+    """Load an open library file.
+
+    The descriptor is loaded, not its name, so nobody can exchange the file after the check. It stays open: the loader
+    knows libraries by name and would take a later file with the same descriptor for this one.
+    """
+    try:
+        kernels = ctypes.CDLL(f"/proc/self/fd/{descriptor}")
+    except OSError:
+        os.close(descriptor)
+        raise
+    for result, name, parameters in re.findall(r"^EXPORT (\w+) (\w+)\(([^)]*)\)", source, re.MULTILINE):
+        types: list[Any] = [
+            ctypes.c_void_p if "*" in one else C_TYPES[one.split()[-2]] for one in parameters.split(",")
+        ]
+        function = getattr(kernels, name)
+        function.argtypes, function.restype = types, C_TYPES[result]
+    compiler = ctypes.c_char_p.in_dll(kernels, "COMPILER").value or b""
+    content = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+    return Library(kernels, hashlib.sha256(content).hexdigest(), compiler.decode())
+
+
+def _keep(content: bytes, name: str, folder: int) -> int:
+    """Write a library to the folder in one rename; return its descriptor."""
+    partial = f".{name}.{os.getpid()}.partial"
+    descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600, dir_fd=folder)
+    try:
+        with os.fdopen(descriptor, "wb", closefd=False) as file:
+            file.write(content)
+        os.replace(partial, name, src_dir_fd=folder, dst_dir_fd=folder)
+    except OSError:
+        os.close(descriptor)
+        with suppress(OSError):
+            os.unlink(partial, dir_fd=folder)
+        raise
+    return descriptor
+
+
+def _compile(compiler: Sequence[str], source: str) -> bytes:
+    """Return the bytes of the library that a compiler makes of kernels.c."""
+    program = shutil.which(compiler[0])
+    if program is None:
+        raise OSError(f"there is no C compiler ({' '.join(compiler)}); install gcc or set CC")
+    command, torch_libraries = [str(Path(program).absolute()), *compiler[1:]], Path(torch.__file__).parent / "lib"
+    with tempfile.TemporaryDirectory(prefix="lora_kit-") as name:
+        folder = Path(name)
+        (folder / "kernels.c").write_text(source)
+        _run([*command, *FLAGS, "-c", "kernels.c", "-o", "kernels.o"], folder)
+        _run([*command, "kernels.o", f"-L{torch_libraries}", *LINK, "-o", "kernels.so"], folder)
+        return (folder / "kernels.so").read_bytes()
+
+
+def _run(command: Sequence[str], folder: Path) -> None:
+    """Run a compiler's command in a folder; raise OSError if it fails or takes too long."""
+    messages = folder / "messages.txt"
+    with messages.open("w") as file:  # not a pipe, which what the compiler started may hold open
+        process = subprocess.Popen(
+            command, cwd=folder, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+        )
+        try:
+            code = process.wait(COMPILE_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise OSError(f"{command[0]} did not compile the kernels in {COMPILE_SECONDS:.0f} s") from error
+    if code:
+        raise OSError(f"{command[0]} does not compile the kernels: {messages.read_text().strip()[:500]}")

@@ -11,6 +11,13 @@
 #include <stdint.h>
 #include <string.h>
 
+#define EXPORT __attribute__((visibility("default")))
+#ifdef __clang__
+EXPORT const char *const COMPILER = __VERSION__;
+#else
+EXPORT const char *const COMPILER = "gcc " __VERSION__;
+#endif
+
 typedef uint16_t bf16;
 typedef __m512 floats; /* 16 lanes */
 
@@ -181,7 +188,7 @@ static void *take(char **room, long bytes) {
 }
 
 /* Return how many bytes a thread needs for examples of up to `longest` tokens. */
-long attention_room(long longest, long width) {
+EXPORT long attention_room(long longest, long width) {
     long many = padded(longest), wide = padded(width);
     long of_example = many * wide * (9 * sizeof(bf16) + 4 * sizeof(float)) + many * 2 * sizeof(float);
     return of_example + TILE * (2 * wide + 2 * TILE) * sizeof(float);
@@ -350,7 +357,7 @@ static void attend_back_example(const struct attention *all, long begin, long co
 }
 
 /* Attend inside every example, or go back; each thread has `room` bytes at `rooms`. */
-void attention(const struct attention *all, int back, char *rooms, long room, int threads) {
+EXPORT void attention(const struct attention *all, int back, char *rooms, long room, int threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (long task = 0; task < all->examples * all->key_heads; task++) {
         const int32_t *tile = all->tiles + task / all->key_heads * 3;
@@ -387,11 +394,11 @@ enum { PACKED = 1 << 19, CHUNK = 64 }; /* bytes of a weight and rows of x that s
 enum { FEWEST = 128 }; /* rows of a task, if it has not all: for fewer, packing the weight again takes too long */
 
 /* Return how many bytes a thread needs for sums of so many products. */
-long linear_room(long inner) { return most(PACKED, inner * STEP * sizeof(bf16)) + 64; }
+EXPORT long linear_room(long inner) { return most(PACKED, inner * STEP * sizeof(bf16)) + 64; }
 
 /* output [rows][columns] = the sum of all parts' x times weight, and the bias if there is one; every inner is even and
    there are at least ROWS rows. Each thread has `room` bytes at `rooms`. */
-void linear(const struct part *parts, int count, const bf16 *bias, bf16 *output, long rows, long columns, char *rooms,
+EXPORT void linear(const struct part *parts, int count, const bf16 *bias, bf16 *output, long rows, long columns, char *rooms,
             long room, int threads) {
     long inner = 0;
     for (int i = 0; i < count; i++) inner += parts[i].inner;
@@ -438,13 +445,13 @@ void linear(const struct part *parts, int count, const bf16 *bias, bf16 *output,
 enum { ACROSS = 4 * STEP, ALONG = 2 * CHUNK }; /* columns, at most, and rows that `outer` takes together */
 
 /* Return how many bytes a thread needs for `few` rows. */
-long outer_room(long few) {
+EXPORT long outer_room(long few) {
     return ALONG * (ACROSS + padded(few)) * sizeof(bf16) + padded(few) * ACROSS * sizeof(float);
 }
 
 /* output [few][columns] = left' right, of left [rows][few] and right [rows][columns], whose rows are `left_apart` and
    `right_apart` numbers apart. Each thread has `room` bytes at `rooms`. */
-void outer(const bf16 *left, long left_apart, const bf16 *right, long right_apart, float *output, long rows, long few,
+EXPORT void outer(const bf16 *left, long left_apart, const bf16 *right, long right_apart, float *output, long rows, long few,
            long columns, char *rooms, long room, int threads) {
     long tall = padded(few), across = least(ACROSS, padded((columns + threads - 1) / threads));
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
@@ -468,7 +475,7 @@ void outer(const bf16 *left, long left_apart, const bf16 *right, long right_apar
 
 /* ---- norms ---- */
 
-void norm(const bf16 *x, const bf16 *weight, bf16 *output, float *inverse, long rows, long width, float epsilon,
+EXPORT void norm(const bf16 *x, const bf16 *weight, bf16 *output, float *inverse, long rows, long width, float epsilon,
           int gemma, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long row = 0; row < rows; row++) {
@@ -487,7 +494,7 @@ void norm(const bf16 *x, const bf16 *weight, bf16 *output, float *inverse, long 
     }
 }
 
-void norm_back(const bf16 *gradient, const bf16 *x, const bf16 *weight, const float *inverse, bf16 *output, long rows,
+EXPORT void norm_back(const bf16 *gradient, const bf16 *x, const bf16 *weight, const float *inverse, bf16 *output, long rows,
                long width, int gemma, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long row = 0; row < rows; row++) {
@@ -528,7 +535,7 @@ INLINE floats activated(floats x, int tanh, floats *slope) {
 }
 
 /* output = act(gate) * up, of `count` numbers; gelu by its approximation with tanh instead of silu. */
-void gate(const bf16 *gates, const bf16 *ups, bf16 *output, long count, int tanh, int threads) {
+EXPORT void gate(const bf16 *gates, const bf16 *ups, bf16 *output, long count, int tanh, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long i = 0; i < count; i += LANES) {
         __mmask16 which = first(count - i);
@@ -538,7 +545,7 @@ void gate(const bf16 *gates, const bf16 *ups, bf16 *output, long count, int tanh
 }
 
 /* The gradients of gate and up from that of their product, which may be where one of them goes. */
-void gate_back(const bf16 *gradient, const bf16 *gates, const bf16 *ups, bf16 *of_gate, bf16 *of_up, long count,
+EXPORT void gate_back(const bf16 *gradient, const bf16 *gates, const bf16 *ups, bf16 *of_gate, bf16 *of_up, long count,
                int tanh, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long i = 0; i < count; i += LANES) {
@@ -552,7 +559,7 @@ void gate_back(const bf16 *gradient, const bf16 *gates, const bf16 *ups, bf16 *o
 /* ---- cross-entropy ---- */
 
 /* Put the logarithm of each row's probability of its label into `chosen`; turn logits into their loss's gradient. */
-void choose(bf16 *logits, const int64_t *labels, float *chosen, long rows, long width, int to_gradient, int threads) {
+EXPORT void choose(bf16 *logits, const int64_t *labels, float *chosen, long rows, long width, int to_gradient, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long row = 0; row < rows; row++) {
         bf16 *at = logits + row * width;
@@ -579,7 +586,7 @@ void choose(bf16 *logits, const int64_t *labels, float *chosen, long rows, long 
 
 /* ---- rotary positions ---- */
 
-void rotate(const bf16 *x, const bf16 *cos, const bf16 *sin, bf16 *output, long length, long heads, long width,
+EXPORT void rotate(const bf16 *x, const bf16 *cos, const bf16 *sin, bf16 *output, long length, long heads, long width,
             int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long row = 0; row < length; row++)

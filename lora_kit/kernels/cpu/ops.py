@@ -3,6 +3,7 @@
 Tensors are bf16; what kernels/triton/ says of shapes holds for the functions of the same names.
 """
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -10,9 +11,26 @@ from torch import Tensor
 from torch.nn import functional
 
 from lora_kit.kernels.cpu.buffers import rooms
-from lora_kit.kernels.cpu.build import Attention, Part, library
+from lora_kit.kernels.cpu.build import library
 
 LEAST_ROWS = 8  # of a product
+
+
+class Attention(ctypes.Structure):
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("query", "key", "value", "output", "sums", "tiles")]
+        + [(name, ctypes.c_long) for name in ("examples", "length", "heads", "key_heads", "width", "window")]
+        + [("scale", ctypes.c_float)]
+        + [(name, ctypes.c_void_p) for name in ("gradient", "of_query", "of_key", "of_value")]
+    )
+
+
+class Part(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "weight")] + [
+        (name, ctypes.c_long) for name in ("inner", "apart", "turned")
+    ]
+
+
 WHOLE = 1 << 30  # rows of a tile: an example is never cut
 Gated = None  # unlike a GPU's: `linear` adds adapters
 
@@ -36,11 +54,12 @@ def linear(parts: Sequence[tuple[Tensor, Tensor, bool]], bias: Tensor | None = N
     alike = all(shape == (rows, shape[1], shape[1], columns) for shape in shapes)
     if rows < LEAST_ROWS or not (columns and inner and alike) or any(one.dtype != torch.bfloat16 for one in tensors):
         raise ValueError(f"no products in bf16 to one sum: {shapes}, {[one.dtype for one in tensors]}")
-    output, room = rooms.empty(rows, columns), library().linear_room(inner)
+    output, room = rooms.empty(rows, columns), library().kernels.linear_room(inner)
     scratch = rooms.scratch(threads * room)
     made = [Part(x.data_ptr(), weight.data_ptr(), x.shape[1], x.stride(0), turned) for x, weight, turned in given]
     rest = (output.data_ptr(), rows, columns, scratch.data_ptr(), room, threads)
-    library().linear((Part * len(made))(*made), len(made), None if bias is None else bias.data_ptr(), *rest)
+    array = (Part * len(made))(*made)
+    library().kernels.linear(ctypes.addressof(array), len(made), None if bias is None else bias.data_ptr(), *rest)
     return output
 
 
@@ -58,10 +77,10 @@ def outer(left: Tensor, right: Tensor) -> Tensor:
         return outer(right, left).T
     left, right = (one if one.stride(1) == 1 else one.contiguous() for one in (left, right))
     (rows, few), columns, threads = left.shape, right.shape[1], torch.get_num_threads()
-    output, room = left.new_empty(few, columns, dtype=torch.float32), library().outer_room(few)
+    output, room = left.new_empty(few, columns, dtype=torch.float32), library().kernels.outer_room(few)
     scratch = rooms.scratch(threads * room)
     given = (left.data_ptr(), left.stride(0), right.data_ptr(), right.stride(0), output.data_ptr())
-    library().outer(*given, rows, few, columns, scratch.data_ptr(), room, threads)
+    library().kernels.outer(*given, rows, few, columns, scratch.data_ptr(), room, threads)
     return output
 
 
@@ -79,7 +98,7 @@ def norm(rows: Tensor, weight: Tensor, epsilon: float, *, gemma: bool) -> tuple[
     """Return the normalised rows [rows, width] and 1 / root mean square of each, in fp32."""
     output, inverse = rooms.empty(*rows.shape), rows.new_empty(len(rows), 1, dtype=torch.float32)
     given = (one.data_ptr() for one in (rows, weight, output, inverse))
-    library().norm(*given, *rows.shape, epsilon, gemma, torch.get_num_threads())
+    library().kernels.norm(*given, *rows.shape, epsilon, gemma, torch.get_num_threads())
     return output, inverse
 
 
@@ -87,7 +106,7 @@ def norm_back(gradient: Tensor, rows: Tensor, weight: Tensor, inverse: Tensor, *
     """Return the gradient of a norm's rows."""
     gradient, output = gradient.contiguous(), rooms.empty(*rows.shape)
     given = (one.data_ptr() for one in (gradient, rows, weight, inverse, output))
-    library().norm_back(*given, *rows.shape, gemma, torch.get_num_threads())
+    library().kernels.norm_back(*given, *rows.shape, gemma, torch.get_num_threads())
     return output
 
 
@@ -95,7 +114,7 @@ def gate(gates: Tensor, ups: Tensor, *, tanh: bool) -> Tensor:
     """Return silu(gates) * ups, or gelu's approximation with tanh."""
     output = rooms.empty(*gates.shape)
     given = (one.data_ptr() for one in (gates, ups, output))
-    library().gate(*given, gates.numel(), tanh, torch.get_num_threads())
+    library().kernels.gate(*given, gates.numel(), tanh, torch.get_num_threads())
     return output
 
 
@@ -103,7 +122,7 @@ def gate_back(gradient: Tensor, gates: Tensor, ups: Tensor, *, tanh: bool) -> tu
     """Return the gradients of gates and ups; the first takes the place of the product's."""
     of_up = rooms.empty(*ups.shape)
     given = (one.data_ptr() for one in (gradient, gates, ups, gradient, of_up))
-    library().gate_back(*given, gates.numel(), tanh, torch.get_num_threads())
+    library().kernels.gate_back(*given, gates.numel(), tanh, torch.get_num_threads())
     return gradient, of_up
 
 
@@ -113,7 +132,7 @@ def choose(logits: Tensor, labels: Tensor, *, to_gradient: bool) -> Tensor:
     chosen = logits.new_empty(len(logits), 1, dtype=torch.float32)
     labels = labels.contiguous()
     given = (one.data_ptr() for one in (logits, labels, chosen))
-    library().choose(*given, *logits.shape, to_gradient, torch.get_num_threads())
+    library().kernels.choose(*given, *logits.shape, to_gradient, torch.get_num_threads())
     return chosen
 
 
@@ -122,7 +141,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
     output = rooms.empty(*x.shape)
     given = (one.data_ptr() for one in (x, cos, sin, output))
-    library().rotate(*given, *x.shape, torch.get_num_threads())
+    library().kernels.rotate(*given, *x.shape, torch.get_num_threads())
     return output
 
 
@@ -163,7 +182,7 @@ def _attention(tiles: Tensor, scale: float, window: int | None, query: Tensor, k
     tiles = tiles[(tiles[:, 0] - tiles[:, 2]).argsort(stable=True)]  # the longest first, or threads wait for it
     given = [one.data_ptr() for one in (query, key, value, output, sums, tiles)]
     rest = (len(tiles), length, heads, key.shape[1], width, window or 0, scale)
-    room = library().attention_room(int(tiles[0, 2] - tiles[0, 0]), width)
+    room = library().kernels.attention_room(int(tiles[0, 2] - tiles[0, 0]), width)
     scratch = rooms.scratch(threads * room)
     all_of_it = Attention(*given, *rest, *(one.data_ptr() for one in back))
-    library().attention(all_of_it, bool(back), scratch.data_ptr(), room, threads)
+    library().kernels.attention(ctypes.addressof(all_of_it), bool(back), scratch.data_ptr(), room, threads)

@@ -10,7 +10,8 @@ from lora_kit.data.packing import IGNORE, MicroBatch, pack
 from lora_kit.data.tokens import Tokens
 from lora_kit.kernels.attention import SEGMENT, attention_of, inner_of, moved
 from lora_kit.kernels.fusing import head_of, last_mlp_of
-from lora_kit.kernels.loss import ROWS, summed_cross_entropy
+from lora_kit.kernels.limits import ROW_MULTIPLE
+from lora_kit.kernels.loss import summed_cross_entropy
 from lora_kit.kernels.mlp import at_rows
 from lora_kit.model.forward import model_inputs
 from lora_kit.training.objectives.objective import LossSum
@@ -38,15 +39,15 @@ class Sft:
             logits = model(**inputs).logits.flatten(0, 1)[positions]
             total = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
             return LossSum(total, len(trained), ())
-        computed = np.append(trained, ignored[: -len(trained) % ROWS if on_cpu else 0])
+        computed = np.append(trained, ignored[: -len(trained) % ROW_MULTIPLE if on_cpu else 0])
         with at_rows(last_mlp_of(model), moved(computed, device)):
             hidden = inner_of(model).base_model(**inputs)[0].flatten(0, 1)
         return LossSum(summed_cross_entropy(hidden[positions], head, targets), len(trained), ())
 
 
 def _padded(batch: MicroBatch) -> MicroBatch:
-    """Append an untrained example to a packed micro-batch, so that its length is a multiple of `ROWS`."""
-    missing = -batch.ids.shape[1] % ROWS
+    """Append an untrained example to a packed micro-batch, so that its length is a multiple of `ROW_MULTIPLE`."""
+    missing = -batch.ids.shape[1] % ROW_MULTIPLE
     if not missing:
         return batch
     parts = zip((batch.ids, batch.labels, batch.position_ids), (0, IGNORE, np.arange(missing)), strict=True)

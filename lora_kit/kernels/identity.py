@@ -1,0 +1,87 @@
+"""What computes a run, as text: two processes whose facts are equal compute the same bits from the same inputs.
+
+A difference does not prove that bits differ, but nothing else of a machine decides which kernels run: the backend of
+lora_kit and what built it, and for the kernels of torch's libraries the processor and the limits in the environment.
+"""
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from lora_kit.kernels.dispatch import compiled
+
+CPU_LIMITS = (
+    "ATEN_CPU_CAPABILITY",
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "ONEDNN_MAX_CPU_ISA",
+)
+CUDA_LIMITS = ("NVIDIA_TF32_OVERRIDE",)
+VECTOR_FLAGS = ("avx", "amx", "fma", "f16c", "asimd", "sve", "bf16")  # how the names of such instructions begin
+
+
+def identity(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Return what computes on a device in a precision: names and values, sorted by name, the same at every call.
+
+    Environment variables that limit instructions appear under their own names, where they are set.
+    """
+    facts = _of_backend(device, dtype) | (_of_cuda(device) if device.type == "cuda" else _of_cpu())
+    limits = CUDA_LIMITS if device.type == "cuda" else CPU_LIMITS
+    facts |= {name: os.environ[name] for name in limits if name in os.environ}
+    return dict(sorted(facts.items()))
+
+
+def _of_backend(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    if compiled(torch.empty(0, dtype=dtype, device=device)) is None:
+        return {"backend": "plain"}
+    if device.type == "cuda":
+        import triton
+
+        return {"backend": "triton", "triton": triton.__version__}
+    from lora_kit.kernels.cpu.build import library
+
+    return {"backend": "c", "library": library().sha256[:16], "compiler": library().compiler}
+
+
+def _of_cuda(device: torch.device) -> dict[str, str]:
+    major, minor = torch.cuda.get_device_capability(device)
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "capability": f"{major}.{minor}",
+        "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),
+    }
+
+
+def _of_cpu() -> dict[str, str]:
+    """Return the processor, its caches and instructions, and the libraries that choose kernels by them."""
+    first = _read(Path("/proc/cpuinfo")).split("\n\n")[0]
+    lines = dict(line.replace("\t", "").split(":", 1) for line in first.splitlines() if ":" in line)
+    flags = lines.get("flags", lines.get("Features", "")).split()
+    built_with = torch.__config__.show().splitlines()
+    libraries = [line.strip(" -") for line in built_with if "Math Kernel Library" in line or "MKL-DNN" in line]
+    return {
+        "cpu": lines.get("model name", "").strip() or platform.processor() or platform.machine(),
+        "cpu_caches": _caches(Path("/sys/devices/system/cpu/cpu0/cache")),
+        "cpu_instructions": " ".join(sorted(one for one in flags if one.startswith(VECTOR_FLAGS))),
+        "aten": torch.backends.cpu.get_cpu_capability(),
+        "libraries": "; ".join(libraries),
+    }
+
+
+def _caches(folder: Path) -> str:
+    """Return the sizes of one core's caches, which oneDNN and MKL cut their products by."""
+    kinds = [[_read(one / name) for name in ("level", "type", "size")] for one in sorted(folder.glob("index*"))]
+    return ", ".join(f"L{level} {kind} {size}" for level, kind, size in kinds)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

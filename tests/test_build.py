@@ -1,0 +1,238 @@
+"""The library of the kernels in C is made once, trusted only in a private folder, and missed without harm."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import need_c
+
+from lora_kit.kernels import dispatch
+from lora_kit.kernels.cpu import build, ops
+
+BF16 = torch.bfloat16
+
+
+@pytest.fixture
+def c():
+    """Skip what needs the kernels where they cannot be."""
+    need_c()
+
+
+def ones():
+    return torch.ones(2, 8, dtype=BF16)
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """An empty cache and no library in this process, before and after; the CPU passes for one that can use it."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "cache"))
+    caches = build.library, dispatch._c  # which tests put others in the place of
+    for one in caches:
+        one.cache_clear()
+    yield tmp_path / "cache"
+    for one in caches:
+        one.cache_clear()
+
+
+def script(path, text):
+    """Write a compiler."""
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(0o755)
+    return path
+
+
+def warned():
+    """What two calls warn of, neither of which finds compiled kernels."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert dispatch.compiled(ones()) is None and dispatch.compiled(ones()) is None
+    assert all(one.category is UserWarning for one in seen)
+    return [str(one.message) for one in seen]
+
+
+def left_in(folder):
+    return sorted(one.relative_to(folder).as_posix() for one in folder.rglob("*") if one.is_file() or "tmp" in one.name)
+
+
+PLAIN = "the kernels for CPUs are not compiled, so attention, norms and the like take longer: "
+
+
+def test_without_a_compiler_there_is_one_warning_and_the_plain_way(fresh, monkeypatch, tmp_path):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert warned() == [PLAIN + "there is no C compiler (cc); install gcc or set CC"]
+
+
+def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(fresh, monkeypatch, tmp_path):
+    compiler = script(tmp_path / "broken", "echo 'unrecognized option -mavx512bf16' >&2\nexit 1\n")
+    monkeypatch.setenv("CC", str(compiler))
+    assert warned() == [PLAIN + f"{compiler} does not compile the kernels: unrecognized option -mavx512bf16"]
+    assert left_in(fresh) == []
+
+
+def test_a_library_that_cannot_be_loaded_is_no_crash(fresh, monkeypatch, tmp_path):
+    compiler = script(tmp_path / "empty", 'for one; do case $one in *.so) : > "$one";; esac; done\n')
+    monkeypatch.setenv("CC", str(compiler))
+    (message,) = warned()
+    assert message.startswith(PLAIN + f"what {compiler} made does not load beside torch's OpenMP: ")
+
+
+def test_a_compiler_with_an_openmp_that_torch_does_not_have_is_refused(c, fresh, monkeypatch, tmp_path):
+    """Its threads would be others than torch's; clang calls its runtime by names such as this."""
+    real = os.environ.get("CC", "cc")
+    compiler = script(tmp_path / "clang", f'exec {real} "$@" -Domp_get_thread_num=__kmpc_global_thread_num\n')
+    monkeypatch.setenv("CC", str(compiler))
+    (message,) = warned()
+    assert "undefined symbol: __kmpc_global_thread_num; try CC=gcc" in message
+
+
+def test_the_library_runs_on_the_threads_of_torch_alone(c):
+    """A second OpenMP runtime would bring threads that compete with torch's."""
+    build.library()
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+    runtimes = [path for path in mapped if re.search(r"lib(gomp|omp|iomp5)[-.]", path)]
+    kernels = next(path for path in mapped if "/cpu-" in path)
+    assert len(runtimes) == 1 and Path(torch.__file__).parent in Path(runtimes[0]).parents
+    needed = subprocess.run(["readelf", "-d", kernels], capture_output=True, text=True, check=True).stdout
+    assert "libtorch_cpu.so" in needed and "omp" not in needed
+
+
+def test_a_compiler_that_never_ends_is_stopped_with_all_that_it_started(fresh, monkeypatch, tmp_path):
+    compiler = script(tmp_path / "slow", f"sleep 1000 &\necho $! > {tmp_path}/child\nwait\n")
+    monkeypatch.setattr(build, "COMPILE_SECONDS", 0.5)
+    monkeypatch.setenv("CC", str(compiler))
+    assert warned() == [PLAIN + f"{compiler} did not compile the kernels in 0 s"]
+    status = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}/stat")
+    deadline = time.monotonic() + 10
+    while status.exists() and status.read_text().split()[2] != "Z":  # until its parent collects it
+        assert time.monotonic() < deadline
+
+
+def test_where_nothing_can_be_kept_there_is_one_warning_and_the_plain_way(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", str(script(tmp_path / "unasked", "exit 1\n")))
+    fresh.write_text("a file where the folder should be")
+    (message,) = warned()
+    assert message.startswith(PLAIN) and str(fresh) in message
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_other_precisions_ask_for_no_compiler(dtype, fresh, monkeypatch):
+    monkeypatch.setattr(build, "library", None)
+    assert dispatch.compiled(torch.ones(2, dtype=dtype)) is None
+
+
+def test_a_cpu_without_bf16_asks_for_no_compiler_and_warns_of_nothing(fresh, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(build, "library", None)
+    assert warned() == []
+
+
+def counted(tmp_path, meet=""):
+    """A compiler that counts what it compiles and is the real one."""
+    count = f'case " $* " in *" -c "*) echo $$ >> {tmp_path}/calls; {meet or ":"};; esac'
+    return script(tmp_path / "counted", f'{count}\nexec {os.environ.get("CC", "cc")} "$@"\n')
+
+
+def calls(tmp_path):
+    return len((tmp_path / "calls").read_text().splitlines())
+
+
+def test_a_library_that_is_kept_is_used_again_and_another_source_makes_another(c, fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", str(counted(tmp_path)))
+    for _ in range(2):
+        assert dispatch.compiled(ones()) is ops
+        build.library.cache_clear()
+        dispatch._c.cache_clear()
+    assert calls(tmp_path) == 1 and len(left_in(fresh)) == 1
+    monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-DANOTHER"])
+    build.library()
+    assert calls(tmp_path) == 2 and len(left_in(fresh)) == 2
+
+
+def test_a_library_that_is_broken_is_made_again(c, fresh):
+    code = "from lora_kit.kernels.cpu import build; build.library()"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)  # in this process it would stay open
+    (made,) = fresh.rglob("*.so")
+    made.write_bytes(b"half")
+    assert build.library() and made.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("what", ["library", "folder"])
+def test_a_library_that_other_users_may_write_is_not_trusted(what, c, fresh):
+    build.library()
+    (library,) = fresh.rglob("*.so")
+    open_to_others = library if what == "library" else library.parent
+    open_to_others.chmod(0o720)
+    build.library.cache_clear()
+    (message,) = warned()
+    assert message == PLAIN + f"other users may write to {open_to_others} (mode 720); run chmod go-w on it"
+
+
+@pytest.mark.parametrize("what", ["library", "folder"])
+def test_what_belongs_to_another_user_is_not_trusted(what, c, fresh, monkeypatch):
+    build.library()
+    (library,) = fresh.rglob("*.so")
+    owned = library if what == "library" else library.parent
+    status = os.fstat
+
+    def fstat(descriptor):
+        found = status(descriptor)
+        if not os.path.samestat(found, owned.stat()):
+            return found
+        return os.stat_result([*found[:4], os.getuid() + 1, *found[5:]])
+
+    monkeypatch.setattr(os, "fstat", fstat)
+    build.library.cache_clear()
+    (message,) = warned()
+    assert (
+        message == PLAIN + f"{owned} belongs to another user (uid {os.getuid() + 1}); remove it or set LORA_KIT_CACHE"
+    )
+
+
+def test_a_library_is_not_taken_from_behind_a_link(c, fresh, tmp_path):
+    build.library()
+    (library,) = fresh.rglob("*.so")
+    library.rename(tmp_path / "elsewhere.so")
+    library.symlink_to(tmp_path / "elsewhere.so")
+    build.library.cache_clear()
+    assert len(warned()) == 1
+
+
+def test_the_folder_of_a_new_library_is_its_user_s_alone(c, fresh):
+    before = os.umask(0)
+    try:
+        build.library()
+    finally:
+        os.umask(before)
+    (library,) = fresh.rglob("*.so")
+    assert library.parent.stat().st_mode & 0o777 == 0o700 and library.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_library_that_is_kept_needs_no_compiler(c, fresh, monkeypatch, tmp_path):
+    assert build.library()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    build.library.cache_clear()
+    assert build.library()
+
+
+def test_two_processes_that_compile_at_once_leave_one_library(c, fresh, tmp_path):
+    both = (
+        f"while [ $(wc -l < {tmp_path}/calls) -lt 2 ]; do sleep 0.05; done"  # neither begins before the other is there
+    )
+    code = "import torch; from lora_kit.kernels.cpu import ops; x = torch.ones(2, 8, dtype=torch.bfloat16)\n"
+    code += "assert (ops.norm(x, x[0], 0.0, gemma=False)[0] == 1).all()"
+    settings = dict(os.environ, CC=str(counted(tmp_path, both)), PYTHONPATH=str(Path(__file__).parents[1]))
+    started = [subprocess.Popen([sys.executable, "-c", code], env=settings) for _ in range(2)]
+    try:
+        assert [one.wait(timeout=120) for one in started] == [0, 0]
+    finally:
+        for one in started:
+            one.kill()
+    assert calls(tmp_path) == 2 and len(left_in(fresh)) == 1

@@ -204,7 +204,7 @@ def test_problems_of_the_data_are_reported_as_without_a_cache(folder):
     for _ in range(2):
         with pytest.raises(DataError, match=r"train.jsonl:1: "):
             data_of(folder, "data.validation=null", "evaluate.generate=0")
-    with pytest.raises(DataError, match="there is no"):
+    with pytest.raises(DataError, match="does not exist"):
         data_of(folder, "data.train=gone.jsonl")
 
 

@@ -68,7 +68,7 @@ def test_blank_lines_carriage_returns_and_a_byte_order_mark_are_no_records(write
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "expected"),
     [
         ("not json", "not JSON: Expecting value (column 1): 'not json'"),
         ('{"text": "b"', "not JSON: Expecting ',' delimiter (column 13)"),
@@ -76,10 +76,10 @@ def test_blank_lines_carriage_returns_and_a_byte_order_mark_are_no_records(write
         ("null", "the record is null; expected an object"),
     ],
 )
-def test_a_bad_line_is_told_and_costs_no_other(write, line, told):
+def test_a_bad_line_is_an_error_of_that_line_only(write, line, expected):
     first, second, third = records(write("a.jsonl", f'{{"text": "a"}}\n{line}\n{{"text": "c"}}\n'))
     assert (first, third) == ({"text": "a"}, {"text": "c"})
-    assert isinstance(second, DataError) and told in str(second)
+    assert isinstance(second, DataError) and expected in str(second)
 
 
 def test_a_list_that_is_not_json_is_named_by_line(write):
@@ -88,7 +88,7 @@ def test_a_list_that_is_not_json_is_named_by_line(write):
 
 def test_one_object_is_no_list_of_records(write):
     found = refusal(write("a.json", json.dumps({"data": [{"text": "a"}], "version": 1}, indent=1)))
-    assert found == "a.json: the file is one object (data, version); expected a list of records, or one a line"
+    assert found == "a.json: the file is one object (data, version); expected a list of records, or one record per line"
 
 
 def test_csv_fields_stay_strings(write):
@@ -105,14 +105,14 @@ def test_csv_fields_stay_strings(write):
 def test_a_csv_row_with_too_many_fields_is_named_by_line(write):
     found = refusal(write("a.csv", 'text,n\na,1\n"x\ny",2\nb,2,3\nc,1,2,3\n'))
     assert found.splitlines() == [
-        "a.csv:5: 3 fields, the header has 2; quote fields with commas",
-        "a.csv:6: 4 fields, the header has 2; quote fields with commas",
+        "a.csv:5: 3 fields, the header has 2; quote fields that contain commas",
+        "a.csv:6: 4 fields, the header has 2; quote fields that contain commas",
     ]
 
 
 def test_a_csv_header_with_a_repeated_name_is_refused(write):
     assert (
-        refusal(write("a.csv", "text,text\na,b\n")) == "a.csv:1: the header has an empty or a repeated name: text, text"
+        refusal(write("a.csv", "text,text\na,b\n")) == "a.csv:1: the header has an empty or repeated name: text, text"
     )
 
 
@@ -138,16 +138,16 @@ def test_a_file_that_is_rewritten_is_read_again(write):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected"),
     [
         ('{"text": "caf\u00e9"}'.encode("latin-1"), "a.jsonl:1: byte 0xe9 is not UTF-8, maybe windows-1252"),
         ('{"text": "x"}'.encode("utf-16"), "a.jsonl:1: byte 0xff is not UTF-8, maybe utf-16"),
         (b"", "a.jsonl: the file is empty"),
     ],
 )  # fmt: skip
-def test_bytes_that_are_no_text_are_named_with_a_remedy(write, content, told):
+def test_bytes_that_are_not_utf8_are_named_with_a_remedy(write, content, expected):
     found = refusal(write("a.jsonl", content))
-    assert found.startswith(told)
+    assert found.startswith(expected)
     assert "iconv -f" in found or not content
 
 

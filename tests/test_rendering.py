@@ -114,13 +114,13 @@ def test_the_date_is_fixed_inside_a_macro_and_leaves_blanks_alone(renderer):
         ((user("Hi?"), assistant("x")), TOOLS, "`tools`"),
     ],
 )  # fmt: skip
-def test_what_a_template_leaves_out_is_refused(renderer, turns, tools, part):
+def test_a_part_that_the_template_leaves_out_is_refused(renderer, turns, tools, part):
     template = renderer.chat_template.replace(
         "{% for message in messages %}", "{% for message in messages if message.role in ['user', 'assistant'] %}"
     )
     found = refusal(Conversation(turns, tools), replace(renderer, template=template))
     assert found.startswith(f"the chat template leaves out {part}")
-    assert found.endswith("; bring a template that renders it (data.template), or take it out of the record")
+    assert found.endswith("; set data.template to a template that renders it, or remove it from the record")
 
 
 def test_a_second_call_that_is_left_out_is_noticed(renderer):
@@ -135,13 +135,13 @@ def test_a_second_call_that_is_left_out_is_noticed(renderer):
 def test_a_prompt_that_the_answer_does_not_continue_is_refused(renderer):
     template = BARE + "{% if add_generation_prompt %}assistant:<think>{% endif %}"
     found = refusal(CHAT, replace(renderer, template=template))
-    assert found.startswith("the chat template renders what comes before messages[1] differently once the answer is")
+    assert found.startswith("the chat template renders what comes before messages[1] differently when the answer follo")
     assert "`weight: 0` in this message" in found and "{% generation %}" in found
 
 
-def test_a_template_that_prompts_for_nothing_is_refused(renderer):
+def test_a_template_without_a_generation_prompt_is_refused(renderer):
     found = refusal(CHAT, replace(renderer, template=BARE))
-    assert found.startswith("the chat template does not heed add_generation_prompt and puts 'assistant:' before mess")
+    assert found.startswith("the chat template ignores add_generation_prompt and puts 'assistant:' before mess")
 
 
 def test_a_template_that_needs_no_prompt_is_fine(renderer):
@@ -171,10 +171,12 @@ def test_the_stop_token_is_the_recipe_s_or_the_tokenizer_s(renderer):
     assert replace(renderer, stop_token="\n").stop_id == tokenizer.convert_tokens_to_ids("\n")
 
 
-def test_a_stop_token_that_is_no_token_is_refused_with_the_markers(renderer):
+def test_a_stop_token_that_is_not_a_token_is_refused_with_a_list(renderer):
     with pytest.raises(BaseError) as error:
         check_renderer(replace(renderer, stop_token="<|end|>"))
-    assert str(error.value).startswith("base.stop_token: '<|end|>' is not one token of the tokenizer; its markers: ")
+    assert str(error.value).startswith(
+        "base.stop_token: '<|end|>' is not a single token of the tokenizer; its added tokens: "
+    )
     assert "'</s>'" in str(error.value)
 
 
@@ -182,13 +184,13 @@ def test_a_tokenizer_without_an_end_needs_one_named(renderer, tmp_path):
     make_tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     tokenizer.eos_token = None
-    with pytest.raises(BaseError, match=r"^base\.stop_token: the tokenizer names no end of sequence"):
+    with pytest.raises(BaseError, match=r"^base\.stop_token: the tokenizer has no end-of-sequence token"):
         check_renderer(Renderer(tokenizer))
 
 
 @pytest.mark.parametrize("extra", ["", "{{ strftime_now('%Y') }}"])
-def test_a_template_that_is_no_jinja_is_told_by_line(renderer, extra):
-    with pytest.raises(DataError, match=r"^data\.template: line 3 is no chat template: "):
+def test_a_template_that_is_not_jinja_is_reported_with_its_line(renderer, extra):
+    with pytest.raises(DataError, match=r"^data\.template: line 3 is not valid Jinja: "):
         check_renderer(replace(renderer, template=f"{extra}\n\n{{% if %}}x{{% endif %}}\n"))
 
 

@@ -106,34 +106,34 @@ def test_a_folder_s_test_data_is_not_trained_on(folder_of_splits, source, found)
 def test_a_word_inside_another_names_no_split(tmp_path, name):
     write_jsonl(tmp_path / f"{name}.jsonl", texts("a"))
     if name == "evaluate_it":
-        assert "the names say validation" in refusal(".", tmp_path)
+        assert "found files for validation" in refusal(".", tmp_path)
     else:
         assert words(load(".", base_dir=tmp_path)) == ["a"]
 
 
 def test_a_folder_without_the_split_says_which_it_has(folder_of_splits):
     found = refusal("data[dev]", folder_of_splits)
-    assert found == "data[dev]: no file is named for the split dev; the names say validation, test, train"
+    assert found == "data[dev]: no file name contains the split dev; found files for validation, test, train"
 
 
-def test_a_folder_of_several_kinds_or_none_is_refused(tmp_path):
+def test_a_folder_of_several_formats_or_none_is_refused(tmp_path):
     assert refusal(".", tmp_path).startswith(".: the folder has no file of .json, .jsonl, .csv, .parquet")
     write_jsonl(tmp_path / "a.jsonl", texts("a"))
     (tmp_path / "a.csv").write_text("text\na\n")
-    assert refusal(".", tmp_path) == ".: the folder has files of several kinds (csv, json); name one file"
+    assert refusal(".", tmp_path) == ".: the folder has files of several formats (csv, json); name a single file"
 
 
-def test_a_missing_file_is_told_with_the_one_that_was_meant(tmp_path):
+def test_a_missing_file_suggests_a_similar_name(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", texts("a"))
-    assert refusal("trian.jsonl", tmp_path).endswith("trian.jsonl; did you mean train.jsonl?")
-    assert refusal("./other", tmp_path).endswith("a relative path starts from the recipe's folder")
+    assert refusal("trian.jsonl", tmp_path).endswith("trian.jsonl does not exist; did you mean train.jsonl?")
+    assert refusal("./other", tmp_path).endswith("relative paths start in the recipe's folder")
 
 
 @pytest.mark.parametrize("content", ["[]", "\n \n", "text\n"])
 def test_a_source_without_records_is_refused(tmp_path, content):
     name = "a.csv" if content.startswith("text") else "a.json"
     (tmp_path / name).write_text(content)
-    assert refusal(name, tmp_path) == f"{name}: there are no records in it"
+    assert refusal(name, tmp_path) == f"{name}: it contains no records"
 
 
 def test_builtin_names_what_ships(tmp_path, monkeypatch):
@@ -141,13 +141,13 @@ def test_builtin_names_what_ships(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "stories.jsonl", texts("a"))
     assert words(load("builtin:stories", base_dir=tmp_path / "elsewhere")) == ["a"]
     assert words(load("builtin:stories.jsonl", base_dir=tmp_path / "elsewhere")) == ["a"]
-    assert refusal("builtin:tales", tmp_path) == "builtin:tales: lora_kit ships no such data; it has stories.jsonl"
+    assert refusal("builtin:tales", tmp_path) == "builtin:tales: not shipped with lora_kit; choose one of stories.jsonl"
 
 
-def test_a_hub_that_cannot_be_reached_is_told_with_what_to_check(tmp_path):
+def test_an_unreachable_hub_is_reported_with_what_to_check(tmp_path):
     found = refusal("nobody/nothing:config@main[train]", tmp_path)
     assert found.startswith("nobody/nothing:config@main[train]: cannot be read: ")
-    assert "there is no such file beside the recipe either" in found and "`hf auth login`" in found
+    assert "the recipe's folder has no such file either" in found and "`hf auth login`" in found
 
 
 def test_the_hub_is_asked_for_config_revision_and_split(tmp_path, monkeypatch):
@@ -197,7 +197,7 @@ def test_splitting_keeps_the_places(tmp_path):
 
 def test_one_record_cannot_be_split(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", texts("a"))
-    with pytest.raises(DataError, match=r"a\.jsonl has one record, so none can be held out"):
+    with pytest.raises(DataError, match=r"a\.jsonl has only one record, so none can be held out"):
         split(load("a.jsonl", base_dir=tmp_path), 0.5, seed=0)
 
 

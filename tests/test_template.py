@@ -105,8 +105,8 @@ def test_the_fast_way_to_find_the_contents_agrees_with_the_slow_one(family):
     renderer, _ = family
     for example in (MULTI, WITH_SYSTEM, *map(random_conversation, range(10))):
         text = rendering.apply(example, renderer)
-        at_once = rendering._places_at_once(example, renderer, text)
-        assert at_once == rendering._places_one_by_one(example, renderer, text)
+        from_marks = rendering._spans_from_marks(example, renderer, text)
+        assert from_marks == rendering._spans_from_changes(example, renderer, text)
 
 
 def test_a_prompt_and_its_answer_are_the_training_text(family):
@@ -271,7 +271,7 @@ def test_an_answer_without_an_end_is_refused(plain):
 def test_an_end_without_a_token_asks_for_another_template(plain):
     template = "{% for m in messages %}{{ m.role + ':' + m.content + '\n' }}{% endfor %}"
     template += "{% if add_generation_prompt %}assistant:{% endif %}"
-    with pytest.raises(DataError, match=r"learn to stop; bring a template that ends them with it \(data\.template\)"):
+    with pytest.raises(DataError, match=r"learn to stop; set data\.template to a template that ends answers with it"):
         tokenize(ASCII, replace(plain, template=template))
     assert trained_text(ASCII, replace(plain, template=template, stop_token="\n")) == ["Hello.\n", "Bye.\n"]
 

@@ -42,12 +42,12 @@ def make(renderer, tmp_path):
 
 @pytest.fixture
 def refusal(make):
-    def told(records, **options):
+    def errors(records, **options):
         with pytest.raises(DataError) as error:
             make(records, **options)
         return str(error.value).splitlines()
 
-    return told
+    return errors
 
 
 def pairs(*answers):
@@ -161,7 +161,7 @@ def test_overlong_examples_can_be_truncated_if_something_trained_is_left(make):
 
 def test_nothing_left_is_an_error(refusal):
     assert refusal(pairs("a" * 20), sequence_length=10, overlong="drop") == [
-        "train.jsonl: none of its 1 records is left, all are longer than data.sequence_length (10); raise it"
+        "train.jsonl: all 1 records are longer than data.sequence_length (10); raise it"
     ]
 
 
@@ -204,8 +204,8 @@ def test_a_missing_chat_template_is_told_once(refusal, tmp_path):
     assert "the tokenizer has no chat template" in found
 
 
-def test_a_wrong_stop_token_is_told_before_the_data_is_read(make, renderer):
-    with pytest.raises(BaseError, match=r"base\.stop_token: '<\|stop\|>' is not one token"):
+def test_a_wrong_stop_token_is_reported_before_the_data_is_read(make, renderer):
+    with pytest.raises(BaseError, match=r"base\.stop_token: '<\|stop\|>' is not a single token"):
         make([], renderer=Renderer(renderer.tokenizer, stop_token="<|stop|>"))
 
 
@@ -229,7 +229,7 @@ def test_prompts_of_dropped_examples_are_not_asked(make):
 
 def test_prompts_need_something_held_out(refusal):
     assert refusal(make_records(3), prompts=2) == [
-        "evaluate.generate is 2, but nothing is held out to answer; set data.validation"
+        "evaluate.generate is 2, but there is no validation data to answer; set data.validation"
     ]
 
 
@@ -241,7 +241,9 @@ def test_plain_text_has_no_prompts(refusal):
 def test_a_held_out_example_that_is_trained_as_well_is_noted(make, tmp_path):
     write_jsonl(tmp_path / "held.jsonl", pairs("a", "z"))
     made = make(pairs("a", "b"), validation="held.jsonl")
-    assert made.summary["notes"] == ["held-out examples that are trained on as well: 1; they measure memory"]
+    assert made.summary["notes"] == [
+        "1 validation examples are also in the training data, so their loss measures memorisation"
+    ]
 
 
 def test_a_template_with_a_date_is_noted(make, renderer):
@@ -299,7 +301,7 @@ def test_every_real_answer_ends_with_the_stop_token(shared_data, chatml):
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "expected"),
     [
         ("bfcl/BFCL_v4_simple_python.json", "the columns are id, question, function; expected those of a format"),
         ("snips/train_GetWeather_full.json", "the file is one object (GetWeather); expected a list of records"),
@@ -311,7 +313,7 @@ def test_every_real_answer_ends_with_the_stop_token(shared_data, chatml):
         ("llamafactory-demos/wiki_demo.txt", "the file has the suffix '.txt'; expected one of"),
     ],
 )
-def test_real_data_that_cannot_be_used_is_told_why(shared_data, chatml, source, told):
+def test_real_data_that_cannot_be_used_is_refused_with_the_reason(shared_data, chatml, source, expected):
     with pytest.raises(DataError) as error:
         prepare(Data(train=source), chatml, base_dir=shared_data, seed=0)
-    assert told in str(error.value)
+    assert expected in str(error.value)

@@ -37,7 +37,7 @@ def refusal(tokenizer, size, **used):
 
 def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(tokenizer):
     assert refusal(tokenizer, 20) == (
-        "base.repo: its tokenizer has 106 tokens and the base only 20 embeddings; they belong to different models"
+        "base.repo: its tokenizer has 106 tokens and the base only 20 embeddings; use the tokenizer of this base"
     )
 
 
@@ -55,7 +55,7 @@ def test_a_marker_beyond_the_embeddings_is_refused_only_when_used(tmp_path):
     check_tokenizer_fits(tokenizer, size, used=tokens_of(size - 1))
     found = refusal(tokenizer, size, used=tokens_of(3, size))
     assert found.startswith(
-        f"base.repo: the data uses the token '<image>' ({size}), and the base has only {size} embed"
+        f"base.repo: the data uses the token '<image>' ({size}), but the base has only {size} embed"
     )
 
 

@@ -1,8 +1,8 @@
-"""One data file to rows: JSON, JSONL, CSV and Parquet, read through `datasets`.
+"""Read the rows of a data file (JSON, JSONL, CSV or Parquet) with `datasets`.
 
-Every value arrives as it stands in the file. Lines of JSON are kept as text and parsed when they are asked
-for, because guessing column types for a whole file changes data: a column of dates becomes datetimes, and one
-odd record can alter thousands of others (datasets 5.2). CSV fields stay strings for the same reason.
+Values are not converted. Lines of JSONL are kept as text and parsed when they are read, because inferring column types
+for a whole file changes data: a column of dates becomes datetimes, and a single odd record can alter thousands of
+others (datasets 5.2). CSV fields stay strings for the same reason.
 """
 
 import codecs
@@ -31,10 +31,10 @@ class Part:
     """The rows of one file, or of one split on the Hub.
 
     Attributes:
-        label: Its name in messages.
-        path: The file; None on the Hub.
+        label: Its name in error messages.
+        path: The file; None for a split on the Hub.
         format: "jsonl", "json", "csv", "parquet" or "hub".
-        rows: A `datasets.Dataset`, or the list that a JSON file holds.
+        rows: A `datasets.Dataset`, or the list in a JSON file.
     """
 
     label: str
@@ -43,7 +43,7 @@ class Part:
     rows: Any
 
     def numbers(self) -> np.ndarray:
-        """Return the numbers of the rows that hold a record: all but blank lines."""
+        """Return the indices of the rows that contain a record, that is, of all rows except blank lines."""
         if self.format != "jsonl":
             return np.arange(len(self.rows))
         import pyarrow.compute
@@ -52,7 +52,7 @@ class Part:
         return np.flatnonzero(~blank.to_numpy())
 
     def read(self, numbers: Sequence[int]) -> list[Record | DataError]:
-        """Return the records of these numbers, or what is wrong with them."""
+        """Return the record in each of these rows, or the error if it cannot be read."""
         if self.format == "json":
             return [_object(self.rows[number]) for number in numbers]
         columns = self.rows[list(numbers)]
@@ -62,7 +62,7 @@ class Part:
         return [_without_nulls(dict(zip(columns, values, strict=True))) for values in rows]
 
     def where(self, number: int) -> str:
-        """Return the place of a record: file and line where there are lines."""
+        """Return the place of a row for messages: file and line, or file and record number if the file has no lines."""
         if self.format == "jsonl":
             return f"{self.label}:{number + 1}"
         if self.format == "csv" and self.path is not None:
@@ -76,11 +76,11 @@ def open_file(path: Path, label: str) -> Part:
     """Open a data file.
 
     Args:
-        path: The file; its suffix says what it is, but JSONL may be named .json and the other way round.
-        label: Its name in messages.
+        path: The file. Its suffix gives the format, but .json and .jsonl may each contain either format.
+        label: Its name in error messages.
 
     Raises:
-        DataError: It is empty, not UTF-8, or not what its suffix says.
+        DataError: The file is empty, not UTF-8, or not of the format of its suffix.
     """
     if path.suffix not in SUFFIXES:
         found = f"has the suffix {path.suffix!r}" if path.suffix else "has no suffix"
@@ -102,17 +102,20 @@ def open_file(path: Path, label: str) -> Part:
 
 
 def _reader(kind: str, path: Path, source: str, **how: Any) -> Callable[[ModuleType], Any]:
-    """Return a reader of one file; `datasets` keeps what it read by path and time, so its content gives it a name: an
-    edit that leaves the time as it was (rsync, tar, a coarse clock) would bring back the old rows."""
+    """Return a function that reads a file with `datasets`.
+
+    `datasets` caches files by path and modification time, and would return old rows after an edit that keeps the time
+    (rsync, tar, a coarse clock). The hash of the content, given as the name of the configuration, prevents that.
+    """
     name = sha256_of(path)
     return lambda library: library.load_dataset(kind, name, data_files=[source], split="train", **how)
 
 
 def read_with(label: str, read: Callable[[ModuleType], Any]) -> Any:
-    """Call a reader with `datasets`, which is kept quiet.
+    """Call a function with the `datasets` module, with its progress bars and log messages switched off.
 
     Raises:
-        DataError: The reader failed.
+        DataError: The function raised an error.
     """
     import datasets
 
@@ -120,7 +123,7 @@ def read_with(label: str, read: Callable[[ModuleType], Any]) -> Any:
     datasets.utils.logging.set_verbosity_error()
     try:
         return read(datasets)
-    except Exception as error:  # readers of every kind are behind this, each with its own errors
+    except Exception as error:  # readers of many kinds are called here, each with its own errors
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise DataError(f"{label}: cannot be read: {reason[0]}") from error
 
@@ -144,20 +147,22 @@ def _check_utf8(path: Path, label: str) -> None:
 
 
 def _json_list(path: Path, label: str) -> list[Any] | None:
-    """Return the list that a JSON file holds, or None when it has a record a line.
+    """Return the list in a JSON file, or None if the file is JSONL.
 
     Raises:
-        DataError: It is JSON of another shape, or begins as a list and is not JSON.
+        DataError: The file contains a single object, or begins like a list and is not JSON.
     """
     with path.open(encoding="utf-8-sig") as file:
         first = next((line.strip() for line in file if line.strip()), "")
-    if first.startswith("{") and not isinstance(_parse(first), dict):  # an object over several lines, perhaps
+    if first.startswith("{") and not isinstance(_parse(first), dict):  # it may be an object over several lines
         try:
             keys = list(json.loads(path.read_text(encoding="utf-8-sig")))
         except json.JSONDecodeError:
             return None
         found = ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")
-        raise DataError(f"{label}: the file is one object ({found}); expected a list of records, or one a line")
+        raise DataError(
+            f"{label}: the file is one object ({found}); expected a list of records, or one record per line"
+        )
     if not first.startswith("["):
         return None
     try:
@@ -178,26 +183,26 @@ def _object(value: Any) -> Record | DataError:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Drop the null fields with which typed tables fill in what other records have."""
+    """Remove null fields: a typed table has them for every field that only other records have."""
     if isinstance(value, Mapping):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _open_csv(path: Path, label: str, source: str) -> Any:
-    """Return a CSV's rows.
+    """Return the rows of a CSV file, all values as strings.
 
     Raises:
-        DataError: The header repeats a name, or a row has more fields than it.
+        DataError: The header has an empty or repeated name, or a row has more fields than the header.
     """
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(file)
-        header, filled = next(rows, []), any(rows)
+        header, has_rows = next(rows, []), any(rows)
     if len(set(header)) < len(header) or not all(header):
-        raise DataError(f"{label}:1: the header has an empty or a repeated name: {', '.join(header)}")
+        raise DataError(f"{label}:1: the header has an empty or repeated name: {', '.join(header)}")
 
     def read(library: ModuleType) -> Any:
-        if not filled:  # the reader takes a header alone for a mistake
+        if not has_rows:  # the reader of datasets refuses a file with only a header
             return library.Dataset.from_dict({name: [] for name in header})
         strings = library.Features(dict.fromkeys(header, library.Value("string")))
         return _reader("csv", path, source, features=strings, keep_default_na=False)(library)
@@ -205,24 +210,24 @@ def _open_csv(path: Path, label: str, source: str) -> Any:
     try:
         return read_with(label, read)
     except DataError as error:
-        wrong = [
-            f"{label}:{line}: {len(row)} fields, the header has {len(header)}; quote fields with commas"
+        problems = [
+            f"{label}:{line}: {len(row)} fields, the header has {len(header)}; quote fields that contain commas"
             for line, row in _csv_rows(path)
             if len(row) > len(header)
         ]
-        raise DataError("\n".join(wrong[:20]) or str(error)) from error
+        raise DataError("\n".join(problems[:20]) or str(error)) from error
 
 
 def _csv_rows(path: Path) -> list[tuple[int, list[str]]]:
-    """Return each row after the header with the line at which it begins."""
-    rows, begins = [], 1
+    """Return each row after the header with the number of its first line."""
+    rows, line = [], 1
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file)
         try:
             for row in reader:
                 if row:
-                    rows.append((begins, row))
-                begins = reader.line_num + 1
-        except csv.Error:  # a field longer than the module reads; the rows before it are still right
+                    rows.append((line, row))
+                line = reader.line_num + 1
+        except csv.Error:  # a field longer than the csv module allows; the rows before it are still right
             return rows[1:]
     return rows[1:]

@@ -1,9 +1,9 @@
-"""Chat templates, and where they put the answers: found out by asking, never by searching for strings.
+"""Render a conversation with a chat template, and find the answers in the text by comparing renderings.
 
-The messages before an answer, rendered with the generation prompt, are the characters that come before it.
-The conversation rendered once more with another answer shows which characters behind it stay the same. What
-a template leaves out is found the same way: changing it changes nothing. What this does not settle is an
-error.
+The text is never searched for strings that a template might contain. Instead, the messages before an answer, rendered
+with the generation prompt, give the text before the answer. The conversation rendered with a changed message shows
+where the content of that message begins and ends, and whether the template leaves it out. A template for which the
+position of an answer stays ambiguous is an error.
 """
 
 from dataclasses import dataclass, replace
@@ -15,8 +15,8 @@ from lora_kit.errors import BaseError, DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Some templates print today's date. The same data must give the same tokens tomorrow, or no resume would
-# accept it; transformers lets no caller choose the date, so a macro takes the function's place.
+# Some templates print today's date with strftime_now(format). The same data must give the same tokens tomorrow, because
+# a resume refuses changed data. transformers has no argument for the date, so this macro replaces the function.
 RENDERED_DATE = "2025-01-01"
 _DATE = {
     **{"%Y": "2025", "%y": "25", "%B": "January", "%b": "Jan", "%m": "01", "%-m": "1"},
@@ -31,13 +31,13 @@ FIXED_DATE = (
 
 @dataclass(frozen=True)
 class Renderer:
-    """What decides how examples become tokens.
+    """The settings that determine how examples become tokens.
 
     Attributes:
-        tokenizer: The base's.
-        template: The text of a chat template that replaces the tokenizer's.
-        train_on: "assistant" trains the answers, "all" every token that has one before it.
-        stop_token: The token that ends an answer; None means the tokenizer's end of sequence.
+        tokenizer: The base's tokenizer.
+        template: A chat template that replaces the tokenizer's; None takes the tokenizer's.
+        train_on: "assistant" trains the answers, "all" trains every token except the first.
+        stop_token: The token that ends an answer; None takes the tokenizer's end-of-sequence token.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -47,18 +47,18 @@ class Renderer:
 
     @property
     def chat_template(self) -> str:
-        """The text of the template in use, with a fixed date where it prints one.
+        """The chat template, with a fixed date if it prints the date.
 
         Raises:
-            DataError: There is none.
+            DataError: Neither the recipe nor the tokenizer has a template.
         """
         template = self.template or self.tokenizer.chat_template
-        if isinstance(template, dict):  # some tokenizers bring several
+        if isinstance(template, dict):  # some tokenizers have several templates
             template = template.get("default")
         if not template:
             raise DataError(
                 "the tokenizer has no chat template, and the data is conversations; set data.template to a "
-                "jinja file, or bring prompt-completion or text data"
+                "Jinja file, or use prompt-completion or text data"
             )
         return FIXED_DATE + template if "strftime_now" in template else template
 
@@ -67,10 +67,12 @@ class Renderer:
         """The stop token.
 
         Raises:
-            BaseError: Neither recipe nor tokenizer names one.
+            BaseError: Neither the recipe nor the tokenizer names one.
         """
         if not (stop := self.stop_token or self.tokenizer.eos_token):
-            raise BaseError("base.stop_token: the tokenizer names no end of sequence; name the token that ends answers")
+            raise BaseError(
+                "base.stop_token: the tokenizer has no end-of-sequence token; set the token that ends answers"
+            )
         return str(stop)
 
     @property
@@ -78,33 +80,36 @@ class Renderer:
         """The stop token's id.
 
         Raises:
-            BaseError: The tokenizer has no such token.
+            BaseError: The stop token is not a single token of the tokenizer.
         """
         number = self.tokenizer.convert_tokens_to_ids(self.stop)
         unknown = number == self.tokenizer.unk_token_id and self.stop != self.tokenizer.unk_token
         if isinstance(number, int) and not unknown:
             return number
         ids = self.tokenizer.encode(self.stop, add_special_tokens=False)
-        if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id:  # vocabularies write "\n" as "Ċ", for one
+        if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id:  # e.g. "\n", which vocabularies write as "Ċ"
             return int(ids[0])
-        markers = ", ".join(repr(token.content) for token in self.tokenizer.added_tokens_decoder.values())
+        added = ", ".join(repr(token.content) for token in self.tokenizer.added_tokens_decoder.values())
         raise BaseError(
-            f"base.stop_token: {self.stop!r} is not one token of the tokenizer; its markers: {markers[:1000]}"
+            f"base.stop_token: {self.stop!r} is not a single token of the tokenizer; its added tokens: {added[:1000]}"
         )
 
 
-class Place(NamedTuple):
-    """Where a message's content stands in the rendered text, in characters."""
+class Span(NamedTuple):
+    """The characters [begin, end) of a message's content in the rendered text."""
 
     begin: int
     end: int
 
 
 class Answer(NamedTuple):
-    """Where one answer stands in the rendered text, in characters.
+    """The position of an answer in the rendered text, in characters.
 
-    The answer begins at `start` and its content ends at `end`; what ends the turn comes before `limit`, where
-    the next message's content or the end of the text is.
+    Attributes:
+        label: The message's name in errors, e.g. `messages[2]`.
+        start: Where the answer begins.
+        end: Where its content ends.
+        limit: Where the next message's content begins, or the text ends. The stop token is between `end` and `limit`.
     """
 
     label: str
@@ -114,63 +119,71 @@ class Answer(NamedTuple):
 
 
 class Rendered(NamedTuple):
-    """A text to tokenise, and what to train in it.
+    """A rendered example.
 
     Attributes:
-        text: All of it.
-        answers: A conversation's trained parts.
-        boundary: Where raw text's completion begins, in characters; None for a conversation.
-        tagged: For a template with `{% generation %}`, whether it marks each token.
+        text: The text to tokenise.
+        answers: The trained answers of a conversation.
+        boundary: The character at which the completion of raw text begins; None for a conversation.
+        marked: Whether each token is inside `{% generation %}`; None for a template without it.
     """
 
     text: str
     answers: tuple[Answer, ...] = ()
     boundary: int | None = None
-    tagged: list[bool] | None = None
+    marked: list[bool] | None = None
 
 
 def check_renderer(renderer: Renderer) -> None:
-    """Raise what is wrong with tokenizer, stop token or template, before any example is read.
+    """Check tokenizer, stop token and template before any example is read.
 
     Raises:
-        BaseError: The tokenizer is not a fast one, or has no such stop token.
-        DataError: The recipe's template is not valid jinja.
+        BaseError: The tokenizer is not a fast tokenizer, or the stop token is not a token of it.
+        DataError: The recipe's template is not valid Jinja.
     """
     from jinja2 import TemplateSyntaxError
 
     if not renderer.tokenizer.is_fast:
         kind = type(renderer.tokenizer).__name__
-        raise BaseError(f"base.repo: its tokenizer ({kind}) has no tokenizer.json, so it maps no characters to tokens")
+        raise BaseError(
+            f"base.repo: its tokenizer ({kind}) is not a fast tokenizer, so it cannot map characters to tokens; "
+            "choose a base with a tokenizer.json"
+        )
     _ = renderer.stop_id  # raises
     if renderer.template is not None:
         try:
             apply(Conversation(({"role": "user", "content": "x"},)), renderer)
         except DataError as error:
-            cause = error.__cause__  # any other failure may be this little conversation's fault
+            cause = error.__cause__  # other errors may be due to this artificial conversation
             if isinstance(cause, TemplateSyntaxError):
                 line = cause.lineno - renderer.chat_template.count("\n") + renderer.template.count("\n")
-                raise DataError(f"data.template: line {line} is no chat template: {cause.message}") from cause
+                raise DataError(f"data.template: line {line} is not valid Jinja: {cause.message}") from cause
 
 
 def render(example: Example, renderer: Renderer) -> Rendered:
-    """Return the text of an example and where its answers stand.
+    """Render an example and find its answers.
 
     Raises:
-        DataError: The template fails, leaves a part of the example out, or where an answer begins open.
+        DataError: The template fails, leaves out a part of the example, or the position of an answer is ambiguous.
     """
     if isinstance(example, Completion):
         return Rendered(example.prompt + example.completion, boundary=len(example.prompt))
     text = apply(example, renderer)
-    places = _places_at_once(example, renderer, text) or _places_one_by_one(example, renderer, text)
+    spans = _spans_from_marks(example, renderer, text) or _spans_from_changes(example, renderer, text)
     if renderer.train_on == "all":
         return Rendered(text)
-    tagged = _tags(example, renderer) if "endgeneration" in renderer.chat_template else None
-    answers = [_find(example, index, text, places, renderer, tagged is not None) for index in example.answers]
-    return Rendered(text, tuple(answers), tagged=tagged)
+    marked = _marked_tokens(example, renderer) if "endgeneration" in renderer.chat_template else None
+    answers = [_find(example, index, text, spans, renderer, marked is not None) for index in example.answers]
+    return Rendered(text, tuple(answers), marked=marked)
 
 
 def apply(conversation: Conversation, renderer: Renderer, *, prompting: bool = False) -> str:
-    """Apply the chat template; with `prompting`, end where an answer is to begin.
+    """Render a conversation with the chat template.
+
+    Args:
+        conversation: The conversation.
+        renderer: Tokenizer and template.
+        prompting: Whether to add the generation prompt, so that the text ends where an answer begins.
 
     Raises:
         DataError: The template fails.
@@ -186,16 +199,16 @@ def apply(conversation: Conversation, renderer: Renderer, *, prompting: bool = F
         return str(text)
     except DataError:
         raise
-    except Exception as error:  # a template is a program and can fail in any way
+    except Exception as error:  # a template is a program and can raise any error
         roles = ", ".join(message["role"] for message in conversation.messages) or "no messages"
         raise DataError(
-            f"the chat template cannot render {roles}: {error}; change the record, or bring another template "
+            f"the chat template cannot render {roles}: {error}; change the record, or set another template "
             "(data.template)"
         ) from error
 
 
-def _tags(conversation: Conversation, renderer: Renderer) -> list[bool]:
-    """Return which tokens the template's `{% generation %}` marks."""
+def _marked_tokens(conversation: Conversation, renderer: Renderer) -> list[bool]:
+    """Return for each token whether it is inside the template's `{% generation %}`."""
     output: Any = renderer.tokenizer.apply_chat_template(
         list(conversation.messages),
         tools=list(conversation.tools) if conversation.tools else None,
@@ -207,111 +220,124 @@ def _tags(conversation: Conversation, renderer: Renderer) -> list[bool]:
     return [bool(mark) for mark in output["assistant_masks"]]
 
 
-def _places_at_once(conversation: Conversation, renderer: Renderer, text: str) -> list[Place] | None:
-    """Return where each message's content stands, from one more rendering; None where that settles nothing.
+def _spans_from_marks(conversation: Conversation, renderer: Renderer, text: str) -> list[Span] | None:
+    """Find the content of every message with a single additional rendering; return None if that is ambiguous.
 
-    The rendering has a mark for each content. What stands between the marks, with the contents between, must give the
-    text again.
+    The additional rendering has a unique mark in place of each content. Its text between the marks, joined with the
+    contents, must equal the text.
     """
     if conversation.tools or any("tool_calls" in message for message in conversation.messages):
         return None
     marks = [f"\ue000{index}\ue001" for index in range(len(conversation.messages))]
-    marked = (message | {"content": mark} for message, mark in zip(conversation.messages, marks, strict=True))
-    rest = apply(replace(conversation, messages=tuple(marked)), renderer)
-    places, end = [], 0
+    with_marks = (message | {"content": mark} for message, mark in zip(conversation.messages, marks, strict=True))
+    rest = apply(replace(conversation, messages=tuple(with_marks)), renderer)
+    spans, end = [], 0
     for message, mark in zip(conversation.messages, marks, strict=True):
-        between, found, rest = rest.partition(mark)
+        between, found_mark, rest = rest.partition(mark)
         content = message["content"]
         begin = end + len(between)
-        forms = [form for form in (content, content.strip()) if text.startswith(between + form, end)]
-        if not found or not forms or mark in rest:
+        candidates = [form for form in (content, content.strip()) if text.startswith(between + form, end)]
+        if not found_mark or not candidates or mark in rest:
             return None
-        end = begin + len(forms[0])
-        places.append(Place(begin, end))
-    return places if text[end:] == rest else None
+        end = begin + len(candidates[0])
+        spans.append(Span(begin, end))
+    return spans if text[end:] == rest else None
 
 
-def _places_one_by_one(conversation: Conversation, renderer: Renderer, text: str) -> list[Place]:
-    """Return where each message's content and tool calls stand, from a rendering with each of these parts changed.
+def _spans_from_changes(conversation: Conversation, renderer: Renderer, text: str) -> list[Span]:
+    """Find the content and tool calls of every message by rendering the conversation with each part changed.
 
     Raises:
-        DataError: A part makes no difference: the template leaves it out.
+        DataError: The template leaves out a part: changing it does not change the text.
     """
-    remedy = "bring a template that renders it (data.template), or take it out of the record"
-    places = []
+    remedy = "set data.template to a template that renders it, or remove it from the record"
+    spans = []
     for index, message in enumerate(conversation.messages):
         begin, end = len(text), 0
-        for part, changed in _changed(message):
+        for part, changed in _changed_copies(message):
             messages = (*conversation.messages[:index], changed, *conversation.messages[index + 1 :])
-            other = apply(replace(conversation, messages=messages), renderer)
-            if other == text:
-                place = f"messages[{index}].{part} (role {message['role']})"
-                raise DataError(f"the chat template leaves out {place}; {remedy}")
-            begin = min(begin, _common_prefix(text, other))
-            end = max(end, len(text) - _common_prefix(text[::-1], other[::-1]))
-        places.append(Place(begin, end))
+            changed_text = apply(replace(conversation, messages=messages), renderer)
+            if changed_text == text:
+                name = f"messages[{index}].{part} (role {message['role']})"
+                raise DataError(f"the chat template leaves out {name}; {remedy}")
+            begin = min(begin, _common_prefix(text, changed_text))
+            end = max(end, len(text) - _common_prefix(text[::-1], changed_text[::-1]))
+        spans.append(Span(begin, end))
     if conversation.tools:
-        others = tuple(tool | {"function": tool["function"] | {"name": "x" * 9}} for tool in conversation.tools)
-        if apply(replace(conversation, tools=others), renderer) == text:
+        changed_tools = tuple(tool | {"function": tool["function"] | {"name": "x" * 9}} for tool in conversation.tools)
+        if apply(replace(conversation, tools=changed_tools), renderer) == text:
             raise DataError(f"the chat template leaves out `tools`; {remedy}")
-    return places
+    return spans
 
 
-def _changed(message: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Return copies of a message with one part another: its content, or one of its tool calls."""
+def _changed_copies(message: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return a copy of a message for each of its parts, with only that part changed, and the part's name.
+
+    The parts are the content and each tool call.
+    """
     content, calls = message["content"], message.get("tool_calls", [])
     copies = []
     if content.strip() or not calls:
-        copies.append(("content", message | {"content": _unlike(content)}))
+        copies.append(("content", message | {"content": _different_letter(content)}))
     for number, call in enumerate(calls):
-        function = call["function"]  # its name stays: some templates repeat it with the tool's response
+        function = call[
+            "function"
+        ]  # only the arguments change: some templates repeat the name with the tool's response
         arguments = {"x": "x"} if function["arguments"] != {"x": "x"} else {"y": "y"}
-        other = call | {"function": function | {"arguments": arguments}}
-        changed = [*calls[:number], other, *calls[number + 1 :]]
-        copies.append((f"tool_calls[{number}]", message | {"tool_calls": changed}))
+        changed = call | {"function": function | {"arguments": arguments}}
+        changed_calls = [*calls[:number], changed, *calls[number + 1 :]]
+        copies.append((f"tool_calls[{number}]", message | {"tool_calls": changed_calls}))
     return copies
 
 
-def _unlike(text: str) -> str:
-    """Return a letter with which the text neither begins nor ends."""
+def _different_letter(text: str) -> str:
+    """Return a letter that is neither the first nor the last of the text."""
     taken = text.strip()[:1] + text.strip()[-1:]
     return next(letter for letter in "xyz" if letter not in taken)
 
 
 def _find(
-    conversation: Conversation, index: int, text: str, places: list[Place], renderer: Renderer, tagged: bool
+    conversation: Conversation, index: int, text: str, spans: list[Span], renderer: Renderer, has_marks: bool
 ) -> Answer:
     """Find the answer messages[index] in the rendered text.
 
+    Args:
+        conversation: The conversation.
+        index: The index of the answer's message.
+        text: The rendered conversation.
+        spans: The content of every message in the text.
+        renderer: Tokenizer and template.
+        has_marks: Whether the template marks answers with `{% generation %}`.
+
     Raises:
-        DataError: What comes before the answer is not what generation would start from.
+        DataError: The text before the answer differs from the prompt that generation would start from.
     """
-    label, own = f"messages[{index}]", places[index]
+    label, own = f"messages[{index}]", spans[index]
     before = replace(conversation, messages=conversation.messages[:index])
     beginning = apply(before, renderer, prompting=True)
-    if index + 1 < len(places):
-        limit = places[index + 1].begin
-    else:  # what a template adds only when no answer is asked for, as Phi's does, is not the answer's
+    if index + 1 < len(spans):
+        limit = spans[index + 1].begin
+    else:  # text that the template adds only without a generation prompt (as Phi's does) is not part of the answer
         limit = _common_prefix(text, apply(conversation, renderer, prompting=True))
     if not text.startswith(beginning):
-        if tagged:  # the tags say where the answer begins; it is after the message before
-            return Answer(label, places[index - 1].end, own.end, limit)
+        if has_marks:  # the marks tell the exact tokens; it is enough to start after the previous message
+            return Answer(label, spans[index - 1].end, own.end, limit)
         raise DataError(
-            f"the chat template renders what comes before {label} differently once the answer is there, so it is not "
-            "certain where the answer begins; train on later answers only (`weight: 0` in this message), or bring a "
-            "template with {% generation %} (data.template)"
+            f"the chat template renders what comes before {label} differently when the answer follows, so the "
+            "beginning of the answer is ambiguous; train on later answers only (`weight: 0` in this message), or set "
+            "data.template to a template with {% generation %}"
         )
     header = text[len(beginning) : own.begin]
-    if header.strip() and not tagged and beginning == apply(before, renderer):
+    if header.strip() and not has_marks and beginning == apply(before, renderer):
         raise DataError(
-            f"the chat template does not heed add_generation_prompt and puts {header!r} before {label}; bring one that "
-            "does (data.template)"
+            f"the chat template ignores add_generation_prompt and puts {header!r} before {label}; set data.template "
+            "to a template that uses it"
         )
     return Answer(label, len(beginning), own.end, limit)
 
 
 def _common_prefix(first: str, second: str) -> int:
-    """Return with how many characters two texts begin in common, by bisection: comparing slices is fast."""
+    """Return the length of the common prefix of two texts, by bisection, since comparing slices is fast."""
     low, high = 0, min(len(first), len(second))
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,7 +1,7 @@
-"""Where records come from: files, folders, the Hub, and what ships with lora_kit.
+"""Open the records of a source: a file, a folder, a Hub dataset, or a file that ships with lora_kit.
 
-Records are read by number and keep their place, so that every message about one names its file and line. What
-is held out for validation is a function of (seed, number of records), so no process has to be told.
+Records are read by index and keep their place, so that every message about a record names its file and line. The
+records held out for validation are a function of (seed, number of records), so every process can compute them.
 """
 
 import difflib
@@ -20,8 +20,8 @@ from lora_kit.randomness import mix
 ASSETS = Path(__file__).parents[1] / "assets"
 ENDINGS = "ing|ate|ation|uate|uation"
 SPLIT_IN_NAME = re.compile(rf"(?<![a-z])(train|valid|val|dev|eval|test)(?:{ENDINGS})?(?![a-z])")
-SPLITS = {"train": "train", "test": "test"}  # every other of these words means validation
-COLUMN_SAMPLE = 1000  # records whose keys are looked at to find the columns
+SPLITS = {"train": "train", "test": "test"}  # all other words mean validation
+COLUMN_SAMPLE = 1000  # the number of records whose keys make the column names
 
 
 class HubName(NamedTuple):
@@ -38,9 +38,9 @@ class Records:
     """Records with random access.
 
     Attributes:
-        name: The source as the recipe names it.
-        parts: Its files.
-        positions: For each record its number over the rows of all parts; ascending.
+        name: The source as written in the recipe.
+        parts: The files of the source.
+        positions: For each record its row, counted over the rows of all parts; ascending.
     """
 
     name: str
@@ -56,21 +56,21 @@ class Records:
         return part.where(number)
 
     def read(self, start: int, stop: int) -> list[Record | DataError]:
-        """Return records `start` to `stop`, or what is wrong with them."""
-        found: list[Record | DataError] = []
-        wanted = [self._locate(int(position)) for position in self.positions[start:stop]]
+        """Return the records [start, stop), or the error for a record that cannot be read."""
+        result: list[Record | DataError] = []
+        rows = [self._locate(int(position)) for position in self.positions[start:stop]]
         for part in self.parts:
-            if numbers := [number for owner, number in wanted if owner is part]:
-                found.extend(part.read(numbers))
-        return found
+            if numbers := [number for owner, number in rows if owner is part]:
+                result.extend(part.read(numbers))
+        return result
 
     def select(self, indices: np.ndarray) -> "Records":
-        """Return the records of these indices, which ascend."""
+        """Return only the records of these ascending indices."""
         return replace(self, positions=self.positions[indices])
 
     @property
     def columns(self) -> list[str]:
-        """The keys of the first records, in the order in which they appear."""
+        """The keys of the first 1,000 records, in order of first appearance."""
         sample = self.read(0, COLUMN_SAMPLE)
         return list(dict.fromkeys(key for record in sample if isinstance(record, dict) for key in record))
 
@@ -86,86 +86,86 @@ def load(source: str, *, base_dir: Path, max_examples: int | None = None) -> Rec
     """Open a source.
 
     Args:
-        source: A file, a folder, `folder[split]`, `builtin:NAME`, or on the Hub
-            `name:config@revision[split]`. base_dir: The folder that a relative path starts from: the
-            recipe's. max_examples: Keep only the first ones.
+        source: A file, a folder, `folder[split]`, `builtin:NAME`, or a Hub dataset `name:config@revision[split]`.
+        base_dir: The folder where relative paths start.
+        max_examples: Keep only the first N records; None keeps all.
 
     Raises:
-        DataError: There is no such source, it cannot be read, or it is empty.
+        DataError: The source does not exist, cannot be read, or is empty.
     """
-    found = files(source, base_dir)
-    if found is None:
+    paths = files(source, base_dir)
+    if paths is None:
         parts = [_from_hub(source)]
     else:
         path, _ = _local(source, base_dir)
         assert path is not None
-        parts = [open_file(file, _label(file, path, source)) for file in found]
+        parts = [open_file(file, _label(file, path, source)) for file in paths]
     before = np.cumsum([0, *(len(part.rows) for part in parts)])
     numbers = [start + part.numbers() for start, part in zip(before, parts, strict=False)]
     positions = np.concatenate(numbers)[:max_examples]
     if not len(positions):
-        raise DataError(f"{source}: there are no records in it")
+        raise DataError(f"{source}: it contains no records")
     return Records(source, tuple(parts), positions)
 
 
 def files(source: str, base_dir: Path) -> list[Path] | None:
-    """Return the files that a source is read from, in order; None when it is on the Hub.
+    """Return the files of a source, in the order of reading; None for a Hub dataset.
 
     Raises:
-        DataError: There is no such source, or it is a folder from which none can be chosen.
+        DataError: The source does not exist, or is a folder without data files or with files of several formats.
     """
-    path, wanted = _local(source, base_dir)
+    path, split_name = _local(source, base_dir)
     if path is None:
         return None
-    return _files_of(path, source, wanted) if path.is_dir() else [path]
+    return _files_of(path, source, split_name) if path.is_dir() else [path]
 
 
 def split(records: Records, fraction: float, seed: int) -> tuple[Records, Records]:
-    """Return the records to train on, and those held out.
+    """Split records at random into training and validation records.
 
     Raises:
-        DataError: There are too few records for both to have some.
+        DataError: There are fewer than two records.
     """
     if len(records) < 2:
-        raise DataError(f"data.validation: {records.name} has one record, so none can be held out; name a file")
+        raise DataError(f"data.validation: {records.name} has only one record, so none can be held out; set a file")
     chosen = validation_indices(len(records), fraction, seed)
     rest = np.setdiff1d(np.arange(len(records)), chosen, assume_unique=True)
     return records.select(rest), records.select(chosen)
 
 
 def validation_indices(count: int, fraction: float, seed: int) -> np.ndarray:
-    """Return which of `count` records are held out, ascending: at least one, and never all."""
-    wanted = min(max(1, round(count * fraction)), count - 1)
-    return np.sort(permute(np.arange(wanted), count, mix(seed, 3)))
+    """Return the indices of the held-out records out of `count`, ascending: at least one, and never all."""
+    held_out = min(max(1, round(count * fraction)), count - 1)
+    return np.sort(permute(np.arange(held_out), count, mix(seed, 3)))
 
 
 def parse_hub_name(source: str) -> HubName | None:
-    """Take `name:config@revision[split]` apart; None when it is not such a name."""
+    """Parse `name:config@revision[split]`; return None if the text does not have this form."""
     match = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)(?::([^@\[\]]+))?(?:@([^\[\]]+))?(?:\[(.+)\])?", source)
     return HubName(*match.groups()) if match else None
 
 
 def _local(source: str, base_dir: Path) -> tuple[Path | None, str | None]:
-    """Return the path that a source names and its split; no path for a Hub name.
+    """Return the existing path that a source names, and its split; (None, None) for a Hub name.
 
     Raises:
-        DataError: It can only be a path, and nothing is there.
+        DataError: The source can only be a path, and the path does not exist.
     """
     match = re.fullmatch(r"(.+?)(?:\[(\w+)\])?", source)
-    name, wanted = match.groups() if match else (source, None)
+    name, split_name = match.groups() if match else (source, None)
     if name.startswith("builtin:"):
-        return _builtin(name.removeprefix("builtin:")), wanted
-    for text, chosen in ((source, None), (name, wanted)):
+        return _builtin(name.removeprefix("builtin:")), split_name
+    for text, chosen in ((source, None), (name, split_name)):
         path = base_dir / Path(text).expanduser()
         if path.exists():
             return path, chosen
     is_path = path.suffix in SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") > 1
     if not is_path and parse_hub_name(source):
         return None, None
-    siblings = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, siblings)
-    hint = f"did you mean {near[0]}?" if near else "a relative path starts from the recipe's folder"
-    raise DataError(f"{source}: there is no {path}; {hint}")
+    siblings = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+    similar = difflib.get_close_matches(path.name, siblings)
+    hint = f"did you mean {similar[0]}?" if similar else "relative paths start in the recipe's folder"
+    raise DataError(f"{source}: {path} does not exist; {hint}")
 
 
 def _builtin(name: str) -> Path:
@@ -173,28 +173,30 @@ def _builtin(name: str) -> Path:
         if name and path.exists():
             return path
     known = sorted(path.name for path in ASSETS.glob("*") if path.suffix in SUFFIXES or path.is_dir())
-    raise DataError(f"builtin:{name}: lora_kit ships no such data; it has {', '.join(known) or 'none'}")
+    raise DataError(f"builtin:{name}: not shipped with lora_kit; choose one of {', '.join(known) or 'none'}")
 
 
-def _files_of(folder: Path, source: str, wanted: str | None) -> list[Path]:
-    """Return a folder's data files; where names say train, validation or test, those of the wanted split.
+def _files_of(folder: Path, source: str, split_name: str | None) -> list[Path]:
+    """Return the data files of a split in a folder, sorted by name.
+
+    A file belongs to validation or test if its name contains such a word, otherwise to train.
 
     Raises:
-        DataError: There are none, or several kinds.
+        DataError: The folder has no data file, files of several formats, or no file of the split.
     """
     files = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
-    kinds = sorted({SUFFIXES[path.suffix] for path in files})
-    if len(kinds) != 1:
-        found = f"files of several kinds ({', '.join(kinds)})" if kinds else f"no file of {', '.join(SUFFIXES)}"
-        raise DataError(f"{source}: the folder has {found}; name one file")
+    formats = sorted({SUFFIXES[path.suffix] for path in files})
+    if len(formats) != 1:
+        found = f"files of several formats ({', '.join(formats)})" if formats else f"no file of {', '.join(SUFFIXES)}"
+        raise DataError(f"{source}: the folder has {found}; name a single file")
     groups: dict[str, list[Path]] = {}
     for path in files:
         word = SPLIT_IN_NAME.search(path.stem.lower())
         groups.setdefault(SPLITS.get(word[1], "validation") if word else "train", []).append(path)
-    if (wanted or "train") not in groups:
-        found = ", ".join(groups)
-        raise DataError(f"{source}: no file is named for the split {wanted or 'train'}; the names say {found}")
-    return groups[wanted or "train"]
+    chosen = split_name or "train"
+    if chosen not in groups:
+        raise DataError(f"{source}: no file name contains the split {chosen}; found files for {', '.join(groups)}")
+    return groups[chosen]
 
 
 def _label(file: Path, path: Path, source: str) -> str:
@@ -204,15 +206,15 @@ def _label(file: Path, path: Path, source: str) -> str:
 def _from_hub(source: str) -> Part:
     parts = parse_hub_name(source)
     assert parts is not None
-    name, config, revision, wanted = parts
+    name, config, revision, split_name = parts
     try:
         rows = read_with(
             source,
-            lambda library: library.load_dataset(name, config, revision=revision, split=wanted or "train"),
+            lambda library: library.load_dataset(name, config, revision=revision, split=split_name or "train"),
         )
     except DataError as error:
         raise DataError(
-            f"{error}; there is no such file beside the recipe either. For the Hub check the network, the "
-            "name (name:config@revision[split]) and, for a private dataset, `hf auth login`"
+            f"{error}; the recipe's folder has no such file either. For a Hub dataset check the network, the "
+            "name (name:config@revision[split]) and, if it is private, `hf auth login`"
         ) from error
     return Part(source, None, "hub", rows)

@@ -1,7 +1,7 @@
-"""From an example to token ids and a loss mask.
+"""Convert an example to token ids and a loss mask.
 
-`rendering` says in characters where the answers stand; one tokenisation of the whole text maps them to
-tokens. An answer is trained from its first token to the stop token that ends it, and nothing behind that.
+`rendering` gives the character positions of the answers. The whole text is tokenised once, and the offsets of the
+tokens map these positions to tokens. The trained tokens are those of an answer up to and including its stop token.
 """
 
 from collections.abc import Sequence
@@ -27,10 +27,13 @@ __all__ = [
 
 
 class Tokenized(NamedTuple):
-    """An example as the trainer sees it: `trained[i]` says whether token i is a label.
+    """The tokens of an example.
 
-    The first token never is, since nothing comes before it. `merged` says that the first trained token began
-    inside the prompt, so that an answer to the prompt alone would start from other tokens than in training.
+    Attributes:
+        ids: Token ids.
+        trained: Whether each token is trained. The first token never is, because no token predicts it.
+        merged: Whether the first trained token also contains characters of the prompt. Generation then starts from
+            other tokens than training did.
     """
 
     ids: list[int]
@@ -39,7 +42,7 @@ class Tokenized(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """What generation starts from, and the text that it should give (decoded, without the stop token)."""
+    """A prompt for generation, and the expected answer as decoded text without the stop token."""
 
     ids: list[int]
     expected: str
@@ -47,26 +50,26 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a batch asks of the tokenizer, asked once: it is slow to answer.
+    """Properties of the tokenizer that are slow to query, queried once per batch.
 
     Attributes:
-        stop_id: The stop token.
-        stop_length: Its characters in the text.
-        markers: The tokens that were added to the vocabulary, by id: role headers, ends of turns.
-        beginning: What the tokenizer puts before raw text: its BOS token, or nothing.
+        stop_id: The id of the stop token.
+        stop_length: The number of characters of the stop token.
+        added: The contents of the tokens added to the vocabulary, by id, e.g. role headers and ends of turns.
+        bos: The ids that the tokenizer puts before raw text: its BOS token, or none.
     """
 
     stop_id: int
     stop_length: int
-    markers: dict[int, str]
-    beginning: list[int]
+    added: dict[int, str]
+    bos: list[int]
 
 
 def tokenize(example: Example, renderer: Renderer) -> Tokenized:
     """Return an example's token ids and loss mask.
 
     Raises:
-        DataError: The template cannot render the example, or not so that the trained tokens are certain.
+        DataError: The template cannot render the example, or the positions of the answers are ambiguous.
     """
     result = tokenize_all([example], renderer)[0]
     if isinstance(result, DataError):
@@ -75,32 +78,32 @@ def tokenize(example: Example, renderer: Renderer) -> Tokenized:
 
 
 def tokenize_all(examples: Sequence[Example], renderer: Renderer) -> list[Tokenized | DataError]:
-    """Return each example's token ids and loss mask, or what is wrong with it; faster than one by one."""
+    """Return the token ids and loss mask of each example, or the error for it; faster than many calls of `tokenize`."""
     rendered: list[Rendered | DataError] = []
     for example in examples:
         try:
             rendered.append(render(example, renderer))
         except DataError as error:
             rendered.append(error)
-    encodings = iter(_encode([one.text for one in rendered if isinstance(one, Rendered)], renderer))
+    encodings = iter(_encode([item.text for item in rendered if isinstance(item, Rendered)], renderer))
     vocabulary = _vocabulary(renderer)
     results: list[Tokenized | DataError] = []
-    for one in rendered:
+    for item in rendered:
         try:
-            results.append(_masked(one, next(encodings), renderer, vocabulary) if isinstance(one, Rendered) else one)
+            results.append(_mask(item, next(encodings), renderer, vocabulary) if isinstance(item, Rendered) else item)
         except DataError as error:
             results.append(error)
     return results
 
 
 def prompt(example: Example, renderer: Renderer) -> Prompt:
-    """Return what generation starts from, and what it should give.
+    """Return the prompt and the expected answer of an example.
 
-    A conversation is cut before its last trained answer; one without an answer is all prompt and expects
-    none.
+    The prompt of a conversation is everything before its last trained answer. A conversation without an answer is all
+    prompt, and its expected answer is empty.
 
     Raises:
-        DataError: As `tokenize`; or raw text without a prompt, for a tokenizer that begins with no token.
+        DataError: As for `tokenize`; or the prompt is empty and the tokenizer has no BOS token to start from.
     """
     vocabulary = _vocabulary(renderer)
     if isinstance(example, Conversation):
@@ -111,9 +114,9 @@ def prompt(example: Example, renderer: Renderer) -> Prompt:
             return Prompt(ids, "")
     else:
         ids = _encode([example.prompt], renderer)[0].ids
-        ids = _beginning(ids, vocabulary) + ids
+        ids = _missing_bos(ids, vocabulary) + ids
         if not ids:
-            raise DataError("text without a prompt cannot be answered: this tokenizer begins with no token of its own")
+            raise DataError("text without a prompt cannot be answered: the tokenizer has no BOS token to start from")
     rendered = render(example, replace(renderer, train_on="assistant"))
     encoding = _encode([rendered.text], renderer)[0]
     if rendered.boundary is None:
@@ -125,7 +128,7 @@ def prompt(example: Example, renderer: Renderer) -> Prompt:
 
 
 def _encode(texts: list[str], renderer: Renderer) -> "list[Encoding]":
-    # a template writes its special tokens itself: the tokenizer would put a second BOS before its own
+    # templates contain the special tokens already: with add_special_tokens the text would begin with two BOS tokens
     return renderer.tokenizer(texts, add_special_tokens=False, verbose=False).encodings if texts else []
 
 
@@ -135,71 +138,69 @@ def _vocabulary(renderer: Renderer) -> Vocabulary:
     return Vocabulary(
         stop_id=stop_id,
         stop_length=len(tokenizer.decode([stop_id])),
-        markers={number: token.content for number, token in tokenizer.added_tokens_decoder.items()},
-        beginning=first if first == [tokenizer.bos_token_id] else [],
+        added={number: token.content for number, token in tokenizer.added_tokens_decoder.items()},
+        bos=first if first == [tokenizer.bos_token_id] else [],
     )
 
 
-def _beginning(ids: list[int], vocabulary: Vocabulary) -> list[int]:
-    return [] if ids[:1] == vocabulary.beginning else vocabulary.beginning
+def _missing_bos(ids: list[int], vocabulary: Vocabulary) -> list[int]:
+    return [] if ids[:1] == vocabulary.bos else vocabulary.bos
 
 
-def _masked(rendered: Rendered, encoding: "Encoding", renderer: Renderer, vocabulary: Vocabulary) -> Tokenized:
-    """Turn characters into tokens.
+def _mask(rendered: Rendered, encoding: "Encoding", renderer: Renderer, vocabulary: Vocabulary) -> Tokenized:
+    """Compute the loss mask of a tokenised text.
 
     Raises:
-        DataError: An answer does not end with the stop token, or nothing is trained.
+        DataError: An answer does not end with the stop token, or no token is trained.
     """
     ids, text, merged = encoding.ids, rendered.text, False
     trained = [False] * len(ids)
     for answer in rendered.answers:
         first, stop = _span(answer, text, encoding, renderer, vocabulary)
-        marked = rendered.tagged[first : stop + 1] if rendered.tagged else [True] * (stop + 1 - first)
+        marked = rendered.marked[first : stop + 1] if rendered.marked else [True] * (stop + 1 - first)
         if any(marked):
             trained[first : stop + 1] = [*marked[:-1], True]
         merged = merged or _begins_before(encoding, first, answer.start)
     if rendered.boundary is not None:
         first = _first_token(encoding, rendered.boundary, text, vocabulary)
         merged = _begins_before(encoding, first, rendered.boundary)
-        beginning = _beginning(ids, vocabulary)
+        bos = _missing_bos(ids, vocabulary)
         end = [] if ids[-1:] == [vocabulary.stop_id] else [vocabulary.stop_id]
-        trained = [False] * (len(beginning) + first) + [True] * (len(ids) - first + len(end))
-        ids = beginning + ids + end
+        trained = [False] * (len(bos) + first) + [True] * (len(ids) - first + len(end))
+        ids = bos + ids + end
     if renderer.train_on == "all":
         trained = [True] * len(ids)
     trained[:1] = [False] * len(trained[:1])
     if not any(trained):
-        raise DataError("no token of this example is trained; give it an answer, or take it out")
+        raise DataError("no token of this example is trained; add an answer or remove the example")
     return Tokenized(ids, trained, merged)
 
 
 def _span(
     answer: Answer, text: str, encoding: "Encoding", renderer: Renderer, vocabulary: Vocabulary
 ) -> tuple[int, int]:
-    """Return the positions of an answer's first token and of the stop token that ends it.
+    """Return the indices of an answer's first token and of the stop token that ends it.
 
     Raises:
-        DataError: The template puts no stop token behind the answer.
+        DataError: The template puts no stop token after the answer.
     """
-    ids, markers = encoding.ids, []
+    ids, endings = encoding.ids, []
     first = _first_token(encoding, answer.start, text, vocabulary)
     for token in range(first, len(ids)):
-        if ids[token] not in vocabulary.markers and ids[token] != vocabulary.stop_id:
+        if ids[token] not in vocabulary.added and ids[token] != vocabulary.stop_id:
             continue
-        begin, end = _place(encoding, token)
-        begin, end = (
-            max(begin, answer.end),
-            min(end, answer.limit),
-        )  # a marker may take in the blanks around it
+        begin, end = _characters(encoding, token)
+        # an added token may include the whitespace around it, which is not behind the answer
+        begin, end = max(begin, answer.end), min(end, answer.limit)
         if ids[token] == vocabulary.stop_id and end - begin >= vocabulary.stop_length:
             return first, token
-        name = vocabulary.markers.get(ids[token], renderer.stop)
+        name = vocabulary.added.get(ids[token], renderer.stop)
         if end - begin >= len(name):
-            markers.append(name)
+            endings.append(name)
     remedy = (
-        f"set base.stop_token: {markers[-1]!r}"
-        if markers
-        else "bring a template that ends them with it (data.template)"
+        f"set base.stop_token: {endings[-1]!r}"
+        if endings
+        else "set data.template to a template that ends answers with it"
     )
     raise DataError(
         f"the chat template ends {answer.label} with {text[answer.end : answer.limit]!r}, without the stop "
@@ -208,26 +209,26 @@ def _span(
 
 
 def _first_token(encoding: "Encoding", start: int, text: str, vocabulary: Vocabulary) -> int:
-    """Return the position of the first token that holds a character from `start` on.
+    """Return the index of the first token of an answer that begins at character `start`.
 
-    A token that begins before it counts when it is text, since the answer's first characters are in it; it
-    does not when it is a marker that takes in the blanks behind it.
+    A token that begins before `start` is the first token if it is text, because it contains the answer's first
+    characters. It is not if it is an added token that includes the whitespace after it.
     """
-    for place in range(start, len(text)):
-        token = encoding.char_to_token(place)
+    for character in range(start, len(text)):
+        token = encoding.char_to_token(character)
         if token is not None:
-            takes_in_blanks = encoding.ids[token] in vocabulary.markers and _place(encoding, token)[0] < start
-            return token + takes_in_blanks
+            is_header = encoding.ids[token] in vocabulary.added and _characters(encoding, token)[0] < start
+            return token + is_header
     return len(encoding.ids)
 
 
 def _begins_before(encoding: "Encoding", token: int, start: int) -> bool:
-    """Return whether a token holds a character before `start`; a blank that its offsets leave out counts."""
-    return 0 < token < len(encoding.ids) and _place(encoding, token - 1)[1] < start
+    """Return whether a token contains a character before `start`, even a blank that its offsets do not include."""
+    return 0 < token < len(encoding.ids) and _characters(encoding, token - 1)[1] < start
 
 
-def _place(encoding: "Encoding", token: int) -> tuple[int, int]:
-    """Return where a token's characters begin and end."""
-    place = encoding.token_to_chars(token)
-    assert place is not None, "only tokens that a tokenizer adds have none, and it adds none"
-    return place
+def _characters(encoding: "Encoding", token: int) -> tuple[int, int]:
+    """Return the characters [begin, end) of a token."""
+    span = encoding.token_to_chars(token)
+    assert span is not None, "only special tokens added by the tokenizer have no characters, and it adds none here"
+    return span

@@ -1,7 +1,7 @@
-"""All examples as three flat arrays, and how a recipe's data becomes them.
+"""Tokenise a recipe's data into three flat arrays.
 
-Tokens are made once, before the first step, so that every problem of the data is known and reported at once,
-and so that the number of examples, on which the order of the run depends, is final.
+All data is tokenised before the first step. Therefore every problem of the data can be reported at once, and the number
+of examples, which determines their order, is known.
 """
 
 import hashlib
@@ -22,19 +22,19 @@ from lora_kit.errors import DataError
 if TYPE_CHECKING:
     from lora_kit.recipe.schema import Data
 
-AT_ONCE = 512  # examples that are rendered and tokenised together
-SHOWN = 20  # problems that an error spells out
-RENDERED = ("messages", "sharegpt", "alpaca")  # formats that are always conversations
+BATCH = 512  # examples that are rendered and tokenised together
+MAX_SHOWN = 20  # problems listed in an error
+CONVERSATIONS = ("messages", "sharegpt", "alpaca")  # formats whose examples are always conversations
 
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """Examples as tokens.
+    """Tokenised examples.
 
     Attributes:
-        ids: Token ids of all examples, one after the other, int32 [tokens].
-        trained: Whether each token is a label, bool [tokens]; the first of an example never counts.
-        offsets: Where each example begins, and the end of the last, int64 [examples + 1].
+        ids: The token ids of all examples, concatenated, int32 [tokens].
+        trained: Whether each token is trained, bool [tokens]. The first token of an example is ignored.
+        offsets: Where each example begins, and where the last ends, int64 [examples + 1].
     """
 
     ids: np.ndarray
@@ -43,7 +43,7 @@ class Tokens:
 
     @staticmethod
     def of(examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> "Tokens":
-        """Put examples, each as `example` returns it, one after the other."""
+        """Concatenate examples, each a pair (ids, trained)."""
         offsets = np.cumsum([0, *(len(ids) for ids, _ in examples)], dtype=np.int64)
         ids = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in examples)])
         trained = np.concatenate([np.zeros(0, np.bool_), *(trained for _, trained in examples)])
@@ -65,17 +65,17 @@ class Tokens:
         return self.ids[counted]
 
     def example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids of one example, and which of them are trained."""
-        place = slice(self.offsets[index], self.offsets[index + 1])
-        return self.ids[place], self.trained[place]
+        """Return the ids of an example, and whether each of them is trained."""
+        tokens = slice(self.offsets[index], self.offsets[index + 1])
+        return self.ids[tokens], self.trained[tokens]
 
     def weight(self, index: int) -> int:
-        """Return the number of trained tokens of one example."""
+        """Return the number of trained tokens of an example."""
         return int(self.example(index)[1][1:].sum())
 
     @property
     def fingerprint(self) -> str:
-        """The SHA-256 of the arrays: equal fingerprints train the same."""
+        """The SHA-256 of the three arrays, as hexadecimal digits."""
         digest = hashlib.sha256()
         for name, array in self._arrays().items():
             digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
@@ -90,7 +90,7 @@ class Tokens:
 
     @staticmethod
     def load(path: Path) -> "Tokens":
-        """Read what `save` wrote."""
+        """Read the arrays that `save` wrote."""
         from safetensors.numpy import load_file
 
         arrays = load_file(path)
@@ -102,20 +102,20 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of a source's records.
+    """Statistics of the examples of a source. All but the first, `trained_share` and `longest` are counts.
 
     Attributes:
-        format: As named or detected.
-        examples: Those kept.
-        tokens: Their tokens.
-        trained_tokens: Their labels.
-        trained_share: Labels of all tokens.
-        longest: Tokens of the longest.
-        dropped: Left out because they were longer than `data.sequence_length`.
-        truncated: Kept, but cut there.
-        emptied: Left out because nothing trained was left of them after the cut.
-        duplicates: Kept, although an earlier one has the same tokens.
-        merged: Their first trained token began inside the prompt.
+        format: The format of the records.
+        examples: Examples to train or evaluate on.
+        tokens: Tokens of these examples.
+        trained_tokens: Trained tokens of these examples.
+        trained_share: trained_tokens / tokens.
+        longest: The number of tokens of the longest example.
+        dropped: Records left out because they are longer than `data.sequence_length`.
+        truncated: Examples cut to `data.sequence_length`.
+        emptied: Records left out because no trained token was left after the cut.
+        duplicates: Examples with the same tokens as an earlier example; they are kept.
+        merged: Examples whose first trained token also contains characters of the prompt.
     """
 
     format: str
@@ -133,13 +133,14 @@ class Counts:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A recipe's data, ready to train on.
+    """A recipe's tokenised data.
 
     Attributes:
-        train: What is trained.
-        validation: What is held out, if anything.
-        prompts: The first held-out examples as prompts with the text they should give.
-        summary: `train` and `validation` as in Counts, and `notes`: sentences that a user should read.
+        train: The training examples.
+        validation: The validation examples; None if the recipe has no validation data.
+        prompts: Prompts of the first validation examples, with the expected answers.
+        summary: `train` and `validation`, each the fields of Counts or None, and `notes`, a list of sentences for the
+            user.
     """
 
     train: Tokens
@@ -150,19 +151,19 @@ class Prepared:
 
 @dataclass(frozen=True)
 class _Problem:
-    """What is wrong with a record; its place is looked up only if the problem is shown."""
+    """A problem of a record. Its file and line are looked up only if the problem is shown."""
 
     records: Records
     index: int
-    what: str
+    message: str
 
     def __str__(self) -> str:
-        return f"{self.records.where(self.index)}: {self.what}"
+        return f"{self.records.where(self.index)}: {self.message}"
 
 
 @dataclass(frozen=True)
-class _Made:
-    """A source's examples as tokens, and the indices of the records that they come from."""
+class _Tokenised:
+    """The tokenised examples of a source, and the index of the record of each example."""
 
     tokens: Tokens
     kept: list[int]
@@ -174,39 +175,41 @@ def prepare(data: "Data", renderer: Renderer, *, base_dir: Path, seed: int, prom
 
     Args:
         data: The recipe's section.
-        renderer: How examples become tokens.
-        base_dir: The recipe's folder, from which relative paths start.
-        seed: Decides which examples a validation fraction holds out.
-        prompts: How many held-out examples to prepare for generation.
+        renderer: Tokenizer, template and stop token.
+        base_dir: The recipe's folder, where relative paths start.
+        seed: Selects the examples that a validation fraction holds out.
+        prompts: The number of validation examples to prepare as prompts for generation.
 
     Raises:
-        DataError: A source cannot be read or no example is left; or every problem of the records, the first
-            20 spelt out. BaseError: The tokenizer has no such stop token.
+        DataError: A source cannot be read, no example is left, or records have problems; the first 20 are listed.
+        BaseError: The tokenizer is not a fast tokenizer, or the stop token is not a token of it.
     """
     check_renderer(renderer)
     train, held_out = _open(data, base_dir, seed)
     if prompts and held_out is None:
-        raise DataError(f"evaluate.generate is {prompts}, but nothing is held out to answer; set data.validation")
+        raise DataError(
+            f"evaluate.generate is {prompts}, but there is no validation data to answer; set data.validation"
+        )
     problems: list[_Problem] = []
-    made = [_make(records, data, renderer, problems) for records in (train, held_out) if records is not None]
+    results = [_tokenise(records, data, renderer, problems) for records in (train, held_out) if records is not None]
     if problems:
         raise DataError(_report(problems))
-    for records, one in zip((train, held_out), made, strict=False):
-        if not one.kept and records is not None:
+    for records, result in zip((train, held_out), results, strict=False):
+        if not result.kept and records is not None:
             raise DataError(
-                f"{records.name}: none of its {len(records)} records is left, all are longer than "
-                f"data.sequence_length ({data.sequence_length}); raise it"
+                f"{records.name}: all {len(records)} records are longer than data.sequence_length "
+                f"({data.sequence_length}); raise it"
             )
-    validation = made[1] if len(made) > 1 else None
-    asked: tuple[Prompt, ...] = ()
+    validation = results[1] if len(results) > 1 else None
+    expected: tuple[Prompt, ...] = ()
     if held_out is not None and validation is not None:
-        asked = _prompts(held_out, validation, data, renderer, prompts)
+        expected = _prompts(held_out, validation, data, renderer, prompts)
     counts = {
-        "train": asdict(made[0].counts),
+        "train": asdict(results[0].counts),
         "validation": asdict(validation.counts) if validation else None,
     }
-    summary = counts | {"notes": _notes(made, renderer)}
-    return Prepared(made[0].tokens, validation.tokens if validation else None, asked, summary)
+    summary = counts | {"notes": _notes(results, renderer)}
+    return Prepared(results[0].tokens, validation.tokens if validation else None, expected, summary)
 
 
 def _open(data: "Data", base_dir: Path, seed: int) -> tuple[Records, Records | None]:
@@ -218,29 +221,29 @@ def _open(data: "Data", base_dir: Path, seed: int) -> tuple[Records, Records | N
     return sources.split(train, data.validation, seed)
 
 
-def _make(records: Records, data: "Data", renderer: Renderer, problems: list[_Problem]) -> _Made:
-    """Turn records into tokens; what is wrong with them is added to `problems`.
+def _tokenise(records: Records, data: "Data", renderer: Renderer, problems: list[_Problem]) -> _Tokenised:
+    """Tokenise records, and append the problems of records to `problems`.
 
     Raises:
-        DataError: The records' columns are those of no format.
+        DataError: The columns match no format, or conversations have no chat template.
     """
     format = _format(records, data)
-    if format in RENDERED:
-        _ = renderer.chat_template  # raises once, and not for each record
+    if format in CONVERSATIONS:
+        _ = renderer.chat_template  # if there is none, raise once and not for every record
     kept: list[int] = []
-    examples: list[tuple[np.ndarray, np.ndarray]] = []  # arrays, since lists of numbers take ten times as much
-    tally = {"dropped": 0, "truncated": 0, "emptied": 0, "merged": 0}
-    for start in range(0, len(records), AT_ONCE):
+    examples: list[tuple[np.ndarray, np.ndarray]] = []  # arrays, because lists take ten times the memory
+    tallies = {"dropped": 0, "truncated": 0, "emptied": 0, "merged": 0}
+    for start in range(0, len(records), BATCH):
         for index, result in enumerate(_tokenized(records, start, format, data, renderer), start):
-            fate, example = _fit(result, data)
+            tally, example = _fit(result, data)
             if isinstance(example, str):
                 problems.append(_Problem(records, index, example))
             elif example is not None:
                 kept.append(index)
                 examples.append((np.array(example.ids, np.int32), np.array(example.trained, np.bool_)))
-                tally["merged"] += example.merged
-            if fate:
-                tally[fate] += 1
+                tallies["merged"] += example.merged
+            if tally:
+                tallies[tally] += 1
     tokens = Tokens.of(examples)
     labels, total = len(tokens.labels), len(tokens.ids)
     counts = Counts(
@@ -251,14 +254,14 @@ def _make(records: Records, data: "Data", renderer: Renderer, problems: list[_Pr
         trained_share=round(labels / max(1, total), 4),
         longest=int(max(tokens.lengths, default=0)),
         duplicates=len(tokens) - len(_distinct(tokens)),
-        **tally,
+        **tallies,
     )
-    return _Made(tokens, kept, counts)
+    return _Tokenised(tokens, kept, counts)
 
 
 def _format(records: Records, data: "Data") -> str:
     columns = records.columns
-    if not columns:  # no record can be read: they will say so one by one
+    if not columns:  # no record can be read; every record will report its own error
         return data.format or "messages"
     try:
         return detect(columns, data.columns, named=data.format)
@@ -269,26 +272,31 @@ def _format(records: Records, data: "Data") -> str:
 def _tokenized(
     records: Records, start: int, format: str, data: "Data", renderer: Renderer
 ) -> list[Tokenized | DataError]:
-    made: list[Example | DataError] = []
-    for record in records.read(start, start + AT_ONCE):
+    """Return the next BATCH examples from record `start` on, or the error for a record."""
+    examples: list[Example | DataError] = []
+    for record in records.read(start, start + BATCH):
         try:
-            made.append(record if isinstance(record, DataError) else to_example(record, format, data.columns))
+            examples.append(record if isinstance(record, DataError) else to_example(record, format, data.columns))
         except DataError as error:
-            made.append(error)
-    results = iter(tokenize_all([one for one in made if not isinstance(one, DataError)], renderer))
-    return [one if isinstance(one, DataError) else next(results) for one in made]
+            examples.append(error)
+    results = iter(tokenize_all([example for example in examples if not isinstance(example, DataError)], renderer))
+    return [example if isinstance(example, DataError) else next(results) for example in examples]
 
 
 def _fit(result: Tokenized | DataError, data: "Data") -> tuple[str, Tokenized | str | None]:
-    """Return what becomes of an example that may be too long, and the example or what is wrong with it."""
+    """Apply `data.overlong` to an example.
+
+    Returns:
+        The tally to increment ("" for none), and the example, or its problem, or None if it is left out.
+    """
     if isinstance(result, DataError):
         return "", str(result)
     length, limit = len(result.ids), data.sequence_length
     if length <= limit:
         return "", result
     if data.overlong == "error":
-        what = f"{length:,} tokens are more than data.sequence_length ({limit:,})"
-        return "", f"{what}; raise it, or set data.overlong to drop or truncate"
+        problem = f"{length:,} tokens are more than data.sequence_length ({limit:,})"
+        return "", f"{problem}; raise it, or set data.overlong to drop or truncate"
     if data.overlong == "drop":
         return "dropped", None
     cut = result._replace(ids=result.ids[:limit], trained=result.trained[:limit])
@@ -296,39 +304,42 @@ def _fit(result: Tokenized | DataError, data: "Data") -> tuple[str, Tokenized | 
 
 
 def _report(problems: Sequence[_Problem]) -> str:
-    lines = [str(problem) for problem in problems[:SHOWN]]
-    if len(problems) > SHOWN:
-        lines.append(f"and {len(problems) - SHOWN:,} more problems of {len(problems):,}")
+    lines = [str(problem) for problem in problems[:MAX_SHOWN]]
+    if len(problems) > MAX_SHOWN:
+        lines.append(f"and {len(problems) - MAX_SHOWN:,} more problems of {len(problems):,}")
     return "\n".join(lines)
 
 
 def _distinct(tokens: Tokens) -> set[bytes]:
+    """Return the hashes of the examples; duplicates count once."""
     examples = (tokens.example(index) for index in range(len(tokens)))
     return {hashlib.blake2b(ids.tobytes() + trained.tobytes()).digest() for ids, trained in examples}
 
 
-def _prompts(records: Records, made: _Made, data: "Data", renderer: Renderer, count: int) -> tuple[Prompt, ...]:
-    if count and made.counts.format == "text":
+def _prompts(records: Records, result: _Tokenised, data: "Data", renderer: Renderer, count: int) -> tuple[Prompt, ...]:
+    if count and result.counts.format == "text":
         raise DataError(f"evaluate.generate is {count}, but {records.name} is plain text without prompts; set it to 0")
-    found = []
-    for index in made.kept[:count]:
+    prompts = []
+    for index in result.kept[:count]:
         (record,) = records.read(index, index + 1)
         assert isinstance(record, dict)
-        found.append(prompt(to_example(record, made.counts.format, data.columns), renderer))
-    return tuple(found)
+        prompts.append(prompt(to_example(record, result.counts.format, data.columns), renderer))
+    return tuple(prompts)
 
 
-def _notes(made: Sequence[_Made], renderer: Renderer) -> list[str]:
-    """Return what a user should know although nothing is wrong."""
+def _notes(results: Sequence[_Tokenised], renderer: Renderer) -> list[str]:
+    """Return notes for the user about training data and, if there is any, validation data."""
     notes = []
-    if merged := sum(one.counts.merged for one in made):
+    if merged := sum(result.counts.merged for result in results):
         notes.append(
-            f"{merged} answers begin inside their prompt's last token (mostly a blank at its end), so that "
-            "answering starts from other tokens than training; move the blank to the answer"
+            f"{merged} answers share their first token with the end of the prompt (usually a blank), so generation "
+            "starts from other tokens than training; move the blank from the prompt to the answer"
         )
-    if len(made) > 1 and (shared := len(_distinct(made[0].tokens) & _distinct(made[1].tokens))):
-        notes.append(f"held-out examples that are trained on as well: {shared}; they measure memory")
+    if len(results) > 1 and (shared := len(_distinct(results[0].tokens) & _distinct(results[1].tokens))):
+        notes.append(f"{shared} validation examples are also in the training data, so their loss measures memorisation")
     template = renderer.template or renderer.tokenizer.chat_template
-    if made[0].counts.format in RENDERED and isinstance(template, str) and "strftime_now" in template:
-        notes.append(f"the chat template prints today's date; it is fixed at {RENDERED_DATE} for resumes' sake")
+    if results[0].counts.format in CONVERSATIONS and isinstance(template, str) and "strftime_now" in template:
+        notes.append(
+            f"the chat template prints today's date; it is fixed at {RENDERED_DATE}, so that tokens never change"
+        )
     return notes

@@ -1,7 +1,7 @@
-"""Do tokenizer, data and base fit together: is there an embedding for every token, and was it ever trained?
+"""Check that the base has an embedding for every token of the data, and that it was trained.
 
-LoRA on the linear layers cannot teach a token whose frozen embedding was never trained: the loss falls, and
-the token still never comes. That is worth a look before the first step, not after the last.
+LoRA on the linear layers cannot teach the model to generate a token whose frozen output embedding was never trained:
+the loss falls, but the token is never generated. This is worth a check before the first step.
 """
 
 from typing import TYPE_CHECKING
@@ -15,90 +15,93 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-NEAR = 0.1  # of the typical distance between two rows
-MOST = 512  # labels that are looked at, the most frequent first
-DIMENSIONS = 256  # of a row that are compared; distances are the same to a few percent
-AT_ONCE = 64  # labels that are compared with all rows together; bounds the memory
-NEARLY_EMPTY = 4  # a tokenizer with fewer than a quarter of the base's tokens is another one, or a broken one
+NEAR = 0.1  # two rows are near within this fraction of the typical distance between rows
+MAX_LABELS = 512  # labels to check, the most frequent first
+MAX_DIMENSIONS = 256  # dimensions of a row to compare; the distances change by a few percent
+BATCH = 64  # labels to compare with all rows at the same time; limits the memory
+MIN_SHARE = 1 / 4  # a tokenizer with fewer tokens than this share of the embeddings is broken or another model's
 
 
 def check_tokenizer_fits(
     tokenizer: "PreTrainedTokenizerBase", vocabulary_size: int, *, used: Tokens | None = None
 ) -> None:
-    """Raise when the base has no embedding for a token.
+    """Check that the base has an embedding for every token.
 
-    Markers that were added to a tokenizer may lie beyond the base's embeddings (Gemma 3 has one), as long as
-    the data does not use them.
+    Added tokens of the tokenizer may be without an embedding (Gemma 3 has such a token) if the data does not use them.
 
     Args:
-        tokenizer: The base's.
-        vocabulary_size: Rows of the base's embedding.
+        tokenizer: The base's tokenizer.
+        vocabulary_size: The number of rows of the base's embedding.
         used: The data.
 
     Raises:
-        BaseError: Tokenizer or data and base do not fit.
+        BaseError: The tokenizer or the data does not fit the base.
     """
-    if len(tokenizer) * NEARLY_EMPTY < vocabulary_size:
+    if len(tokenizer) < vocabulary_size * MIN_SHARE:
         raise BaseError(
             f"base.repo: its tokenizer has {len(tokenizer):,} tokens and the base {vocabulary_size:,} "
-            "embeddings; tokenizer files are missing or are another model's (tokenizer.json holds all of it)"
+            "embeddings; tokenizer files are missing or belong to another model (tokenizer.json is enough)"
         )
     if tokenizer.vocab_size > vocabulary_size:
         raise BaseError(
             f"base.repo: its tokenizer has {tokenizer.vocab_size:,} tokens and the base only "
-            f"{vocabulary_size:,} embeddings; they belong to different models"
+            f"{vocabulary_size:,} embeddings; use the tokenizer of this base"
         )
     largest = int(used.ids.max()) if used is not None and len(used.ids) else 0
     if largest >= vocabulary_size:
         name = tokenizer.convert_ids_to_tokens(largest)
         raise BaseError(
-            f"base.repo: the data uses the token {name!r} ({largest:,}), and the base has only "
-            f"{vocabulary_size:,} embeddings; take a base that has one for it, or a chat template without it "
-            "(data.template)"
+            f"base.repo: the data uses the token {name!r} ({largest:,}), but the base has only "
+            f"{vocabulary_size:,} embeddings; use another base, or a chat template without this token (data.template)"
         )
 
 
 def untrained_labels(tokens: Tokens, embedding: "np.ndarray | Tensor") -> list[int]:
-    """Return the labels whose row of the head looks untrained, the most frequent first.
+    """Return the trained tokens whose output embedding looks untrained, the most frequent first.
 
-    Training moves a token's row away from all others. A row that was never trained stays with its like: in a
-    tied embedding all such rows are pushed the same way and end up nearly equal; in an untied one weight
-    decay shrinks them to zero; rows added by `resize_token_embeddings` equal the mean. So a row counts as
-    untrained when it is within a tenth of the typical distance between two rows of zero, of the mean row, or
-    of at least two other rows. A base that was not trained at all has no such rows.
+    Training moves the row of a token away from all other rows. Untrained rows stay close together: in a tied embedding
+    they all receive the same gradient and end up nearly equal, in an untied embedding weight decay shrinks them to
+    zero, and rows added by `resize_token_embeddings` equal the mean row. So a row counts as untrained if zero, the mean
+    row or at least two other rows are within a tenth of the typical distance between two rows. (In a base that was not
+    trained at all, no row counts as untrained.)
 
     Args:
-        tokens: The data; its 512 most frequent labels are looked at.
-        embedding: The base's output embedding, [vocabulary, width]: the rows that write a token. (Of the input
-            embedding, torch never trains the row that a base calls its padding, which often is the stop token.)
+        tokens: The data; its 512 most frequent trained tokens are checked.
+        embedding: The base's output embedding, [vocabulary, width]. (The input embedding would be misleading: torch
+            never trains the row of the padding token, which is often also the stop token.)
+
+    Returns:
+        Token ids.
 
     Source: the idea follows Land and Bartolo 2024, "Fishing for Magikarp".
     """
     labels, counts = np.unique(tokens.labels, return_counts=True)
-    labels = labels[np.argsort(-counts, kind="stable")][:MOST]
+    labels = labels[np.argsort(-counts, kind="stable")][:MAX_LABELS]
     rows = _rows(embedding)
     near = NEAR * _typical_distance(rows)
     mean = rows.mean(axis=0)
-    rows = rows - mean  # a copy: the rows may be the base itself; distances stay the same and lose less to rounding
+    rows = (
+        rows - mean
+    )  # distances stay the same and have smaller rounding errors; a copy, because rows may be a view of the base
     squares = np.square(rows).sum(axis=1)
     to_zero = np.square(rows[labels] + mean).sum(axis=1)
-    alone = np.minimum(to_zero, squares[labels]) < near**2
-    for start in range(0, len(labels), AT_ONCE):
-        some = labels[start : start + AT_ONCE]
-        distances = squares[some, None] + squares - 2 * rows[some] @ rows.T
-        alone[start : start + AT_ONCE] |= (distances < near**2).sum(axis=1) >= 3  # two others and itself
-    return [int(label) for label in labels[alone]]
+    untrained = np.minimum(to_zero, squares[labels]) < near**2
+    for start in range(0, len(labels), BATCH):
+        batch = labels[start : start + BATCH]
+        distances = squares[batch, None] + squares - 2 * rows[batch] @ rows.T
+        untrained[start : start + BATCH] |= (distances < near**2).sum(axis=1) >= 3  # the row itself and two others
+    return [int(label) for label in labels[untrained]]
 
 
 def _rows(embedding: "np.ndarray | Tensor") -> np.ndarray:
-    """Return float32 rows, [vocabulary, at most DIMENSIONS], every so-manieth dimension."""
-    step = -(-embedding.shape[1] // DIMENSIONS)
+    """Return the rows as float32 [vocabulary, at most MAX_DIMENSIONS], with evenly spaced dimensions."""
+    step = -(-embedding.shape[1] // MAX_DIMENSIONS)
     if isinstance(embedding, np.ndarray):
         return embedding[:, ::step].astype(np.float32)
     return embedding.detach()[:, ::step].float().cpu().numpy()
 
 
 def _typical_distance(rows: np.ndarray) -> float:
-    """Return the distance between two trained rows: a high quantile, as most pairs may be untrained."""
+    """Return the typical distance between two trained rows: a high quantile, because most rows may be untrained."""
     first, second = np.random.default_rng(0).integers(0, len(rows), (2, 2048))
     return float(np.quantile(np.linalg.norm(rows[first] - rows[second], axis=1), 0.9))

@@ -45,61 +45,77 @@ class Precision(StrEnum):
 
 
 @contextmanager
-def errors_told() -> Iterator[None]:
-    """Turn our own errors into a message and an exit code; anything else keeps its traceback."""
+def error_messages() -> Iterator[None]:
+    """Turn lora_kit's errors into a message and an exit code; any other error keeps its traceback."""
     try:
         yield
     except LoraKitError as error:
-        process = os.environ.get("RANK", "0")
-        if process == "0" or error.exit_code == 1:  # the others were told the same
+        # errors with other exit codes are raised by all processes alike; process 0 prints them once
+        if os.environ.get("RANK", "0") == "0" or error.exit_code == 1:
             lines = str(error).splitlines() or [type(error).__name__]
-            mark = "stopped" if error.exit_code == 75 else "error"
-            RichConsole(stderr=True, highlight=False, soft_wrap=True).print(f"[bold]{mark}:[/]", end=" ")
+            label = "stopped" if error.exit_code == 75 else "error"
+            RichConsole(stderr=True, highlight=False, soft_wrap=True).print(f"[bold]{label}:[/]", end=" ")
             print("\n  ".join(lines), file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
+        raise SystemExit(error.exit_code) from None
 
 
 @app.command()
 def train(
     recipe: RecipeFile,
-    out: Annotated[Path, typer.Option("--out", metavar="RUN", help="The run's folder; goes on if it holds this run.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="RUN", help="The run's folder. If it holds an earlier start of this run, training resumes."
+        ),
+    ],
     processes: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes to start on this machine (default: one a GPU, or one)."),
+        typer.Option(min=1, help="Training processes on this machine. [default: one per GPU, or one]"),
     ] = None,
     set_: Overrides = [],  # noqa: B006
     accept: Annotated[
-        list[str], typer.Option(metavar="KEY", help="Go on although this key of the resume contract changed.")
+        list[str],
+        typer.Option(
+            metavar="KEY",
+            help="Resume although this key differs from the run's checkpoint, e.g. optim.learning_rate. Training "
+            "without it prints a table of all differences.",
+        ),
     ] = [],  # noqa: B006
     start_from: Annotated[
         str | None,
-        typer.Option("--from", metavar="PATH", help="Begin with this adapter, or go back to this run's checkpoint."),
+        typer.Option(
+            "--from",
+            metavar="PATH",
+            help="Another run or checkpoint, or a Hub name: begin a new run with its adapter. One of this run's own "
+            "checkpoints: go back to it; newer checkpoints are set aside, not deleted.",
+        ),
     ] = None,
     profile: Annotated[
         bool,
         typer.Option(
             "--profile",
-            help="Show where a step's time goes: steps 3 to 5 of this start, as a table by part (also "
-            "RUN/profile/table.txt) and as a trace for ui.perfetto.dev (RUN/profile/trace.json).",
+            help="Measure where the time of steps 3 to 5 goes: a table by part (also in RUN/profile/table.txt) and a "
+            "trace for ui.perfetto.dev (RUN/profile/trace.json).",
         ),
     ] = False,
     max_restarts: Annotated[
-        int, typer.Option(min=0, help="How often a killed, crashed or hung process leads to another start.")
+        int, typer.Option(min=0, help="How often to start again after a process was killed, crashed or hung.")
     ] = 10,
 ) -> None:
-    """Train a recipe; the same command starts, resumes and, when all is done, says so."""
-    with errors_told():
+    """Train a recipe. The same command starts a run, resumes it and, when it is finished, shows the result."""
+    with error_messages():
         from lora_kit.recipe.load import load_recipe
         from lora_kit.runs import store
-        from lora_kit.runs.lease import KEEPER
         from lora_kit.runs.resume import is_own, take_over
         from lora_kit.supervise.launch import follow_launcher, launch
+        from lora_kit.training.request import TrainRequest
 
         loaded = load_recipe(recipe, set_)
-        launched = any(name in os.environ for name in ("RANK", "ACCELERATE_MIXED_PRECISION", KEEPER))
-        if launched and processes is not None:
-            raise LaunchError(f"--processes {processes}: another launcher already started this process; leave one out")
-        if launched:
+        if "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
+            if processes is not None:
+                raise LaunchError(
+                    f"--processes {processes}: another launcher already started this process; leave one out"
+                )
             follow_launcher()
             from lora_kit.training import loop
 
@@ -107,16 +123,13 @@ def train(
             return
         origin = store.open_checkpoint(newest(start_from)) if start_from else None
         lease, notices = take_over(out, origin)
-        arguments = ["train", str(recipe), "--out", str(out)]
-        arguments += [part for text in set_ for part in ("--set", text)]
-        arguments += [part for text in accept for part in ("--accept", text)]
-        arguments += ["--from", str(start_from)] if origin and not is_own(out, origin) else []
-        arguments += ["--profile"] if profile else []
         for notice in notices:
             print(f"warning: {notice}", file=sys.stderr)
+        begins_with = origin.path if origin and not is_own(out, origin) else None
+        request = TrainRequest(loaded, out, accept=tuple(accept), start_from=begins_with, profile=profile)
         raise typer.Exit(
             launch(
-                arguments,
+                request.to_json(),
                 processes=processes or _gpus(),
                 run=out,
                 lease=lease,
@@ -124,6 +137,16 @@ def train(
                 step_timeout=loaded.train.step_timeout,
             )
         )
+
+
+def train_worker(request: str) -> None:
+    """Train as one of the processes that `launch` starts; `request` is a `TrainRequest` as JSON."""
+    with error_messages():
+        from lora_kit.training import loop
+        from lora_kit.training.request import TrainRequest
+
+        asked = TrainRequest.from_json(request)
+        loop.train(asked.recipe, asked.out, accept=asked.accept, start_from=asked.start_from, profile=asked.profile)
 
 
 def _gpus() -> int:
@@ -142,7 +165,7 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Validate a recipe, look at its data with trained tokens marked, and estimate memory and size."""
-    with errors_told():
+    with error_messages():
         from lora_kit import check as checking
         from lora_kit.recipe.load import load_recipe
 
@@ -161,7 +184,7 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Say how far a run is, what is safe, and what interrupted it at which cost. Live and afterwards; moves nothing."""
-    with errors_told():
+    with error_messages():
         from lora_kit.runs import status as reading
 
         state, found = reading.status(run), reading.checkpoints(run)
@@ -182,7 +205,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Read every byte of a checkpoint, or of all in a run, and compare it with the manifest. Moves nothing."""
-    with errors_told():
+    with error_messages():
         from lora_kit.runs import status as reading
         from lora_kit.runs import store
         from lora_kit.runs.manifest import MANIFEST
@@ -215,7 +238,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Answer prompts with a trained adapter."""
-    with errors_told():
+    with error_messages():
         from lora_kit.artifacts import answering
         from lora_kit.artifacts.load import load
 
@@ -245,7 +268,7 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
 ) -> None:
     """Talk to a trained adapter; `/adapter off` compares with the base, `/help` says what else there is."""
-    with errors_told():
+    with error_messages():
         from lora_kit.artifacts import chat as chatting
         from lora_kit.artifacts.load import load
 
@@ -282,7 +305,7 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Fold an adapter into its base and say how far the merged model is from the two apart."""
-    with errors_told():
+    with error_messages():
         from lora_kit.artifacts import merging
 
         merged = merging.merge(newest(path), out, dtype=dtype and dtype.value)
@@ -304,7 +327,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure base and adapter on the recipe's validation data: loss, perplexity, exact match."""
-    with errors_told():
+    with error_messages():
         from lora_kit.recipe.load import load_recipe
         from lora_kit.training import evaluation
 
@@ -328,7 +351,7 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Publish an adapter on the Hub in one commit: weights, tokenizer, template, recipe and a model card."""
-    with errors_told():
+    with error_messages():
         from lora_kit.artifacts import hub
 
         pushed = hub.push(path, to, private=private, revision=revision)

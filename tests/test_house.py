@@ -120,6 +120,7 @@ LIGHT = [
     "model.source",
     "model.sizes",
     "training.micro_batches",
+    "training.request",
 ]
 LIGHT += ["artifacts.card", "artifacts.hub", "kernels.limits"]
 LIGHT += [

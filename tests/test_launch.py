@@ -3,16 +3,21 @@
 import signal
 import subprocess
 import sys
+from dataclasses import fields
+from inspect import signature
 
 import psutil
 import pytest
 from runs import ENVIRONMENT, start, state_hash, train, wait_for_lines
 from typer.testing import CliRunner
 
-from lora_kit.cli import app
+from lora_kit.cli import app, train_worker
+from lora_kit.errors import LaunchError
 from lora_kit.recipe.load import load_recipe
 from lora_kit.supervise import stopping
+from lora_kit.supervise.launch import Zygote
 from lora_kit.training import loop
+from lora_kit.training.request import TrainRequest
 
 ACCELERATE = """
 compute_environment: LOCAL_MACHINE
@@ -138,3 +143,36 @@ def test_a_second_signal_does_not_wait_unless_it_was_only_forwarded(monkeypatch)
             assert len(heard) == 1
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_request_carries_every_argument_of_train(recipe_file, tmp_path, monkeypatch):
+    given = {}
+
+    def record(recipe, out, *, accept, start_from, profile):
+        given.update(recipe=recipe, out=out, accept=accept, start_from=start_from, profile=profile)
+
+    monkeypatch.setattr(loop, "train", record)
+    recipe = load_recipe(recipe_file, ["optim.learning_rate=0.1", "adapter.targets=[q_proj]"])
+    asked = TrainRequest(recipe, tmp_path, ("optim.*", "train.steps"), tmp_path / "a", profile=True)
+    train_worker(asked.to_json())
+    assert given == vars(asked) and given["recipe"].folder == recipe_file.parent
+
+
+def test_a_request_names_no_argument_that_train_does_not_have():
+    assert [field.name for field in fields(TrainRequest)] == list(signature(loop.train).parameters)
+
+
+def test_a_request_that_is_too_long_is_refused(monkeypatch):
+    zygote = Zygote.__new__(Zygote)
+    with pytest.raises(LaunchError, match="bytes, more than the 120,000 that a training process can be given"):
+        zygote.start("x" * 120_000, [{}])
+
+
+def test_a_restart_uses_the_recipe_as_it_was_read_at_the_start(recipe_file, tmp_path, undisturbed):
+    process = start(recipe_file, tmp_path / "run", "--set", "checkpoint.every_steps=1")
+    wait_for_lines(tmp_path / "run" / "metrics.jsonl", 2, process)
+    recipe_file.write_text(recipe_file.read_text().replace("steps: 8", "steps: 9") + "nonsense: true\n")
+    psutil.Process(process.pid).children(recursive=True)[-1].kill()
+    printed, _ = process.communicate(timeout=100)
+    assert process.returncode == 0 and "starting again from there (1/10)" in printed, printed
+    assert state_hash(tmp_path / "run", 8) == undisturbed

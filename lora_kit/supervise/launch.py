@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from lora_kit.errors import Stopped
+from lora_kit.errors import LaunchError, Stopped
 from lora_kit.runs.lease import KEEPER, ORDERED, Lease
 from lora_kit.runs.live import Phase, Word
 from lora_kit.supervise import oom
@@ -30,6 +30,7 @@ from lora_kit.views.console import Console
 
 STOPPED = Stopped.exit_code
 PRELOAD = ("lora_kit.training.loop", "datasets")
+WORKER = "lora_kit.cli:train_worker"  # what a training process calls with the request
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 FORWARDED_SECONDS = 2.0  # a signal that comes again so soon is a launcher passing on what its processes had heard
 SAME_FAILURES = 3  # so often at the same step, and no restart will help
@@ -41,10 +42,9 @@ LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "gloo", "N
 
 
 def follow_launcher() -> None:
-    """Get SIGTERM, and save, when another launcher dies: `accelerate launch` does not pass that signal on to a single
-    process (accelerate issue 2741). Under `lora-kit train` the zygote has seen to it."""
-    if KEEPER not in os.environ:
-        end_with_parent(signal.SIGTERM)
+    """Get SIGTERM, and save, when the launcher of this process dies: `accelerate launch` does not forward that signal
+    to a single process (accelerate issue 2741)."""
+    end_with_parent(signal.SIGTERM)
 
 
 @dataclass
@@ -85,12 +85,22 @@ class Zygote:
         )
         theirs.close()
 
-    def start(self, arguments: Sequence[str], environments: Sequence[Mapping[str, str]]) -> None:
-        """Order a training process for every environment; if this one has just been killed, its end is the news."""
+    def start(self, request: str, environments: Sequence[Mapping[str, str]]) -> None:
+        """Ask for a training process for every environment; if the zygote was just killed, `poll` will show that.
+
+        Raises:
+            LaunchError: The request is too long for a message.
+        """
         for index, environment in enumerate(environments):
-            order = {"index": index, "arguments": list(arguments), "environment": dict(environment)}
+            order = {"index": index, "function": WORKER, "argument": request, "environment": dict(environment)}
+            message = json.dumps(order).encode()
+            if len(message) > MESSAGE_BYTES:
+                raise LaunchError(
+                    f"recipe and options: {len(message):,} bytes, more than the {MESSAGE_BYTES:,} that a training "
+                    "process can be given; shorten the recipe's longest list"
+                )
             with suppress(BrokenPipeError, ConnectionResetError):
-                self._socket.send(json.dumps(order).encode())
+                self._socket.send(message)
 
     def news(self) -> list[dict[str, Any]]:
         """Return what has been told since the last call."""
@@ -126,10 +136,8 @@ def environments(processes: int) -> list[dict[str, str]]:
 class Launch:
     """One call of `lora-kit train`, from the first start to the last exit."""
 
-    def __init__(
-        self, arguments: Sequence[str], processes: int, run: Path, lease: Lease, *, step_timeout: float | None
-    ) -> None:
-        self._arguments, self._processes, self._run = arguments, processes, run
+    def __init__(self, request: str, processes: int, run: Path, lease: Lease, *, step_timeout: float | None) -> None:
+        self._request, self._processes, self._run = request, processes, run
         self._step_timeout = step_timeout
         self.keeper, self.console = Keeper(run, lease), Console(silent=False)
         self._heard: list[tuple[float, int]] = []
@@ -186,7 +194,7 @@ class Launch:
         self._looked = time.monotonic()
         if self.keeper.region is not None:
             self.keeper.region.words[Word.PHASE] = Phase.LOADING
-        self.zygote.start(self._arguments, environments(self._processes))
+        self.zygote.start(self._request, environments(self._processes))
 
     def _watch(self) -> int | None:
         """Return the exit code of an attempt that ended the run, None for one that is to be repeated."""
@@ -308,19 +316,19 @@ class Launch:
 
 
 def launch(
-    arguments: Sequence[str], *, processes: int, run: Path, lease: Lease, max_restarts: int, step_timeout: float | None
+    request: str, *, processes: int, run: Path, lease: Lease, max_restarts: int, step_timeout: float | None
 ) -> int:
-    """Run `lora-kit ARGUMENTS` in `processes` training processes under a keeper; return the exit code.
+    """Train in processes of their own under a keeper, and return the exit code.
 
     Args:
-        arguments: The command line of each.
-        processes: How many.
+        request: A `TrainRequest` as JSON, the same for every process and every restart.
+        processes: The number of training processes.
         run: The run's folder.
         lease: Held by this process; released at the end.
         max_restarts: How often failures lead to another start.
         step_timeout: Seconds without a sign of life that are a hang; None to take it from the run's own steps.
     """
-    return Launch(arguments, processes, run, lease, step_timeout=step_timeout).run(max_restarts)
+    return Launch(request, processes, run, lease, step_timeout=step_timeout).run(max_restarts)
 
 
 def _died(number: int) -> str:

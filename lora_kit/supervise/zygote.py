@@ -15,11 +15,10 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from runpy import run_module
 from typing import Any
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-MESSAGE_BYTES = 60_000
+MESSAGE_BYTES = 120_000  # Linux: an argument of exec is at most 131,072 bytes
 TRACE_CHARACTERS = 8000
 BUFFER_BYTES = 1 << 20
 
@@ -59,7 +58,7 @@ def main(descriptor: int, modules: Sequence[str]) -> None:
             process = os.fork()
             if process == 0:
                 signal.set_wakeup_fd(-1)
-                _become(order["arguments"], order["environment"], orders, anew=touched)
+                _work(order["function"], order["argument"], order["environment"], orders, fresh=touched)
             _send(orders, {"started": process, "index": order["index"]})
 
 
@@ -78,17 +77,18 @@ def _send(orders: socket.socket, message: Mapping[str, Any]) -> None:
     orders.send(json.dumps(message).encode())
 
 
-def _become(arguments: Sequence[str], environment: Mapping[str, str], orders: socket.socket, *, anew: bool) -> None:
-    """Be a training process: the command line again, in this process or, after exec, in a fresh one."""
+def _work(function: str, argument: str, environment: Mapping[str, str], orders: socket.socket, *, fresh: bool) -> None:
+    """Call `module:function` with an argument, in this process or, after exec, in a fresh interpreter; then exit."""
+    module, _, name = function.partition(":")
     end_with_parent(signal.SIGKILL)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)  # a signal ends it at once, whatever it is doing; the keeper sees which
     os.environ.update(environment)
-    if anew:
-        os.execv(sys.executable, [sys.executable, "-m", "lora_kit", *arguments])
-    sys.argv = ["lora-kit", *arguments]
+    if fresh:
+        code = f"import sys; from {module} import {name}; {name}(sys.argv[1])"
+        os.execv(sys.executable, [sys.executable, "-c", code, argument])
     try:
-        run_module("lora_kit", run_name="__main__")
+        getattr(import_module(module), name)(argument)
     except Exception as error:
         kind = f"{type(error).__name__}: {error}".splitlines()[0]
         told = traceback.format_exc()[-TRACE_CHARACTERS:]

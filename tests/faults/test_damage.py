@@ -10,11 +10,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import typer
 from conftest import RECIPE, make_base, make_records, write_jsonl
 from runs import go_on, state_hash
 
-from lora_kit.cli import errors_told
+from lora_kit.cli import error_messages
 from lora_kit.data.plan import Plan
 from lora_kit.runs import store
 from lora_kit.runs.journal import Journal
@@ -161,10 +160,10 @@ def own(tmp_path):
 
     def again(*changes):
         try:
-            with errors_told():
+            with error_messages():
                 go_on(tmp_path / "recipe.yaml", tmp_path / "run", *changes)
-        except typer.Exit as error:
-            return error.exit_code
+        except SystemExit as error:
+            return error.code
         return 0
 
     return tmp_path, again

@@ -1,0 +1,185 @@
+"""What the documentation says is true: commands run as typed, links lead somewhere, figures are those measured."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from plain_loop import program_of
+from typer.testing import CliRunner
+
+from lora_kit.cli import app
+from lora_kit.data.formats import FORMATS
+from lora_kit.recipe.load import load_recipe
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+GATED = "meta-llama/"  # a block with this name needs a base that has to be asked for
+SHORT = ("steps: 50", "steps: 3")
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def blocks_of(page, *languages):
+    """Return the fenced blocks of a page in these languages as (language, text)."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.M | re.S)
+    return [(language, text) for language, text in found if language in languages]
+
+
+def calls_of(script, folder):
+    """Run a shell script in a folder with `lora-kit` and `python` replaced; return the arguments of their calls."""
+    record = 'record() { for one; do printf "%s\\0" "$one"; done; printf "\\n"; }\n'
+    replaced = 'lora-kit() { record lora-kit "$@"; }\npython() { record python "$@"; }\n'
+    ended = subprocess.run(
+        ["bash", "-euc", record + replaced + script], cwd=folder, capture_output=True, text=True, check=True
+    )
+    return [call.split("\0")[:-1] for call in ended.stdout.splitlines()]
+
+
+def test_the_blocks_of_the_readme_run_in_their_order(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as a launcher does: this process trains
+    monkeypatch.chdir(tmp_path)
+    printed = []
+    for language, text in blocks_of(README, "sh", "python"):
+        text = text.replace(*SHORT)
+        if GATED in text:
+            compile(text, README, "exec")
+            continue
+        calls = calls_of(text, tmp_path) if language == "sh" else [["python", "-c", text]]
+        for program, *arguments in calls:
+            if program == "lora-kit":
+                result = CliRunner().invoke(app, arguments)
+                assert result.exit_code == 0, (arguments, result.output, result.exception)
+                printed.append(result.output)
+            else:
+                assert arguments[0] == "-c"
+                exec(arguments[1], {})
+                printed.append(capsys.readouterr().out)
+    assert len(printed) == 6
+    assert "the recipe can start" in printed[0] and "runs/first: 3 steps done" in printed[1]
+    assert (tmp_path / "runs" / "first" / "checkpoints" / "step-00000003").is_dir()
+    assert "merged in float32" in printed[4] and int(printed[5]) > 800_000
+
+
+def test_the_folder_in_the_readme_is_that_of_a_run(trained_run):
+    shown = next(text for _, text in blocks_of(README, "text") if text.startswith("runs/first/\n"))
+    names = set(re.findall(r"[\w.]+\.(?:yaml|jsonl|json|safetensors)", shown))
+    present = {path.name for path in trained_run.rglob("*") if path.is_file()} - {"lease.json"}
+    assert names == present
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_trains_the_first_run_of_the_readme_outside_a_checkout(tmp_path):
+    source, site = tmp_path / "source", tmp_path / "site"
+    shutil.copytree(ROOT / "lora_kit", source / "lora_kit", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--no-compile", "--target", site, wheel], check=True)
+    installed = {path.relative_to(site) for path in (site / "lora_kit").rglob("*") if path.is_file()}
+    assert installed == {path.relative_to(source) for path in (source / "lora_kit").rglob("*") if path.is_file()}
+    _, script = blocks_of(README, "sh")[0]
+    (tmp_path / "elsewhere").mkdir()
+    train = calls_of(script.replace(*SHORT), tmp_path / "elsewhere")[1]
+    assert train[1] == "train"
+    code = f"import lora_kit; assert lora_kit.__file__.startswith({str(site)!r}); from lora_kit.cli import app; app()"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *train[1:]],
+        cwd=tmp_path / "elsewhere",
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 0 and "runs/first: 3 steps done" in ended.stdout, ended.stdout + ended.stderr
+
+
+def test_the_readme_has_a_record_of_every_format_and_it_is_detected(tmp_path):
+    section = README.read_text().split("\n## Data\n")[1].split("\n## ")[0]
+    rows = dict(re.findall(r"^\| ([\w-]+) \| `(\{.*?\})` \|", section, re.M))
+    assert rows.keys() == FORMATS.keys()
+    for name, record in rows.items():
+        (tmp_path / "train.jsonl").write_text(record + "\n")
+        recipe = "base: {repo: builtin:base}\ndata: {train: train.jsonl}\ntrain: {steps: 1}\n"
+        (tmp_path / "recipe.yaml").write_text(recipe)
+        result = CliRunner().invoke(app, ["check", str(tmp_path / "recipe.yaml"), "--json"])
+        report = json.loads(result.output)
+        assert result.exit_code == 0 and report["data"]["train"]["format"] == name
+        assert "⟦" in report["preview"] and "4<|end|>⟧" in report["preview"].replace('"', "")
+
+
+def test_every_recipe_on_a_page_is_valid(tmp_path):
+    found = [(page, text) for page in PAGES for _, text in blocks_of(page, "yaml") if "\ntrain:" in text]
+    found += [(README, blocks_of(README, "sh")[0][1].split("<<'END'\n")[1].split("END\n")[0])]
+    for page, text in found:
+        (tmp_path / "recipe.yaml").write_text(text)
+        assert load_recipe(tmp_path / "recipe.yaml"), page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    def anchors(path):
+        heads = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+        return {re.sub(r"[^\w\- ]", "", head).lower().replace(" ", "-") for head in heads}
+
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)):
+        name, _, anchor = target.partition("#")
+        if name.startswith("http"):
+            continue
+        path = page.parent / name if name else page
+        assert path.exists(), f"{page}: {target}"
+        assert not anchor or anchor in anchors(path), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_files_of_the_package_that_a_page_names_exist(page):
+    rooms = "|".join(path.name for path in (ROOT / "lora_kit").iterdir() if path.is_dir())
+    for name in re.findall(rf"`((?:{rooms}|benchmarks|tests)/[\w/.-]*)`", page.read_text()):
+        assert any((folder / name).exists() for folder in (ROOT, ROOT / "lora_kit")), f"{page}: {name}"
+
+
+def test_python_on_every_page_compiles():
+    for page in PAGES:
+        compile(program_of(page), page, "exec")
+
+
+def test_the_readme_says_which_base_fits_on_which_gpu(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from memory_table import table
+
+    assert table() in README.read_text(), "run python benchmarks/memory_table.py"
+
+
+def test_the_shapes_beside_the_tests_have_the_published_numbers_of_parameters():
+    from lora_kit.model.sizes import read_config
+
+    published = {"3.2-1B": 1_235_814_400, "3.2-3B": 3_212_749_824, "3.1-8B": 8_030_261_248, "3.1-70B": 70_553_706_496}
+    for name, parameters in published.items():
+        shape = read_config(ROOT / "tests" / "shapes" / f"meta-llama--Llama-{name}-Instruct.json")
+        assert shape.parameters == parameters
+
+
+def rows_of(name, **wanted):
+    rows = json.loads((RESULTS / name).read_text())
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def test_the_figures_of_speed_are_those_that_were_measured():
+    readme, peak = README.read_text(), 989e12
+    for system in ("lora_kit", "trainer"):
+        row = max(rows_of("gpu_h200.json", system=system, size="llama-8b"), key=lambda row: row["tokens_per_second"])
+        utilisation = row["model_flops_share"] * row["flops_per_second"] / peak
+        figures = f"{row['tokens_per_second']:,.0f} | {row['floor_share']:.0%} | {utilisation:.0%} | "
+        assert figures + f"{row['peak_bytes'] / 1e9:.1f} GB |" in readme
+    for system, settings in (("lora_kit", "default"), ("trainer", "best"), ("trl", "best")):
+        speeds = []
+        for size in ("30m", "160m", "1.2b"):
+            rows = rows_of(f"throughput_{size}.json", system=system, settings=settings)
+            speeds.append(sum(row["tokens_per_second"] for row in rows) / len(rows) if rows else None)
+        assert "| " + " | ".join(f"{speed:,.0f}" for speed in speeds if speed) + " |" in readme

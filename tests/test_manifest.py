@@ -25,10 +25,12 @@ WHOLE = Manifest(
         lineage=(LineageEntry(3, "train.steps", 3, 6), LineageEntry(3, "optim.betas", [0.9, 0.99], None)),
         resolved=Resolved(None, "sdpa", "padded", 2048, True, ("lora", "mlp")),
         template="{{ messages }} ü",
+        computed_by={"backend": "c", "compiler": "gcc 12"},
     ),
     step_facts(7, skipped_steps=(2, 7), held_out_loss=0.25),
     {"adapter_model.safetensors": FileEntry(12, "c" * 64)},
 )
+OPTIONAL = ("origin", "computed_by", "held_out_loss")
 
 
 def write(folder, content):
@@ -52,11 +54,12 @@ def test_every_float_reads_back_to_the_bit(tmp_path):
 
 def test_fields_that_came_later_are_unknown_in_an_older_manifest(tmp_path):
     content = WHOLE.to_dict()
-    del content["origin"]
+    del content["origin"], content["computed_by"]
     for name in ("micro_batch_tokens", "activation_checkpointing", "kernels"):
         del content["resolved"][name]
     older = read_manifest(write(tmp_path, content)).run
-    assert older.origin is None and older.resolved == Resolved(None, "sdpa", "padded")
+    assert (older.origin, older.computed_by) == (None, {})
+    assert older.resolved == Resolved(None, "sdpa", "padded")
 
 
 def test_fields_of_a_later_version_are_ignored(tmp_path):
@@ -89,7 +92,7 @@ def test_a_field_of_another_type_is_named(tmp_path, path, value, message):
         read_manifest(write(tmp_path, content))
 
 
-@pytest.mark.parametrize("key", [key for key in WHOLE.to_dict() if key not in ("origin", "held_out_loss")])
+@pytest.mark.parametrize("key", [key for key in WHOLE.to_dict() if key not in OPTIONAL])
 def test_a_missing_key_is_a_checkpoint_error(tmp_path, key):
     content = WHOLE.to_dict()
     del content[key]

@@ -9,7 +9,7 @@ checkpoints can be read.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -51,11 +51,12 @@ class Machine:
 
 @dataclass(frozen=True)
 class Environment:
-    """Everything beside the recipe that a resume compares with the checkpoint."""
+    """Everything beside the recipe that a resume compares with the checkpoint; see `RunFacts`."""
 
     fingerprints: Fingerprints
     versions: dict[str, str]
     machine: Machine
+    computed_by: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,8 @@ class RunFacts:
         fencing_token: Grows with every start; of two writers the one with the higher token is right.
         recipe: Every field of the recipe as JSON, defaults included.
         template: The chat template, None for raw text.
+        computed_by: What decides the bits besides versions: the backend of the kernels, its compiler, the processor
+            and the limits of its instructions, as `kernels.identity` names them. Empty in older checkpoints.
     """
 
     run_id: str
@@ -154,6 +157,7 @@ class RunFacts:
     lineage: tuple[LineageEntry, ...]
     claim: Claim
     origin: Origin | None = None
+    computed_by: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,10 @@ VERDICTS: dict[str, Verdict] = {  # the first pattern that fits a key decides
     "versions.*": "harmless",
     "machine.processes": "harmless",
     "machine.*": "harmless",
+    "computed_by.*": "harmless",
     "*": "refused",
 }
-ENDS_BITWISE = ("versions.", "machine.device")
+ENDS_BITWISE = ("versions.", "machine.device", "computed_by.")  # such a difference may change bits
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def table(rows: Sequence[Row], accepted: Sequence[str]) -> str:
     for row in rows:
         verdict = "accepted" if row.verdict == "accept" and row.key in accepted else words[row.verdict]
         lines.append(f"  {verdict:<15} {row.key}: {_short(row.then)} -> {_short(row.now)}")
-    return "\n".join(lines) if lines else "  same recipe, base, data and machine"
+    return "\n".join(lines) if lines else "  same recipe, base, data, versions and machine"
 
 
 def _short(value: Any) -> str:

@@ -106,8 +106,8 @@ def fast_parts(
     if recipe.train.kernels == "none":
         return ()
     ids = np.arange(32) % inner_of(model).config.get_text_config().vocab_size
-    inputs = None if known else model_inputs(model, probe_batch([ids]), processes.device)
-    used = tuple(fusing.use_kernels(model, known or None, inputs))
+    inputs = None if known is not None else model_inputs(model, probe_batch([ids]), processes.device)
+    used = tuple(fusing.use_kernels(model, known, inputs))
     if fusing.lends(model, used):
         keep_freed_memory(below=LARGE)  # malloc has few large tensors, and their holes cost more than their faults
     return used

@@ -26,6 +26,7 @@ from lora_kit.errors import DataError
 from lora_kit.files import write_whole
 from lora_kit.kernels import fusing
 from lora_kit.kernels.attention import use_attention
+from lora_kit.kernels.identity import identity
 from lora_kit.model.adapter import inject
 from lora_kit.model.base import load_base, require_quantization
 from lora_kit.model.probe import choose_attention
@@ -118,6 +119,7 @@ def prepare_job(
     console.tick("data: render and tokenise")
     data = processes.main_decides(lambda: prepare_data(recipe, renderer))
     environment = observed(recipe, source, renderer, data, processes)
+    processes.require_same(environment.versions | environment.computed_by)
     latest = run.latest
     rows = [] if latest is None else contract(latest.manifest.run, recipe, environment)
     processes.main_decides(lambda: enforce(rows, accept, run.folder))
@@ -142,7 +144,8 @@ def prepare_job(
     console.tick("adapter: inject")
     model = inject(base, recipe.adapter, seed=recipe.train.seed, name=source.name, revision=source.commit)
     state = flatten(model.train(), metrics=len(objective.metrics))
-    kernels = fast_parts(model, recipe, before.kernels if before else None, processes)
+    recorded = before.kernels if before and "train.kernels" not in changed else None
+    kernels = fast_parts(model, recipe, recorded, processes)
     if threads == 0:
         threads = measured_threads(model, objective, state, processes)
     fill(state, run)
@@ -156,6 +159,7 @@ def prepare_job(
         data=DataCounts(counts_of(data, "train"), counts_of(data, "validation") if data.validation else None),
         versions=environment.versions,
         machine=environment.machine,
+        computed_by=environment.computed_by,
         resolved=Resolved(
             threads=threads,
             attention=attention,
@@ -241,6 +245,7 @@ def observed(recipe: Recipe, source: Source, renderer: Renderer, data: Prepared,
         ),
         versions={"lora_kit": VERSION} | {name: version(name) for name in PACKAGES} | quantizer,
         machine=Machine(processes.count, device),
+        computed_by=identity(processes.device, getattr(torch, recipe.base.dtype)),
     )
 
 
@@ -290,7 +295,7 @@ def claim(latest: Checkpoint | Live | None, rows: Sequence[Row], processes: Proc
     power_of_two = processes.count & (processes.count - 1) == 0
     so_far = latest is None or latest.manifest.run.claim.level == "bitwise"
     if so_far and power_of_two and still_bitwise(rows) and processes.device.type == "cpu":
-        return Claim("bitwise", "1, 2, 4, 8, ... processes, these versions, this kind of processor")
+        return Claim("bitwise", "1, 2, 4, 8, ... processes with these versions, this compiler and this processor")
     return Claim("rounding", "any number of processes, any device")
 
 

@@ -7,7 +7,7 @@ processes if that is a power of two; for other numbers the result is equal to ro
 
 import atexit
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -170,6 +170,29 @@ class Processes:
         checksums = [tuple(checksum.tolist()) for checksum in gathered]
         majority = max(checksums, key=lambda checksum: (checksums.count(checksum), checksum == checksums[0]))
         return [index for index, checksum in enumerate(checksums) if checksum != majority]
+
+    def require_same(self, facts: Mapping[str, str]) -> None:
+        """Refuse processes that would not compute the same bits from the same inputs.
+
+        Args:
+            facts: What this process computes with: versions, backend, processor.
+
+        Raises:
+            LaunchError: On every process; names those whose facts are not those of process 0, and the differences.
+        """
+        first, *others = self.gather([dict(facts)])
+        problems = [
+            f"process {index} has {name} {theirs.get(name, 'absent')!r}, process 0 has {first.get(name, 'absent')!r}"
+            for index, theirs in enumerate(others, 1)
+            for name in sorted({*first, *theirs})
+            if first.get(name) != theirs.get(name)
+        ]
+        if problems:
+            raise LaunchError(
+                "launcher: the processes compute with different kernels, so their states would drift apart:\n"
+                + "\n".join(problems)
+                + "\ngive all processes the same packages, C compiler and environment, on one kind of machine"
+            )
 
     def barrier(self) -> None:
         """Wait for all processes."""

@@ -1,9 +1,9 @@
 """A process that has imported everything and forks test runs: a run starts in milliseconds, not after the imports.
 
-The server reads requests from a socket: the arguments of `lora-kit`, its environment, its working directory, and two
-pipes. One pipe becomes stdout and stderr of the new process. The other tells the process id and, later, the exit code.
-A forked run is what `python -m lora_kit ARGUMENTS` would be in a session of its own. Its zygote, which
-lora_kit/supervise/launch.py starts with Popen, is forked here as well, before the run has any state or thread.
+The server reads requests from a socket: arguments, environment, working directory, and two pipes. One pipe becomes
+stdout and stderr of the new process. The other tells the process id and, later, the exit code. A forked process does
+what `python -m lora_kit ARGUMENTS` or `python -c CODE ARGUMENTS` would do in a session of its own. The zygote of a run,
+which lora_kit/supervise/launch.py starts with Popen, is forked here too, before the run has any state or thread.
 
 The server itself owns no thread and no CUDA context, because a fork copies neither in a usable state.
 """
@@ -32,7 +32,7 @@ NUMBER = struct.Struct("<q")  # a process id or an exit code
 
 
 def serve(requests):
-    """Fork a run for every request; return (request, pipes) in each child, and end with the process that asks."""
+    """Fork a process for every request; return (request, pipes) in each child, and end with the process that asks."""
     running = {}  # pidfd -> (process id, the pipe that tells)
     while True:
         ready, _, _ = select.select([requests, *running], [], [])
@@ -58,7 +58,7 @@ def serve(requests):
             running[os.pidfd_open(process)] = process, tell
 
 
-def become_the_run(request, output):
+def become_requested(request, output):
     """Take the request's session, output, working directory and environment."""
     os.setsid()
     os.dup2(output, 1)
@@ -159,13 +159,17 @@ def sound_to_fork():
 
 
 def main(descriptor):
-    """Import everything, serve, and run the command line in every child."""
+    """Import everything, serve, and run what is requested in every child."""
     for module in IMPORTED:
         import_module(module)
     assert sound_to_fork(), "an import has started a thread or touched CUDA"
     gc.freeze()
     request, output = serve(socket.socket(fileno=descriptor))
-    become_the_run(request, output)
+    become_requested(request, output)
+    if request["code"] is not None:
+        sys.argv = ["-c", *request["arguments"]]
+        exec(compile(request["code"], "<test>", "exec"), {"__name__": "__main__"})
+        return
     fork_the_zygote()
     inject("lora_kit.runs.store")
     sys.argv = ["lora-kit", *request["arguments"]]

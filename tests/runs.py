@@ -19,7 +19,9 @@ from pathlib import Path
 from fork_server import INJECT, MESSAGE_BYTES, NUMBER
 
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith(("RANK", "WORLD", "LOCAL_"))}
-READ_AFTER_IMPORTS = re.compile(r"FAULTS|PYTEST_|WANDB_|TRACKIO_|MLFLOW_|HF_TOKEN$")
+READ_AFTER_IMPORTS = re.compile(
+    r"FAULTS|PYTEST_|WANDB_|TRACKIO_|MLFLOW_|HF_TOKEN$|(LOCAL_)?(RANK|WORLD_SIZE)$|MASTER_|GLOO_|LORA_KIT_ORDERED$"
+)
 WAIT_SECONDS = 100.0  # for anything that a test waits for; a machine under load may need tens of seconds
 POLL_SECONDS = 0.005
 
@@ -27,10 +29,10 @@ POLL_SECONDS = 0.005
 class Forked:
     """The part of `subprocess.Popen` that the tests use, for a process that the fork server has started."""
 
-    def __init__(self, arguments, environment):
+    def __init__(self, arguments, environment, code=None):
         reading, output = os.pipe()
         self._told, tell = os.pipe()
-        request = {"arguments": arguments, "environment": environment, "folder": str(Path.cwd())}
+        request = {"arguments": arguments, "environment": environment, "folder": str(Path.cwd()), "code": code}
         message = json.dumps(request).encode()
         assert len(message) < MESSAGE_BYTES
         socket.send_fds(fork_server(), [message], [output, tell])
@@ -113,26 +115,33 @@ def with_faults():
     return os.pathsep.join([str(INJECT.parent), ENVIRONMENT.get("PYTHONPATH", "")])
 
 
-def command(*arguments):
-    """Return the command line of `lora-kit` in a fresh interpreter."""
-    return [sys.executable, "-m", "lora_kit", *map(str, arguments)]
-
-
-def start(recipe, out, *more, processes=1, environment=None, fresh=False):
-    """Start a training command and return the process; `fresh` is its true command line, with all imports."""
-    several = ["--processes", processes] if processes > 1 else []
-    arguments = [str(argument) for argument in ("train", recipe, "--out", out, *several, *more)]
-    environment = ENVIRONMENT | (environment or {})
+def started(arguments, environment, *, code=None, fresh=False):
+    """Start `lora-kit ARGUMENTS` or `python -c CODE ARGUMENTS`; return the process, whose stderr is its stdout."""
+    arguments, environment = [str(argument) for argument in arguments], ENVIRONMENT | (environment or {})
     if not fresh and same_imports(environment):
-        return Forked(arguments, environment)
+        return Forked(arguments, environment, code)
     return subprocess.Popen(
-        command(*arguments),
+        [sys.executable, *(("-m", "lora_kit") if code is None else ("-c", code)), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=environment,
         start_new_session=True,
     )
+
+
+def run_code(code, *arguments, environment=None):
+    """Run Python code in a process that has imported everything; return what it printed once it has succeeded."""
+    process = started(arguments, environment, code=code)
+    printed, _ = process.communicate(timeout=WAIT_SECONDS)
+    assert process.returncode == 0, f"exit code {process.returncode}\n{printed}"
+    return printed
+
+
+def start(recipe, out, *more, processes=1, environment=None, fresh=False):
+    """Start a training command and return the process; `fresh` is its true command line, with all imports."""
+    several = ["--processes", processes] if processes > 1 else []
+    return started(["train", recipe, "--out", out, *several, *more], environment, fresh=fresh)
 
 
 def train(recipe, out, *more, processes=1, expect=0, environment=None, fresh=False):

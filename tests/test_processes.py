@@ -9,9 +9,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from runs import started
 
 from lora_kit.data.packing import reduction_schedule
 from lora_kit.errors import LaunchError
+from lora_kit.supervise import launch
 from lora_kit.training.processes import refuse_contradictions
 
 WORKER = """
@@ -58,10 +60,10 @@ def in_one_process(count):
 
 @pytest.mark.parametrize("processes", [2, 3, 4])
 def test_many_processes_sum_like_one(tmp_path, processes):
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    subprocess.run([*launcher, str(script), str(tmp_path / "sums")], check=True, capture_output=True, timeout=120)
+    workers = [started([tmp_path / "sums"], environment, code=WORKER) for environment in launch.environments(processes)]
+    for worker in workers:
+        printed, _ = worker.communicate()
+        assert worker.returncode == 0, printed
     results = [json.loads((tmp_path / f"sums.{index}").read_text()) for index in range(processes)]
     assert all(result == results[0] for result in results), "every process holds the same sum"
     for count, text in zip((1, 2, 3, 5, 8, 11), results[0], strict=True):

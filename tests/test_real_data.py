@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+from runs import train
 from typer.testing import CliRunner
 
 import lora_kit as lk
@@ -37,7 +38,8 @@ def test_a_story_teller_learns_to_tell_intents(shared_data, tmp_path, base):
         (tmp_path / f"{name}.jsonl").write_text(snips(shared_data / "snips", kind))
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(base=shared_data / base))
     recipe = lk.load_recipe(tmp_path / "recipe.yaml")
-    run = lk.train(recipe, tmp_path / "run")
+    train(tmp_path / "recipe.yaml", tmp_path / "run")
+    run = lk.Run(tmp_path / "run")
     before, after = run.result["metrics"]["base"], run.result["metrics"]["adapter"]
     assert before["exact_match"] < 0.05
     assert after["exact_match"] > 0.7
@@ -69,9 +71,8 @@ def test_real_instructions_train_and_answer(shared_data, tmp_path):
         "data: {train: train.json, validation: 0.05, template: chat.jinja, sequence_length: 512, overlong: drop}\n"
         "optim: {learning_rate: 3e-3}\ntrain: {steps: 30, batch_size: 16, micro_batch_tokens: 1024}\n"
     )
-    recipe = lk.load_recipe(tmp_path / "recipe.yaml")
-    run = lk.train(recipe, tmp_path / "run")
-    metrics = run.result["metrics"]
+    train(tmp_path / "recipe.yaml", tmp_path / "run")
+    metrics = lk.Run(tmp_path / "run").result["metrics"]
     assert metrics["adapter"]["loss"] < 0.8 * metrics["base"]["loss"]
     answered = CliRunner().invoke(app, ["generate", str(tmp_path / "run"), "Name a fruit.", "--max-new-tokens", "20"])
     assert answered.exit_code == 0, answered.output

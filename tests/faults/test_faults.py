@@ -9,14 +9,13 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 from conftest import RECIPE
-from runs import WAIT_SECONDS, go_on, start, state_hash, train, wait_for_lines, wait_until, with_faults
+from runs import go_on, run_code, start, state_hash, train, wait_for_lines, wait_until, with_faults
 
 from lora_kit.runs import live, store
 from lora_kit.runs.manifest import MANIFEST
@@ -332,5 +331,5 @@ def test_a_resume_unpickles_nothing(recipe, undisturbed, faults, tmp_path):
     wait_for_lines(out / "metrics.jsonl", 9, process)
     process.terminate()
     assert process.wait() == 75
-    subprocess.run([sys.executable, "-c", AUDIT, str(recipe), str(out)], check=True, timeout=WAIT_SECONDS)
+    run_code(AUDIT, recipe, out)
     assert state_hash(out, STEPS) == undisturbed

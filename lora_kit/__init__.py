@@ -3,11 +3,11 @@
     import lora_kit as lk
 
     recipe = lk.load_recipe("recipes/quickstart.yaml")
-    run = lk.train(recipe, "runs/first")            # goes on where runs/first stopped
+    run = lk.train(recipe, "runs/first")            # resumes if runs/first was interrupted
     model, tokenizer = lk.load(run.latest)
     lk.generate(model, tokenizer, ["..."])
 
-Importing this package imports nothing heavy: each name is fetched from its module when it is first used.
+Importing this package is fast: a name is imported from its module when it is first used.
 """
 
 import logging
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from lora_kit.training.evaluation import evaluate as evaluate
     from lora_kit.training.loop import train as train
 
-# tqdm says this in every notebook without ipywidgets; nothing of ours wants them
+# tqdm warns in every notebook without ipywidgets, which lora_kit does not use
 warnings.filterwarnings("ignore", message="IProgress not found")
-# peft imports it wherever it is installed, and it tells every process of kernels that it can do without
+# peft imports bitsandbytes if it is installed, and bitsandbytes logs about missing optional kernels in every process
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __version__ = VERSION

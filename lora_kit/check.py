@@ -1,7 +1,6 @@
-"""What is wrong with a recipe, what it will look like and what it will cost, before anything is trained.
+"""Check a recipe before training: its problems, a preview of the data, and an estimate of memory and sizes.
 
-Nothing here loads a weight: the data is read as training would read it, and memory is counted from the base's
-configuration.
+The data is read and tokenised as for training. No weights are loaded: sizes are computed from the base's configuration.
 """
 
 import html
@@ -32,7 +31,11 @@ from lora_kit.training.micro_batches import Machine, MicroBatches, choose, descr
 
 @dataclass(frozen=True, repr=False)
 class Preview:
-    """Rendered examples, each in runs of text with whether they are trained."""
+    """Rendered examples with their trained parts marked.
+
+    Attributes:
+        examples: For each example its text as pieces (text, whether it is trained).
+    """
 
     examples: tuple[tuple[tuple[str, bool], ...], ...]
 
@@ -40,83 +43,93 @@ class Preview:
         return str(self)
 
     def __str__(self) -> str:
-        return "\n\n".join("".join(f"⟦{text}⟧" if on else text for text, on in one) for one in self.examples)
+        return "\n\n".join("".join(_in_brackets(*piece) for piece in example) for example in self.examples)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        plain = console.no_color or console.color_system is None  # a pipe shows no colours
-        for number, one in enumerate(self.examples):
+        no_colours = console.no_color or console.color_system is None  # e.g. in a pipe
+        for number, example in enumerate(self.examples):
             yield Text(f"example {number}", style="dim")
-            runs = ((f"⟦{text}⟧" if on and plain else text, "black on green" if on else "") for text, on in one)
-            yield Text.assemble(*runs)
+            yield Text.assemble(
+                *(
+                    (_in_brackets(text, trained) if no_colours else text, "black on green" if trained else "")
+                    for text, trained in example
+                )
+            )
 
     def _repr_html_(self) -> str:
+        style = "white-space:pre-wrap;font-family:monospace;border-left:3px solid #999;padding-left:8px;margin:8px 0"
         mark = '<span style="background:#b7e4c7;color:#000">{}</span>'
-        runs = (
-            "".join(mark.format(html.escape(text)) if on else html.escape(text) for text, on in one)
-            for one in self.examples
+        bodies = (
+            "".join(mark.format(html.escape(text)) if trained else html.escape(text) for text, trained in example)
+            for example in self.examples
         )
-        return "".join(
-            '<pre style="white-space:pre-wrap;font-family:monospace;border-left:3px solid #999;padding-left:8px;'
-            f'margin:8px 0">{one}</pre>'
-            for one in runs
-        )
+        return "".join(f'<pre style="{style}">{body}</pre>' for body in bodies)
+
+
+def _in_brackets(text: str, trained: bool) -> str:
+    return f"⟦{text}⟧" if trained else text
 
 
 def preview(recipe: Recipe, n: int = 2) -> Preview:
-    """Return the first `n` training examples as the model will see them, trained tokens marked.
+    """Return the first `n` training examples as rendered text with the trained tokens marked.
 
     Raises:
-        InputError: The base's tokenizer or the data cannot be read.
+        InputError: The base's tokenizer or the data cannot be read, or the data has problems.
     """
-    renderer = load_renderer(_light_source(recipe, offline=False), recipe)
+    renderer = load_renderer(_source_without_weights(recipe, offline=False), recipe)
     return _preview(prepare_data(recipe, renderer).train, renderer, n)
 
 
 def _preview(tokens: Tokens, renderer: Renderer, n: int) -> Preview:
-    return Preview(tuple(tuple(_runs(tokens, index, renderer)) for index in range(min(n, len(tokens)))))
+    return Preview(tuple(tuple(_pieces(tokens, index, renderer)) for index in range(min(n, len(tokens)))))
 
 
-def _runs(tokens: Tokens, index: int, renderer: Renderer) -> Iterator[tuple[str, bool]]:
+def _pieces(tokens: Tokens, index: int, renderer: Renderer) -> Iterator[tuple[str, bool]]:
+    """Yield the text of an example in pieces that are trained or untrained as a whole."""
     ids, trained = tokens.example(index)
-    start, shown = 0, ""
+    start, before = 0, ""
     for end in range(1, len(ids) + 1):
         if end == len(ids) or trained[end] != trained[start]:
-            # from the beginning each time: many tokenizers drop a blank that begins what they decode
+            # decode from the first token each time, because many tokenizers drop a leading blank
             text = str(renderer.tokenizer.decode(ids[:end].tolist(), skip_special_tokens=False))
-            yield text[len(shown) :], bool(trained[start])
-            start, shown = end, text
+            yield text[len(before) :], bool(trained[start])
+            start, before = end, text
 
 
 def estimate(recipe: Recipe, *, shapes: Path | None = None, offline: bool = False) -> Estimate:
-    """Return what a recipe's base and adapter weigh on this machine, counted from the base's configuration.
+    """Estimate memory and sizes of a recipe on this machine from the base's configuration.
 
     Args:
-        recipe: From `load_recipe`.
-        shapes: A folder of `<owner>--<name>.json` configurations to look in first.
-        offline: Use nothing from the network.
+        recipe: The recipe.
+        shapes: A folder with model configurations `<owner>--<name>.json`, which are used first.
+        offline: Whether to use only local files.
 
     Raises:
-        BaseError: The configuration cannot be had, or is of a family that is not counted.
+        BaseError: The configuration is not available, or its model type is not supported.
     """
     shape = read_config(_config_path(recipe, shapes, offline=offline))
     machine = this_machine()
     return _estimate(recipe, shape, choose(recipe, shape, machine), machine)
 
 
-def _estimate(recipe: Recipe, shape: Shape, portions: MicroBatches, machine: Machine) -> Estimate:
-    tokens, recompute = portions.micro_batch_tokens, portions.activation_checkpointing
+def _estimate(recipe: Recipe, shape: Shape, micro_batches: MicroBatches, machine: Machine) -> Estimate:
+    tokens, recompute = micro_batches.micro_batch_tokens, micro_batches.activation_checkpointing
     return estimate_memory(shape, recipe, tokens=tokens, recompute=recompute, device=machine.device)
 
 
 def _config_path(recipe: Recipe, shapes: Path | None, *, offline: bool) -> Path:
-    named = shapes / f"{recipe.base.repo.replace('/', '--')}.json" if shapes else None
-    if named is not None and named.is_file():
-        return named
-    return _light_source(recipe, offline=offline).folder / "config.json"
+    path = shapes / f"{recipe.base.repo.replace('/', '--')}.json" if shapes else None
+    if path is not None and path.is_file():
+        return path
+    return _source_without_weights(recipe, offline=offline).folder / "config.json"
 
 
-def _light_source(recipe: Recipe, *, offline: bool) -> Source:
-    """Find a base's configuration and tokenizer without its weights."""
+def _source_without_weights(recipe: Recipe, *, offline: bool) -> Source:
+    """Find or download the base's configuration and tokenizer, without weights and hashes.
+
+    Raises:
+        InputError: The base does not exist or cannot be downloaded.
+    """
     folder = resolve_path(recipe, recipe.base.repo)
     return Source(recipe.base.repo, base_folder(recipe.base, folder, weights=False, offline=offline), None, {})
 
@@ -126,19 +139,19 @@ COLOURS = {"red": "color:#c1121f", "yellow": "color:#b07d00", "bold": "font-weig
 
 @dataclass(repr=False)
 class Report:
-    """What a check found.
+    """The result of `check`.
 
     Attributes:
-        machine: What a run would compute on.
-        problems: What would stop the run; empty when it can start.
-        unchecked: What could not be looked at, and why.
-        notes: What a person should know.
-        data: Counts of the training and validation data.
+        machine: The device that a run on this machine would compute on.
+        problems: Errors that would stop the run; empty if it can start.
+        unchecked: Parts that could not be checked, with the reason.
+        notes: Notes for the user.
+        data: Statistics of the training and validation data.
         schedule: Steps, examples and tokens of the run.
-        portions: How many tokens are computed at once, and what of them is kept: as the recipe says, or as a run that
-            began here would choose.
-        estimate: Sizes and memory.
-        preview: The first examples.
+        portions: The size of micro-batches and whether activations are recomputed: the recipe's settings, or for `auto`
+            those that a run on this machine would choose.
+        estimate: Sizes and memory; None if they cannot be computed.
+        preview: The first training examples.
     """
 
     machine: Machine
@@ -152,7 +165,7 @@ class Report:
     preview: Preview | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values."""
+        """Return the report as JSON values."""
         sizes = asdict(self.estimate) | {"device_bytes": self.estimate.device_bytes} if self.estimate else None
         return asdict(self) | {"estimate": sizes, "preview": str(self.preview) if self.preview else None}
 
@@ -163,48 +176,52 @@ class Report:
         return "\n".join(str(part) for part in self._parts())
 
     def _repr_html_(self) -> str:
-        first = self.preview._repr_html_() if self.preview else ""
+        preview = self.preview._repr_html_() if self.preview else ""
         lines = (
             f'<span style="{COLOURS.get(str(part.style), "")}">{html.escape(part.plain)}</span>'
             for part in self._parts()
             if isinstance(part, Text)
         )
-        return (
-            first
-            + '<pre style="white-space:pre-wrap;word-break:normal;font-family:monospace">'
-            + "\n".join(lines)
-            + "</pre>"
-        )
+        body = "\n".join(lines)
+        return f'{preview}<pre style="white-space:pre-wrap;word-break:normal;font-family:monospace">{body}</pre>'
 
     def _parts(self) -> Iterator[RenderableType]:
         if self.preview is not None:
             yield self.preview
         for name, counts in self.data.items():
-            yield Text(f"{name}: " + ", ".join(f"{key} {_plain(value)}" for key, value in counts.items() if value))
+            yield Text(
+                f"{name}: " + ", ".join(f"{_label(key)} {_number(value)}" for key, value in counts.items() if value)
+            )
         if self.schedule:
-            yield Text("schedule: " + ", ".join(f"{key} {_plain(value)}" for key, value in self.schedule.items()))
+            yield Text(
+                "schedule: " + ", ".join(f"{_label(key)} {_number(value)}" for key, value in self.schedule.items())
+            )
         if self.portions is not None:
             yield Text(description(self.portions, self.machine))
         if self.estimate is not None:
             yield from (Text(line) for line in self.estimate.lines())
         yield from (Text(f"note: {note}", style="yellow") for note in self.notes)
-        yield from (Text(f"not checked: {what}", style="yellow") for what in self.unchecked)
+        yield from (Text(f"not checked: {part}", style="yellow") for part in self.unchecked)
         yield from (Text(f"problem: {problem}", style="red") for problem in self.problems)
         yield Text("the recipe cannot start" if self.problems else "the recipe can start", style="bold")
 
 
-def _plain(value: Any) -> str:
+def _label(key: str) -> str:
+    return key.replace("_", " ")
+
+
+def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def check(recipe: Recipe, *, offline: bool = False, shapes: Path | None = None, processes: int = 1) -> Report:
-    """Look at everything that can be looked at without the base's weights.
+    """Check everything about a recipe that can be checked without the base's weights.
 
     Args:
-        recipe: From `load_recipe`, which has checked its fields.
-        offline: Use nothing from the network; what is not on this machine is listed as unchecked.
-        shapes: A folder of `<owner>--<name>.json` configurations, for sizes of bases that are not here.
-        processes: How many will train together.
+        recipe: The recipe, whose fields `load_recipe` has checked.
+        offline: Whether to use only local files; other parts are reported as unchecked.
+        shapes: A folder with model configurations `<owner>--<name>.json`, for sizes of bases that are not local.
+        processes: The number of processes that will train together on this machine.
     """
     report = Report(this_machine(processes))
     try:
@@ -217,23 +234,23 @@ def check(recipe: Recipe, *, offline: bool = False, shapes: Path | None = None, 
         _check_targets(shape, recipe, report)
     except InputError as error:
         report.unchecked.append(f"sizes and memory: {error}")
-    portions = report.portions = choose(recipe, shape, report.machine)
-    report.estimate = _estimate(recipe, shape, portions, report.machine) if shape else None
+    micro_batches = report.portions = choose(recipe, shape, report.machine)
+    report.estimate = _estimate(recipe, shape, micro_batches, report.machine) if shape else None
     try:
-        source = _light_source(recipe, offline=offline)
+        source = _source_without_weights(recipe, offline=offline)
     except InputError as error:
-        absent = offline and _on_the_hub(recipe, recipe.base.repo)
-        what = f"data: it takes the base's tokenizer: {error}"
-        (report.unchecked if absent else report.problems).append(what)
+        is_unchecked = offline and _is_hub_name(recipe, recipe.base.repo)
+        message = f"data: needs the base's tokenizer: {error}"
+        (report.unchecked if is_unchecked else report.problems).append(message)
         return report
-    report.problems += _wrong_files(source, local=not _on_the_hub(recipe, recipe.base.repo))
+    report.problems += _file_problems(source, is_local=not _is_hub_name(recipe, recipe.base.repo))
     try:
         renderer = load_renderer(source, recipe)
-        if offline and any(_on_the_hub(recipe, one) for one in (recipe.data.train, recipe.data.validation)):
-            report.unchecked.append("data: a Hub dataset, and --offline was asked for")
+        if offline and any(_is_hub_name(recipe, name) for name in (recipe.data.train, recipe.data.validation)):
+            report.unchecked.append("data: a Hub dataset, not read with --offline")
         else:
             data = prepare_data(recipe, renderer)
-            plan = Plan(recipe, data.train, portions.micro_batch_tokens, padded=False)
+            plan = Plan(recipe, data.train, micro_batches.micro_batch_tokens, padded=False)
             _check_data(plan, data, renderer, report, processes)
     except InputError as error:
         report.problems += str(error).splitlines()
@@ -241,27 +258,31 @@ def check(recipe: Recipe, *, offline: bool = False, shapes: Path | None = None, 
 
 
 def _check_targets(shape: Shape, recipe: Recipe, report: Report) -> None:
-    names, targets = [one.name for one in shape.linears], recipe.adapter.targets
+    """Report targets that are not linear layers of a decoder layer: a problem if none is, otherwise a note.
+
+    Names with a dot and `lm_head` may still match a layer of the loaded model.
+    """
+    names, targets = [layer.name for layer in shape.linears], recipe.adapter.targets
     unknown = [] if isinstance(targets, str) else [target for target in targets if target not in names]
-    told = f"adapter.targets: {', '.join(unknown)} not among the layers that are counted: {', '.join(names)}"
+    message = f"adapter.targets: {', '.join(unknown)} not among the linear layers {', '.join(names)}"
     if unknown and len(unknown) == len(targets) and not any("." in name or name == "lm_head" for name in unknown):
-        report.problems.append(told)
+        report.problems.append(message)
     elif unknown:
-        report.notes.append(f"{told}; a name that the base does not have is refused")
+        report.notes.append(f"{message}; the run stops if the base has no such layer")
 
 
-def _wrong_files(source: Source, *, local: bool) -> Iterator[str]:
-    """Say what keeps a base that is here from being loaded, as far as its files show it."""
+def _file_problems(source: Source, *, is_local: bool) -> Iterator[str]:
+    """Yield the problems of a base's files that would prevent loading it."""
     try:
         json.loads((source.folder / "config.json").read_text())
     except ValueError as error:
-        yield f"base.repo: {source.folder / 'config.json'} is not JSON: {error}; fetch the base again"
-    if local and not any(source.folder.glob("*.safetensors")):
-        yield f"base.repo: {source.name} has no .safetensors weights; lora_kit opens no pickled ones"
+        yield f"base.repo: {source.folder / 'config.json'} is not JSON: {error}; download the base again"
+    if is_local and not any(source.folder.glob("*.safetensors")):
+        yield f"base.repo: {source.name} has no .safetensors weights; convert it, pickled weights are not loaded"
 
 
-def _on_the_hub(recipe: Recipe, source: str | float | None) -> bool:
-    """Return whether a source can only be a Hub name; a missing file is none, so that reading it tells."""
+def _is_hub_name(recipe: Recipe, source: str | float | None) -> bool:
+    """Return whether a source can only be a Hub name. A missing file is not; reading it will report the error."""
     if not isinstance(source, str):
         return False
     name = source.partition("[")[0]
@@ -272,6 +293,7 @@ def _on_the_hub(recipe: Recipe, source: str | float | None) -> bool:
 
 
 def _check_data(plan: Plan, data: Prepared, renderer: Renderer, report: Report, processes: int) -> None:
+    """Add data statistics, schedule, preview, and problems of the data with this base to the report."""
     recipe = plan.recipe
     report.data = {name: data.summary[name] for name in ("train", "validation") if data.summary[name]}
     report.notes += [*data.summary["notes"], *unready(recipe)]
@@ -289,6 +311,6 @@ def _check_data(plan: Plan, data: Prepared, renderer: Renderer, report: Report, 
         check_tokenizer_fits(renderer.tokenizer, report.estimate.vocabulary, used=data.train)
         if recipe.data.sequence_length > report.estimate.context < max(data.train.lengths):
             report.problems.append(
-                f"data.sequence_length: the longest example has {max(data.train.lengths):,} tokens, the base was made "
-                f"for {report.estimate.context:,}; lower data.sequence_length and set data.overlong"
+                f"data.sequence_length: the longest example has {max(data.train.lengths):,} tokens, but the "
+                f"base has only {report.estimate.context:,} positions; lower data.sequence_length and set data.overlong"
             )

@@ -1,12 +1,12 @@
-"""Random numbers as a pure function: integers that say what is drawn, mixed into 64 bits."""
+"""Random bits as a pure function of integers, such as (seed, purpose, step)."""
 
 MASK64 = (1 << 64) - 1
 
 
 def mix(*numbers: int) -> int:
-    """Return 64 well-mixed bits of the given non-negative integers, the same on every machine.
+    """Hash non-negative integers to 64 pseudo-random bits, the same on every machine.
 
-    Source: the finaliser of SplitMix64 (Steele, Lea and Flood 2014), chained over the numbers.
+    Source: the output function of SplitMix64 (Steele, Lea and Flood 2014), applied after adding each number.
     """
     state = 0x9E3779B97F4A7C15
     for number in numbers:

@@ -66,8 +66,8 @@ def test_the_probe_is_not_fooled_where_rounding_grows_through_many_layers(monkey
     shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 40, "initializer_range": 0.1}
     config = AutoConfig.for_model("llama", **SMALL | shape)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    apart, own = [], probe._apart
-    monkeypatch.setattr(probe, "_apart", lambda *a: apart.append(own(*a)) or apart[-1])
+    apart, own = [], probe._relative_difference
+    monkeypatch.setattr(probe, "_relative_difference", lambda *a: apart.append(own(*a)) or apart[-1])
     assert use_attention(model, SEGMENT) and not leaks_when_packed(model, 64, torch.device("cpu"))
     assert max(apart) > 1.5 * probe.PROBE_TOLERANCE[torch.bfloat16]
 
@@ -130,10 +130,10 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
         locate(Base(repo="here"), tmp_path)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(BaseError, match=r"no \.safetensors weights; lora_kit opens no pickled ones"):
+    with pytest.raises(BaseError, match=r"no \.safetensors weights; convert it, pickled weights are not loaded"):
         locate(Base(repo="here"), tmp_path)
 
 
 def test_a_name_that_is_nowhere_says_what_to_check():
-    with pytest.raises(BaseError, match=r"nobody/nothing .* is no folder here and cannot be had from the Hub"):
+    with pytest.raises(BaseError, match=r"nobody/nothing .* is not a local folder and cannot be downloaded"):
         locate(Base(repo="nobody/nothing"), None)

@@ -197,8 +197,8 @@ def test_a_layer_that_no_gradient_reaches_is_an_error_at_the_first_step(recipe_f
     with pytest.raises(RecipeError) as refusal:
         loop.train(load_recipe(recipe_file), tmp_path / "run")
     assert str(refusal.value).splitlines() == [
-        "adapter.targets: 2 tensors got no gradient in the first step; the base does not use their layers here, "
-        "so leave them out:",
+        "adapter.targets: 2 tensors got no gradient in the first step, because the base does not use their layers; "
+        "remove these layers from the targets:",
         "  base_model.model.model.layers.0.spare.lora_A.weight",
         "  base_model.model.model.layers.0.spare.lora_B.weight",
     ]

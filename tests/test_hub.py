@@ -120,7 +120,7 @@ def test_eval_takes_a_hub_name_and_finds_the_base_through_the_recipe(hub, traine
 
 def test_without_its_local_base_it_says_how_to_name_one(hub, trained):
     lk.push(trained.latest, "me/first")
-    with pytest.raises(BaseError, match=r"was a local folder .* lk\.load\(\.\.\., base=FOLDER\)"):
+    with pytest.raises(BaseError, match=r"it was a local folder .* lk\.load\(\.\.\., base=FOLDER\)"):
         lk.load("me/first")
 
 

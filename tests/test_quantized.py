@@ -112,9 +112,9 @@ def test_the_estimate_counts_the_bytes_that_are_held(recipe_file, base_folder):
         assert weights <= estimate(recipe).base_bytes <= 1.1 * weights
 
 
-def test_a_missing_package_is_told_before_anything_is_loaded(recipe_file, tmp_path, monkeypatch):
+def test_a_missing_package_is_reported_before_anything_is_loaded(recipe_file, tmp_path, monkeypatch):
     monkeypatch.setattr(bases, "find_spec", lambda name: None)
-    with pytest.raises(BaseError, match=r"nf4 needs bitsandbytes; pip install 'lora_kit\[bnb\]'"):
+    with pytest.raises(BaseError, match=r"nf4 needs bitsandbytes, which is missing; pip install 'lora_kit\[bnb\]'"):
         loop.train(load_recipe(recipe_file, ["base.quantization=nf4"]), tmp_path / "run")
 
 

@@ -76,12 +76,12 @@ def test_every_unknown_name_is_refused_with_those_that_are_there():
     with pytest.raises(RecipeError) as refusal:
         put(tiny("mixtral"), ("q_proj", "w1", "query", "embed_tokens"))
     told = str(refusal.value)
-    assert told.startswith("adapter.targets: ['w1', 'query', 'embed_tokens'] fit no layer of the base; it has [")
+    assert told.startswith("adapter.targets: ['w1', 'query', 'embed_tokens'] match no layer of the base; choose from [")
     assert "'q_proj'" in told and "'mlp.experts.gate_up_proj'" in told
 
 
 def test_what_peft_cannot_adapt_is_told_in_its_words():
-    with pytest.raises(RecipeError, match=r"adapter.targets: peft refuses .*dropout"):
+    with pytest.raises(RecipeError, match=r"adapter.targets: peft cannot adapt .*dropout"):
         put(tiny("mixtral"), ("experts.down_proj",), dropout=0.1)
 
 

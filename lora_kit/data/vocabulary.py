@@ -80,9 +80,7 @@ def untrained_labels(tokens: Tokens, embedding: "np.ndarray | Tensor") -> list[i
     rows = _rows(embedding)
     near = NEAR * _typical_distance(rows)
     mean = rows.mean(axis=0)
-    rows = (
-        rows - mean
-    )  # distances stay the same and have smaller rounding errors; a copy, because rows may be a view of the base
+    rows = rows - mean  # the distances stay the same, with smaller rounding errors
     squares = np.square(rows).sum(axis=1)
     to_zero = np.square(rows[labels] + mean).sum(axis=1)
     untrained = np.minimum(to_zero, squares[labels]) < near**2

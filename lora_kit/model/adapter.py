@@ -1,8 +1,4 @@
-"""The adapter: injected by peft, owned as four flat buffers, named as PEFT names it.
-
-Weights, gradient and the two moments are one fp32 tensor each; the model's parameters are views into the first two. So
-the optimizer step, the norm, the reduction and a snapshot are one operation on one buffer.
-"""
+"""Add the LoRA adapter to the base with peft, with a reproducible initialisation."""
 
 import logging
 import math
@@ -20,22 +16,23 @@ from lora_kit.model.targets import find_targets, refuse_others
 from lora_kit.randomness import mix
 from lora_kit.recipe.schema import Adapter
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it where installed, and it talks
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it logs at import
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 
 
 def inject(base: PreTrainedModel, adapter: Adapter, *, seed: int, name: str, revision: str | None) -> PeftModel:
-    """Return the base with LoRA adapters on `adapter.targets`, B at zero and A drawn on the CPU from (seed, name).
+    """Return the base with LoRA adapters on `adapter.targets`: B is zero, A is drawn from (seed, name of the
+    parameter).
 
     Args:
-        base: The frozen model, already where it computes.
+        base: The frozen model, already on its device.
         adapter: The recipe's section.
         seed: The recipe's seed.
-        name: The base's name, written to adapter_config.json.
-        revision: The base's commit, likewise.
+        name: The base's name, for adapter_config.json.
+        revision: The base's commit, for adapter_config.json.
 
     Raises:
-        RecipeError: A target names no layer of this base, or one that peft cannot adapt.
+        RecipeError: A target matches no layer of the base, or peft cannot adapt it.
     """
     targets = find_targets(base, adapter)
     config = LoraConfig(
@@ -49,9 +46,9 @@ def inject(base: PreTrainedModel, adapter: Adapter, *, seed: int, name: str, rev
     try:
         model = get_peft_model(base, config)
     except ValueError as error:
-        raise RecipeError(f"adapter.targets: peft refuses {adapter.targets}: {error}") from error
+        raise RecipeError(f"adapter.targets: peft cannot adapt {adapter.targets}: {error}") from error
     refuse_others(targets, (name.removeprefix("base_model.model.") for name, _ in trainable(model)))
-    # peft would write the path that was loaded
+    # peft would write the local path from which the base was loaded
     config.base_model_name_or_path, config.revision = name, revision
     for parameter_name, parameter in trainable(model):
         if ".lora_A." in parameter_name:
@@ -60,14 +57,17 @@ def inject(base: PreTrainedModel, adapter: Adapter, *, seed: int, name: str, rev
 
 
 def initial_a(like: Tensor, seed: int) -> Float32[Tensor, "rank inputs"]:
-    """Return PEFT's start for A, uniform in +-1/sqrt(inputs), drawn on the CPU so that every device gets the same."""
+    """Return PEFT's initialisation of A, uniform in +-1/sqrt(inputs).
+
+    The numbers are drawn on the CPU, so they are the same for every device.
+    """
     generator = torch.Generator().manual_seed(seed >> 1)
     bound = 1 / math.sqrt(like.shape[-1])
     return torch.empty(like.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
 
 
 def saved_config(model: PeftModel) -> dict[str, Any]:
-    """Return the content of adapter_config.json; its sets are sorted, so that the bytes are stable."""
+    """Return the content of adapter_config.json. Sets are sorted, so the file is the same in every process."""
     config = model.peft_config["default"].to_dict() | {"inference_mode": True}
     return {key: _plain(value) for key, value in sorted(config.items())}
 

@@ -1,6 +1,6 @@
-"""The frozen base: load it, and find out whether it can train packed examples.
+"""Load the frozen base.
 
-A base is read-only input. It is never saved again: a checkpoint holds its fingerprint and resumes on no other.
+The base is only read. A checkpoint records the hashes of its files, and a run resumes only on the same base.
 """
 
 import re
@@ -23,37 +23,40 @@ from lora_kit.recipe.schema import Base
 
 
 def require_quantization(base: Base) -> None:
-    """Refuse a quantised base without the package that holds it.
+    """Check that the package for the recipe's quantisation is installed.
 
     Raises:
-        BaseError: Says what to install.
+        BaseError: bitsandbytes is missing.
     """
     if base.quantization != "none" and find_spec("bitsandbytes") is None:
-        raise BaseError(f"base.quantization: {base.quantization} needs bitsandbytes; pip install 'lora_kit[bnb]'")
+        raise BaseError(
+            f"base.quantization: {base.quantization} needs bitsandbytes, which is missing; pip install 'lora_kit[bnb]'"
+        )
 
 
 def refuse_without_bfloat16(dtype: str, name: str, capability: tuple[int, int]) -> None:
-    """Refuse bfloat16 on a GPU that only emulates it; fp16 would need a loss scale, which is state to lose.
+    """Check that a GPU computes in bfloat16. float16 is no alternative: its loss scale would be additional state.
 
     Args:
-        dtype: The recipe's.
-        name: The GPU's.
-        capability: Its compute capability, (8, 0) for the first that has bfloat16.
+        dtype: The recipe's dtype.
+        name: The name of the GPU.
+        capability: Its compute capability. GPUs from (8, 0), Ampere, have bfloat16.
 
     Raises:
-        BaseError: Says what to do.
+        BaseError: The dtype is bfloat16 and the GPU only emulates it.
     """
     if dtype == "bfloat16" and capability < (8, 0):
         raise BaseError(
             f"base.dtype: {name} (compute capability {capability[0]}.{capability[1]}) has no bfloat16 arithmetic; set "
-            "base.dtype=float32, with base.quantization=nf4 where memory is short, or use a GPU from Ampere on"
+            "base.dtype=float32, also base.quantization=nf4 if memory is short, or use a GPU of Ampere or later"
         )
 
 
 def _quantized(base: Base) -> BitsAndBytesConfig | None:
-    """Return how transformers is to quantise the linear layers while it loads them.
+    """Return the quantisation settings for loading the base; None for no quantisation.
 
-    int8 has no outliers apart: they are looked for over all rows of a call, so packed examples would touch each other.
+    The threshold 0 switches off the separate handling of outliers in int8: bitsandbytes detects outlier columns over
+    all rows of a call, so packed examples would influence each other.
     """
     if base.quantization == "none":
         return None
@@ -69,11 +72,11 @@ def _quantized(base: Base) -> BitsAndBytesConfig | None:
     )
 
 
-def _never_repack(model: PreTrainedModel) -> None:
-    """Keep 4-bit weights as they are.
+def _forbid_repacking(model: PreTrainedModel) -> None:
+    """Prevent bitsandbytes from changing the layout of 4-bit weights.
 
-    On CPUs with AVX-512 bf16, bitsandbytes 0.50 repacks them in the first evaluation and never back, and every gradient
-    after it is wrong; state_dict then changes them for good.
+    On CPUs with AVX-512 bf16, bitsandbytes 0.50 repacks the weights in the first evaluation and keeps them so, and all
+    later gradients are wrong. state_dict() then converts them permanently.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -83,10 +86,15 @@ def _never_repack(model: PreTrainedModel) -> None:
 
 
 def load_base(source: Source, base: Base, device: torch.device) -> PreTrainedModel:
-    """Load the frozen base in the recipe's dtype onto a device, with its own dropouts off.
+    """Load the frozen base onto a device in the recipe's dtype, with its dropout switched off.
+
+    Args:
+        source: The files of the base.
+        base: The recipe's section.
+        device: The device to load onto.
 
     Raises:
-        BaseError: transformers cannot load it.
+        BaseError: transformers cannot load the base, or the GPU has no bfloat16.
     """
     transformers_logging.disable_progress_bar()
     if device.type == "cuda":
@@ -94,7 +102,7 @@ def load_base(source: Source, base: Base, device: torch.device) -> PreTrainedMod
             base.dtype, torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
         )
     quantization = _quantized(base)
-    # peft still asks for the name that transformers 6 drops; can go with peft 0.22
+    # peft uses an attribute that transformers 6 removes; this line can be removed with peft 0.22
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=base.trust_remote_code)
@@ -112,12 +120,12 @@ def load_base(source: Source, base: Base, device: torch.device) -> PreTrainedMod
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise BaseError(f"base.repo: {source.name} does not load: {reason}") from error
+        raise BaseError(f"base.repo: {source.name} cannot be loaded: {reason}") from error
     model.config.use_cache = False
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     if quantization is not None:
-        _never_repack(model)
+        _forbid_repacking(model)
     torch.nn.Module.to(model, device)
     return model.requires_grad_(False)

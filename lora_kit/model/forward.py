@@ -1,4 +1,4 @@
-"""What a causal language model is called with for a micro-batch."""
+"""The arguments with which a causal language model is called for a micro-batch."""
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +10,11 @@ Inputs = dict[str, Tensor | Segments | bool]
 
 
 def model_inputs(model: nn.Module, batch: MicroBatch, device: torch.device) -> Inputs:
-    """Return the keyword arguments that this causal language model takes for a micro-batch.
+    """Return the keyword arguments for a forward pass.
 
-    Packed examples are kept apart by segments, where the model attends by them, or else by position ids that restart.
-    transformers reads that only when there is no attention mask and no cache, and leaks between the examples in silence
-    otherwise (transformers issue 46634).
+    Packed examples attend only to themselves because of `segments`, if the model uses attention by segments. Otherwise
+    transformers separates them by position ids that restart at 0, but only without attention mask and cache; with
+    either, examples would attend to each other without a warning (transformers issue 46634).
     """
     arrays = {"input_ids": batch.ids, "position_ids": batch.position_ids}
     if batch.attention_mask is not None:

@@ -1,4 +1,4 @@
-"""Find out by trying whether a base can train on packed examples, and with which attention."""
+"""Test whether a base computes packed examples independently, and choose its attention implementation."""
 
 import numpy as np
 import torch
@@ -13,34 +13,40 @@ from lora_kit.recipe.schema import Base
 PROBE_TOLERANCE = {
     torch.float32: 1e-3,
     torch.bfloat16: 5e-2,
-}  # leaks measure 0.4 and more, rounding 1e-6 and 1e-2
-PROBE_LARGEST = 0.25  # where a base is so wide, deep or untrained that rounding alone comes near
+}  # largest relative difference of logits; a leak causes 0.4 or more, rounding 1e-6 (float32) or 1e-2 (bfloat16)
+MAX_TOLERANCE = 0.25  # the tolerance for a base so wide or deep that rounding errors are larger than usual
 
 
 def choose_attention(model: PreTrainedModel, base: Base, device: torch.device) -> tuple[str, str]:
-    """Find out how this model trains fastest among the ways that are right, and leave it set so.
+    """Set and return the fastest attention implementation and layout that compute every example correctly.
+
+    Args:
+        model: The base; its attention implementation is changed.
+        base: The recipe's section. Other values of `attention` than auto are kept.
+        device: The device of the model.
 
     Returns:
-        What a run resolves: `attention`, and `layout` (packed or padded).
+        The attention implementation, and the layout of micro-batches, "packed" or "padded".
     """
-    own, vocabulary = attention_of(model), model.config.get_text_config().vocab_size
+    default, vocabulary = attention_of(model), model.config.get_text_config().vocab_size
     if base.attention == "auto" and use_attention(model, SEGMENT):
         if not leaks_when_packed(model, vocabulary, device):
             return SEGMENT, "packed"
-        use_attention(model, own)
+        use_attention(model, default)
     leaks = leaks_when_packed(model, vocabulary, device)
-    return own, "padded" if leaks else "packed"
+    return default, "padded" if leaks else "packed"
 
 
 @torch.no_grad()
 def leaks_when_packed(model: PreTrainedModel, vocabulary: int, device: torch.device) -> bool:
-    """Return whether examples packed into one row touch each other in this model, or see other than they should.
+    """Return whether packing examples into a row changes their logits in this model.
 
-    Two examples together are compared with each alone under the model's own attention; only the model itself can tell.
-    A model that takes no position ids, or whose windows attention by segment is not told of, counts as leaking.
+    The logits of two packed examples are compared with those of each example alone, computed with the model's default
+    attention. A model also counts as leaking if it accepts no position ids, or if it has sliding windows that the
+    attention by segments would not know.
     """
-    first, second = (np.arange(start, start + length) * 7 % vocabulary for start, length in ((3, 17), (5, 30)))
-    inputs = model_inputs(model, probe_batch([first, second]), device)
+    examples = [np.arange(start, start + length) * 7 % vocabulary for start, length in ((3, 17), (5, 30))]
+    inputs = model_inputs(model, probe_batch(examples), device)
     try:
         logits = model(**inputs).logits[0]
     except (TypeError, ValueError):
@@ -49,39 +55,43 @@ def leaks_when_packed(model: PreTrainedModel, vocabulary: int, device: torch.dev
     if isinstance(segments, Segments) and not _knows_windows(model.config.get_text_config(), segments.windows):
         return True
     start = 0
-    for example in (first, second):
-        one = probe_batch([example])
+    for example in examples:
+        single = model_inputs(model, probe_batch([example]), device)
         with own_attention(model):
-            alone = model(**model_inputs(model, one, device)).logits[0]
-        difference = _apart(logits[start : start + len(example)], alone)
+            alone = model(**single).logits[0]
+        difference = _relative_difference(logits[start : start + len(example)], alone)
         if not difference <= PROBE_TOLERANCE[alone.dtype]:
-            with own_attention(model, "eager"):  # the same by other operations: what rounding makes of it here
-                rounding = _apart(model(**model_inputs(model, one, device)).logits[0], alone)
-            if not difference <= min(2 * rounding, PROBE_LARGEST):
+            with own_attention(model, "eager"):  # the same example by other operations shows the rounding error
+                rounding = _relative_difference(model(**single).logits[0], alone)
+            if not difference <= min(2 * rounding, MAX_TOLERANCE):
                 return True
         start += len(example)
     return False
 
 
-def _apart(logits: Tensor, expected: Tensor) -> float:
+def _relative_difference(logits: Tensor, expected: Tensor) -> float:
     return float((logits - expected).abs().max() / expected.abs().max())
 
 
-def _knows_windows(config: PreTrainedConfig, told: list[int | None]) -> bool:
-    """Return whether every layer that the configuration gives a window told its attention so.
+def _knows_windows(config: PreTrainedConfig, passed: list[int | None]) -> bool:
+    """Return whether every layer with a sliding window passed the window to its attention function.
 
-    Windows are longer than the probe's examples, so that it cannot see them; some families (phimoe, qwen2_moe) keep
-    theirs in the mask alone.
+    The probe's examples are shorter than the windows, so their logits cannot show this. Some families (phimoe,
+    qwen2_moe) express the window only in the attention mask.
+
+    Args:
+        config: The configuration of the base.
+        passed: The window that each call of the attention function received.
     """
-    facts = config.to_dict()
-    layers = facts.get("layer_types") or []
-    windowed = facts.get("sliding_window") is not None and facts.get("use_sliding_window", True)
-    expected = layers.count("sliding_attention") if layers else len(told) * windowed
-    return "chunked_attention" not in layers and sum(window is not None for window in told) >= expected
+    values = config.to_dict()
+    layers = values.get("layer_types") or []
+    has_windows = values.get("sliding_window") is not None and values.get("use_sliding_window", True)
+    expected = layers.count("sliding_attention") if layers else len(passed) * has_windows
+    return "chunked_attention" not in layers and sum(window is not None for window in passed) >= expected
 
 
 def probe_batch(examples: list[np.ndarray]) -> MicroBatch:
-    """Return some examples (token ids) as a packed micro-batch."""
+    """Pack examples (token ids) into a micro-batch whose labels are the ids themselves."""
     ids = np.concatenate(examples)[None]
     position_ids = np.concatenate([np.arange(len(example)) for example in examples])[None]
     return MicroBatch(ids, ids, position_ids, None, tuple(map(len, examples)))

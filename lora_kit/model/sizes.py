@@ -1,8 +1,9 @@
-"""Sizes in closed form from a base's configuration: parameters, adapter, checkpoint and memory, without a weight.
+"""Compute parameters, checkpoint size and memory of a run from the base's config.json, without loading weights.
 
-A decoder layer is a handful of linear maps and norms; knowing their shapes is knowing everything that is counted here.
-The counts are exact for the families listed; memory is an estimate, a little above what tensors take. It follows from
-what each part in kernels/ keeps for its backward pass, or, with `kernels: none`, transformers and peft.
+A decoder layer consists of a few linear layers and norms, so their shapes determine every size. Parameter counts are
+exact for the model families listed in FAMILIES. Memory is an estimate, slightly higher than the sum of the tensors. It
+counts the tensors that the kernels of lora_kit (or, with `kernels: none`, transformers and peft) keep for the backward
+pass.
 """
 
 import json
@@ -16,27 +17,27 @@ from lora_kit.kernels.limits import GATED_MLP, LOGITS, LOGITS_IN_CACHE, QUERIES,
 from lora_kit.recipe.schema import Recipe
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3")
-TIED = ("gemma", "gemma2")  # tied unless the configuration says otherwise
-HEAD_SIZES = {
+TIED = ("gemma", "gemma2")  # families whose embeddings are tied by default
+HEAD_SIZES = {  # the default of transformers, if the configuration has no head_dim
     "gemma": 256,
     "gemma2": 256,
     "qwen3": 128,
-}  # what transformers takes when the configuration is silent
+}
 BYTES = {"bfloat16": 2, "float32": 4}
-HEADER_BYTES = 320  # of a safetensors header, for each tensor of the adapter and its two moments
+HEADER_BYTES = 320  # per tensor in the header of a safetensors file
 MANIFEST_BYTES = 8_000
-READS = {  # the linear maps of a layer by what they read; those in one line share it
+READERS = {  # the linear layers that read each activation of a decoder layer
     "attention": ("q_proj", "k_proj", "v_proj", "qkv_proj"),
     "attended": ("o_proj",),
     "mlp": ("gate_proj", "up_proj", "gate_up_proj"),
     "inner": ("down_proj",),
 }
-NORMED = ("attention", "mlp")  # what a norm gave out, which is made again from what the norm read
+NORMED = ("attention", "mlp")  # activations that are outputs of a norm, recomputed from its input in backward
 
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear map of a layer."""
+    """A linear layer of a decoder layer, with its input and output width."""
 
     name: str
     inputs: int
@@ -46,7 +47,20 @@ class Linear:
 
 @dataclass(frozen=True)
 class Shape:
-    """What the counts need to know of a base."""
+    """The dimensions of a base.
+
+    Attributes:
+        layers: The number of decoder layers.
+        width: The width of the residual stream (hidden_size).
+        vocabulary: The number of rows of the embedding.
+        context: The maximum number of positions.
+        tied: Whether input and output embedding share their weights.
+        linears: The linear layers of a decoder layer.
+        norms: The number of norm parameters in a decoder layer.
+        heads: The number of attention heads.
+        normed: The number of values per token that the norms of a decoder layer read.
+        soft_cap: Whether attention scores are soft-capped; then the attention weights are materialised and kept.
+    """
 
     layers: int
     width: int
@@ -55,46 +69,49 @@ class Shape:
     tied: bool
     linears: tuple[Linear, ...]
     norms: int
-    """Norm parameters of one layer."""
     heads: int
     normed: int
-    """Numbers of one token that one layer's norms read."""
     soft_cap: bool
-    """Attention scores are capped, so their weights are spelled out and kept."""
 
     @property
     def parameters(self) -> int:
-        """All parameters of the base."""
-        in_layer = sum(one.inputs * one.outputs + one.outputs * one.bias for one in self.linears) + self.norms
+        """The number of parameters of the base."""
+        linear = sum(layer.inputs * layer.outputs + layer.outputs * layer.bias for layer in self.linears)
         embeddings = self.vocabulary * self.width * (1 if self.tied else 2)
-        return self.layers * in_layer + embeddings + self.width
+        return self.layers * (linear + self.norms) + embeddings + self.width
 
     def adapted(self, targets: str | tuple[str, ...]) -> list[Linear]:
-        """Return one layer's linear maps that get an adapter."""
-        return [one for one in self.linears if targets == "all-linear" or one.name in targets]
+        """Return the linear layers of a decoder layer that get an adapter, for the recipe's `adapter.targets`."""
+        return [layer for layer in self.linears if targets == "all-linear" or layer.name in targets]
 
-    def wide(self, reads: str, *, outputs: bool = False) -> int:
-        """Return how wide an input of READS is, or all that the maps that read it give out."""
-        maps = [one for one in self.linears if one.name in READS[reads]]
-        return sum(one.outputs for one in maps) if outputs else maps[0].inputs
+    def width_of(self, activation: str) -> int:
+        """Return the width of an activation in READERS."""
+        return self._readers(activation)[0].inputs
+
+    def output_width_of(self, activation: str) -> int:
+        """Return the total output width of the linear layers that read an activation in READERS."""
+        return sum(layer.outputs for layer in self._readers(activation))
+
+    def _readers(self, activation: str) -> list[Linear]:
+        return [layer for layer in self.linears if layer.name in READERS[activation]]
 
 
 def read_config(path: Path) -> Shape:
     """Read the shape of a base from its config.json.
 
     Raises:
-        BaseError: Its family is not counted, or the file says too little.
+        BaseError: The family is not in FAMILIES, or the file is not JSON or lacks a key.
     """
     try:
         config = json.loads(path.read_text())
         if config.get("model_type") in FAMILIES:
             return _shape_of(config)
     except KeyError as error:
-        raise BaseError(f"{path}: it leaves out {error}, so that nothing can be counted") from error
+        raise BaseError(f"{path}: the key {error} is missing, so sizes cannot be computed") from error
     except ValueError as error:
         raise BaseError(f"{path}: not JSON: {error}") from error
     raise BaseError(
-        f"sizes of the family {config.get('model_type')!r} are not counted; these are: {', '.join(FAMILIES)}"
+        f"sizes of model type {config.get('model_type')!r} cannot be computed; known types: {', '.join(FAMILIES)}"
     )
 
 
@@ -104,7 +121,7 @@ def _shape_of(config: Mapping[str, Any]) -> Shape:
     head = config.get("head_dim") or HEAD_SIZES.get(family, width // heads)
     norms = {"gemma2": 4 * width, "qwen3": 2 * width + 2 * head}.get(family, 2 * width)
     linears = tuple(_linears(config, family, head))
-    of_heads = sum(one.outputs for one in linears if one.name in ("q_proj", "k_proj"))
+    queries_and_keys = sum(layer.outputs for layer in linears if layer.name in ("q_proj", "k_proj"))
     return Shape(
         layers=config["num_hidden_layers"],
         width=width,
@@ -114,7 +131,7 @@ def _shape_of(config: Mapping[str, Any]) -> Shape:
         linears=linears,
         norms=norms,
         heads=heads,
-        normed={"gemma2": 4 * width, "qwen3": 2 * width + of_heads}.get(family, 2 * width),
+        normed={"gemma2": 4 * width, "qwen3": 2 * width + queries_and_keys}.get(family, 2 * width),
         soft_cap=family == "gemma2" and bool(config.get("attn_logit_softcapping", 50.0)),
     )
 
@@ -139,20 +156,20 @@ def _linears(config: Mapping[str, Any], family: str, head: int) -> Iterator[Line
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run weighs; bytes are for one device unless they say otherwise.
+    """The sizes of a run. Memory is per device.
 
     Attributes:
-        base_parameters: Exact.
-        trainable_parameters: Exact.
-        base_bytes: The frozen weights.
-        state_bytes: Master weights, gradient, two moments and the sums of the reduction.
-        micro_batch_tokens: Of the micro-batch that the next three are of.
-        activation_checkpointing: Whether its activations are computed twice.
-        activation_bytes: What it keeps for the backward pass, estimated.
-        working_bytes: What the loss or the backward pass of a layer holds for a moment, estimated.
-        checkpoint_bytes: On disk.
-        vocabulary: Rows of the embedding.
-        context: Positions that the base was made for.
+        base_parameters: The number of parameters of the base, exact.
+        trainable_parameters: The number of parameters of the adapter, exact.
+        base_bytes: Memory of the frozen weights.
+        state_bytes: Memory of the adapter's master weights, gradient, two moments and partial sums of gradients.
+        micro_batch_tokens: The number of tokens of a micro-batch, for which the activations are estimated.
+        activation_checkpointing: Whether activations are recomputed in the backward pass.
+        activation_bytes: Memory of the tensors kept for the backward pass, estimated.
+        working_bytes: Peak memory of temporary tensors of the loss or of a layer's backward pass, estimated.
+        checkpoint_bytes: The size of a checkpoint on disk.
+        vocabulary: The number of rows of the embedding.
+        context: The base's maximum number of positions.
     """
 
     base_parameters: int
@@ -169,25 +186,25 @@ class Estimate:
 
     @property
     def device_bytes(self) -> int:
-        """All of it together."""
+        """The estimated peak memory of a device."""
         return self.base_bytes + self.state_bytes + self.activation_bytes + self.working_bytes
 
     def lines(self) -> list[str]:
-        """Return the estimate as text."""
+        """Return the estimate as lines of text."""
         share = self.trainable_parameters / self.base_parameters
         parts = (
-            f"weights {in_words(self.base_bytes)}, adapter state {in_words(self.state_bytes)}, "
-            f"activations {in_words(self.activation_bytes)}, working space {in_words(self.working_bytes)}"
+            f"weights {format_bytes(self.base_bytes)}, adapter state {format_bytes(self.state_bytes)}, "
+            f"activations {format_bytes(self.activation_bytes)}, temporary {format_bytes(self.working_bytes)}"
         )
         return [
             f"base: {self.base_parameters:,} parameters; trainable: {self.trainable_parameters:,} ({share:.2%})",
-            f"memory a device, estimated: {in_words(self.device_bytes)} ({parts})",
-            f"a checkpoint: {in_words(self.checkpoint_bytes)}",
+            f"estimated memory per device: {format_bytes(self.device_bytes)} ({parts})",
+            f"checkpoint size: {format_bytes(self.checkpoint_bytes)}",
         ]
 
 
-def in_words(count: int) -> str:
-    """Return a number of bytes as people read it."""
+def format_bytes(count: int) -> str:
+    """Return a number of bytes with a decimal unit, e.g. "1.01 MB"."""
     number, units = float(count), ["B", "kB", "MB", "GB", "TB"]
     while number >= 1000 and len(units) > 1:
         number /= 1000
@@ -196,22 +213,22 @@ def in_words(count: int) -> str:
 
 
 def estimate_memory(shape: Shape, recipe: Recipe, *, tokens: int, recompute: bool, device: str = "cpu") -> Estimate:
-    """Return what a recipe weighs on a base of this shape.
+    """Estimate the sizes of a run.
 
     Args:
-        shape: Of the base.
-        recipe: Its own micro_batch_tokens and activation_checkpointing may be auto, and are not looked at.
-        tokens: Of a micro-batch.
-        recompute: Compute activations twice.
-        device: cpu or cuda.
+        shape: The dimensions of the base.
+        recipe: The recipe. Its micro_batch_tokens and activation_checkpointing are ignored, since they may be auto.
+        tokens: The number of tokens of a micro-batch.
+        recompute: Whether activations are recomputed in the backward pass.
+        device: "cpu" or "cuda".
     """
     adapted = shape.adapted(recipe.adapter.targets)
-    trainable = shape.layers * recipe.adapter.rank * sum(one.inputs + one.outputs for one in adapted)
+    trainable = shape.layers * recipe.adapter.rank * sum(layer.inputs + layer.outputs for layer in adapted)
     size = BYTES[recipe.base.dtype]
     sums = max(1, (recipe.train.batch_size - 1).bit_length())
     layer = _kept_by_layer(shape, recipe, tokens)
     layers = shape.layers * shape.width * size * tokens + layer if recompute else layer * shape.layers
-    around = (3 * shape.width + QUERIES) * size * tokens  # last norm, head, and the masks that all layers share
+    outside = (3 * shape.width + QUERIES) * size * tokens  # last norm, head, and the masks shared by all layers
     return Estimate(
         base_parameters=shape.parameters,
         trainable_parameters=trainable,
@@ -219,7 +236,7 @@ def estimate_memory(shape: Shape, recipe: Recipe, *, tokens: int, recompute: boo
         state_bytes=trainable * 4 * (4 + sums),
         micro_batch_tokens=tokens,
         activation_checkpointing=recompute,
-        activation_bytes=layers + around,
+        activation_bytes=layers + outside,
         working_bytes=_working_bytes(shape, recipe, tokens, device),
         checkpoint_bytes=12 * trainable + 6 * HEADER_BYTES * shape.layers * len(adapted) + MANIFEST_BYTES,
         vocabulary=shape.vocabulary,
@@ -228,44 +245,46 @@ def estimate_memory(shape: Shape, recipe: Recipe, *, tokens: int, recompute: boo
 
 
 def _base_bytes(shape: Shape, recipe: Recipe) -> int:
-    """Return the bytes of the frozen weights; quantised ones keep their scales beside them."""
+    """Return the bytes of the frozen weights, including the scales of quantised weights."""
     size = BYTES[recipe.base.dtype]
-    linear = shape.layers * sum(one.inputs * one.outputs for one in shape.linears)
-    rows = shape.layers * sum(one.outputs for one in shape.linears)
-    held = {
+    linear = shape.layers * sum(layer.inputs * layer.outputs for layer in shape.linears)
+    rows = shape.layers * sum(layer.outputs for layer in shape.linears)
+    linear_bytes = {
         "none": linear * size,
-        "nf4": linear // 2 + linear // 64 + 4 * (linear // (64 * 256)),  # a byte for 64, four for 256 of those
+        "nf4": linear // 2 + linear // 64 + 4 * (linear // (64 * 256)),  # 1 byte per 64 weights, 4 per 256 such bytes
         "int8": linear + 4 * rows,
     }
-    return (shape.parameters - linear) * size + held[recipe.base.quantization]
+    return (shape.parameters - linear) * size + linear_bytes[recipe.base.quantization]
 
 
 def _kept_by_layer(shape: Shape, recipe: Recipe, tokens: int) -> int:
-    """Return the bytes that a micro-batch leaves in one layer for the backward pass.
+    """Return the bytes that a decoder layer keeps for the backward pass of a micro-batch.
 
-    What a frozen linear map read is not kept; what its adapter read is, once where adapters share it.
+    The input of a frozen linear layer is not kept, because its weight needs no gradient. The input of an adapter is
+    kept, once if several adapters read the same input.
     """
     size, rank, fused = BYTES[recipe.base.dtype], recipe.adapter.rank, recipe.train.kernels == "auto"
     adapted = shape.adapted(recipe.adapter.targets)
-    names, inner = {one.name for one in adapted}, shape.wide("inner")
-    in_one_piece = fused and names.issuperset(GATED_MLP)
+    names, inner = {layer.name for layer in adapted}, shape.width_of("inner")
+    fused_mlp = fused and names.issuperset(GATED_MLP)
     if fused:
-        kept = [place for place in READS if recipe.adapter.dropout or place not in NORMED]
-        read = sum(shape.wide(place) for place in kept if names.intersection(READS[place]))
-        own = size * (shape.normed + read - in_one_piece * inner + rank * len(adapted))
-    else:  # norms are computed in fp32, and peft casts what each adapter reads to it
-        own = 4 * (shape.normed + sum(one.inputs for one in adapted) + rank * len(adapted))
-    gate = size * inner * (2 if in_one_piece else 3)
-    attention = size * shape.wide("attention", outputs=True) + 4 * shape.heads
-    masks = sum(one.inputs for one in adapted) * (1 if fused else 4) if recipe.adapter.dropout else 0
-    numbers = 4 * (shape.normed // shape.width + 1)  # what each norm divided a row by
-    weights = _spelled_out(shape, recipe, tokens, size + (8 if shape.soft_cap else 4))
-    return tokens * (own + gate + attention + masks + numbers + weights)
+        kept = [activation for activation in READERS if recipe.adapter.dropout or activation not in NORMED]
+        inputs = sum(shape.width_of(activation) for activation in kept if names.intersection(READERS[activation]))
+        adapters = size * (shape.normed + inputs - fused_mlp * inner + rank * len(adapted))
+    else:  # transformers computes norms in fp32, and peft casts the input of every adapter to fp32
+        adapters = 4 * (shape.normed + sum(layer.inputs for layer in adapted) + rank * len(adapted))
+    gate = size * inner * (2 if fused_mlp else 3)
+    attention = size * shape.output_width_of("attention") + 4 * shape.heads
+    masks = sum(layer.inputs for layer in adapted) * (1 if fused else 4) if recipe.adapter.dropout else 0
+    norm_scales = 4 * (shape.normed // shape.width + 1)  # the root mean square that each norm divides by
+    weights = _attention_weights(shape, recipe, tokens, size + (8 if shape.soft_cap else 4))
+    return tokens * (adapters + gate + attention + masks + norm_scales + weights)
 
 
 def _working_bytes(shape: Shape, recipe: Recipe, tokens: int, device: str) -> int:
-    """Return the bytes that are held for a moment: by the loss, or on the way back through attention or an MLP."""
-    size, width, inner = BYTES[recipe.base.dtype], shape.width, shape.wide("inner")
+    """Return the peak bytes of temporary tensors: those of the loss, or of a layer's backward pass if they are
+    larger."""
+    size, width, inner = BYTES[recipe.base.dtype], shape.width, shape.width_of("inner")
     longest = min(tokens, recipe.data.sequence_length)
     logits = tokens * shape.vocabulary
     if recipe.train.kernels == "auto":
@@ -276,16 +295,23 @@ def _working_bytes(shape: Shape, recipe: Recipe, tokens: int, device: str) -> in
         loss = logits * (8 + 3 * size)
     loss += 2 * tokens * width * size
     blocks = shape.heads * min(QUERIES, longest) * longest * 3 * size
-    attention = tokens * _spelled_out(shape, recipe, tokens, 4) or blocks
+    attention = tokens * _attention_weights(shape, recipe, tokens, 4) or blocks
     mlp = tokens * 5 * inner * size
     layer = max(attention, mlp) + 6 * tokens * width * size
-    whole = max(one.inputs * one.outputs for one in shape.linears) * (4 + size)  # a quantised weight in use
-    return max(loss, layer) + (0 if recipe.base.quantization == "none" else whole)
+    dequantised = max(linear.inputs * linear.outputs for linear in shape.linears) * (4 + size)
+    return max(loss, layer) + (0 if recipe.base.quantization == "none" else dequantised)
 
 
-def _spelled_out(shape: Shape, recipe: Recipe, tokens: int, each: int) -> int:
-    """Return the bytes for one token's attention weights, of `each` bytes, where they are kept."""
-    eager = recipe.base.attention == "eager"  # which weighs every pair of a row, of one example or of many
+def _attention_weights(shape: Shape, recipe: Recipe, tokens: int, each: int) -> int:
+    """Return the bytes of a token's materialised attention weights; 0 if the attention does not materialise them.
+
+    Args:
+        shape: The dimensions of the base.
+        recipe: The recipe.
+        tokens: The number of tokens of a micro-batch.
+        each: Bytes per attention weight.
+    """
+    eager = recipe.base.attention == "eager"  # computes weights between all tokens of a row, also across examples
     if not (shape.soft_cap or eager):
         return 0
     longest = tokens if eager else min(tokens, recipe.data.sequence_length)

@@ -1,4 +1,4 @@
-"""Where a base comes from, and what it is: its files, their hashes and its tokenizer. No weight is loaded here."""
+"""Find a base (folder, Hub download or shipped) and hash its files. No weights are loaded here."""
 
 import hashlib
 import re
@@ -15,19 +15,19 @@ from lora_kit.recipe.load import BUILTIN, resolve_path
 from lora_kit.recipe.schema import Base, Recipe
 from lora_kit.runs.manifest import BaseFingerprint
 
-LIGHT = ["*.json", "*.jinja", "*.model", "*.txt", "*.py"]
-WANTED = [*LIGHT, "*.safetensors"]
+WITHOUT_WEIGHTS = ["*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+ALL_FILES = [*WITHOUT_WEIGHTS, "*.safetensors"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a base lies and what it is.
+    """The files of a base on this machine.
 
     Attributes:
-        name: As the recipe names it; what adapter_config.json says.
-        folder: Its files on this machine.
-        commit: The Hub's commit, None for a local folder.
-        files: The SHA-256 of every file that decides the model or its tokenizer.
+        name: The Hub name or path, as written to adapter_config.json.
+        folder: The folder with the files.
+        commit: The commit of the Hub repository; None for a local folder.
+        files: The SHA-256 of every file that determines the model or its tokenizer, by file name.
     """
 
     name: str
@@ -37,41 +37,46 @@ class Source:
 
     @property
     def fingerprint(self) -> BaseFingerprint:
-        """What a manifest records: equal fingerprints mean equal bytes."""
+        """The identity of the base in a manifest: equal fingerprints mean equal files."""
         return BaseFingerprint(self.commit, self.files)
 
 
 def locate(base: Base, folder: Path | None) -> Source:
-    """Find a base, download it if it is a Hub name, and fingerprint its files.
+    """Find a base, download it if necessary, and hash its files.
 
     Args:
         base: The recipe's section.
-        folder: Where it lies if it is no Hub name.
+        folder: The base's local folder; None if `base.repo` is a Hub name.
 
     Raises:
-        BaseError: There is no such folder or repository, or it holds no weights.
+        BaseError: The folder or repository does not exist, or has no safetensors weights.
     """
-    found = base_folder(base, folder)
-    names = {path.name for pattern in WANTED for path in found.glob(pattern)}
+    path = base_folder(base, folder)
+    names = {file.name for pattern in ALL_FILES for file in path.glob(pattern)}
     if not any(name.endswith(".safetensors") for name in names):
-        raise BaseError(f"base.repo: {base.repo} has no .safetensors weights; lora_kit opens no pickled ones")
+        raise BaseError(
+            f"base.repo: {base.repo} has no .safetensors weights; convert it, pickled weights are not loaded"
+        )
     ordered = sorted(names)
-    with ThreadPoolExecutor() as threads:  # a large base has many files, and hashing leaves Python alone
-        hashes = dict(zip(ordered, threads.map(file_hash, [found / name for name in ordered]), strict=True))
-    return Source(base.repo if folder is None else str(folder), found, None if folder else found.name, hashes)
+    with ThreadPoolExecutor() as threads:  # a large base has many files, and hashlib releases the GIL
+        hashes = dict(zip(ordered, threads.map(file_hash, [path / name for name in ordered]), strict=True))
+    return Source(base.repo if folder is None else str(folder), path, None if folder else path.name, hashes)
 
 
 def pinned_base(recipe: Recipe, commit: str | None, name: str, *, base: Path | None = None) -> tuple[Base, Path | None]:
-    """Return where a checkpoint's base is: the recipe's section at the commit of its training, and the folder, if any.
+    """Return the arguments of `locate` for the base on which a checkpoint was trained.
 
     Args:
-        recipe: The checkpoint's.
+        recipe: The checkpoint's recipe.
         commit: The base's commit on the Hub, from the checkpoint's manifest; None for a local folder.
         name: The base's name in adapter_config.json.
-        base: A folder to look in instead.
+        base: A folder to use instead.
+
+    Returns:
+        The recipe's section with that commit as revision, and the local folder or None.
 
     Raises:
-        BaseError: The base was a local folder on another machine.
+        BaseError: The base was a local folder on another machine, and `base` is None.
     """
     if base is not None:
         return recipe.base, base
@@ -81,28 +86,28 @@ def pinned_base(recipe: Recipe, commit: str | None, name: str, *, base: Path | N
         return recipe.base, resolve_path(recipe, recipe.base.repo)
     if not Path(name).is_absolute():
         raise BaseError(
-            f"base {name}: was a local folder where the adapter was trained, and is not on the Hub; say where it lies "
-            "here: lk.load(..., base=FOLDER)"
+            f"base {name}: it was a local folder on another machine, and is not on the Hub; give its folder here: "
+            "lk.load(..., base=FOLDER)"
         )
     return recipe.base, Path(name)
 
 
 def base_folder(base: Base, folder: Path | None, *, weights: bool = True, offline: bool = False) -> Path:
-    """Return the folder with a base's files, downloading them if it is a Hub name.
+    """Return the folder with a base's files, after downloading them if necessary.
 
     Args:
         base: The recipe's section.
-        folder: Where it lies if it is no Hub name.
-        weights: Whether the weights are wanted, or only configuration and tokenizer.
-        offline: Take them from the Hub's local cache or not at all.
+        folder: The base's local folder; None if `base.repo` is a Hub name.
+        weights: Whether to download the weights as well as configuration and tokenizer.
+        offline: Whether to use only files that are already in the local cache of the Hub.
 
     Raises:
-        BaseError: There is no such folder or repository.
+        BaseError: The folder or repository does not exist, or has no config.json.
     """
-    found = folder or _download(base, WANTED if weights else LIGHT, offline=offline)
-    if not (found / "config.json").is_file():
-        raise BaseError(f"base.repo: {base.repo} has no config.json ({found}); expected a model folder or a Hub name")
-    return found
+    path = folder or _download(base, ALL_FILES if weights else WITHOUT_WEIGHTS, offline=offline)
+    if not (path / "config.json").is_file():
+        raise BaseError(f"base.repo: {base.repo} has no config.json ({path}); expected a model folder or a Hub name")
+    return path
 
 
 def _download(base: Base, patterns: list[str], *, offline: bool) -> Path:
@@ -111,30 +116,30 @@ def _download(base: Base, patterns: list[str], *, offline: bool) -> Path:
             snapshot_download(base.repo, revision=base.revision, allow_patterns=patterns, local_files_only=offline)
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        where = f"base.repo: {base.repo} (revision {base.revision or 'main'}) is no folder here and"
+        where = f"base.repo: {base.repo} (revision {base.revision or 'main'}) is not a local folder and"
         if offline:
             raise BaseError(f"{where} not in the Hub's local cache") from error
         reason = str(error).strip().splitlines()[0]
         raise BaseError(
-            f"{where} cannot be had from the Hub: {reason}; check the name, the network and, for a gated model, "
+            f"{where} cannot be downloaded from the Hub: {reason}; check the name, the network and, for a gated model, "
             "`hf auth login`"
         ) from error
 
 
 def file_hash(path: Path) -> str:
-    """Return a file's SHA-256, remembered by path, size, time and inode, so that a resume reads no base twice.
+    """Return a file's SHA-256, cached by path, size, modification time and inode, because a base is large.
 
-    A file in the Hub's cache that is named by its SHA-256 is not read at all.
+    A file in the Hub's cache whose name is its SHA-256 is not read.
     """
     real = path.resolve()
     if real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name):
         return real.name
     stat = real.stat()
     key = hashlib.sha256(repr((str(real), stat.st_size, stat.st_mtime_ns, stat.st_ino)).encode()).hexdigest()
-    remembered = cache_folder("sha256") / key
-    if remembered.is_file() and len(known := remembered.read_text()) == 64:
-        return known
+    cached = cache_folder("sha256") / key
+    if cached.is_file() and len(digest := cached.read_text()) == 64:
+        return digest
     digest = sha256_of(real)
-    remembered.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(remembered, digest)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(cached, digest)
     return digest

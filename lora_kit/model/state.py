@@ -1,7 +1,7 @@
-"""The trainable state: weights, gradient and the two moments of AdamW, one flat fp32 buffer each.
+"""The trainable state: weights, gradient and the two moments of AdamW, each a flat fp32 buffer.
 
-The model's parameters are views into the first two. So the optimizer step, the norm, the reduction and a snapshot are
-one operation on one buffer.
+The model's parameters and their gradients are views of the first two buffers. So the optimizer step, the gradient norm,
+the all-reduce and a snapshot are each a single operation on a buffer.
 """
 
 import re
@@ -16,29 +16,29 @@ from torch import Tensor, nn
 from lora_kit.errors import CheckpointError, RecipeError
 
 Arrays = Mapping[str, np.ndarray]
-LOSS, STOP, METRICS = 0, 1, 2  # where `FlatState.sums` holds the loss, the wish to stop and the first metric
+LOSS, STOP, METRICS = 0, 1, 2  # indices into `FlatState.sums`: the loss, the requests to stop, the first metric
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters that are trained, by name."""
+    """Yield (name, parameter) for every parameter that requires a gradient."""
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def saved_name(parameter_name: str) -> str:
-    """Return the name under which PEFT saves a parameter: without the adapter's own name."""
+    """Return the name under which PEFT saves a parameter, which lacks the name of the adapter (`default`)."""
     return parameter_name.replace(".default.", ".")
 
 
 @dataclass(frozen=True)
 class FlatState:
-    """All that training changes, in one piece on one device, fp32.
+    """Everything that training changes, as fp32 buffers on a device.
 
     Attributes:
-        names: PEFT's saved names, in the order of the buffers.
-        parameters: The model's parameters; views into `weights`, their gradients views into `gradient`.
-        weights: The master weights.
-        reduced: What processes add up in one reduction: the gradient, then `sums`.
-        moments: AdamW's running averages of the gradient and of its square.
+        names: The names of the parameters in PEFT's files, in the order of the buffers.
+        parameters: The model's trainable parameters: views of `weights`, with gradients that are views of `gradient`.
+        weights: The master weights of the adapter.
+        reduced: The buffer that the processes all-reduce: the gradient, followed by `sums`.
+        moments: AdamW's first and second moment (exp_avg and exp_avg_sq).
     """
 
     names: tuple[str, ...]
@@ -59,11 +59,11 @@ class FlatState:
 
     @property
     def sums(self) -> Float32[Tensor, "sums"]:
-        """The loss, how many processes want to stop, and the metrics of the objective."""
+        """The sum of the loss, the number of processes that want to stop, and the metrics of the objective."""
         return self.reduced[self.size :]
 
     def assert_views(self) -> None:
-        """Check that the model still computes with these buffers; some loaders replace parameters in silence."""
+        """Check that parameters and gradients are still views of the buffers, since some loaders replace parameters."""
         weight, gradient = self.weights.data_ptr(), self.gradient.data_ptr()
         for parameter in self.parameters:
             assert parameter.data_ptr() == weight, "an adapter tensor left the flat buffer"
@@ -71,22 +71,23 @@ class FlatState:
             weight, gradient = weight + parameter.nbytes, gradient + parameter.nbytes
 
     def _split(self, flat: Tensor) -> list[Tensor]:
+        """Return a view of each parameter's part of a flat buffer."""
         sizes = [parameter.numel() for parameter in self.parameters]
         pieces = flat.split(sizes)
         return [piece.view(parameter.shape) for piece, parameter in zip(pieces, self.parameters, strict=True)]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors' shapes by PEFT's names, in the order of the buffers."""
-        return {name: tuple(one.shape) for name, one in zip(self.names, self.parameters, strict=True)}
+        """The shapes of the parameters by PEFT's names, in the order of the buffers."""
+        return {name: tuple(parameter.shape) for name, parameter in zip(self.names, self.parameters, strict=True)}
 
     @property
     def kept(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What a snapshot holds: the weights and the two moments."""
+        """The buffers that a snapshot contains: the weights and the two moments."""
         return self.weights, *self.moments
 
     def load_weights(self, adapter: Arrays) -> None:
-        """Copy a saved adapter into the weights alone.
+        """Copy a saved adapter into the weights; the moments are unchanged.
 
         Raises:
             CheckpointError: A name or a shape does not match this run's adapter.
@@ -105,8 +106,11 @@ class FlatState:
 
 def _fill(names: tuple[str, ...], views: list[Tensor], arrays: Arrays) -> None:
     if set(names) != set(arrays):
-        odd = sorted(set(names) ^ set(arrays))
-        raise CheckpointError(f"checkpoint: its tensors are not this adapter's; {len(odd)} differ, first {odd[0]}")
+        different = sorted(set(names) ^ set(arrays))
+        raise CheckpointError(
+            f"checkpoint: {len(different)} tensor names differ from this adapter's, the first is {different[0]}; use a "
+            "checkpoint of the same base and adapter.targets"
+        )
     for name, view in zip(names, views, strict=True):
         if tuple(view.shape) != arrays[name].shape:
             raise CheckpointError(f"checkpoint: {name} has shape {arrays[name].shape}, expected {tuple(view.shape)}")
@@ -114,13 +118,13 @@ def _fill(names: tuple[str, ...], views: list[Tensor], arrays: Arrays) -> None:
 
 
 def flatten(model: nn.Module, *, metrics: int = 0) -> FlatState:
-    """Move the trainable parameters into flat buffers and leave views in the model.
+    """Move the trainable parameters into flat buffers and replace them in the model by views.
 
-    Do this last, after every move and load.
+    Call this after the model was moved to its device and loaded, since both would replace the views.
 
     Args:
         model: Base and adapter.
-        metrics: How many metrics of an objective are summed with the gradient.
+        metrics: The number of metrics of the objective, which are summed over processes with the gradient.
     """
     named = list(trainable(model))
     parameters = tuple(parameter for _, parameter in named)
@@ -140,26 +144,26 @@ def flatten(model: nn.Module, *, metrics: int = 0) -> FlatState:
     return state
 
 
-def refuse_unreached(state: FlatState) -> None:
-    """Check that the gradient of a run's first step reached every layer of the adapter.
+def refuse_unused(state: FlatState) -> None:
+    """Check that every adapted layer got a gradient in the first step of a run.
 
-    A's gradient is zero while B is zero, so a layer is unreached when neither has one. An expert that is a layer of its
-    own may be without tokens in one step, and is let through.
+    While B is zero, the gradient of A is zero too, so a layer counts as unused only if neither has a gradient. Separate
+    layers of experts are not checked, because an expert may receive no token in a step.
 
     Raises:
-        RecipeError: Names the tensors that would stay as they are.
+        RecipeError: Some layers got no gradient; the message lists their tensors.
     """
-    touched = torch.stack([piece.any() for piece in state._split(state.gradient)]).tolist()
+    nonzero = torch.stack([piece.any() for piece in state._split(state.gradient)]).tolist()
     layers = [name.partition(".lora_")[0] for name in state.names]
-    reached = {layer for layer, any_of_it in zip(layers, touched, strict=True) if any_of_it}
-    still = [
+    reached = {layer for layer, has_gradient in zip(layers, nonzero, strict=True) if has_gradient}
+    unused = [
         name
         for name, layer in zip(state.names, layers, strict=True)
         if layer not in reached and not re.search(r"\.experts\.\d+\.", layer)
     ]
-    if still:
-        names = "\n".join(f"  {name}" for name in still[:20]) + ("\n  ..." if len(still) > 20 else "")
+    if unused:
+        names = "\n".join(f"  {name}" for name in unused[:20]) + ("\n  ..." if len(unused) > 20 else "")
         raise RecipeError(
-            f"adapter.targets: {len(still)} tensors got no gradient in the first step; the base does not use their "
-            f"layers here, so leave them out:\n{names}"
+            f"adapter.targets: {len(unused)} tensors got no gradient in the first step, because the base does not use "
+            f"their layers; remove these layers from the targets:\n{names}"
         )

@@ -1,4 +1,4 @@
-"""The tokenizer of a base, with the chat template and the stop token that the recipe names."""
+"""Load the base's tokenizer, with the chat template and stop token of the recipe."""
 
 import json
 from pathlib import Path
@@ -11,30 +11,30 @@ from lora_kit.model.source import Source
 from lora_kit.recipe.load import resolve_path
 from lora_kit.recipe.schema import Recipe
 
-GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # all that they are is in tokenizer.json
+GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # classes that tokenizer.json describes completely
 
 
 def load_renderer(source: Source, recipe: Recipe, *, template: str | None = None) -> Renderer:
-    """Load the base's tokenizer, with the chat template and the stop token that the recipe names.
+    """Load the base's tokenizer, with the chat template and stop token of the recipe.
 
     Args:
         source: The base.
-        recipe: Says how examples become tokens.
-        template: The text of a chat template that replaces the one the recipe names.
+        recipe: The recipe.
+        template: A chat template that replaces the recipe's.
 
     Raises:
-        BaseError: The tokenizer's files do not load.
-        DataError: The template's file does not exist.
+        BaseError: The tokenizer cannot be loaded.
+        DataError: The recipe's template file does not exist.
     """
     try:
         tokenizer = _load_tokenizer(source.folder, trust_remote_code=recipe.base.trust_remote_code)
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise BaseError(f"base.repo: the tokenizer in {source.folder} does not load: {reason}") from error
+        raise BaseError(f"base.repo: the tokenizer in {source.folder} cannot be loaded: {reason}") from error
     if template is None and recipe.data.template is not None:
         path = resolve_path(recipe, recipe.data.template)
         if path is None or not path.is_file():
-            raise DataError(f"data.template: no file {recipe.data.template}; expected a jinja file beside the recipe")
+            raise DataError(f"data.template: {recipe.data.template} is not a file; expected a Jinja file")
         template = path.read_text()
     return Renderer(tokenizer, template, train_on=recipe.objective.train_on, stop_token=recipe.base.stop_token)
 
@@ -42,7 +42,7 @@ def load_renderer(source: Source, recipe: Recipe, *, template: str | None = None
 def set_up_tokenizer(
     tokenizer: PreTrainedTokenizerBase, recipe: Recipe, template: str | None
 ) -> PreTrainedTokenizerBase:
-    """Give a tokenizer the chat template and the stop token of its training, and return it."""
+    """Set the chat template (None keeps the tokenizer's) and the recipe's stop token on a tokenizer, and return it."""
     if template is not None:
         tokenizer.chat_template = template
     if recipe.base.stop_token is not None:
@@ -51,13 +51,10 @@ def set_up_tokenizer(
 
 
 def _load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    named = (
-        json.loads((folder / "tokenizer_config.json").read_text())
-        if (folder / "tokenizer_config.json").is_file()
-        else {}
-    )
-    if named.get("tokenizer_class") in GENERIC and (folder / "tokenizer.json").is_file():
-        return PreTrainedTokenizerFast.from_pretrained(folder)  # what AutoTokenizer gives too, but it imports torch
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    if config.get("tokenizer_class") in GENERIC and (folder / "tokenizer.json").is_file():
+        return PreTrainedTokenizerFast.from_pretrained(folder)  # as AutoTokenizer returns, without importing torch
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

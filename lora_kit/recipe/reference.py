@@ -14,7 +14,11 @@ from lora_kit.recipe.schema import Recipe
 
 def json_schema() -> dict[str, Any]:
     """Return the JSON Schema of a recipe, which editors use for completion and checks."""
-    return Recipe.model_json_schema()
+    schema = Recipe.model_json_schema()
+    for section in schema["$defs"].values():
+        for described in (section, *section["properties"].values()):
+            described["description"] = _one_line(described["description"])
+    return schema
 
 
 def reference() -> str:
@@ -32,7 +36,7 @@ def reference() -> str:
         for field, info in section.model_fields.items():
             schema = definitions[section.__name__]["properties"][field]
             default = "required" if info.is_required() else f"`{json.dumps(info.default)}`"
-            lines.append(f"| `{field}` | {_type_name(schema)} | {default} | {_one_line(info.description)} |")
+            lines.append(f"| `{field}` | {_type_name(schema)} | {default} | {schema['description']} |")
         lines.append("")
     return "\n".join(lines)
 

@@ -117,8 +117,8 @@ class Train(Section):
     """Examples per optimizer step, summed over all processes. Gradient accumulation follows from it."""
     micro_batch_tokens: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
     """Maximum number of tokens in one forward and backward pass of one process; several examples are packed into a
-    pass. auto takes 2,048 on a CPU, and on a GPU the largest power of two from 2,048 to 16,384 that is estimated to
-    fit, but at least `data.sequence_length`. A run keeps the value that it started with."""
+    pass. auto takes 2,048 on a CPU, and on a GPU the largest power of two up to 16,384 that is estimated to fit, but at
+    least `data.sequence_length`. A run keeps the value that it started with."""
     activation_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute each layer's activations in the backward pass instead of keeping them: less memory, about a third more
     time. auto does so only if fewer than 4,096 tokens would fit otherwise."""

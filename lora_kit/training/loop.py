@@ -22,7 +22,7 @@ from lora_kit.artifacts.locate import checkpoint_at
 from lora_kit.data.order import micro_batch_seed
 from lora_kit.data.packing import MicroBatch, collate, reduction_schedule
 from lora_kit.errors import DivergenceError, Stopped
-from lora_kit.model.state import LOSS, METRICS, STOP, refuse_unreached
+from lora_kit.model.state import LOSS, METRICS, STOP, refuse_unused
 from lora_kit.recipe.schema import Recipe
 from lora_kit.runs import store
 from lora_kit.runs.resume import OpenRun, open_run
@@ -99,7 +99,7 @@ def train(
             # 2. the sum over processes, in the order in which one process would have added
             part("reduction", sum_up)(job, partial_sums, step)
             if step == 0:
-                refuse_unreached(state)
+                refuse_unused(state)
             # 3. one update of the flat state, once the copy of the one before has ended
             stall = part("publishing", live.release)()
             rate, norm, taken = part("optimizer", update)(job, step)

@@ -15,7 +15,7 @@ from typing import Literal
 
 import psutil
 
-from lora_kit.model.sizes import Shape, estimate_memory, in_words
+from lora_kit.model.sizes import Shape, estimate_memory, format_bytes
 from lora_kit.recipe.schema import Recipe
 
 CPU_TOKENS = 2048  # at 160 M parameters 1.5 times as fast as 8,192
@@ -120,4 +120,4 @@ def host_memory() -> int:
 
 def description(settings: MicroBatches, machine: Machine) -> str:
     """Return a line about the settings and the device that they were chosen for."""
-    return f"micro-batches: {settings} ({machine.device} with {in_words(machine.memory)})"
+    return f"micro-batches: {settings} ({machine.device} with {format_bytes(machine.memory)})"

@@ -72,6 +72,15 @@ def test_the_folder_in_the_readme_is_that_of_a_run(trained_run):
     assert names == present
 
 
+def test_the_page_on_checkpoints_names_every_key_of_a_manifest(trained_run):
+    section = (ROOT / "docs" / "checkpoint-format.md").read_text().split("\n## manifest.json\n")[1].split("\n## ")[0]
+    named = {key for row in re.findall(r"^\| (`.*?) \|", section, re.M) for key in re.findall(r"`(\w+)`", row)}
+    manifest = json.loads(next(trained_run.rglob("manifest.json")).read_text())
+    assert named == manifest.keys()
+    (resolved,) = re.findall(r"^\| `resolved` \|(.*)$", section, re.M)
+    assert manifest["resolved"].keys() <= set(re.findall(r"`(\w+)`", resolved))
+
+
 @pytest.mark.slow
 def test_an_installed_wheel_trains_the_first_run_of_the_readme_outside_a_checkout(tmp_path):
     source, site = tmp_path / "source", tmp_path / "site"

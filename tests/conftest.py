@@ -238,6 +238,6 @@ def jobs(monkeypatch):
     from lora_kit.training import loop
 
     seen = []
-    prepare = loop.prepare_job
-    monkeypatch.setattr(loop, "prepare_job", lambda *a, **k: seen.append(prepare(*a, **k)) or seen[-1])
+    make_job = loop.make_job
+    monkeypatch.setattr(loop, "make_job", lambda *a, **k: seen.append(make_job(*a, **k)) or seen[-1])
     return seen

@@ -40,7 +40,7 @@ def plain_loop(job, weights, members, base=None):
         base: The base to adapt; by default the run's, loaded again.
     """
     base = base or AutoModelForCausalLM.from_pretrained(
-        job.source.folder,
+        job.inputs.source.folder,
         dtype=torch.float32,
         attn_implementation="eager",  # the sdpa of transformers 5.17 drops a soft cap
     )
@@ -55,7 +55,7 @@ def plain_loop(job, weights, members, base=None):
     model = tutorial().add_adapter(base, config, seed=0)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     torch.nn.utils.vector_to_parameters(weights.cpu(), parameters)
-    examples = [[torch.tensor(array) for array in job.data.train.example(index)] for index in members]
+    examples = [[torch.tensor(array) for array in job.inputs.data.train.example(index)] for index in members]
     weight = sum(int(trained[1:].sum()) for _, trained in examples)
     total = 0.0
     for ids, trained in examples:

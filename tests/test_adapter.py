@@ -114,8 +114,8 @@ def test_the_configuration_is_stable_and_names_the_base(base_folder):
 
 def test_a_checkpoint_is_a_peft_adapter_with_the_same_logits(recipe_file, base_folder, tmp_path, monkeypatch):
     jobs = []
-    prepare = loop.prepare_job
-    monkeypatch.setattr(loop, "prepare_job", lambda *a, **k: jobs.append(prepare(*a, **k)) or jobs[-1])
+    make_job = loop.make_job
+    monkeypatch.setattr(loop, "make_job", lambda *a, **k: jobs.append(make_job(*a, **k)) or jobs[-1])
     run = loop.train(load_recipe(recipe_file), tmp_path / "run")
     base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, str(run.latest)).eval()
@@ -130,8 +130,8 @@ def test_a_checkpoint_is_a_peft_adapter_with_the_same_logits(recipe_file, base_f
 
 def test_saving_through_peft_gives_the_same_tensors(recipe_file, tmp_path, monkeypatch):
     jobs = []
-    prepare = loop.prepare_job
-    monkeypatch.setattr(loop, "prepare_job", lambda *a, **k: jobs.append(prepare(*a, **k)) or jobs[-1])
+    make_job = loop.make_job
+    monkeypatch.setattr(loop, "make_job", lambda *a, **k: jobs.append(make_job(*a, **k)) or jobs[-1])
     run = loop.train(load_recipe(recipe_file, ["train.steps=2"]), tmp_path / "run")
     jobs[0].model.save_pretrained(tmp_path / "theirs")
     ours, theirs = (

@@ -43,7 +43,7 @@ def test_a_family_that_computes_otherwise_keeps_its_own_norm_and_mlp(recipe_file
                 module.__class__ = one if type(module) is known else type(module)
         return base
 
-    monkeypatch.setattr("lora_kit.training.job.load_base", other)
+    monkeypatch.setattr("lora_kit.training.setup.load_base", other)
     loop.train(load_recipe(recipe_file, ["train.steps=1"]), tmp_path / "run")
     assert jobs[0].facts.resolved.kernels == ("lora", "rotary", "loss")
 
@@ -116,7 +116,7 @@ def test_no_gradient_is_computed_below_the_first_adapted_layer(recipe_file, tmp_
         base.get_input_embeddings().register_forward_hook(lambda module, given, x: wanted.append(x.requires_grad))
         return base
 
-    monkeypatch.setattr("lora_kit.training.job.load_base", watched)
+    monkeypatch.setattr("lora_kit.training.setup.load_base", watched)
     changes = ["train.steps=1", "train.batch_size=1", "train.micro_batch_tokens=256"]
     loop.train(load_recipe(recipe_file, changes), tmp_path / "run")
     layers = 2

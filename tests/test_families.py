@@ -148,7 +148,7 @@ def test_a_resume_keeps_the_attention_and_the_bytes(recipe_file, tmp_path, monke
     for name in ("whole", "cut"):
         loop.train(load_recipe(recipe_file, ["train.steps=4"]), tmp_path / name)
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-00000004")
-    monkeypatch.setattr("lora_kit.training.job.choose_attention", lambda *_: pytest.fail("chosen again"))
+    monkeypatch.setattr("lora_kit.training.choices.choose_attention", lambda *_: pytest.fail("chosen again"))
     run = loop.train(load_recipe(recipe_file, ["train.steps=4"]), tmp_path / "cut")
     assert json.loads((run.latest / "manifest.json").read_text())["resolved"]["attention"] == SEGMENT
     assert state_hash(tmp_path / "cut", 4) == state_hash(tmp_path / "whole", 4)
@@ -193,7 +193,7 @@ def test_a_layer_that_no_gradient_reaches_is_an_error_at_the_first_step(recipe_f
         base.model.layers[0].spare = torch.nn.Linear(32, 32).requires_grad_(False)
         return base
 
-    monkeypatch.setattr("lora_kit.training.job.load_base", with_a_spare_layer)
+    monkeypatch.setattr("lora_kit.training.setup.load_base", with_a_spare_layer)
     with pytest.raises(RecipeError) as refusal:
         loop.train(load_recipe(recipe_file), tmp_path / "run")
     assert str(refusal.value).splitlines() == [

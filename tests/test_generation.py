@@ -22,8 +22,8 @@ def run(recipe_file, tmp_path):
 
 def test_a_loaded_checkpoint_has_the_trained_models_logits(recipe_file, tmp_path, monkeypatch):
     jobs = []
-    prepare = loop.prepare_job
-    monkeypatch.setattr(loop, "prepare_job", lambda *a, **k: jobs.append(prepare(*a, **k)) or jobs[-1])
+    make_job = loop.make_job
+    monkeypatch.setattr(loop, "make_job", lambda *a, **k: jobs.append(make_job(*a, **k)) or jobs[-1])
     run = lk.train(lk.load_recipe(recipe_file), tmp_path / "run")
     model, _ = lk.load(run.latest)
     ids = torch.arange(40)[None]

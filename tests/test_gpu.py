@@ -105,23 +105,23 @@ def hold_to_the_plain_loop(run, captured, job):
 
 
 def test_every_snapshot_holds_the_state_of_its_step_however_late_it_is_copied(recipe_file, tmp_path, monkeypatch):
-    states, held, begin, copy, publish = [], [], Publisher.begin, Publisher._copy, Region.publish
+    states, held, begin, copy, publish = [], [], Publisher.publish, Publisher._copy_from_device, Region.publish
 
     def begun(self, *arguments, **named):
         states.append(torch.cat(self._state.kept))
         begin(self, *arguments, **named)
 
-    def late(self, slot, ready):
-        with torch.cuda.stream(self._side):
+    def late(self, slot, updated):
+        with torch.cuda.stream(self._side_stream):
             torch.cuda._sleep(200_000_000)  # cycles, a tenth of a second: longer than a step of this base
-        return copy(self, slot, ready)
+        return copy(self, slot, updated)
 
     def published(self, slot, header):
         held.append(torch.frombuffer(bytearray(self.payload(slot)), dtype=torch.float32))
         publish(self, slot, header)
 
-    monkeypatch.setattr(Publisher, "begin", begun)
-    monkeypatch.setattr(Publisher, "_copy", late)
+    monkeypatch.setattr(Publisher, "publish", begun)
+    monkeypatch.setattr(Publisher, "_copy_from_device", late)
     monkeypatch.setattr(Region, "publish", published)
     run = go_on(recipe_file, tmp_path / "run", "train.steps=12", "checkpoint.every_steps=4")
     assert len(states) == len(held) == 12 and not torch.equal(states[0], states[1])

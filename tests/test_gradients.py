@@ -53,9 +53,9 @@ def test_every_step_of_a_run_is_that_of_the_page(by_hand, tmp_path, captured, jo
     assert len(captured) == len(gradients) == STEPS
     for step, (_, gradient) in enumerate(captured):
         groups = job.plan.micro_batches(step)
-        chosen = program.examples_of_step(step, len(job.data.train))
+        chosen = program.examples_of_step(step, len(job.inputs.data.train))
         assert sorted(index for group in groups for index in group) == sorted(chosen)
-        packed = program.pack(job.data.train.lengths[chosen].tolist(), program.MICRO_BATCH_TOKENS)
+        packed = program.pack(job.inputs.data.train.lengths[chosen].tolist(), program.MICRO_BATCH_TOKENS)
         assert len(groups) > 3 and sorted(map(sorted, groups)) == sorted(
             sorted(chosen[place] for place in group) for group in packed
         )

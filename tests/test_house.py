@@ -165,14 +165,14 @@ def test_three_frames_of_ours_lead_from_the_command_to_the_model(recipe_file, tm
 
     stacks = []
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as a launcher does: else a process of its own trains
-    prepare = loop.prepare_job
+    make_job = loop.make_job
 
     def watched(*arguments, **named):
-        job = prepare(*arguments, **named)
+        job = make_job(*arguments, **named)
         inner_of(job.model).base_model.register_forward_pre_hook(lambda *_: stacks.append(traceback.extract_stack()))
         return job
 
-    monkeypatch.setattr(loop, "prepare_job", watched)
+    monkeypatch.setattr(loop, "make_job", watched)
     with pytest.raises(SystemExit):
         app(
             [

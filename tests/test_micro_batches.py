@@ -58,7 +58,7 @@ def micro_batch(request, recipe_file, tmp_path, jobs):
     recipe = load_recipe(recipe_file, [*changes, f"base.repo={folder}", f"data.train={data}"])
     loop.train(recipe, tmp_path / "run")
     job = jobs[0]
-    batch = loop.collate(job.data.train, [0], padded=False)
+    batch = loop.collate(job.inputs.data.train, [0], padded=False)
     assert batch.ids.size > 500
     return job, batch
 
@@ -70,7 +70,7 @@ def base_of(folder, family):
 
 
 def expected(job, *, recompute):
-    shape = read_config(job.source.folder / "config.json")
+    shape = read_config(job.inputs.source.folder / "config.json")
     return estimate_memory(shape, job.recipe, tokens=512, recompute=recompute)
 
 
@@ -251,11 +251,11 @@ def test_auto_gives_the_bits_of_the_number_that_it_stands_for(open_recipe, tmp_p
 
 def test_a_run_keeps_its_choice_when_memory_is_another(open_recipe, tmp_path, monkeypatch, jobs, capsys):
     out = tmp_path / "run"
-    monkeypatch.setattr(micro_batches, "host_memory", lambda: 1000)
+    monkeypatch.setattr(choices, "host_memory", lambda: 1000)
     loop.train(load_recipe(open_recipe), out)
     assert "micro-batches: at most 2,048 tokens, activations recomputed in backward" in capsys.readouterr().out
     expected = state_hash(out, 6)
-    monkeypatch.setattr(micro_batches, "host_memory", lambda: 64 * GB)
+    monkeypatch.setattr(choices, "host_memory", lambda: 64 * GB)
     monkeypatch.setattr(micro_batches, "CPU_TOKENS", 512)
     shutil.rmtree(store.checkpoint_folder(out, 6))
     (out / "result.json").unlink()
@@ -299,7 +299,7 @@ def test_the_process_with_least_memory_decides_for_all(monkeypatch):
         device, count = torch.device("cpu"), 2
         gather = staticmethod(lambda mine: [*mine, 3 * GB])
 
-    monkeypatch.setattr(micro_batches, "host_memory", lambda: 10 * GB)
+    monkeypatch.setattr(choices, "host_memory", lambda: 10 * GB)
     assert choices.machine_of(Two) == Machine("cpu", 3 * GB)
 
 

@@ -51,7 +51,7 @@ def test_a_poisoned_step_leaves_every_byte_as_it_was_and_is_told(run):
     assert 1 <= len(bad) <= 2 and all(7 in event["examples"] and len(event["examples"]) == 5 for event in skipped)
     for step in range(2, STEPS + 1):
         assert (state_hash(out, step) == state_hash(out, step - 1)) == (step in bad)
-    assert all(f"step {step}: loss" in printed for step in bad) and "it is skipped" in printed
+    assert all(f"step {step}: loss" in printed for step in bad) and "the step is skipped" in printed
     manifest = json.loads((out / "checkpoints" / f"step-{STEPS:08d}" / "manifest.json").read_text())
     assert manifest["skipped_steps"] == bad
     shown = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -79,13 +79,13 @@ def test_a_killed_run_remembers_what_it_skipped(run, recipe, tmp_path):
 
 
 def test_a_run_in_which_nothing_works_any_more_ends_with_the_adapter_from_before(recipe_file, tmp_path, monkeypatch):
-    steps, loss_of, batches = [], Sft.loss, loop.my_micro_batches
+    steps, loss_of, batches = [], Sft.loss, loop.own_micro_batches
 
     def noted(job, step):
         steps.append(step)
         return batches(job, step)
 
-    monkeypatch.setattr(loop, "my_micro_batches", noted)
+    monkeypatch.setattr(loop, "own_micro_batches", noted)
 
     def poisoned(*given):
         loss = loss_of(*given)

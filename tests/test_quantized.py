@@ -34,7 +34,7 @@ def whole(module):
 
 def dequantized(job):
     """A plain fp32 base whose linear weights are what the quantised ones stand for."""
-    plain = AutoModelForCausalLM.from_pretrained(job.source.folder, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(job.inputs.source.folder, dtype=torch.float32)
     for name, module in linears(job.model.get_base_model()).items():
         plain.get_submodule(name.removesuffix(".base_layer")).weight.data = whole(module).float().cpu()
     return plain
@@ -66,7 +66,7 @@ def test_training_evaluation_and_checkpoints_leave_the_base_as_it_was(
     before = {}
     load = load_base
     monkeypatch.setattr(
-        "lora_kit.training.job.load_base", lambda *a: (model := load(*a), before.update(held(model)))[0]
+        "lora_kit.training.setup.load_base", lambda *a: (model := load(*a), before.update(held(model)))[0]
     )
     changes = [f"base.quantization={how}", "train.steps=3", "data.validation=0.2", "evaluate.generate=2"]
     loop.train(load_recipe(recipe_file, changes), tmp_path / "run")

@@ -34,8 +34,8 @@ def test_a_measured_loss_is_that_of_its_checkpoint(recipe_file, tmp_path, watche
 
 def test_the_best_checkpoint_survives_pruning(recipe_file, tmp_path, watched, monkeypatch):
     changes = [*watched, "checkpoint.best=true", "checkpoint.keep=2", "train.steps=12", "checkpoint.every_steps=100"]
-    measure = loop.measure
-    monkeypatch.setattr(loop, "measure", lambda job, done, *rest: measure(job, done, *rest) + 100 * abs(done - 6))
+    measure = loop.held_out_loss
+    monkeypatch.setattr(loop, "held_out_loss", lambda job, done, *rest: measure(job, done, *rest) + 100 * abs(done - 6))
     run = lk.train(lk.load_recipe(recipe_file, changes), tmp_path / "run")
     measured = {record["step"]: record["held_out_loss"] for record in run.metrics if "held_out_loss" in record}
     lowest = min(measured, key=measured.get)

@@ -15,24 +15,24 @@ from ground import ENVIRONMENT, finish, lines, make_base, make_data, make_recipe
 RANK, STEPS, BLOCK = 18, 210, 10  # 30 M base: 17 MB of weights and moments
 ALTERNATING = f"""
 import json, sys, time
-from lora_kit import publisher, trainer
-from lora_kit.recipe import load_recipe
+from lora_kit.recipe.load import load_recipe
+from lora_kit.training import loop, publisher
 
-begin, release, steps, stalls = publisher.Publisher.begin, publisher.Publisher.release, [], []
+publish, wait, steps, stalls = publisher.Publisher.publish, publisher.Publisher.wait_copied, [], []
 
-def sometimes(self, moving, *, due):
+def sometimes(self, facts, *, due):
     steps.append(time.perf_counter())
     if len(steps) % {2 * BLOCK} <= {BLOCK} or due:
-        return begin(self, moving, due=due)
-    self.finished()
-    self._job = None
+        return publish(self, facts, due=due)
+    self.wait_published()
+    self._pending = None
 
 def waited(self):
-    stalls.append(release(self))
+    stalls.append(wait(self))
     return stalls[-1]
 
-publisher.Publisher.begin, publisher.Publisher.release = sometimes, waited
-trainer.train(load_recipe(sys.argv[1]), sys.argv[2])
+publisher.Publisher.publish, publisher.Publisher.wait_copied = sometimes, waited
+loop.train(load_recipe(sys.argv[1]), sys.argv[2])
 print(json.dumps([steps, stalls]))
 """
 

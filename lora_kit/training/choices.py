@@ -1,6 +1,6 @@
-"""What a run chooses by looking at the machine and the model: once, kept in the manifest, used again at every resume.
+"""What a run chooses by looking at the machine and the model.
 
-Each of these can change bits, so a second start must not choose again.
+Each choice can change bits, so it is made once for a run, kept in the manifest, and used again at every resume.
 """
 
 import time
@@ -10,104 +10,116 @@ import numpy as np
 import psutil
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from lora_kit.errors import BaseError
 from lora_kit.kernels import fusing
 from lora_kit.kernels.attention import inner_of
 from lora_kit.kernels.cpu.allocator import LARGE, keep_freed_memory
 from lora_kit.model.forward import model_inputs
-from lora_kit.model.probe import probe_batch
+from lora_kit.model.probe import choose_attention, probe_batch
 from lora_kit.model.sizes import read_config
 from lora_kit.model.source import Source
 from lora_kit.model.state import FlatState
 from lora_kit.recipe.schema import Recipe
 from lora_kit.runs.manifest import Resolved
-from lora_kit.training import micro_batches
+from lora_kit.training.micro_batches import Machine, MicroBatches, choose, host_memory
 from lora_kit.training.objectives.objective import Objective
 from lora_kit.training.processes import Processes
 
-TINY_BASE_BYTES = 20_000_000  # below it, two threads spend more time meeting than computing
-SMALL_BASE_BYTES = 100_000_000  # below it they may, and it is measured
+TINY_BASE_BYTES = 20_000_000  # below it, two threads wait for each other longer than they compute
+SMALL_BASE_BYTES = 100_000_000  # below it that is possible, and it is measured
+MEASURE = 0  # the number of threads is to be measured
 PROBE_EXAMPLES, PROBE_TOKENS = 8, 128
-WORTH_IT = (
-    1.3  # so many times faster, or one thread it is: far from what noise does, so that a second run chooses alike
-)
+SPEEDUP = 1.3  # use many threads only if at least this much faster: far from noise, so that two runs choose the same
 
 
-def choices(
+def micro_batches(
     recipe: Recipe, before: Resolved | None, changed: Set[str], source: Source, processes: Processes
-) -> micro_batches.MicroBatches:
+) -> MicroBatches:
     """Return the size of micro-batches and whether activations are recomputed; the same on all processes.
 
     Args:
         recipe: The recipe.
-        before: What the run chose when it began; None when it begins.
-        changed: Keys that a resume changes; such a field is read, or chosen, anew.
-        source: The base.
-        processes: That train together.
+        before: What the run chose when it began; None for a new run.
+        changed: The keys that a resume changes; their values are taken from the recipe or chosen again.
+        source: The files of the base.
+        processes: The processes that train together.
     """
     recorded = {
         "micro_batch_tokens": before and before.micro_batch_tokens,
         "activation_checkpointing": before and before.activation_checkpointing,
     }
-    known = {key: one for key, one in recorded.items() if one is not None and f"train.{key}" not in changed}
-    settled = recipe.model_copy(update={"train": recipe.train.model_copy(update=known)})
+    kept = {key: value for key, value in recorded.items() if value is not None and f"train.{key}" not in changed}
+    settled = recipe.model_copy(update={"train": recipe.train.model_copy(update=kept)})
     try:
         shape = read_config(source.folder / "config.json")
     except BaseError:
         shape = None
-    return micro_batches.choose(settled, shape, machine_of(processes))
+    return choose(settled, shape, smallest_machine(processes))
 
 
-def machine_of(processes: Processes) -> micro_batches.Machine:
-    """Return what the processes compute on, with the memory of the one that has least."""
+def smallest_machine(processes: Processes) -> Machine:
+    """Return the device of the processes, with the memory of the process that has the least."""
     if processes.device.type == "cuda":
-        mine = torch.cuda.get_device_properties(processes.device).total_memory
-        return micro_batches.Machine("cuda", min(processes.gather([mine])))
-    return micro_batches.Machine("cpu", min(processes.gather([micro_batches.host_memory() // processes.count])))
+        memory = torch.cuda.get_device_properties(processes.device).total_memory
+        return Machine("cuda", min(processes.gather([memory])))
+    return Machine("cpu", min(processes.gather([host_memory() // processes.count])))
 
 
-def threads_for(source: Source, processes: Processes) -> int | None:
-    """Return how many threads a process computes with on a CPU; 0 where that is to be measured, None elsewhere."""
+def threads(source: Source, processes: Processes) -> int | None:
+    """Return how many threads a process computes with: None on a GPU, `MEASURE` where size does not decide it."""
     if processes.device.type != "cpu":
         return None
     weights = sum(path.stat().st_size for path in source.folder.glob("*.safetensors"))
-    return 1 if weights < TINY_BASE_BYTES else 0 if weights < SMALL_BASE_BYTES else _cores(processes)
+    return 1 if weights < TINY_BASE_BYTES else MEASURE if weights < SMALL_BASE_BYTES else _cores(processes)
 
 
 def _cores(processes: Processes) -> int:
+    """Return the physical cores that each process has for itself."""
     return max(1, (psutil.cpu_count(logical=False) or 1) // processes.count)
 
 
 def measured_threads(model: nn.Module, objective: Objective, state: FlatState, processes: Processes) -> int:
-    """Return how many threads a tiny base is faster with: one, or all there are for a process."""
-    many = _cores(processes)
-    if many == 1:
+    """Measure whether a small base trains faster with one thread or with all cores; leave torch set to the faster."""
+    cores = _cores(processes)
+    if cores == 1:
         return 1
     vocabulary = inner_of(model).config.get_text_config().vocab_size
     examples = [np.arange(PROBE_TOKENS) * (number + 1) % vocabulary for number in range(PROBE_EXAMPLES)]
-    seconds = {1: float("inf"), many: float("inf")}
+    seconds = {1: float("inf"), cores: float("inf")}
     for _ in range(3):
-        for threads in seconds:
-            torch.set_num_threads(threads)
+        for count in seconds:
+            torch.set_num_threads(count)
             began = time.perf_counter()
             objective.loss(model, probe_batch(examples), processes.device).total.backward()
-            seconds[threads] = min(seconds[threads], time.perf_counter() - began)
+            seconds[count] = min(seconds[count], time.perf_counter() - began)
     state.reduced.zero_()
-    chosen: int = processes.main_decides(lambda: many if seconds[1] > WORTH_IT * seconds[many] else 1)
+    chosen: int = processes.main_decides(lambda: cores if seconds[1] > SPEEDUP * seconds[cores] else 1)
     torch.set_num_threads(chosen)
     return chosen
 
 
-def fast_parts(
-    model: nn.Module, recipe: Recipe, known: tuple[str, ...] | None, processes: Processes
+def attention(
+    base: PreTrainedModel, recipe: Recipe, before: Resolved | None, changed: Set[str], processes: Processes
+) -> tuple[str, str]:
+    """Return the attention implementation, and whether rows are `packed` or `padded`."""
+    if before is not None and "base.attention" not in changed:
+        return before.attention, before.layout
+    return choose_attention(base, recipe.base, processes.device)
+
+
+def kernels(
+    model: nn.Module, recipe: Recipe, before: Resolved | None, changed: Set[str], processes: Processes
 ) -> tuple[str, ...]:
-    """Let the model compute with the kernels that fit it, or with those that the run began with."""
+    """Let the model compute with the fused kernels that the run began with, or find those that fit; return them."""
     if recipe.train.kernels == "none":
         return ()
+    known = before.kernels if before and "train.kernels" not in changed else None
     ids = np.arange(32) % inner_of(model).config.get_text_config().vocab_size
     inputs = None if known is not None else model_inputs(model, probe_batch([ids]), processes.device)
     used = tuple(fusing.use_kernels(model, known, inputs))
     if fusing.lends(model, used):
-        keep_freed_memory(below=LARGE)  # malloc has few large tensors, and their holes cost more than their faults
+        # few large tensors go through malloc, and their holes cost more than page faults
+        keep_freed_memory(below=LARGE)
     return used

@@ -1,14 +1,13 @@
 """The loop, top to bottom.
 
-A step is a function of (recipe, step, state): which examples, in which micro-batches, with which random numbers and
-which learning rate is computed, never remembered. The state is four flat buffers and the step's number; everything
-else in this file moves it on by one, writes it down or shows it.
+A step is a function of (recipe, step, state): its examples, their micro-batches, its random numbers and its learning
+rate are computed from the step's number, never remembered. The state is the weights and two moments, in flat buffers.
+All else in this file advances the state by one step, writes it down or shows it.
 """
 
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,35 +17,28 @@ from torch import Tensor
 
 from lora_kit.artifacts.answering import answer
 from lora_kit.artifacts.hub import push_finished
-from lora_kit.artifacts.locate import checkpoint_at
 from lora_kit.data.order import micro_batch_seed
 from lora_kit.data.packing import MicroBatch, collate, reduction_schedule
 from lora_kit.errors import DivergenceError, Stopped
 from lora_kit.model.state import LOSS, METRICS, STOP, refuse_unused
 from lora_kit.recipe.schema import Recipe
 from lora_kit.runs import store
-from lora_kit.runs.resume import OpenRun, open_run
 from lora_kit.runs.run import Run, show, write_result
 from lora_kit.runs.trackers import following, require
 from lora_kit.supervise.stopping import Stop, stop_signals
 from lora_kit.training import evaluation, optim
-from lora_kit.training.job import Job, prepare_job
+from lora_kit.training.announce import announce
+from lora_kit.training.job import Job
+from lora_kit.training.objectives.sft import Sft
 from lora_kit.training.processes import Processes
 from lora_kit.training.profiling import part, profiled
-from lora_kit.training.progress import (
-    Numbers,
-    give_up_when_stuck,
-    settle,
-    step_facts,
-    step_values,
-    tell,
-    with_held_out,
-)
+from lora_kit.training.progress import QueuedStep, StepLog, step_values, with_held_out
 from lora_kit.training.publisher import Publisher, publishing
+from lora_kit.training.setup import build_model, check_contract, make_job, open_folder, read_inputs
 from lora_kit.views.console import Console
 
-AGREE_EVERY = 10  # steps between two comparisons of the processes' states
-SAMPLES = 2  # answers that an evaluation on the way writes to the log
+COMPARE_EVERY = 10  # steps between two comparisons of the states of all processes
+SAMPLES = 2  # answers that an evaluation during training writes to the log
 
 
 def train(
@@ -57,132 +49,128 @@ def train(
     start_from: str | Path | None = None,
     profile: bool = False,
 ) -> Run:
-    """Train a recipe into a run's folder, going on where an earlier call stopped.
+    """Train a recipe into a run's folder, resuming where an earlier call stopped.
 
     Args:
         recipe: From `load_recipe`.
         out: The run's folder.
-        accept: Keys of the resume contract whose change is wanted, e.g. `optim.learning_rate`.
-        start_from: A checkpoint, a run or a Hub name whose adapter a new run begins with; or one of this run's own
-            checkpoints to go back to (newer ones are set aside, not deleted).
-        profile: Tell where the time of a few steps goes, in the run's folder `profile`.
+        accept: Keys of the resume contract that may change, e.g. `optim.learning_rate`.
+        start_from: A checkpoint, a run or a Hub name whose adapter a new run starts with; or a checkpoint of this run
+            to go back to (newer checkpoints are moved aside, not deleted).
+        profile: Profile a few steps and write the result to the folder `profile` of the run.
 
     Raises:
         InputError: Recipe, data, base, launcher or folder cannot work; nothing was changed.
-        Stopped: A signal came; the last finished step is durable and the same call goes on.
+        Stopped: A stop signal came; the last finished step is durable and the same call resumes.
         CheckpointError: The final checkpoint could not be written.
     """
     processes = Processes.start(recipe.base.dtype)
-    console = Console(silent=not processes.is_main)
+    console, objective = Console(silent=not processes.is_main), Sft()
     processes.main_decides(lambda: require(recipe.track.names))
     with (
-        stop_signals() as stop_wish,
-        held(processes, Path(out), start_from, console) as run,
+        stop_signals() as stop,
+        open_folder(processes, Path(out), start_from, console) as run,
         following(run.folder, console) as trackers,
-        publishing(prepare_job(recipe, run, processes, console, trackers, accept=accept), stop_wish) as (job, live),
     ):
-        state, plan, numbers = job.state, job.plan, None
-        console.begin(plan.steps, job.start, job.journal.read_metrics())
-        catch_up(job, live, console)
-        for step in profiled(range(job.start, plan.steps), job, console, wanted=profile):
-            began, done = time.perf_counter(), step + 1
-            partial_sums: list[Tensor] = []
-            # 1. this process's micro-batches; each gradient is divided by the weight of the whole step
-            for batch, weight, merges in my_micro_batches(job, step):
-                live.alive()
-                loss = part("loss", job.objective.loss)(job.model, batch, processes.device).divided(weight)
-                part("rest of backward", loss.total.backward)()
-                state.sums[LOSS], state.sums[STOP] = loss.total.detach(), float(stop_wish.is_set() or live.stop)
-                for place, metric in enumerate(loss.metrics, start=METRICS):
-                    state.sums[place] = metric
-                part("reduction", add_to_tree)(partial_sums, state.reduced, merges)
-            # 2. the sum over processes, in the order in which one process would have added
-            part("reduction", sum_up)(job, partial_sums, step)
-            if step == 0:
-                refuse_unused(state)
-            # 3. one update of the flat state, once the copy of the one before has ended
-            stall = part("publishing", live.release)()
-            rate, norm, taken = part("optimizer", update)(job, step)
-            # 4. the numbers of the step before, now that this one is queued: nobody waits for the device
-            stop = numbers is not None and settle(job, numbers, live, console)
-            values = step_values(state.sums, norm, taken, job.objective.metrics)
-            numbers = Numbers(step, rate, values, time.perf_counter() - began, stall)
-            give_up_when_stuck(job, numbers, live)
-            agree(job, done)
-            # 5. live while the next step computes; durable when that is due
-            measured, last = due(done, recipe.evaluate.every_steps), stop or done == plan.steps
-            save = due(done, recipe.checkpoint.every_steps) or last
-            part("publishing", live.begin)(partial(step_facts, job, numbers), due=save and not measured)
-            state.reduced.zero_()
-            if measured:
-                live.finished()
-                numbers = replace(numbers, held_out_loss=measure(job, done, live, console))
-                live.begin(partial(step_facts, job, numbers), due=True)
-            if last:
-                stop, numbers = settle(job, numbers, live, console) or stop, None
-                live.written()
-                if stop:
-                    raise stopped(job, done)
-        finish(job, live, console, stop_wish)
-        live.no_more_steps()
-        if processes.is_main:
-            push_finished(recipe, job.run.folder, console, pause=stop_wish.wait)
-        console.end()
+        # 1. the inputs: the files of the base, the tokenizer, the tokens
+        inputs = read_inputs(recipe, processes, console)
+        # 2. the resume contract: what has changed since the checkpoint, and whether it may
+        rows = check_contract(recipe, run, inputs, processes, accept)
+        # 3. the base with the adapter, and what is chosen by looking at it
+        changed = {row.key for row in rows}
+        adapted = build_model(recipe, run, inputs, changed, objective, processes, console)
+        job = make_job(recipe, run, inputs, rows, adapted, objective, processes, trackers)
+        announce(job, rows, accept, console)
+        with publishing(job, stop) as publisher:
+            state, plan, log, queued = job.state, job.plan, StepLog(job, publisher, console), None
+            console.begin(plan.steps, job.start, job.journal.read_metrics())
+            # 4. what an interruption left undone after the last finished step
+            catch_up(job, log, publisher, console)
+            for step in profiled(range(job.start, plan.steps), job, console, wanted=profile):
+                began, done = time.perf_counter(), step + 1
+                partial_sums: list[Tensor] = []
+                # 5. this process's micro-batches; each gradient is divided by the weight of the whole step
+                for batch, weight, merges in own_micro_batches(job, step):
+                    publisher.heartbeat()
+                    loss = part("loss", objective.loss)(job.model, batch, processes.device).divided(weight)
+                    part("rest of backward", loss.total.backward)()
+                    state.sums[LOSS], state.sums[STOP] = loss.total.detach(), float(stop.is_set() or publisher.stop)
+                    for place, metric in enumerate(loss.metrics, start=METRICS):
+                        state.sums[place] = metric
+                    part("reduction", add_to_tree)(partial_sums, state.reduced, merges)
+                # 6. the sum over processes, in the order in which one process would have added
+                part("reduction", reduce)(job, partial_sums, step)
+                if step == 0:
+                    refuse_unused(state)
+                # 7. one optimizer step, once the snapshot of the step before is copied
+                stall = part("publishing", publisher.wait_copied)()
+                rate, norm, taken = part("optimizer", update)(job, step)
+                # 8. the numbers of the step before, now that this step is queued: the host does not wait for the device
+                stopping = queued is not None and log.settle(queued)
+                values = step_values(state.sums, norm, taken, objective.metrics)
+                queued = QueuedStep(step, rate, values, time.perf_counter() - began, stall)
+                log.give_up_when_stuck(queued)
+                compare_states(job, done)
+                # 9. a live snapshot, copied while the next step computes; a checkpoint when it is due
+                evaluating, last = due(done, recipe.evaluate.every_steps), stopping or done == plan.steps
+                saving = due(done, recipe.checkpoint.every_steps) or last
+                part("publishing", publisher.publish)(partial(log.facts, queued), due=saving and not evaluating)
+                state.reduced.zero_()
+                if evaluating:
+                    publisher.wait_published()
+                    queued = replace(queued, held_out_loss=held_out_loss(job, done, publisher, console))
+                    publisher.publish(partial(log.facts, queued), due=True)
+                if last:
+                    stopping, queued = log.settle(queued) or stopping, None
+                    publisher.wait_durable()
+                    if stopping:
+                        raise stopped(job, done)
+            # 10. the end: the final evaluation, result.json, the Hub
+            finish(job, publisher, console, stop)
+            publisher.expect_no_steps()
+            if processes.is_main:
+                push_finished(recipe, run.folder, console, pause=stop.wait)
+            console.end()
     return Run(Path(out))
 
 
-@contextmanager
-def held(processes: Processes, folder: Path, start_from: str | Path | None, console: Console) -> Iterator[OpenRun]:
-    """Hold a run's folder for writing; the progress bar is taken away whatever happens."""
-    run = processes.main_decides(lambda: open_run(folder, checkpoint_at(start_from) if start_from else None))
-    try:
-        for notice in run.notices:
-            console.warn(notice)
-        yield run
-    finally:
-        console.end()
-        if processes.is_main:
-            run.lease.release()
-        processes.leave()
+def own_micro_batches(job: Job, step: int) -> Iterator[tuple[MicroBatch, int, int]]:
+    """Yield the micro-batches of this process, each with the weight of the step and the merges that follow it.
 
-
-def my_micro_batches(job: Job, step: int) -> Iterator[tuple[MicroBatch, int, int]]:
-    """Yield this process's micro-batches with the step's weight and the merges that follow each.
-
-    The generator is seeded before each, so that dropout is the same whichever process runs it.
+    The generator is seeded before each micro-batch, so dropout does not depend on the process that computes it.
     """
+    data = job.inputs.data.train
     groups = part("data", job.plan.micro_batches)(step)
-    weight = job.objective.weight(job.data.train, [index for group in groups for index in group])
-    mine = range(job.processes.index, len(groups), job.processes.count)
-    for place, merges in reduction_schedule(len(mine)):
-        number = mine[place]
+    weight = job.objective.weight(data, [example for group in groups for example in group])
+    own = range(job.processes.index, len(groups), job.processes.count)
+    for place, merges in reduction_schedule(len(own)):
+        number = own[place]
         torch.manual_seed(micro_batch_seed(job.recipe.train.seed, step, number))
-        batch = part("data", collate)(job.data.train, groups[number], padded=job.plan.padded)
-        yield batch, weight, merges
+        yield part("data", collate)(data, groups[number], padded=job.plan.padded), weight, merges
 
 
-def add_to_tree(partial_sums: list[Tensor], gradient: Tensor, merges: int) -> None:
-    """Add a leaf to the binary tree of `reduction_schedule` and empty the gradient for the next one."""
-    total = partial_sums.pop().add_(gradient) if merges else gradient.clone()
+def add_to_tree(partial_sums: list[Tensor], reduced: Tensor, merges: int) -> None:
+    """Add a leaf to the binary tree of `reduction_schedule`, and zero the buffer for the next leaf."""
+    total = partial_sums.pop().add_(reduced) if merges else reduced.clone()
     for _ in range(merges - 1):
         total = partial_sums.pop().add_(total)
     partial_sums.append(total)
-    gradient.zero_()
+    reduced.zero_()
 
 
-def sum_up(job: Job, partial_sums: list[Tensor], step: int) -> None:
-    """Replace the gradient by the sum over all micro-batches of the step, on every process."""
+def reduce(job: Job, partial_sums: list[Tensor], step: int) -> None:
+    """Put the sum over all micro-batches of the step into the state, on every process."""
     if partial_sums:
         job.state.reduced.copy_(partial_sums.pop())
-    sharing = min(job.processes.count, len(job.plan.micro_batches(step)))
-    job.processes.tree_sum(job.state.reduced, contributors=sharing)
+    contributors = min(job.processes.count, len(job.plan.micro_batches(step)))
+    job.processes.tree_sum(job.state.reduced, contributors=contributors)
 
 
 def update(job: Job, step: int) -> tuple[float, Tensor, Tensor]:
-    """Clip and take one optimizer step, or none if it is poisoned.
+    """Clip the gradient and take one optimizer step, unless loss or gradient are not finite or out of bounds.
 
     Returns:
-        The learning rate, the gradient's norm before clipping, and whether the step was taken.
+        The learning rate, the norm of the gradient before clipping, and whether the step was taken.
     """
     recipe, settings, state = job.recipe, job.recipe.optim, job.state
     gradient, loss = state.gradient, state.sums[LOSS]
@@ -191,9 +179,9 @@ def update(job: Job, step: int) -> tuple[float, Tensor, Tensor]:
         optim.clip(gradient, norm, settings.max_grad_norm)
     rate = optim.learning_rate(settings, job.plan.examples_seen(step), job.plan.total)
     taken = torch.isfinite(norm) & torch.isfinite(loss)
-    for value, most in ((loss, recipe.train.max_loss), (norm, recipe.train.max_norm)):
-        if most is not None:
-            taken &= value <= most
+    for value, bound in ((loss, recipe.train.max_loss), (norm, recipe.train.max_norm)):
+        if bound is not None:
+            taken &= value <= bound
     if step + 1 in job.replayed:
         taken &= False
     optim.adamw(state.weights, gradient, state.moments, step=step, learning_rate=rate, optim=settings, taken=taken)
@@ -201,53 +189,54 @@ def update(job: Job, step: int) -> tuple[float, Tensor, Tensor]:
 
 
 def due(done: int, every: int | None) -> bool:
-    """Return whether something that happens every so many steps happens after `done` steps."""
+    """Return whether `done` finished steps are a multiple of `every`; None is never due."""
     return every is not None and done % every == 0
 
 
-def measure(job: Job, done: int, live: Publisher, console: Console) -> float:
-    """Return the adapter's held-out loss after `done` steps, and log its first answers."""
+def held_out_loss(job: Job, done: int, publisher: Publisher, console: Console) -> float:
+    """Return the adapter's held-out loss after `done` steps, and log its answers to the first prompts."""
 
     def tick(what: str) -> None:
-        live.alive()
+        publisher.heartbeat()
         console.tick(what)
 
-    held_out = evaluation.held_out_of(job.plan, job.objective, job.data, job.renderer)
+    tokenizer = job.inputs.renderer.tokenizer
+    held_out = evaluation.held_out_of(job.plan, job.objective, job.inputs.data, job.inputs.renderer)
     assert held_out is not None
-    loss_alone, few = replace(held_out, prompts=()), held_out.prompts[:SAMPLES]
-    score = evaluation.score(job.model, job.renderer, loss_alone, processes=job.processes, tick=tick)
-    if job.processes.is_main and few:
-        texts = answer(job.model, job.renderer.tokenizer, [one.ids for one in few], held_out.how)
-        for one, text in zip(few, texts, strict=True):
-            prompt = job.renderer.tokenizer.decode(one.ids)
-            sample = {"step": done, "prompt": prompt, "expected": one.expected, "answer": text}
+    loss_only, prompts = replace(held_out, prompts=()), held_out.prompts[:SAMPLES]
+    score = evaluation.score(job.model, job.inputs.renderer, loss_only, processes=job.processes, tick=tick)
+    if job.processes.is_main and prompts:
+        texts = answer(job.model, tokenizer, [prompt.ids for prompt in prompts], held_out.how)
+        for prompt, text in zip(prompts, texts, strict=True):
+            rendered = tokenizer.decode(prompt.ids)
+            sample = {"step": done, "prompt": rendered, "expected": prompt.expected, "answer": text}
             job.journal.event("sample", **sample)
             job.trackers.log(sample)
     return score.loss
 
 
-def catch_up(job: Job, live: Publisher, console: Console) -> None:
-    """Do what an end in the middle left undone after the step that we go on from: its measurement and its line."""
-    progress = job.progress
-    if progress is None:
+def catch_up(job: Job, log: StepLog, publisher: Publisher, console: Console) -> None:
+    """Do what an interruption left undone for the step that the run resumes after: evaluation, log line, checkpoint."""
+    facts = job.resumed
+    if facts is None:
         return
-    if due(job.start, job.recipe.evaluate.every_steps) and progress.held_out_loss is None:
-        progress = with_held_out(progress, measure(job, job.start, live, console))
-        live.begin(lambda: progress, due=True)
+    if due(job.start, job.recipe.evaluate.every_steps) and facts.held_out_loss is None:
+        facts = with_held_out(facts, held_out_loss(job, job.start, publisher, console))
+        publisher.publish(lambda: facts, due=True)
     if job.processes.is_main and job.journal.last_step() < job.start:
-        tell(job, json.loads(progress.line), console)
+        log.write(json.loads(facts.line))
     if job.start == job.plan.steps and not store.checkpoint_folder(job.run.folder, job.start).exists():
-        live.begin(lambda: progress, due=True)
-        live.written()
+        publisher.publish(lambda: facts, due=True)
+        publisher.wait_durable()
 
 
-def agree(job: Job, done: int) -> None:
-    """Compare the processes' states now and then, and before every checkpoint that is due.
+def compare_states(job: Job, done: int) -> None:
+    """Compare the states of all processes every `COMPARE_EVERY` steps and before every checkpoint that is due.
 
     Raises:
-        DivergenceError: They differ; says whose.
+        DivergenceError: They differ; names the processes.
     """
-    if job.processes.count == 1 or not (done % AGREE_EVERY == 0 or due(done, job.recipe.checkpoint.every_steps)):
+    if job.processes.count == 1 or not (done % COMPARE_EVERY == 0 or due(done, job.recipe.checkpoint.every_steps)):
         return
     different = job.processes.different(job.state.kept)
     if different:
@@ -260,7 +249,7 @@ def agree(job: Job, done: int) -> None:
 
 
 def stopped(job: Job, done: int) -> Stopped:
-    """Note that a signal ended the run and return the error that says so."""
+    """Log that a signal ended the run, and return the error that says so."""
     if job.processes.is_main:
         job.journal.event("stopped", step=done)
     job.processes.barrier()
@@ -270,32 +259,32 @@ def stopped(job: Job, done: int) -> Stopped:
     )
 
 
-def finish(job: Job, live: Publisher, console: Console, stop_wish: Stop) -> None:
-    """Evaluate base and adapter, write result.json and show the table; done already, say so."""
-    known = Run(job.run.folder).result
-    if known.get("step") == job.plan.steps:
+def finish(job: Job, publisher: Publisher, console: Console, stop: Stop) -> None:
+    """Evaluate base and adapter, write result.json and show the table; for a run that is finished already, say so."""
+    run = Run(job.run.folder)
+    if run.result.get("step") == job.plan.steps:
         console.say(
-            f"{job.run.folder} has finished its {job.plan.steps} steps; nothing is left to do. To go on: "
+            f"{run.folder} has finished its {job.plan.steps} steps; nothing is left to do. To go on: "
             f"--set train.steps={2 * job.plan.steps} --accept train.steps"
         )
         if job.processes.is_main:
             job.journal.event("finished", step=job.plan.steps)
-        show(Run(job.run.folder), job.recipe, console)
+        show(run, job.recipe, console)
         return
 
     def tick(what: str) -> None:
-        if stop_wish.is_set() or live.stop:
+        if stop.is_set() or publisher.stop:
             raise stopped(job, job.plan.steps)
-        live.alive()
+        publisher.heartbeat()
         console.tick(what)
 
-    held_out = evaluation.held_out_of(job.plan, job.objective, job.data, job.renderer)
+    held_out = evaluation.held_out_of(job.plan, job.objective, job.inputs.data, job.inputs.renderer)
     scores = {}
     if held_out is not None:
-        scores = evaluation.compare(job.model, job.renderer, held_out, processes=job.processes, tick=tick)
+        scores = evaluation.compare(job.model, job.inputs.renderer, held_out, processes=job.processes, tick=tick)
     if job.processes.is_main:
-        weights = sum(file.stat().st_size for file in job.source.folder.glob("*.safetensors"))
-        write_result(Run(job.run.folder), job.plan.steps, evaluation.plain(scores), base_bytes=weights)
+        base_bytes = sum(file.stat().st_size for file in job.inputs.source.folder.glob("*.safetensors"))
+        write_result(run, job.plan.steps, evaluation.plain(scores), base_bytes=base_bytes)
         job.journal.event("finished", step=job.plan.steps)
         console.end()
-        show(Run(job.run.folder), job.recipe, console)
+        show(run, job.recipe, console)

@@ -1,6 +1,6 @@
-"""What a step was: read from the device one step late, published with its state, and told once it is live.
+"""What happens to a finished step: its numbers are read one step late, recorded with its state, logged and shown.
 
-A step's line in metrics.jsonl travels in its snapshot too, so that a run that ends between the two loses neither.
+The line of a step in metrics.jsonl is part of its snapshot too, so a run that ends between the two loses neither.
 """
 
 import json
@@ -20,8 +20,8 @@ from lora_kit.training.job import Job
 from lora_kit.training.publisher import Publisher
 from lora_kit.views.console import Console
 
-LATE_LINES = 50  # of the logs, between two warnings that they cannot be written
-STUCK = 5  # so many skipped steps in a row, and one more, end a run
+LATE_LINES = 50  # lines that could not be written between two warnings about it
+MOST_SKIPPED = 5  # skipped steps in a row that a run survives
 
 
 class StepValues(NamedTuple):
@@ -29,7 +29,7 @@ class StepValues(NamedTuple):
 
     Attributes:
         loss: The mean loss of the step, over all processes.
-        stop: Whether any process has heard a stop signal.
+        stop: Whether any process has received a stop signal.
         grad_norm: The norm of the gradient before clipping.
         taken: Whether the optimizer took the step.
         metrics: The means of the objective's metrics, by name.
@@ -49,8 +49,8 @@ def step_values(
     read = copied_to_host(torch.stack([norm, taken, *sums]))
 
     def wait() -> StepValues:
-        norm, taken, loss, stop, *more = read()
-        return StepValues(loss, stop > 0, norm, taken > 0, dict(zip(metrics, more, strict=True)))
+        norm, taken, loss, stop, *means = read()
+        return StepValues(loss, stop > 0, norm, taken > 0, dict(zip(metrics, means, strict=True)))
 
     return wait
 
@@ -72,8 +72,17 @@ def copied_to_host(on_device: Tensor) -> Callable[[], list[float]]:
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """A step that was queued: what is known of it at once, and `values`, which waits for the device."""
+class QueuedStep:
+    """A step whose work is queued on the device.
+
+    Attributes:
+        step: The step, counted from 0.
+        learning_rate: Its learning rate.
+        values: Waits for what it computed.
+        seconds: How long the loop spent on it.
+        stall_seconds: How long of that the loop waited for the copy of the state before.
+        held_out_loss: The held-out loss after it, if it was measured.
+    """
 
     step: int
     learning_rate: float
@@ -83,84 +92,88 @@ class Numbers:
     held_out_loss: float | None = None
 
 
-def step_facts(job: Job, numbers: Numbers) -> StepFacts:
-    """Return the step's part of the manifest."""
-    values = numbers.values()
-    done = numbers.step + 1
-    groups = job.plan.micro_batches(numbers.step)
-    tokens = int(sum(job.data.train.lengths[group].sum() for group in groups))
-    record = {
-        "step": done,
-        "examples": job.plan.examples_seen(done),
-        "tokens": tokens,
-        "loss": values.loss,
-        "learning_rate": numbers.learning_rate,
-        "grad_norm": values.grad_norm,
-        **values.metrics,
-        "tokens_per_second": round(tokens / numbers.seconds, 1),
-        "stall_seconds": round(numbers.stall_seconds, 4),
-        "time": round(time.time(), 3),
-    }
-    skipped = (*job.skipped, *(() if values.taken else (done,)))
-    facts = StepFacts(done, job.plan.examples_seen(done), skipped, json.dumps(record))
-    return facts if numbers.held_out_loss is None else with_held_out(facts, numbers.held_out_loss)
-
-
 def with_held_out(facts: StepFacts, loss: float) -> StepFacts:
-    """Return a step's facts with its held-out loss, in its line as well."""
+    """Return the facts of a step with its held-out loss, which its line in metrics.jsonl gets too."""
     return replace(facts, held_out_loss=loss, line=json.dumps(json.loads(facts.line) | {"held_out_loss": loss}))
 
 
-def settle(job: Job, numbers: Numbers, live: Publisher, console: Console) -> bool:
-    """Write a step's line, now that it is live; return whether any process wants to stop."""
-    facts = live.finished() or step_facts(job, numbers)
-    done, record = numbers.step + 1, json.loads(facts.line)
-    if facts.skipped:
-        job.skipped.append(done)
+class StepLog:
+    """Writes down every finished step, and remembers which steps were skipped."""
+
+    def __init__(self, job: Job, publisher: Publisher, console: Console) -> None:
+        self._job, self._publisher, self._console = job, publisher, console
+        self._skipped = job.resumed.skipped_steps if job.resumed else ()
+
+    def facts(self, queued: QueuedStep) -> StepFacts:
+        """Return what the manifest records of a step; waits for the device."""
+        values, plan, done = queued.values(), self._job.plan, queued.step + 1
+        lengths = self._job.inputs.data.train.lengths
+        tokens = int(sum(lengths[examples].sum() for examples in plan.micro_batches(queued.step)))
+        record = {
+            "step": done,
+            "examples": plan.examples_seen(done),
+            "tokens": tokens,
+            "loss": values.loss,
+            "learning_rate": queued.learning_rate,
+            "grad_norm": values.grad_norm,
+            **values.metrics,
+            "tokens_per_second": round(tokens / queued.seconds, 1),
+            "stall_seconds": round(queued.stall_seconds, 4),
+            "time": round(time.time(), 3),
+        }
+        skipped = (*self._skipped, *(() if values.taken else (done,)))
+        facts = StepFacts(done, plan.examples_seen(done), skipped, json.dumps(record))
+        return facts if queued.held_out_loss is None else with_held_out(facts, queued.held_out_loss)
+
+    def settle(self, queued: QueuedStep) -> bool:
+        """Write the line of a step once its snapshot is published; return whether any process wants to stop."""
+        facts = self._publisher.wait_published() or self.facts(queued)
+        self._skipped = facts.skipped_steps
+        if self._job.processes.is_main:
+            record, journal = json.loads(facts.line), self._job.journal
+            if facts.skipped:
+                self._report_skipped(queued.step, record)
+            self.write(record)
+            if fault := self._publisher.new_fault():
+                self._console.warn(fault)
+            if journal.trouble and len(journal.late) % LATE_LINES == 1:
+                self._console.warn(journal.trouble)
+        return queued.values().stop
+
+    def _report_skipped(self, step: int, record: dict[str, Any]) -> None:
+        done, loss, norm = step + 1, str(record["loss"]), str(record["grad_norm"])
+        examples = sorted(example for group in self._job.plan.micro_batches(step) for example in group)
+        self._job.journal.event("skipped", step=done, loss=loss, grad_norm=norm, examples=examples)
+        self._console.warn(
+            f"step {done}: loss {loss}, gradient norm {norm}; the step is skipped and the adapter stays as it was; "
+            "events.jsonl names its examples"
+        )
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Write a finished step's line to metrics.jsonl, the trackers and the console."""
+        self._job.journal.metrics(record)
+        self._job.trackers.log(record)
+        self._console.step(record, self._job.plan.steps)
+
+    def give_up_when_stuck(self, queued: QueuedStep) -> None:
+        """End a run after more than `MOST_SKIPPED` skipped steps in a row, with the adapter from before them durable.
+
+        Raises:
+            PoisonError: This step and the last ones were skipped.
+        """
+        job, good = self._job, queued.step - MOST_SKIPPED  # the last step before those that were skipped
+        if self._skipped[-MOST_SKIPPED:] != tuple(range(good + 1, queued.step + 1)) or queued.values().taken:
+            return
         if job.processes.is_main:
-            why = f"loss {record['loss']}, gradient norm {record['grad_norm']}"
-            ids = sorted(index for group in job.plan.micro_batches(numbers.step) for index in group)
-            job.journal.event(
-                "skipped", step=done, loss=str(record["loss"]), grad_norm=str(record["grad_norm"]), examples=ids
-            )
-            console.warn(
-                f"step {done}: {why}; it is skipped and the adapter stays as it was; events.jsonl names its examples"
-            )
-    if job.processes.is_main:
-        tell(job, record, console)
-        if fault := live.new_fault():
-            console.warn(fault)
-        if job.journal.trouble and len(job.journal.late) % LATE_LINES == 1:
-            console.warn(job.journal.trouble)
-    return numbers.values().stop
-
-
-def tell(job: Job, record: dict[str, Any], console: Console) -> None:
-    """Write a finished step's line, and hand it to whoever follows."""
-    job.journal.metrics(record)
-    job.trackers.log(record)
-    console.step(record, job.plan.steps)
-
-
-def give_up_when_stuck(job: Job, numbers: Numbers, live: Publisher) -> None:
-    """End a run in which no step has worked for a while; the adapter from before is durable.
-
-    Raises:
-        PoisonError: The last steps and this one were skipped.
-    """
-    first = numbers.step - STUCK  # so many steps were done before the first of them
-    if job.skipped[-STUCK:] != list(range(first + 1, numbers.step + 1)) or numbers.values().taken:
-        return
-    if job.processes.is_main:
-        job.journal.event("went back", step=first)  # what comes after it may be tried again with another recipe
-    if first > job.start and not store.checkpoint_folder(job.run.folder, first).exists():
-        job.skipped[-STUCK:] = []
-        line = json.dumps(next(one for one in job.journal.read_metrics() if one["step"] == first))
-        facts = StepFacts(first, job.plan.examples_seen(first), tuple(job.skipped), line)
-        live.begin(lambda: facts, due=True)
-        live.written()
-    raise PoisonError(
-        f"{job.run.folder}: no step from {first + 1} to {numbers.step + 1} had a loss and a gradient that are finite "
-        f"and within the recipe's bounds; the adapter is as after step {first}; lower optim.learning_rate, or look at "
-        "the examples that events.jsonl names"
-    )
+            job.journal.event("went back", step=good)  # later steps may be tried again with another recipe
+        if good > job.start and not store.checkpoint_folder(job.run.folder, good).exists():
+            self._skipped = self._skipped[:-MOST_SKIPPED]
+            line = json.dumps(next(record for record in job.journal.read_metrics() if record["step"] == good))
+            facts = StepFacts(good, job.plan.examples_seen(good), self._skipped, line)
+            self._publisher.publish(lambda: facts, due=True)
+            self._publisher.wait_durable()
+        raise PoisonError(
+            f"{job.run.folder}: no step from {good + 1} to {queued.step + 1} had a loss and a gradient that are finite "
+            f"and within the recipe's bounds; the adapter is as after step {good}; lower optim.learning_rate, or look "
+            "at the examples that events.jsonl names"
+        )

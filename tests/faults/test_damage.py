@@ -195,13 +195,13 @@ def test_whatever_would_make_it_another_run_is_refused_with_its_name(own, capsys
 
 
 def test_another_version_is_a_harmless_row_and_ends_the_claim_to_the_bit(own, capsys, monkeypatch):
-    from lora_kit.training import job
+    from lora_kit.training import setup
 
     folder, _ = own
     go_on(folder / "recipe.yaml", folder / "early", "checkpoint.every_steps=2")
     shutil.rmtree(store.checkpoint_folder(folder / "early", 3))
-    known = job.version
-    monkeypatch.setattr(job, "version", lambda name: "99.0" if name == "peft" else known(name))
+    known = setup.version
+    monkeypatch.setattr(setup, "version", lambda name: "99.0" if name == "peft" else known(name))
     go_on(folder / "recipe.yaml", folder / "early")
     assert "harmless        versions.peft: " in capsys.readouterr().out
     assert store.find(folder / "early").latest.manifest.run.claim.level == "rounding"

@@ -42,15 +42,15 @@ def test_the_next_step_computes_while_the_copy_has_not_ended(recipe_file, tmp_pa
         return loss(*arguments)
 
     live_steps = []
-    begin = loop.Publisher.begin
+    publish = loop.Publisher.publish
 
     def begun(self, *arguments, **named):
         computing.clear()
         live_steps.append(True)
-        begin(self, *arguments, **named)
+        publish(self, *arguments, **named)
 
     monkeypatch.setattr(live, "copy_hashed", late)
     monkeypatch.setattr(Sft, "loss", forward)
-    monkeypatch.setattr(loop.Publisher, "begin", begun)
+    monkeypatch.setattr(loop.Publisher, "publish", begun)
     go_on(recipe_file, tmp_path / "run")
     assert overlapped == [True] * (STEPS - 1)

@@ -82,11 +82,11 @@ def around(owner, name, phase, *, after=False):
 
 def into_trainer(trainer):
     from lora_kit.runs import live
-    from lora_kit.training import job, publisher
+    from lora_kit.training import publisher, setup
     from lora_kit.training.objectives.sft import Sft
     from lora_kit.training.processes import Processes
 
-    batches, copy = trainer.my_micro_batches, live.copy_hashed
+    batches, copy = trainer.own_micro_batches, live.copy_hashed
 
     def noted(job, step):
         here["step"] = step + 1
@@ -104,14 +104,14 @@ def into_trainer(trainer):
         return tree_sum(self, flat, contributors)
 
     tree_sum, Processes.tree_sum = Processes.tree_sum, summed
-    trainer.my_micro_batches, publisher.live.copy_hashed = noted, half
+    trainer.own_micro_batches, publisher.live.copy_hashed = noted, half
     around(Sft, "loss", "forward")
     around(trainer, "add_to_tree", "backward")
     around(trainer, "update", "update")
     around(trainer, "update", "updated", after=True)
-    around(trainer, "settle", "line")
-    around(trainer, "measure", "evaluate")
-    around(job, "load_base", "load")
+    around(trainer.StepLog, "settle", "line")
+    around(trainer, "held_out_loss", "evaluate")
+    around(setup, "load_base", "load")
     around(live.Region, "publish", "publish")
 
 

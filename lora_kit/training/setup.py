@@ -1,0 +1,312 @@
+"""Setup: small functions that take a recipe to a job, each of which returns what the next one needs.
+
+    open_folder     hold the run's folder and find where to go on
+    read_inputs     the files of the base, the tokenizer and the tokens
+    check_contract  compare them with the checkpoint that the run goes on from
+    build_model     load the base, inject the adapter, choose what the recipe leaves open
+    make_job        put it all together with what every manifest records
+
+Threads, packed or padded rows, micro-batches and kernels are chosen once for a run. They go into the manifest under
+`resolved`, and a resume takes them from there.
+"""
+
+import hashlib
+import platform
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import cast
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lora_kit.artifacts.locate import checkpoint_at
+from lora_kit.data.plan import Plan, prepare_data
+from lora_kit.data.template import Renderer
+from lora_kit.data.tokens import Prepared
+from lora_kit.data.vocabulary import check_tokenizer_fits, untrained_labels
+from lora_kit.errors import DataError
+from lora_kit.kernels import fusing
+from lora_kit.kernels.attention import use_attention
+from lora_kit.kernels.identity import identity
+from lora_kit.model.adapter import inject
+from lora_kit.model.base import load_base, require_quantization
+from lora_kit.model.source import Source, locate
+from lora_kit.model.state import flatten
+from lora_kit.model.targets import find_targets
+from lora_kit.model.tokenizer import load_renderer
+from lora_kit.recipe.load import resolve_path
+from lora_kit.recipe.schema import Recipe
+from lora_kit.runs.journal import Journal
+from lora_kit.runs.manifest import (
+    Claim,
+    Counts,
+    DataCounts,
+    Environment,
+    Fingerprints,
+    LineageEntry,
+    Machine,
+    Origin,
+    Resolved,
+    RunFacts,
+)
+from lora_kit.runs.resume import OpenRun, Row, contract, describe, enforce, enforce_origin, open_run, still_bitwise
+from lora_kit.runs.trackers import Trackers
+from lora_kit.training import choices
+from lora_kit.training.job import AdaptedModel, Inputs, Job
+from lora_kit.training.objectives.objective import Objective
+from lora_kit.training.processes import Processes
+from lora_kit.version import VERSION
+from lora_kit.views.console import Console
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers")
+
+
+@contextmanager
+def open_folder(
+    processes: Processes, folder: Path, start_from: str | Path | None, console: Console
+) -> Iterator[OpenRun]:
+    """Hold a run's folder for writing until the block ends, and leave the processes as they were."""
+    run = processes.main_decides(lambda: open_run(folder, checkpoint_at(start_from) if start_from else None))
+    try:
+        for notice in run.notices:
+            console.warn(notice)
+        yield run
+    finally:
+        console.end()
+        if processes.is_main:
+            run.lease.release()
+        processes.leave()
+
+
+def read_inputs(recipe: Recipe, processes: Processes, console: Console) -> Inputs:
+    """Find the base's files, load its tokenizer, and tokenise the data or take the tokens from the cache.
+
+    Raises:
+        InputError: The base, the tokenizer, the template or the data cannot be used, or the processes compute with
+            different kernels.
+    """
+    require_quantization(recipe.base)
+    console.tick("base: fingerprint")
+    source = processes.main_decides(lambda: locate(recipe.base, resolve_path(recipe, recipe.base.repo)))
+    renderer = load_renderer(source, recipe)
+    console.tick("data: render and tokenise")
+    data = processes.main_decides(lambda: prepare_data(recipe, renderer))
+    found = environment(recipe, source, renderer, data, processes)
+    processes.require_same(found.versions | found.computed_by)
+    return Inputs(source, renderer, data, found)
+
+
+def environment(
+    recipe: Recipe, source: Source, renderer: Renderer, data: Prepared, processes: Processes
+) -> Environment:
+    """Return what a resume compares beside the recipe: fingerprints, versions, the machine and what computes on it."""
+    cuda = processes.device.type == "cuda"
+    template = str(renderer.template or renderer.tokenizer.chat_template or "")  # empty for raw text
+    packages = [*PACKAGES, *(["bitsandbytes"] if recipe.base.quantization != "none" else [])]
+    return Environment(
+        Fingerprints(
+            base=source.fingerprint,
+            template=hashlib.sha256(template.encode()).hexdigest(),
+            train=data.train.fingerprint,
+            validation=data.validation.fingerprint if data.validation else None,
+        ),
+        versions={"lora_kit": VERSION} | {name: version(name) for name in packages},
+        machine=Machine(
+            processes.count,
+            torch.cuda.get_device_name(processes.device) if cuda else f"cpu {platform.machine()}",
+        ),
+        computed_by=identity(processes.device, getattr(torch, recipe.base.dtype)),
+    )
+
+
+def check_contract(
+    recipe: Recipe, run: OpenRun, inputs: Inputs, processes: Processes, accept: Sequence[str]
+) -> tuple[Row, ...]:
+    """Return what a resume changes, or what is refused as an error; nothing for a new run.
+
+    Raises:
+        ContractError: The run would become a different run, or cannot begin with the given adapter.
+    """
+    rows = contract(run.latest.manifest.run, recipe, inputs.environment) if run.latest else []
+    processes.main_decides(lambda: enforce(rows, accept, run.folder))
+    if run.origin is not None:
+        enforce_origin(run.origin, recipe, inputs.source.fingerprint)
+    return tuple(rows)
+
+
+def build_model(
+    recipe: Recipe,
+    run: OpenRun,
+    inputs: Inputs,
+    changed: Set[str],
+    objective: Objective,
+    processes: Processes,
+    console: Console,
+) -> AdaptedModel:
+    """Load the base, inject the adapter and fill it from where the run goes on.
+
+    Args:
+        recipe: What the user asked for.
+        run: Says where the run goes on, and what it chose when it began.
+        inputs: The files of the base, the tokenizer and the data.
+        changed: The keys that a resume changes; what the run chose for them is chosen again.
+        objective: The loss.
+        processes: The processes that train together.
+        console: Shows what is being done.
+    """
+    before = run.latest.manifest.run.resolved if run.latest else None
+    micro_batches = choices.micro_batches(recipe, before, changed, inputs.source, processes)
+    threads = before.threads if before else choices.threads(inputs.source, processes)
+    if threads:
+        torch.set_num_threads(threads)
+    console.tick("base: load")
+    base = load_base(inputs.source, recipe.base, processes.device)
+    check_base_fits(base, inputs)
+    if before is None:
+        warn_about_untrained(base, recipe, inputs, console)
+    attention, layout = choices.attention(base, recipe, before, changed, processes)
+    use_attention(base, attention)
+    if micro_batches.activation_checkpointing:
+        fusing.compute_twice(base)
+    console.tick("adapter: inject")
+    source = inputs.source
+    model = inject(base, recipe.adapter, seed=recipe.train.seed, name=source.name, revision=source.commit)
+    state = flatten(model.train(), metrics=len(objective.metrics))
+    kernels = choices.kernels(model, recipe, before, changed, processes)
+    if threads == choices.MEASURE:
+        threads = choices.measured_threads(model, objective, state, processes)
+    if run.latest is not None:
+        state.load(*run.latest.state())
+    elif run.origin is not None:
+        state.load_weights(run.origin.state()[0])
+    resolved = Resolved(
+        threads=threads,
+        attention=attention,
+        layout=layout,
+        micro_batch_tokens=micro_batches.micro_batch_tokens,
+        activation_checkpointing=micro_batches.activation_checkpointing,
+        kernels=kernels,
+    )
+    return AdaptedModel(model, state, resolved)
+
+
+def check_base_fits(base: PreTrainedModel, inputs: Inputs) -> None:
+    """Check that the tokenizer and the longest example fit the base.
+
+    Raises:
+        InputError: Says what does not fit and what to do.
+    """
+    embedding = cast(torch.Tensor, base.get_input_embeddings().weight)
+    check_tokenizer_fits(inputs.renderer.tokenizer, len(embedding), used=inputs.data.train)
+    check_context(inputs.data, base.config)
+
+
+def check_context(data: Prepared, config: PretrainedConfig) -> None:
+    """Refuse examples that are longer than the context of the base.
+
+    Raises:
+        DataError: Names the longest example and the limit.
+    """
+    longest = max(int(tokens.lengths.max()) for tokens in (data.train, data.validation) if tokens)
+    context = config.to_dict().get("max_position_embeddings")
+    if context and longest > context:
+        raise DataError(
+            f"data.sequence_length: the longest example has {longest:,} tokens, the base was made for {context:,}; "
+            f"set data.sequence_length={context} and data.overlong to drop or truncate"
+        )
+
+
+def warn_about_untrained(base: PreTrainedModel, recipe: Recipe, inputs: Inputs, console: Console) -> None:
+    """Warn about linear layers that all-linear leaves out, and about labels whose tokens the base never trained.
+
+    LoRA on linear layers cannot teach the base to write a token whose row in the head was never trained.
+    """
+    targets = find_targets(base, recipe.adapter)
+    if targets.left_out:
+        console.warn(
+            f"adapter.targets: all-linear leaves out {', '.join(targets.left_out)}; routers stay as they are, experts "
+            "are trained when adapter.targets names them"
+        )
+    head = cast(torch.Tensor, (base.get_output_embeddings() or base.get_input_embeddings()).weight)
+    labels = untrained_labels(inputs.data.train, head)
+    if labels:
+        tokenizer = inputs.renderer.tokenizer
+        names = ", ".join(repr(tokenizer.convert_ids_to_tokens(label)) for label in labels[:5])
+        console.warn(
+            f"{len(labels)} label token(s) look untrained in the base ({names}): LoRA on linear layers cannot teach "
+            "them; if the stop token is among them, name one that the base knows with base.stop_token"
+        )
+
+
+def make_job(
+    recipe: Recipe,
+    run: OpenRun,
+    inputs: Inputs,
+    rows: Sequence[Row],
+    adapted: AdaptedModel,
+    objective: Objective,
+    processes: Processes,
+    trackers: Trackers,
+) -> Job:
+    """Put a job together, with what every manifest of this process records."""
+    latest, data, journal, resolved = run.latest, inputs.data, Journal(run.folder), adapted.resolved
+    assert resolved.micro_batch_tokens is not None
+    facts = RunFacts(
+        run_id=run.run_id,
+        fencing_token=run.lease.token,
+        recipe=recipe.model_dump(mode="json"),
+        template=inputs.renderer.template,
+        fingerprints=inputs.environment.fingerprints,
+        data=DataCounts(
+            Counts(**data.summary["train"]), Counts(**data.summary["validation"]) if data.validation else None
+        ),
+        versions=inputs.environment.versions,
+        machine=inputs.environment.machine,
+        computed_by=inputs.environment.computed_by,
+        resolved=resolved,
+        lineage=lineage(run, rows),
+        claim=claim(run, rows, processes),
+        origin=origin(run),
+    )
+    return Job(
+        recipe=recipe,
+        run=run,
+        processes=processes,
+        inputs=inputs,
+        model=adapted.model,
+        state=adapted.state,
+        objective=objective,
+        plan=Plan(recipe, data.train, resolved.micro_batch_tokens, resolved.layout == "padded", objective.split),
+        facts=facts,
+        resumed=latest.manifest.progress if latest else None,
+        replayed=journal.skipped_after(latest.step) if latest else frozenset(),
+        journal=journal,
+        trackers=trackers,
+    )
+
+
+def origin(run: OpenRun) -> Origin | None:
+    """Return the checkpoint whose adapter the run began with, now or when it was new."""
+    if run.latest is not None:
+        return run.latest.manifest.run.origin
+    return describe(run.origin) if run.origin else None
+
+
+def claim(run: OpenRun, rows: Sequence[Row], processes: Processes) -> Claim:
+    """Return what a checkpoint promises: the bytes of an uninterrupted run, or its values to rounding, and for what."""
+    power_of_two = processes.count & (processes.count - 1) == 0
+    bitwise_so_far = run.latest is None or run.latest.manifest.run.claim.level == "bitwise"
+    if bitwise_so_far and power_of_two and still_bitwise(rows) and processes.device.type == "cpu":
+        return Claim("bitwise", "1, 2, 4, 8, ... processes with these versions, this compiler and this processor")
+    return Claim("rounding", "any number of processes, any device")
+
+
+def lineage(run: OpenRun, rows: Sequence[Row]) -> tuple[LineageEntry, ...]:
+    """Return every change that was accepted in the run's life, with the step it came at."""
+    if run.latest is None:
+        return ()
+    accepted = [row for row in rows if row.verdict == "accept"]
+    new = (LineageEntry(run.latest.step, row.key, row.then, row.now) for row in accepted)
+    return (*run.latest.manifest.run.lineage, *new)

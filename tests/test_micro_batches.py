@@ -300,7 +300,7 @@ def test_the_process_with_least_memory_decides_for_all(monkeypatch):
         gather = staticmethod(lambda mine: [*mine, 3 * GB])
 
     monkeypatch.setattr(choices, "host_memory", lambda: 10 * GB)
-    assert choices.machine_of(Two) == Machine("cpu", 3 * GB)
+    assert choices.smallest_machine(Two) == Machine("cpu", 3 * GB)
 
 
 def test_a_check_tells_what_a_run_would_choose(open_recipe, monkeypatch):

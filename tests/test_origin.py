@@ -38,7 +38,7 @@ def test_a_new_run_begins_with_an_earlier_adapter_and_fresh_moments(
     begun = load_file(checkpoint(trained_run, 4) / "adapter_model.safetensors")
     recipe = load_recipe(recipe_file, ["train.steps=1"])
     run = loop.train(recipe, tmp_path / "run", start_from=trained_run)
-    assert f"begins with the adapter of {checkpoint(trained_run, 4)}" in capsys.readouterr().out
+    assert f"starts with the adapter of {checkpoint(trained_run, 4)}" in capsys.readouterr().out
     assert sorted(filled[0].tolist()) == sorted(value for array in begun.values() for value in array.ravel().tolist())
     facts = store.open_checkpoint(run.latest).manifest.run
     assert facts.origin.step == 4 and facts.origin.run_id != facts.run_id

@@ -280,7 +280,7 @@ def test_a_disk_that_stays_full_fails_at_the_end_and_the_last_step_waits_in_memo
 def test_a_nan_on_one_process_is_skipped_by_all_and_in_every_replay(recipe, faults, tmp_path, capsys):
     plan = {"rank": 1, "step": 5, "phase": "reduce", "kind": "nan"}
     printed = train(recipe, tmp_path / "one", *EVERY, processes=2, environment=faults(plan))
-    assert "step 5: loss" in printed and "it is skipped" in printed
+    assert "step 5: loss" in printed and "the step is skipped" in printed
     kill = {"rank": 0, "step": 9, "phase": "forward", "kind": "kill"}
     (tmp_path / "done" / "0.0").unlink()
     more = ["--set", "checkpoint.every_steps=4", "--set", "checkpoint.keep=20"]

@@ -3,7 +3,6 @@
 Each choice can change bits, so it is made once for a run, kept in the manifest, and used again at every resume.
 """
 
-import time
 from collections.abc import Set
 
 import numpy as np
@@ -20,18 +19,12 @@ from lora_kit.model.forward import model_inputs
 from lora_kit.model.probe import choose_attention, probe_batch
 from lora_kit.model.sizes import read_config
 from lora_kit.model.source import Source
-from lora_kit.model.state import FlatState
 from lora_kit.recipe.schema import Recipe
 from lora_kit.runs.manifest import Resolved
 from lora_kit.training.micro_batches import Machine, MicroBatches, choose, host_memory
-from lora_kit.training.objectives.objective import Objective
 from lora_kit.training.processes import Processes
 
-TINY_BASE_BYTES = 20_000_000  # below it, two threads wait for each other longer than they compute
-SMALL_BASE_BYTES = 100_000_000  # below it that is possible, and it is measured
-MEASURE = 0  # the number of threads is to be measured
-PROBE_EXAMPLES, PROBE_TOKENS = 8, 128
-SPEEDUP = 1.3  # use many threads only if at least this much faster: far from noise, so that two runs choose the same
+TINY_BASE_BYTES = 20_000_000  # below it, threads wait for each other longer than they compute
 
 
 def micro_batches(
@@ -68,36 +61,12 @@ def smallest_machine(processes: Processes) -> Machine:
 
 
 def threads(source: Source, processes: Processes) -> int | None:
-    """Return how many threads a process computes with: None on a GPU, `MEASURE` where size does not decide it."""
+    """Return how many threads a process computes with on a CPU: one for a tiny base, else its share of the cores."""
     if processes.device.type != "cpu":
         return None
     weights = sum(path.stat().st_size for path in source.folder.glob("*.safetensors"))
-    return 1 if weights < TINY_BASE_BYTES else MEASURE if weights < SMALL_BASE_BYTES else _cores(processes)
-
-
-def _cores(processes: Processes) -> int:
-    """Return the physical cores that each process has for itself."""
-    return max(1, (psutil.cpu_count(logical=False) or 1) // processes.count)
-
-
-def measured_threads(model: nn.Module, objective: Objective, state: FlatState, processes: Processes) -> int:
-    """Measure whether a small base trains faster with one thread or with all cores; leave torch set to the faster."""
-    cores = _cores(processes)
-    if cores == 1:
-        return 1
-    vocabulary = inner_of(model).config.get_text_config().vocab_size
-    examples = [np.arange(PROBE_TOKENS) * (number + 1) % vocabulary for number in range(PROBE_EXAMPLES)]
-    seconds = {1: float("inf"), cores: float("inf")}
-    for _ in range(3):
-        for count in seconds:
-            torch.set_num_threads(count)
-            began = time.perf_counter()
-            objective.loss(model, probe_batch(examples), processes.device).total.backward()
-            seconds[count] = min(seconds[count], time.perf_counter() - began)
-    state.reduced.zero_()
-    chosen: int = processes.main_decides(lambda: cores if seconds[1] > SPEEDUP * seconds[cores] else 1)
-    torch.set_num_threads(chosen)
-    return chosen
+    cores = psutil.cpu_count(logical=False) or 1
+    return 1 if weights < TINY_BASE_BYTES else max(1, cores // processes.count)
 
 
 def attention(

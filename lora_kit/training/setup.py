@@ -175,8 +175,6 @@ def build_model(
     model = inject(base, recipe.adapter, seed=recipe.train.seed, name=source.name, revision=source.commit)
     state = flatten(model.train(), metrics=len(objective.metrics))
     kernels = choices.kernels(model, recipe, before, changed, processes)
-    if threads == choices.MEASURE:
-        threads = choices.measured_threads(model, objective, state, processes)
     if run.latest is not None:
         state.load(*run.latest.state())
     elif run.origin is not None:

@@ -3,7 +3,8 @@
 import os
 import tempfile
 
-os.environ.update(LORA_KIT_CACHE=tempfile.mkdtemp(prefix="lora-kit-cache-"))
+if "PYTEST_XDIST_WORKER" not in os.environ:  # else it shares the cache of the process that has started it
+    os.environ.update(LORA_KIT_CACHE=tempfile.mkdtemp(prefix="lora-kit-cache-"))
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
 
 import torch
@@ -11,6 +12,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.update(TRITON_INTERPRET="1")  # before Triton is imported: its kernels run here too, slowly
 
+import hashlib
 import json
 import random
 import shlex
@@ -21,7 +23,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import runs
+from filelock import FileLock
 from jaxtyping import install_import_hook
+
+WORKER = "PYTEST_XDIST_WORKER" in os.environ  # one of several processes of this session
 
 # shapes and dtypes in the annotations are checked at every call while the tests run
 CHECKED = ["training.objectives.sft", "training.optim", "training.processes", "model.adapter", "model.state"]
@@ -35,6 +41,18 @@ def pytest_runtest_setup(item):
 
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with what takes long, so that no worker is alone with it in the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(autouse=True)
+def no_run_is_left():
+    """Kill what a test that failed has started and not waited for."""
+    yield
+    runs.kill_all()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -89,7 +107,8 @@ def without_c():
 
 def pytest_unconfigure():
     """Leave no cache behind."""
-    shutil.rmtree(os.environ["LORA_KIT_CACHE"], ignore_errors=True)
+    if not WORKER:
+        shutil.rmtree(os.environ["LORA_KIT_CACHE"], ignore_errors=True)
 
 
 TEMPLATE = (
@@ -166,15 +185,55 @@ def write_jsonl(path, records):
 
 
 @pytest.fixture(scope="session")
-def base_folder(tmp_path_factory):
-    """A tiny random Llama."""
-    return make_base(tmp_path_factory.mktemp("base"))
+def shared(tmp_path_factory):
+    """A function that lets one worker of this session fill a folder for all of them; nobody may change what is in it.
+
+    Its arguments are the folder's name and a function that fills it, given its path.
+    """
+    own = tmp_path_factory.getbasetemp()
+    root = (own.parent if WORKER else own) / "shared"
+    root.mkdir(exist_ok=True)
+
+    def folder(name, fill):
+        path, complete = root / name, root / f"{name}.complete"
+        with FileLock(root / f"{name}.lock", timeout=2 * runs.WAIT_SECONDS):
+            if not complete.exists():
+                shutil.rmtree(path, ignore_errors=True)
+                path.mkdir()
+                fill(path)
+                complete.touch()
+        return path
+
+    return folder
 
 
 @pytest.fixture(scope="session")
-def data_file(tmp_path_factory):
+def reference(shared):
+    """A function that returns the folder of a run that nothing disturbed, made once for each recipe and its changes."""
+
+    def run(recipe, *changes):
+        text = "\n".join([recipe.read_text(), *changes])
+
+        def fill(folder):
+            shutil.copy(recipe, folder / "recipe.yaml")
+            options = [part for change in changes for part in ("--set", change)]
+            runs.train(folder / "recipe.yaml", folder / "run", *options)
+
+        return shared(f"run-{hashlib.sha256(text.encode()).hexdigest()[:16]}", fill) / "run"
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def base_folder(shared):
+    """A tiny random Llama."""
+    return shared("base", make_base)
+
+
+@pytest.fixture(scope="session")
+def data_file(shared):
     """23 conversations: a prime, so that no batch size divides an epoch."""
-    return write_jsonl(tmp_path_factory.mktemp("data") / "train.jsonl", make_records(23))
+    return shared("data", lambda folder: write_jsonl(folder / "train.jsonl", make_records(23))) / "train.jsonl"
 
 
 RECIPE = """
@@ -196,15 +255,11 @@ def recipe_file(tmp_path, base_folder, data_file):
 
 
 @pytest.fixture(scope="session")
-def trained_run(tmp_path_factory, base_folder, data_file):
+def trained_run(tmp_path_factory, base_folder, data_file, reference):
     """A finished run of four steps whose adapter answers other than its base."""
-    from lora_kit.recipe.load import load_recipe
-    from lora_kit.training.loop import train
-
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "recipe.yaml").write_text(RECIPE.format(base=base_folder, data=data_file))
-    changes = ["train.steps=4", "optim.learning_rate=0.05", "checkpoint.every_steps=2"]
-    return train(load_recipe(folder / "recipe.yaml", changes), folder / "run").folder
+    recipe = tmp_path_factory.mktemp("trained") / "recipe.yaml"
+    recipe.write_text(RECIPE.format(base=base_folder, data=data_file))
+    return reference(recipe, "train.steps=4", "optim.learning_rate=0.05", "checkpoint.every_steps=2")
 
 
 @pytest.fixture(scope="session")

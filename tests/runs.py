@@ -9,13 +9,16 @@ import json
 import os
 import re
 import select
+import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+import psutil
 from fork_server import INJECT, MESSAGE_BYTES, NUMBER
 
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith(("RANK", "WORLD", "LOCAL_"))}
@@ -24,6 +27,9 @@ READ_AFTER_IMPORTS = re.compile(
 )
 WAIT_SECONDS = 100.0  # for anything that a test waits for; a machine under load may need tens of seconds
 POLL_SECONDS = 0.005
+
+
+STARTED = []  # processes that the running test has started
 
 
 class Forked:
@@ -79,10 +85,10 @@ class Forked:
             os.kill(self.pid, number)
 
     def terminate(self):
-        self.send_signal(15)
+        self.send_signal(signal.SIGTERM)
 
     def kill(self):
-        self.send_signal(9)
+        self.send_signal(signal.SIGKILL)
 
     def __del__(self):
         self.stdout.close()
@@ -119,15 +125,28 @@ def started(arguments, environment, *, code=None, fresh=False):
     """Start `lora-kit ARGUMENTS` or `python -c CODE ARGUMENTS`; return the process, whose stderr is its stdout."""
     arguments, environment = [str(argument) for argument in arguments], ENVIRONMENT | (environment or {})
     if not fresh and same_imports(environment):
-        return Forked(arguments, environment, code)
-    return subprocess.Popen(
-        [sys.executable, *(("-m", "lora_kit") if code is None else ("-c", code)), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
+        process = Forked(arguments, environment, code)
+    else:
+        process = subprocess.Popen(
+            [sys.executable, *(("-m", "lora_kit") if code is None else ("-c", code)), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+    STARTED.append(process)
+    return process
+
+
+def kill_all():
+    """Kill every process that `started` returned and that has not ended, with its session."""
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(WAIT_SECONDS)
 
 
 def run_code(code, *arguments, environment=None):
@@ -177,6 +196,11 @@ def wait_until(condition, process=None, *, limit=WAIT_SECONDS):
         assert not ended, f"the process has ended with {process.returncode}\n{process.stdout.read()}"
         assert time.monotonic() < end, f"the condition does not hold after {limit} s"
         time.sleep(POLL_SECONDS)
+
+
+def gone(processes):
+    """Return whether all these psutil processes have ended."""
+    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
 
 
 def wait_for_lines(path, count, process):

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from runs import ENVIRONMENT
+from runs import ENVIRONMENT, WAIT_SECONDS
 
 import lora_kit as lk
 from lora_kit.artifacts.chat import HELP, chat
@@ -57,6 +57,8 @@ def test_ctrl_c_cuts_an_answer_and_the_conversation_goes_on(trained_run):
 
 def test_it_is_driven_by_a_pipe(trained_run):
     command = [sys.executable, "-m", "lora_kit", "chat", str(trained_run), "--max-new-tokens", "8"]
-    done = subprocess.run(command, input="hello there\n", env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        command, input="hello there\n", env=ENVIRONMENT, capture_output=True, text=True, timeout=WAIT_SECONDS
+    )
     assert done.returncode == 0 and "/help" in done.stderr
     assert done.stdout.strip() == lk.generate(*lk.load(trained_run), ["hello there"], max_new_tokens=8)[0]

@@ -11,6 +11,7 @@ import torch
 from conftest import RECIPE, TEMPLATE, make_base
 from hub_standin import TOKEN, environment, serve
 from huggingface_hub import constants
+from runs import WAIT_SECONDS
 from typer.testing import CliRunner
 
 import lora_kit as lk
@@ -104,7 +105,7 @@ def test_peft_and_transformers_read_it_without_lora_kit(hub, trained, base_folde
     lk.push(trained.latest, "me/first")
     command = [sys.executable, "-c", WITHOUT_US, str(base_folder), str(tmp_path / "logits")]
     talk = os.environ | environment(hub, tmp_path / "cache")
-    told = subprocess.run(command, env=talk, capture_output=True, text=True, timeout=300, check=True).stdout
+    told = subprocess.run(command, env=talk, capture_output=True, text=True, timeout=WAIT_SECONDS, check=True).stdout
     local, _ = lk.load(trained.latest)
     assert torch.equal(torch.load(tmp_path / "logits", weights_only=True), logits(local))
     assert told == "<user>hello\n"
@@ -317,6 +318,8 @@ def test_a_stop_signal_ends_the_waiting(hub, trained, monkeypatch):
     assert hub.faults["/commit/"] == [503, 503]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_a_base_from_the_hub_is_pinned_and_found_again(hub, recipe_file, tmp_path, base_folder):
     """As a user has it: trained and pushed in one process, answered in another one with an empty cache."""
     commit = hub.add("them/base", base_folder)
@@ -327,7 +330,7 @@ def test_a_base_from_the_hub_is_pinned_and_found_again(hub, recipe_file, tmp_pat
             env=os.environ | environment(hub, tmp_path / cache),
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=WAIT_SECONDS,
         )
         assert done.returncode == expect, done.stdout + done.stderr
         assert TOKEN not in done.stdout + done.stderr

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from manifests import run_facts, step_facts
+from runs import WAIT_SECONDS
 
 from lora_kit.runs import live, store
 from lora_kit.runs.journal import Journal
@@ -145,7 +146,7 @@ def test_a_keeper_whose_trainer_is_gone_before_it_has_looked_writes_and_leaves(t
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     command = [sys.executable, "-m", "lora_kit.supervise.keeper", str(trainer.run), str(gone.pid)]
-    subprocess.run(command, check=True, timeout=20)
+    subprocess.run(command, check=True, timeout=WAIT_SECONDS)
     assert trainer.steps() == [5] and live.folder_of(trainer.run) is None
 
 
@@ -153,7 +154,7 @@ def test_a_keeper_beside_a_trainer_leaves_when_it_has_ended(trainer):
     beside = keeping.start_beside(trainer.run)
     trainer.publish(3)
     trainer.region.words[Word.PHASE] = Phase.ENDED
-    assert beside.wait(timeout=20) == 0 and trainer.steps() == [3]
+    assert beside.wait(timeout=WAIT_SECONDS) == 0 and trainer.steps() == [3]
 
 
 def test_what_writes_checkpoints_knows_neither_torch_nor_the_network(tmp_path):

@@ -8,7 +8,7 @@ from inspect import signature
 
 import psutil
 import pytest
-from runs import ENVIRONMENT, start, state_hash, train, wait_for_lines
+from runs import ENVIRONMENT, WAIT_SECONDS, gone, start, state_hash, train, wait_for_lines
 from typer.testing import CliRunner
 
 from lora_kit.cli import app, train_worker
@@ -33,10 +33,9 @@ main_process_port: 0
 
 
 @pytest.fixture
-def undisturbed(recipe_file, tmp_path):
-    """The bytes that the function in this process gives."""
-    loop.train(load_recipe(recipe_file), tmp_path / "function")
-    return state_hash(tmp_path / "function", 8)
+def undisturbed(recipe_file, reference):
+    """The bytes of a run that nothing disturbed."""
+    return state_hash(reference(recipe_file), 8)
 
 
 def accelerate(tmp_path, recipe, *more, precision="no"):
@@ -52,14 +51,15 @@ def accelerate(tmp_path, recipe, *more, precision="no"):
         "lora_kit",
     ]
     arguments = ["train", str(recipe), "--out", str(tmp_path / "run"), *more]
-    return subprocess.run(launcher + arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    return subprocess.run(launcher + arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=WAIT_SECONDS)
 
 
 def test_the_command_gives_the_bytes_of_the_function_whatever_threads_the_launcher_set(
     recipe_file, tmp_path, undisturbed
 ):
-    train(recipe_file, tmp_path / "run", environment={"OMP_NUM_THREADS": "2"})
-    assert state_hash(tmp_path / "run", 8) == undisturbed
+    loop.train(load_recipe(recipe_file), tmp_path / "function")
+    train(recipe_file, tmp_path / "run", environment={"OMP_NUM_THREADS": "2"}, fresh=True)
+    assert state_hash(tmp_path / "run", 8) == state_hash(tmp_path / "function", 8) == undisturbed
 
 
 def test_accelerate_launch_with_two_processes_gives_the_same_bytes(recipe_file, tmp_path, undisturbed):
@@ -79,7 +79,7 @@ def test_accelerate_settings_that_contradict_the_recipe_are_refused(recipe_file,
 def test_torchrun_with_two_processes_gives_the_same_bytes(recipe_file, tmp_path, undisturbed):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lora_kit"]
     arguments = ["train", str(recipe_file), "--out", str(tmp_path / "run")]
-    subprocess.run(launcher + arguments, env=ENVIRONMENT, check=True, capture_output=True, timeout=200)
+    subprocess.run(launcher + arguments, env=ENVIRONMENT, check=True, capture_output=True, timeout=WAIT_SECONDS)
     assert state_hash(tmp_path / "run", 8) == undisturbed
 
 
@@ -95,9 +95,9 @@ def test_without_restarts_a_killed_process_ends_the_others_and_the_run_goes_on(r
     wait_for_lines(tmp_path / "run" / "metrics.jsonl", 2, process)
     workers = psutil.Process(process.pid).children(recursive=True)
     workers[-1].send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate()
     assert process.returncode == 128 + signal.SIGKILL
-    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+    assert gone(workers)
     train(recipe_file, tmp_path / "run", "--set", "checkpoint.every_steps=1", processes=2)
     assert state_hash(tmp_path / "run", 8) == undisturbed
 
@@ -108,7 +108,7 @@ def test_workers_do_not_outlive_a_killed_launcher_and_the_run_goes_on_at_once(re
     workers = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     train(recipe_file, tmp_path / "run", "--set", "checkpoint.every_steps=1")
-    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+    assert gone(workers)
     assert state_hash(tmp_path / "run", 8) == undisturbed
 
 
@@ -122,7 +122,7 @@ def test_sigterm_to_accelerate_launch_of_one_process_still_saves(recipe_file, tm
     keeper = worker.children()[-1]
     process.terminate()
     process.wait()
-    psutil.wait_procs([worker, keeper], timeout=30)
+    psutil.wait_procs([worker, keeper], timeout=WAIT_SECONDS)
     assert not keeper.is_running()
     assert "stopped, resumable" in CliRunner().invoke(app, ["status", str(out)]).output
     train(recipe_file, out, "--set", "checkpoint.every_steps=100")

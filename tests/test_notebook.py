@@ -2,13 +2,12 @@
 
 import json
 import re
-import time
 from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from runs import state_hash
+from runs import WAIT_SECONDS, state_hash, wait_until
 
 import lora_kit as lk
 from lora_kit.check import Preview, check
@@ -16,6 +15,7 @@ from lora_kit.errors import DataError, Stopped
 from lora_kit.views import notebook
 
 jupyter = pytest.importorskip("jupyter_client.manager")
+pytestmark = pytest.mark.timeout(300)
 
 
 def records(*losses, **more):
@@ -79,7 +79,7 @@ class Kernel:
     """A kernel, as a notebook has one."""
 
     def __init__(self, folder):
-        self.manager, self.client = jupyter.start_new_kernel(cwd=str(folder), startup_timeout=120)
+        self.manager, self.client = jupyter.start_new_kernel(cwd=str(folder), startup_timeout=WAIT_SECONDS)
 
     def run(self, code):
         """Run a cell to its end; return its reply, what it printed and the last state of what it displayed."""
@@ -94,18 +94,15 @@ class Kernel:
             elif message["msg_type"] == "error":
                 printed.extend(content["traceback"])
 
-        reply = self.client.execute_interactive(code, timeout=300, output_hook=note)
+        reply = self.client.execute_interactive(code, timeout=WAIT_SECONDS, output_hook=note)
         return reply["content"], "".join(printed), list(displayed.values())
 
     def interrupt(self, code, when):
         """Run a cell, press stop when `when()` is true, and return the cell's reply."""
         cell = self.client.execute(code, stop_on_error=False)  # else what is asked next may be dropped
-        patience = time.monotonic() + 300
-        while not when():
-            assert time.monotonic() < patience
-            time.sleep(0.01)
+        wait_until(when)
         self.manager.interrupt_kernel()
-        while (reply := self.client.get_shell_msg(timeout=300))["parent_header"]["msg_id"] != cell:
+        while (reply := self.client.get_shell_msg(timeout=WAIT_SECONDS))["parent_header"]["msg_id"] != cell:
             pass
         return reply["content"]
 

@@ -5,10 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from runs import WAIT_SECONDS
 
 nbformat = pytest.importorskip("nbformat")
 jupytext = pytest.importorskip("jupytext")
 nbclient = pytest.importorskip("nbclient")
+pytestmark = pytest.mark.timeout(300)
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -31,22 +33,33 @@ def outputs(notebook, kind):
             yield one.text if one.output_type == "stream" else one.get("data", {}).get(kind, "")
 
 
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory):
-    """Run a notebook of a copy of the folder with few steps, once."""
-    place, done = tmp_path_factory.mktemp("checkout"), {}
-    shutil.copytree(ROOT / "recipes", place / "recipes")
-    shutil.copytree(ROOT / "notebooks", place / "notebooks", ignore=shutil.ignore_patterns("runs", "orders"))
+def copy_checkout(folder):
+    """Copy what the notebooks need."""
+    shutil.copytree(ROOT / "recipes", folder / "recipes")
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns("runs", "orders"))
 
-    def run(name, *more):
-        if (name, more) not in done:
-            notebook = nbformat.read(place / "notebooks" / f"{name}.ipynb", as_version=4)
-            (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-            parameters.source += "\n".join(["", f"changes = {SHORT[name]}", *more])
-            resources = {"metadata": {"path": str(place / "notebooks")}}
-            nbclient.NotebookClient(notebook, timeout=300, resources=resources).execute()
-            done[name, more] = notebook
-        return done[name, more], place / "notebooks"
+
+def execute(path, *more):
+    """Run a notebook with few steps and further parameters, and return it with its outputs."""
+    notebook = nbformat.read(path, as_version=4)
+    (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    parameters.source += "\n".join(["", f"changes = {SHORT[path.stem]}", *more])
+    resources = {"metadata": {"path": str(path.parent)}}
+    nbclient.NotebookClient(notebook, timeout=WAIT_SECONDS, resources=resources).execute()
+    return notebook
+
+
+@pytest.fixture
+def executed(shared):
+    """Run a notebook once for all workers; return it and the folder in which it ran."""
+
+    def run(name):
+        def fill(folder):
+            copy_checkout(folder)
+            nbformat.write(execute(folder / "notebooks" / f"{name}.ipynb"), folder / "executed.ipynb")
+
+        folder = shared(f"notebook-{name}", fill)
+        return nbformat.read(folder / "executed.ipynb", as_version=4), folder / "notebooks"
 
     return run
 
@@ -100,11 +113,12 @@ def test_the_first_shows_progress_losses_and_both_answers(executed):
 
 def test_the_first_pushes_with_a_token_and_a_name(executed, monkeypatch, tmp_path):
     standin = pytest.importorskip("hub_standin")
+    _, place = executed("01_first_adapter")
+    shutil.copytree(place.parent, tmp_path / "checkout")  # with its run, so that nothing is left to train
     with standin.serve() as hub:
         for name, value in standin.environment(hub, tmp_path).items():
             monkeypatch.setenv(name, value)
-        executed("01_first_adapter")  # in the same folder, so that the second time nothing is left to train
-        notebook, _ = executed("01_first_adapter", "hub_name = 'me/first'")
+        notebook = execute(tmp_path / "checkout" / "notebooks" / "01_first_adapter.ipynb", "hub_name = 'me/first'")
         assert "me/first" in "".join(outputs(notebook, "text/plain"))
         assert "adapter_model.safetensors" in hub.files("me/first") and hub.repos["me/first"].private
 

@@ -3,10 +3,10 @@
 import json
 import os
 import signal
-import time
 
+import psutil
 import pytest
-from runs import start, train, wait_for_lines
+from runs import gone, start, train, wait_for_lines, wait_until
 
 from lora_kit.errors import InputError
 from lora_kit.runs import live, store
@@ -96,11 +96,11 @@ def test_it_tells_the_truth_while_a_run_trains_and_after_it_was_killed(recipe_fi
     assert now.state == "training" and now.live["valid"] and now.live["behind"] == 0
     assert now.live["step"] >= now.step >= 20 and now.steps == 300 and 0 < now.goodput <= 1
     wait_for_lines(out / "metrics.jsonl", 105, process)
-    while store.find(out).latest is None:
-        time.sleep(0.01)
+    wait_until(lambda: store.find(out).latest is not None, process)
+    family = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    time.sleep(0.6)
+    wait_until(lambda: gone(family) and status(out).durable["age_seconds"] > 0)
     now = status(out)
     assert now.state == "interrupted, resumable" and now.live["step"] >= now.step
     assert now.durable["step"] == 100 and now.durable["behind"] == now.step - 100 and now.durable["age_seconds"] > 0

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import write_jsonl
+from runs import WAIT_SECONDS
 
 from lora_kit.data import sources
 from lora_kit.data.sources import HubName, load, parse_hub_name, split, validation_indices
@@ -210,4 +211,4 @@ def test_two_processes_can_open_a_file_at_once_and_say_nothing(tmp_path):
     both = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) for _ in range(2)
     ]
-    assert [(process.communicate(timeout=60)[0], process.returncode) for process in both] == [(b"", 0)] * 2
+    assert [(process.communicate(timeout=WAIT_SECONDS)[0], process.returncode) for process in both] == [(b"", 0)] * 2

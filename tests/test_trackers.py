@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from conftest import RECIPE, make_records, write_jsonl
-from runs import start, train, wait_for_lines
+from runs import WAIT_SECONDS, start, train, wait_for_lines
 
 import lora_kit as lk
 from lora_kit.check import check
@@ -65,7 +65,7 @@ def interrupted(home, base_folder, data_file):
         process = start(recipe, run, *options, environment=os.environ)
         wait_for_lines(run / "metrics.jsonl", lines, process)
         process.send_signal(number)
-        printed, _ = process.communicate(timeout=300)
+        printed, _ = process.communicate(timeout=WAIT_SECONDS)
         assert process.returncode == code, printed
         if code == 75:  # all trackers are now ahead of the newest checkpoint
             (lk.Run(run).latest / "manifest.json").write_text("damaged")

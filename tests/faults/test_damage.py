@@ -31,9 +31,9 @@ def recipe(tmp_path_factory, base_folder, data_file):
 
 
 @pytest.fixture(scope="module")
-def whole(recipe, tmp_path_factory):
+def whole(recipe, reference):
     """A finished run with the checkpoints of steps 5 and 8."""
-    return go_on(recipe, tmp_path_factory.mktemp("whole") / "run").folder
+    return reference(recipe)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import RECIPE
-from runs import go_on, run_code, start, state_hash, train, wait_for_lines, wait_until, with_faults
+from runs import go_on, gone, run_code, start, state_hash, train, wait_for_lines, wait_until, with_faults
 
 from lora_kit.runs import live, store
 from lora_kit.runs.manifest import MANIFEST
@@ -35,8 +35,8 @@ def recipe(tmp_path_factory, base_folder, data_file):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(recipe, tmp_path_factory):
-    return state_hash(go_on(recipe, tmp_path_factory.mktemp("undisturbed") / "run").folder, STEPS)
+def undisturbed(recipe, reference):
+    return state_hash(reference(recipe), STEPS)
 
 
 @pytest.fixture
@@ -69,11 +69,6 @@ def steps_shown(out):
     return [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def gone(processes):
-    """Return whether all processes have ended."""
-    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
-
-
 def nothing_was_lost(out):
     """Every step is shown once, and no resume had to do one again."""
     assert steps_shown(out) == list(range(1, STEPS + 1))
@@ -84,6 +79,8 @@ def nothing_was_lost(out):
 PHASES = ["forward", "backward", "reduce", "update", "updated", "copy", "publish", "line"]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_kill_in_any_phase_of_a_step_costs_no_finished_step(recipe, undisturbed, faults, tmp_path, processes):
     rng = random.Random(processes)

@@ -23,8 +23,8 @@ def recipe(tmp_path_factory, base_folder, data_file):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(recipe, tmp_path_factory):
-    return state_hash(go_on(recipe, tmp_path_factory.mktemp("undisturbed") / "run").folder, STEPS)
+def undisturbed(recipe, reference):
+    return state_hash(reference(recipe), STEPS)
 
 
 @pytest.fixture

@@ -149,9 +149,9 @@ def kill_all():
             process.wait(WAIT_SECONDS)
 
 
-def run_code(code, *arguments, environment=None):
-    """Run Python code in a process that has imported everything; return what it printed once it has succeeded."""
-    process = started(arguments, environment, code=code)
+def run_code(code, *arguments, environment=None, fresh=False):
+    """Run Python code in a process that has imported everything or a `fresh` one; return what it printed."""
+    process = started(arguments, environment, code=code, fresh=fresh)
     printed, _ = process.communicate(timeout=WAIT_SECONDS)
     assert process.returncode == 0, f"exit code {process.returncode}\n{printed}"
     return printed

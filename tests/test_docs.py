@@ -8,13 +8,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from plain_loop import program_of
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from lora_kit.cli import app
 from lora_kit.data.formats import FORMATS
+from lora_kit.data.packing import collate
+from lora_kit.data.tokens import Tokens
+from lora_kit.errors import DataError
 from lora_kit.recipe.load import load_recipe
+from lora_kit.training.objectives.sft import Sft
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -156,6 +163,24 @@ def test_files_of_the_package_that_a_page_names_exist(page):
 def test_python_on_every_page_compiles():
     for page in PAGES:
         compile(program_of(page), page, "exec")
+
+
+def test_the_sketches_on_extending_work(base_folder):
+    blocks = [text for _, text in blocks_of(ROOT / "docs" / "extending.md", "python")]
+    sketches = {}
+    for text in blocks:
+        exec(text, sketches)
+    tokens = Tokens.of([(np.arange(5, 25), np.arange(20) > 8), (np.arange(30, 42), np.arange(12) > 3)])
+    batch, model = collate(tokens, [0, 1], padded=False), AutoModelForCausalLM.from_pretrained(base_folder)
+    objective = sketches["SftWithAccuracy"]()
+    total, weight, (right,) = objective.loss(model, batch, torch.device("cpu"))
+    expected = Sft().loss(model, batch, torch.device("cpu"))
+    torch.testing.assert_close(total, expected.total)
+    assert weight == expected.weight == objective.weight(tokens, [0, 1]) and 0 <= right <= weight
+    example = sketches["from_question_answer"]({"question": "2 + 2?", "answer": "4"})
+    assert [message["content"] for message in example.messages] == ["2 + 2?", "4"] and example.answers == [1]
+    with pytest.raises(DataError, match="answer"):
+        sketches["from_question_answer"]({"question": "2 + 2?", "answer": None})
 
 
 def test_the_readme_says_which_base_fits_on_which_gpu(monkeypatch):

@@ -295,13 +295,13 @@ def _is_hub_name(recipe: Recipe, source: str | float | None) -> bool:
 def _check_data(plan: Plan, data: Prepared, renderer: Renderer, report: Report, processes: int) -> None:
     """Add data statistics, schedule, preview, and problems of the data with this base to the report."""
     recipe = plan.recipe
-    report.data = {name: data.summary[name] for name in ("train", "validation") if data.summary[name]}
-    report.notes += [*data.summary["notes"], *unready(recipe)]
+    report.data = {name: counts for name, counts in asdict(data.counts).items() if counts}
+    report.notes += [*data.notes, *unready(recipe)]
     report.preview = _preview(data.train, renderer, 2)
     report.schedule = {
         "steps": plan.steps,
         "examples": plan.total,
-        "tokens": round(plan.total / len(data.train) * data.summary["train"]["tokens"]),
+        "tokens": round(plan.total / len(data.train) * data.counts.train.tokens),
         "micro_batches_of_the_first_step": len(plan.micro_batches(0)),
         "idle_share": round(plan.idle_share(processes), 3),
     }

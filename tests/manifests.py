@@ -2,11 +2,10 @@
 
 from dataclasses import replace
 
+from lora_kit.data.counts import Counts, DataCounts
 from lora_kit.runs.manifest import (
     BaseFingerprint,
     Claim,
-    Counts,
-    DataCounts,
     Fingerprints,
     Machine,
     Resolved,

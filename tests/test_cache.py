@@ -60,7 +60,7 @@ def same(one, other):
         for part in ("train", "validation")
         for name in ("ids", "trained", "offsets")
     ]
-    return all(arrays) and (one.prompts, one.summary) == (other.prompts, other.summary)
+    return all(arrays) and (one.prompts, one.counts, one.notes) == (other.prompts, other.counts, other.notes)
 
 
 def test_a_second_start_tokenises_nothing_and_has_the_same(folder, made):

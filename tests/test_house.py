@@ -20,7 +20,8 @@ PACKAGE = ROOT / "lora_kit"
 LAYERS = [
     {"version", "files", "randomness", "errors", "views", "assets"},
     {"recipe", "kernels"},
-    {"data", "runs"},
+    {"data"},
+    {"runs"},
     {"model", "supervise"},
     {"artifacts"},
     {"training"},

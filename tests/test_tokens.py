@@ -1,6 +1,7 @@
 """A recipe's data becomes arrays from which every example can be read back, or one error tells every problem."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -107,13 +108,13 @@ def test_a_fraction_holds_out_whole_examples(make):
 def test_validation_from_a_file_may_have_another_format(make, tmp_path):
     write_jsonl(tmp_path / "held.jsonl", [{"text": "abc"}])
     made = make(make_records(3), validation="held.jsonl")
-    assert made.summary["train"]["format"] == "messages" and made.summary["validation"]["format"] == "text"
+    assert made.counts.train.format == "messages" and made.counts.validation.format == "text"
 
 
 def test_the_summary_counts(make):
     made = make(pairs("ab", "ab", "abcd"))
-    counts = made.summary["train"]
-    assert counts == {
+    counts = made.counts.train
+    assert asdict(counts) == {
         "format": "prompt-completion",
         "examples": 3,
         "tokens": 5 + 5 + 7,
@@ -126,8 +127,8 @@ def test_the_summary_counts(make):
         "duplicates": 1,
         "merged": 0,
     }
-    assert counts["tokens"] == len(made.train.ids) and counts["trained_tokens"] == len(made.train.labels)
-    assert made.summary["validation"] is None and made.summary["notes"] == []
+    assert counts.tokens == len(made.train.ids) and counts.trained_tokens == len(made.train.labels)
+    assert made.counts.validation is None and made.notes == ()
 
 
 def test_max_examples_takes_the_first(make):
@@ -148,14 +149,14 @@ def test_overlong_examples_are_an_error_that_lists_them(refusal):
 def test_overlong_examples_can_be_dropped(make):
     made = make(LONG, sequence_length=10, overlong="drop")
     assert made.train.lengths.tolist() == [4, 4]
-    assert made.summary["train"]["dropped"] == 3 and made.summary["train"]["examples"] == 2
+    assert made.counts.train.dropped == 3 and made.counts.train.examples == 2
 
 
 def test_overlong_examples_can_be_truncated_if_something_trained_is_left(make):
     made = make(LONG, sequence_length=10, overlong="truncate")
     assert made.train.lengths.tolist() == [4, 10, 10, 4]
-    counts = made.summary["train"]
-    assert (counts["truncated"], counts["emptied"], counts["dropped"]) == (2, 1, 0)
+    counts = made.counts.train
+    assert (counts.truncated, counts.emptied, counts.dropped) == (2, 1, 0)
     assert all(made.train.weight(index) for index in range(4))
 
 
@@ -241,7 +242,7 @@ def test_plain_text_has_no_prompts(refusal):
 def test_a_held_out_example_that_is_trained_as_well_is_noted(make, tmp_path):
     write_jsonl(tmp_path / "held.jsonl", pairs("a", "z"))
     made = make(pairs("a", "b"), validation="held.jsonl")
-    assert made.summary["notes"] == [
+    assert list(made.notes) == [
         "1 validation examples are also in the training data, so their loss measures memorisation"
     ]
 
@@ -249,7 +250,7 @@ def test_a_held_out_example_that_is_trained_as_well_is_noted(make, tmp_path):
 def test_a_template_with_a_date_is_noted(make, renderer):
     template = "{% set d = strftime_now('%Y') %}" + renderer.tokenizer.chat_template
     made = make(make_records(2), renderer=Renderer(renderer.tokenizer, template))
-    (note,) = made.summary["notes"]
+    (note,) = made.notes
     assert note.startswith("the chat template prints today's date; it is fixed at 2025-01-01")
 
 
@@ -280,9 +281,9 @@ def chatml(shared_data):
 )
 def test_real_datasets_are_read_whole(shared_data, chatml, source, fields, format, examples):
     made = prepare(Data(train=source, **{"sequence_length": 2100} | fields), chatml, base_dir=shared_data, seed=0)
-    counts = made.summary["train"]
-    assert (counts["format"], counts["examples"]) == (format, examples)
-    assert 0.2 < counts["trained_share"] < 1
+    counts = made.counts.train
+    assert (counts.format, counts.examples) == (format, examples)
+    assert 0.2 < counts.trained_share < 1
     stop = chatml.stop_id
     for index in range(0, examples, 50):
         ids, trained = made.train.example(index)

@@ -13,6 +13,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from safetensors.numpy import save_file
 
 from lora_kit import randomness
 from lora_kit.data import sources
+from lora_kit.data.counts import Counts, DataCounts
 from lora_kit.data.template import Prompt, Renderer
 from lora_kit.data.tokens import Prepared, Tokens
 from lora_kit.errors import LoraKitError
@@ -103,12 +105,15 @@ def read(path: Path) -> Prepared | None:
     with suppress(OSError):  # the file may belong to another user; then its time of last use stays older
         os.utime(path)
     facts = json.loads(about)
-    return Prepared(train, validation, tuple(Prompt(*prompt) for prompt in facts["prompts"]), facts["summary"])
+    train_counts, validation_counts = (counts and Counts(**counts) for counts in facts["counts"])
+    counts, prompts = DataCounts(train_counts, validation_counts), tuple(Prompt(*prompt) for prompt in facts["prompts"])
+    return Prepared(train, validation, prompts, counts, tuple(facts["notes"]))
 
 
 def write(path: Path, prepared: Prepared) -> None:
     """Save prepared data atomically, and delete the least recently used entries; failures are ignored."""
-    about = json.dumps({"prompts": prepared.prompts, "summary": prepared.summary})
+    counts = [each and asdict(each) for each in (prepared.counts.train, prepared.counts.validation)]
+    about = json.dumps({"prompts": prepared.prompts, "counts": counts, "notes": prepared.notes})
     arrays = dict(_arrays(prepared.train, ""))
     if prepared.validation is not None:
         arrays |= _arrays(prepared.validation, VALIDATION)

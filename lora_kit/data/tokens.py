@@ -6,13 +6,14 @@ of examples, which determines their order, is known.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lora_kit.data import sources
+from lora_kit.data.counts import Counts, DataCounts
 from lora_kit.data.formats import Example, detect, to_example
 from lora_kit.data.rendering import RENDERED_DATE
 from lora_kit.data.sources import Records
@@ -101,37 +102,6 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Statistics of the examples of a source. All but the first, `trained_share` and `longest` are counts.
-
-    Attributes:
-        format: The format of the records.
-        examples: Examples to train or evaluate on.
-        tokens: Tokens of these examples.
-        trained_tokens: Trained tokens of these examples.
-        trained_share: trained_tokens / tokens.
-        longest: The number of tokens of the longest example.
-        dropped: Records left out because they are longer than `data.sequence_length`.
-        truncated: Examples cut to `data.sequence_length`.
-        emptied: Records left out because no trained token was left after the cut.
-        duplicates: Examples with the same tokens as an earlier example; they are kept.
-        merged: Examples whose first trained token also contains characters of the prompt.
-    """
-
-    format: str
-    examples: int
-    tokens: int
-    trained_tokens: int
-    trained_share: float
-    longest: int
-    dropped: int
-    truncated: int
-    emptied: int
-    duplicates: int
-    merged: int
-
-
-@dataclass(frozen=True)
 class Prepared:
     """A recipe's tokenised data.
 
@@ -139,14 +109,15 @@ class Prepared:
         train: The training examples.
         validation: The validation examples; None if the recipe has no validation data.
         prompts: Prompts of the first validation examples, with the expected answers.
-        summary: `train` and `validation`, each the fields of Counts or None, and `notes`, a list of sentences for the
-            user.
+        counts: Statistics of both.
+        notes: Sentences for the user.
     """
 
     train: Tokens
     validation: Tokens | None
     prompts: tuple[Prompt, ...]
-    summary: dict[str, Any]
+    counts: DataCounts
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -204,12 +175,9 @@ def prepare(data: "Data", renderer: Renderer, *, base_dir: Path, seed: int, prom
     expected: tuple[Prompt, ...] = ()
     if held_out is not None and validation is not None:
         expected = _prompts(held_out, validation, data, renderer, prompts)
-    counts = {
-        "train": asdict(results[0].counts),
-        "validation": asdict(validation.counts) if validation else None,
-    }
-    summary = counts | {"notes": _notes(results, renderer)}
-    return Prepared(results[0].tokens, validation.tokens if validation else None, expected, summary)
+    counts = DataCounts(results[0].counts, validation.counts if validation else None)
+    notes = tuple(_notes(results, renderer))
+    return Prepared(results[0].tokens, validation.tokens if validation else None, expected, counts, notes)
 
 
 def _open(data: "Data", base_dir: Path, seed: int) -> tuple[Records, Records | None]:

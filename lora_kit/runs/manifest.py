@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from lora_kit.data.counts import DataCounts
 from lora_kit.errors import CheckpointError
 
 FORMAT = 1
@@ -57,31 +58,6 @@ class Environment:
     versions: dict[str, str]
     machine: Machine
     computed_by: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Counts:
-    """How many records of a dataset became examples; `data.tokens.Counts` explains the fields."""
-
-    format: str
-    examples: int
-    tokens: int
-    trained_tokens: int
-    trained_share: float
-    longest: int
-    dropped: int
-    truncated: int
-    emptied: int
-    duplicates: int
-    merged: int
-
-
-@dataclass(frozen=True)
-class DataCounts:
-    """Counts of the training data and of the validation data, if there is any."""
-
-    train: Counts
-    validation: Counts | None
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def describe(job: Job, console: Console) -> None:
         f"data: {counts.examples:,} examples ({counts.format}), {counts.tokens:,} tokens, {counts.trained_share:.0%} "
         "of them trained"
     )
-    for note in [*job.inputs.data.summary["notes"], *unready(job.recipe)]:
+    for note in [*job.inputs.data.notes, *unready(job.recipe)]:
         console.warn(note)
     if job.plan.padded:
         console.warn("this model mixes examples that are packed into one row, so it trains on padded rows: slower")

@@ -41,8 +41,6 @@ from lora_kit.recipe.schema import Recipe
 from lora_kit.runs.journal import Journal
 from lora_kit.runs.manifest import (
     Claim,
-    Counts,
-    DataCounts,
     Environment,
     Fingerprints,
     LineageEntry,
@@ -257,9 +255,7 @@ def make_job(
         recipe=recipe.model_dump(mode="json"),
         template=inputs.renderer.template,
         fingerprints=inputs.environment.fingerprints,
-        data=DataCounts(
-            Counts(**data.summary["train"]), Counts(**data.summary["validation"]) if data.validation else None
-        ),
+        data=data.counts,
         versions=inputs.environment.versions,
         machine=inputs.environment.machine,
         computed_by=inputs.environment.computed_by,

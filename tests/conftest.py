@@ -31,7 +31,8 @@ WORKER = "PYTEST_XDIST_WORKER" in os.environ  # one of several processes of this
 
 # shapes and dtypes in the annotations are checked at every call while the tests run
 CHECKED = ["training.objectives.sft", "training.optim", "training.processes", "model.adapter", "model.state"]
-CHECKED += [f"kernels.{name}" for name in ("attention", "blocks", "fusing", "lora", "loss", "mlp", "norm", "rotary")]
+KERNELS = ("attention", "blocks", "cpu.backend", "fusing", "lora", "loss", "mlp", "norm", "plain", "rotary", "segments")
+CHECKED += [f"kernels.{name}" for name in KERNELS]
 hook = install_import_hook([f"lora_kit.{name}" for name in CHECKED], "beartype.beartype")  # not what Triton reads
 
 
@@ -67,7 +68,7 @@ def device(request, monkeypatch):
 
 @pytest.fixture(params=["compiled", "plain"])
 def way(request, monkeypatch):
-    """By what the fast path computes: compiled kernels, where there are some, and what stands for them elsewhere."""
+    """The backend of the fast path: compiled kernels where there are some, and plain PyTorch."""
     if request.param == "plain":
         without_compiled(monkeypatch)
     return request.param
@@ -75,11 +76,10 @@ def way(request, monkeypatch):
 
 def without_compiled(monkeypatch):
     """Let the fast path compute everything by PyTorch."""
-    from lora_kit.kernels import attention, identity, lora, loss, mlp, norm, rotary
+    from lora_kit.kernels import dispatch
 
-    for one in (attention, identity, loss, mlp, norm, rotary):
-        monkeypatch.setattr(one, "compiled", lambda _: None)
-    monkeypatch.setattr(lora, "multiplying", lambda _: None)
+    for compiled in ("_c", "_triton"):
+        monkeypatch.setattr(dispatch, compiled, lambda: dispatch.PLAIN)
 
 
 def need_c():

@@ -7,16 +7,17 @@ from conftest import make_base, need_c, without_compiled
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from lora_kit.kernels import attention, blocks
+from lora_kit.kernels import blocks
 from lora_kit.kernels.attention import (
     SEGMENT,
-    Segments,
     attention_of,
     own_attention,
     segment_attention,
     use_attention,
     visible,
 )
+from lora_kit.kernels.plain import Plain
+from lora_kit.kernels.segments import Segments
 
 LENGTHS = (7, 1, 19, 12)
 CASES = {
@@ -186,26 +187,32 @@ def test_a_replay_has_the_same_bits(case, dtype, device):
     assert all(torch.equal(a, b) for again in found[1:] for a, b in zip(found[0], again, strict=True))
 
 
-def test_half_precision_is_computed_by_tiles_and_the_rest_by_blocks(device, monkeypatch):
+@pytest.fixture
+def by_blocks(monkeypatch):
+    """The windows of the attentions that were computed by blocks."""
+    windows, own = [], Plain.attention
+    monkeypatch.setattr(Plain, "attention", lambda *a: windows.append(a[-1]) or own(*a))
+    return windows
+
+
+def test_half_precision_is_computed_by_tiles_and_the_rest_by_blocks(device, by_blocks):
     if device.type == "cpu":
         need_c()
-    asked, own = [], attention.TiledAttention.apply
-    monkeypatch.setattr(attention.TiledAttention, "apply", lambda *a: asked.append(a[-1]) or own(*a))
-    for dtype, many in ((torch.float32, 0), (torch.bfloat16, 1)):
+    for dtype, expected in ((torch.bfloat16, []), (torch.float32, [5])):
         compare(dtype, {"sliding_window": 5}, device)
-        assert asked == [5] * many
+        assert by_blocks == expected
 
 
 @pytest.mark.parametrize("shape", [{"value_width": 5}, {"width": 264, "value_width": 264}])
-def test_heads_that_tiles_do_not_fit_are_computed_by_blocks(shape, device, monkeypatch):
-    monkeypatch.setattr(attention.TiledAttention, "apply", None)
+def test_heads_that_tiles_do_not_fit_are_computed_by_blocks(shape, device, by_blocks):
     compare(torch.bfloat16, {"sliding_window": 5}, device, **shape)
+    assert by_blocks == [5]
 
 
-def test_without_compiled_kernels_half_precision_is_computed_by_blocks(device, monkeypatch):
+def test_without_compiled_kernels_half_precision_is_computed_by_blocks(device, monkeypatch, by_blocks):
     without_compiled(monkeypatch)
-    monkeypatch.setattr(attention.TiledAttention, "apply", None)
     compare(torch.bfloat16, {"sliding_window": 5}, device)
+    assert by_blocks == [5]
 
 
 def test_a_call_that_is_not_packed_is_refused_instead_of_mixing_examples():

@@ -13,7 +13,9 @@ import torch
 from conftest import need_c
 
 from lora_kit.kernels import dispatch
-from lora_kit.kernels.cpu import build, ops
+from lora_kit.kernels.cpu import build
+from lora_kit.kernels.cpu.backend import Cpu
+from lora_kit.kernels.dispatch import backend_of
 
 BF16 = torch.bfloat16
 
@@ -52,7 +54,7 @@ def warned():
     """What two calls warn of, neither of which finds compiled kernels."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        assert dispatch.compiled(ones()) is None and dispatch.compiled(ones()) is None
+        assert backend_of(ones()) is backend_of(ones()) is dispatch.PLAIN
     assert all(one.category is UserWarning for one in seen)
     return [str(one.message) for one in seen]
 
@@ -61,7 +63,7 @@ def left_in(folder):
     return sorted(one.relative_to(folder).as_posix() for one in folder.rglob("*") if one.is_file() or "tmp" in one.name)
 
 
-PLAIN = "the kernels for CPUs are not compiled, so attention, norms and the like take longer: "
+PLAIN = "the kernels for CPUs are not compiled, so attention, norms and other parts take longer: "
 
 
 def test_without_a_compiler_there_is_one_warning_and_the_plain_way(fresh, monkeypatch, tmp_path):
@@ -125,7 +127,7 @@ def test_where_nothing_can_be_kept_there_is_one_warning_and_the_plain_way(fresh,
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_other_precisions_ask_for_no_compiler(dtype, fresh, monkeypatch):
     monkeypatch.setattr(build, "library", None)
-    assert dispatch.compiled(torch.ones(2, dtype=dtype)) is None
+    assert backend_of(torch.ones(2, dtype=dtype)) is dispatch.PLAIN
 
 
 def test_a_cpu_without_bf16_asks_for_no_compiler_and_warns_of_nothing(fresh, monkeypatch):
@@ -147,7 +149,7 @@ def calls(tmp_path):
 def test_a_library_that_is_kept_is_used_again_and_another_source_makes_another(c, fresh, monkeypatch, tmp_path):
     monkeypatch.setenv("CC", str(counted(tmp_path)))
     for _ in range(2):
-        assert dispatch.compiled(ones()) is ops
+        assert isinstance(backend_of(ones()), Cpu)
         build.library.cache_clear()
         dispatch._c.cache_clear()
     assert calls(tmp_path) == 1 and len(left_in(fresh)) == 1
@@ -227,7 +229,7 @@ def test_two_processes_that_compile_at_once_leave_one_library(c, fresh, tmp_path
         f"while [ $(wc -l < {tmp_path}/calls) -lt 2 ]; do sleep 0.05; done"  # neither begins before the other is there
     )
     code = "import torch; from lora_kit.kernels.cpu import ops; x = torch.ones(2, 8, dtype=torch.bfloat16)\n"
-    code += "assert (ops.norm(x, x[0], 0.0, gemma=False)[0] == 1).all()"
+    code += "assert (ops.rms_norm(x, x[0], 0.0, False)[0] == 1).all()"
     settings = dict(os.environ, CC=str(counted(tmp_path, both)), PYTHONPATH=str(Path(__file__).parents[1]))
     started = [subprocess.Popen([sys.executable, "-c", code], env=settings) for _ in range(2)]
     try:

@@ -69,8 +69,8 @@ def test_the_fast_path_is_said_once_and_kept_at_a_resume(recipe_file, tmp_path, 
     printed = capsys.readouterr()
     said = [line for line in (printed.out + printed.err).splitlines() if "fast path:" in line]
     assert len(said) == 1 and said[0].endswith(
-        "fast path: fused adapters (14 of 14), gated MLP in one piece, norms in few passes, rotary positions likewise, "
-        "loss at trained positions, last MLP there alone"
+        "fast path: fused adapters (14 of 14), fused gated MLP, fused norms, fused rotary positions, "
+        "loss at trained positions, last MLP at trained positions"
     )
     monkeypatch.setattr(fusing, "_makes_the_logits", lambda *_: pytest.fail("chosen again"))
     run = loop.train(load_recipe(recipe_file, ["train.steps=3"]), tmp_path / "run", accept=["train.steps"])
@@ -102,11 +102,11 @@ def test_layers_that_peft_computes_are_named(recipe_file, tmp_path, base_folder,
 def test_no_gradient_is_computed_below_the_first_adapted_layer(recipe_file, tmp_path, monkeypatch):
     wanted, found = [], []
     for where in (lora, mlp):
-        back = where.project_back
+        backward = where.project_backward
         monkeypatch.setattr(
             where,
-            "project_back",
-            lambda *a, to_input, back=back: (wanted.append(to_input), back(*a, to_input=to_input))[1],
+            "project_backward",
+            lambda *a, to_input, own=backward: (wanted.append(to_input), own(*a, to_input=to_input))[1],
         )
     normal = norm.RmsNorm.backward
     monkeypatch.setattr(norm.RmsNorm, "backward", lambda ctx, *of: (found.append(0), normal(ctx, *of))[1])

@@ -1,4 +1,4 @@
-"""The compiled kernels against the same in plain PyTorch: Triton, by its interpreter where there is no GPU, and C."""
+"""The compiled backends against plain PyTorch: Triton, by its interpreter where there is no GPU, and C."""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,12 @@ from plain_loop import relative
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from lora_kit.kernels import attention, dispatch, mlp, norm, rotary
-from lora_kit.kernels.attention import Segments, visible
-from lora_kit.kernels.cpu import ops
-from lora_kit.kernels.mlp import ACTIVATIONS
+from lora_kit.kernels import dispatch, segments
+from lora_kit.kernels.attention import visible
+from lora_kit.kernels.backend import GatedInputs
+from lora_kit.kernels.cpu.backend import Cpu
+from lora_kit.kernels.plain import ACTIVATIONS
+from lora_kit.kernels.segments import Segments
 from lora_kit.recipe.load import load_recipe
 from lora_kit.training import loop
 
@@ -23,16 +25,16 @@ OF_C = 6e-3  # two roundings to bf16 are 2e-3, and shares of attention are round
 
 
 def triton():
-    """The kernels for GPUs; faults of their own must not pass for a missing Triton."""
+    """The module of the backend for GPUs; an error in it must not pass for a missing Triton."""
     pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportError)
-    from lora_kit.kernels.triton import pointwise
+    from lora_kit.kernels.triton import backend
 
-    return pointwise
+    return backend
 
 
 @dataclass(frozen=True)
 class By:
-    """Kernels, and the precision in which they compute."""
+    """A backend, and the precision in which it computes."""
 
     language: str
     dtype: torch.dtype
@@ -45,11 +47,11 @@ class By:
         return torch.device("cuda" if GPU and self.language == "triton" else "cpu")
 
     @property
-    def kernels(self):
+    def backend(self):
         if self.language == "triton":
-            return triton()
+            return triton().Triton()
         need_c()
-        return ops
+        return Cpu()
 
     def drawn(self, *shape, seed=0):
         drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -90,8 +92,8 @@ def test_a_norm_and_its_gradient(by, gemma, shape):
     plain = x.float().requires_grad_()
     expected = torch.nn.functional.rms_norm(plain, shape[1:], eps=1e-5) * (weight.float() + gemma)
     (of_x,) = torch.autograd.grad(expected, plain, above.float())
-    output, inverse = by.kernels.norm(x, weight, 1e-5, gemma=gemma)
-    ours = by.kernels.norm_back(above, x, weight, inverse, gemma=gemma)
+    output, inverse = by.backend.rms_norm(x, weight, 1e-5, gemma=gemma)
+    ours = by.backend.rms_norm_backward(above, x, weight, inverse, gemma=gemma)
     by.near([output, ours], [expected.to(by.dtype), of_x.to(by.dtype)])
 
 
@@ -106,21 +108,21 @@ def test_a_gated_activation_with_adapters_and_its_gradients(by, ranks, name):
     plain = [one.requires_grad_() for one in plain]
     expected = ACTIVATIONS[name][0](plain[0]) * plain[1]
     gradients = torch.autograd.grad(expected, plain, above.float())
-    gated = by.kernels.Gated(gate, up, low, tuple(ups), name)
-    by.near([gated.product()], [expected.to(by.dtype)])
-    by.near(gated.back(above.clone()), [one.to(by.dtype) for one in gradients])
+    inputs = GatedInputs(gate, up, low, tuple(ups), name)
+    by.near([by.backend.gated(inputs)], [expected.to(by.dtype)])
+    by.near(by.backend.gated_backward(above.clone(), inputs), [one.to(by.dtype) for one in gradients])
 
 
 @everywhere
 @pytest.mark.parametrize("width", [24, 64])
 def test_rotary_positions(by, width):
-    x, cos, sin = by.drawn(37, 5, width), by.drawn(37, width, seed=1), by.drawn(37, width, seed=2)
-    queries, angles = x.transpose(0, 1)[None].float(), (cos[None].float(), sin[None].float())
-    expected = apply_rotary_pos_emb(queries, queries, *angles)[0][0].transpose(0, 1)
-    turned = by.kernels.rotate(x, cos, sin)
-    by.near([turned], [expected.to(by.dtype)])
-    with_gaps = torch.cat([x, x], dim=1)[:, 5:]
-    assert not with_gaps.is_contiguous() and torch.equal(by.kernels.rotate(with_gaps, cos, sin), turned)
+    x, cos, sin = by.drawn(5, 37, width), by.drawn(37, width, seed=1), by.drawn(37, width, seed=2)
+    angles = (cos[None].float(), sin[None].float())
+    expected = apply_rotary_pos_emb(x[None].float(), x[None].float(), *angles)[0][0]
+    rotated = by.backend.rotate(x, cos, sin)
+    by.near([rotated], [expected.to(by.dtype)])
+    with_gaps = torch.cat([x, x], dim=2)[..., width:]
+    assert not with_gaps.is_contiguous() and torch.equal(by.backend.rotate(with_gaps, cos, sin), rotated)
 
 
 @ways(IN_DOTS, by_c)
@@ -137,32 +139,31 @@ def test_attention_inside_examples_and_its_gradients(by, width, heads, shared, w
         outputs.append(functional.scaled_dot_product_attention(*by_head, seen, scale=0.3).transpose(0, 1))
     expected = torch.cat(outputs)
     gradients = torch.autograd.grad(expected, plain, above.float())
-    tiles = Segments(lengths, by.device).tiles(by.kernels.tile_rows(width))
-    output, sums = by.kernels.attend(*given, tiles, 0.3, window)
-    ours = by.kernels.attend_back(above, *given, output, sums, tiles, 0.3, window)
+    rest, inputs = (Segments(lengths, by.device), 0.3, window), [one.transpose(0, 1) for one in given]
+    output, saved = by.backend.attention(*inputs, *rest)
+    ours = [one.transpose(0, 1) for one in by.backend.attention_backward(above, saved, *rest)]
     by.near([output, *ours], [one.to(by.dtype) for one in (expected, *gradients)])
 
 
 @ways([torch.bfloat16])
 def test_rows_of_any_number_are_computed_alike(by):
     x, weight = by.drawn(64, 128), by.drawn(128, seed=1)
-    whole, _ = by.kernels.norm(x, weight, 1e-5, gemma=False)
+    whole, _ = by.backend.rms_norm(x, weight, 1e-5, gemma=False)
     for rows in (1, 16, 33):
-        assert torch.equal(by.kernels.norm(x[:rows], weight, 1e-5, gemma=False)[0], whole[:rows])
+        assert torch.equal(by.backend.rms_norm(x[:rows], weight, 1e-5, gemma=False)[0], whole[:rows])
 
 
 @pytest.mark.parametrize("dropout", [0, 0.1])
 @ways([torch.float32])
 def test_a_step_with_them_is_the_step_without(by, dropout, recipe_file, tmp_path, captured, jobs, monkeypatch):
-    there = by.kernels
+    backend = by.backend
     monkeypatch.setattr(torch.cuda, "is_available", lambda: by.device.type == "cuda")
-    monkeypatch.setattr(attention, "TILED_DTYPES", (by.dtype,))
+    monkeypatch.setattr(segments, "TILED_DTYPES", (by.dtype,))
     changes = ["train.steps=1", "train.batch_size=2", f"adapter.dropout={dropout}", "adapter.rank=3"]
     recipe = load_recipe(recipe_file, [*changes, f"base.dtype={by.dtype}".replace("torch.", "")])
     without_compiled(monkeypatch)
     loop.train(recipe, tmp_path / "plain")
-    for one in (attention, mlp, norm, rotary):
-        monkeypatch.setattr(one, "compiled", lambda _: there)
+    monkeypatch.setattr(dispatch, "backend_of", lambda _: backend)
     loop.train(recipe, tmp_path / "ours")
     (_, plain), (_, ours) = captured
     assert jobs[1].facts.resolved.kernels == ("lora", "mlp", "norm", "rotary", "loss", "last mlp")
@@ -170,13 +171,13 @@ def test_a_step_with_them_is_the_step_without(by, dropout, recipe_file, tmp_path
     assert 0 < relative(ours, plain) < bound  # 0 would be the same code twice
 
 
-def test_where_triton_compiles_nothing_there_is_a_warning_and_the_plain_way(monkeypatch, fresh):
+def test_where_triton_compiles_nothing_there_is_a_warning_and_plain_pytorch(monkeypatch, fresh):
     def refused(*_, **__):
         raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setattr(torch, "ones", lambda *shape, dtype, **_: torch.zeros(shape, dtype=dtype))
-    assert dispatch._triton() is triton()
-    monkeypatch.setattr(triton().Gated, "back", refused)
+    assert isinstance(dispatch._triton(), triton().Triton)
+    monkeypatch.setattr(triton().Triton, "gated_backward", refused)
     dispatch._triton.cache_clear()
     with pytest.warns(UserWarning, match="Triton compiles nothing here, .*: Failed to find C compiler"):
-        assert dispatch._triton() is None
+        assert dispatch._triton() is dispatch.PLAIN

@@ -1,5 +1,5 @@
-"""The kernels in C, wherever tiles, lanes and threads begin and end: right, the same bits, nothing outside; and how
-their library is made and what happens where it cannot be.
+"""The kernels in C: right in every number wherever tiles, lanes and threads begin and end, the same bits at a replay,
+nothing written outside the results, and wrong arguments refused.
 """
 
 import ctypes
@@ -11,8 +11,9 @@ import torch
 from conftest import need_c
 
 from lora_kit.kernels.cpu import ops
-from lora_kit.kernels.cpu.buffers import Rooms
-from lora_kit.kernels.lora import across, summed
+from lora_kit.kernels.cpu.backend import Cpu
+from lora_kit.kernels.cpu.buffers import BufferPool
+from lora_kit.kernels.plain import Plain
 
 BF16, EXACT = torch.bfloat16, torch.float64
 LENGTHS = (1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 130, 300)
@@ -46,11 +47,20 @@ def guarded(monkeypatch):
         made.append(torch.from_numpy(whole[end - size - GUARD : end]).fill_(0xFF))
         return made[-1][GUARD:].view(dtype).view(shape)
 
-    monkeypatch.setattr(ops.rooms, "empty", lambda *shape: guarded(shape, BF16))
-    monkeypatch.setattr(ops.rooms, "scratch", lambda size: guarded((size,), torch.uint8))
+    monkeypatch.setattr(ops.pool, "empty", lambda *shape: guarded(shape, BF16))
+    monkeypatch.setattr(ops.pool, "workspace", lambda size: guarded((size,), torch.uint8))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda one, *shape, dtype=None: guarded(shape, dtype or one.dtype))
     yield guarded
     assert made and all((one[:GUARD] == 0xFF).all() for one in made)
+
+
+def linear(products, bias=None):
+    x, weight, transposed = zip(*products, strict=True)
+    return ops.linear(x, weight, transposed, bias)
+
+
+def gated_backward(grad_product, gate, up, tanh):
+    return grad_product, ops.gated_backward(grad_product, gate, up, tanh)
 
 
 def between_guards(guarded, tensors):
@@ -89,8 +99,8 @@ def tiles_of(lengths):
 def attended(given, lengths, scale, window):
     """The output, the gradients and the logarithms of the sums."""
     *inputs, above = given
-    output, sums = ops.attend(*inputs, tiles_of(lengths), scale, window)
-    return [output, *ops.attend_back(above, *inputs, output, sums, tiles_of(lengths), scale, window), sums]
+    output, sums = ops.attention(*inputs, tiles_of(lengths), scale, window)
+    return [output, *ops.attention_backward(above, *inputs, output, sums, tiles_of(lengths), scale, window), sums]
 
 
 def attention_by_definition(given, lengths, scale, window):
@@ -222,8 +232,8 @@ def test_norms_of_any_width_are_right_in_every_number(shape, gemma, c, guarded):
     expected = x * inverse * (weight + gemma)
     (of_x,) = torch.autograd.grad((expected * above).sum(), x)
     rows, weight_of_it, above_it = between_guards(guarded, given)
-    output, found = c.norm(rows, weight_of_it, 1e-5, gemma=gemma)
-    back = c.norm_back(above_it, rows, weight_of_it, found, gemma=gemma)
+    output, found = c.rms_norm(rows, weight_of_it, 1e-5, gemma)
+    back = c.rms_norm_backward(above_it, rows, weight_of_it, found, gemma)
     assert inside_guards([output, found, back])
     assert (found - inverse).abs().max() < 1e-6 * inverse.abs().max()
     near(output, expected.detach(), relative=1.01 * 2 ** (-8 if gemma else -7), least=1e-6)  # Llama rounds twice
@@ -247,8 +257,8 @@ def test_gated_activations_of_any_size_are_right_in_every_number(shape, name, c,
     expected = definition(name, gate.requires_grad_()) * up.requires_grad_()
     of_gate, of_up = torch.autograd.grad((expected * above).sum(), (gate, up))
     gate, up, above = between_guards(guarded, given)
-    output = c.gate(gate, up, tanh=name != "silu")
-    back_of_gate, back_of_up = c.gate_back(above, gate, up, tanh=name != "silu")
+    output = c.gated(gate, up, name != "silu")
+    back_of_gate, back_of_up = gated_backward(above, gate, up, name != "silu")
     assert inside_guards([output, back_of_gate, back_of_up])
     for mine, right in ((output, expected), (back_of_gate, of_gate), (back_of_up, of_up)):
         near(mine, right.detach(), relative=1.01 * 2**-8, least=1e-4)
@@ -258,8 +268,8 @@ def test_gated_activations_of_any_size_are_right_in_every_number(shape, name, c,
 @pytest.mark.parametrize("far", [-1e18, -1e4, -100, 100, 1e4])
 def test_a_gate_however_far_from_zero_is_open_or_shut(far, tanh, c):
     gate, up, open_ = torch.full((3, 5), far, dtype=BF16), drawn(3, 5), float(far > 0)
-    near(c.gate(gate, up, tanh=tanh), (gate * up).to(EXACT) * open_, relative=2**-7, least=1e-6)
-    of_gate, of_up = c.gate_back(torch.ones_like(gate), gate, up, tanh=tanh)
+    near(c.gated(gate, up, tanh), (gate * up).to(EXACT) * open_, relative=2**-7, least=1e-6)
+    of_gate, of_up = gated_backward(torch.ones_like(gate), gate, up, tanh)
     near(of_gate, up.to(EXACT) * open_, relative=2**-7, least=1e-6)
     near(of_up, gate.to(EXACT) * open_, relative=2**-7, least=1e-6)
 
@@ -288,7 +298,7 @@ def test_sums_of_products_are_right_in_every_number(rows, inner, columns, bias, 
     size = sum((x.abs() @ weight.abs() for x, weight in exact), added.to(EXACT).abs())
     inside = [(*between_guards(guarded, [x, weight.contiguous()]), turned) for x, weight, turned in several]
     for given in (several, inside):
-        output = c.linear(given, added if bias else None)
+        output = linear(given, added if bias else None)
         assert output.shape == right.shape and output.dtype == BF16
         assert ((output.to(EXACT) - right).abs() <= 1.01 * 2**-8 * right.abs() + 1e-6 * size).all()
     assert inside_guards([output])
@@ -296,9 +306,9 @@ def test_sums_of_products_are_right_in_every_number(rows, inner, columns, bias, 
 
 def test_a_row_of_a_product_is_computed_alike_beside_any_others(c):
     x, weight = drawn(300, 96), drawn(200, 96, seed=1)
-    whole = c.linear([(x, weight, True)])
+    whole = linear([(x, weight, True)])
     for begin, end in ((0, 8), (3, 20), (100, 229), (292, 300)):
-        assert torch.equal(c.linear([(x[begin:end], weight, True)]), whole[begin:end])
+        assert torch.equal(linear([(x[begin:end], weight, True)]), whole[begin:end])
 
 
 @pytest.mark.parametrize("rows", [1, 2, 63, 64, 127, 128, 129, 300])
@@ -311,17 +321,10 @@ def test_products_over_rows_are_right_in_every_number(rows, few, columns, c, gua
     wider = torch.full((rows, few + columns + 5), torch.nan, dtype=BF16)
     wider[:, 3 : 3 + few], wider[:, 5 + few :] = left, right
     for given in ([left, right], between_guards(guarded, [left, right]), [wider[:, 3 : 3 + few], wider[:, 5 + few :]]):
-        output = c.outer(*given)
+        output = c.weight_gradient(*given)
         assert output.shape == expected.shape and output.dtype == torch.float32
         assert ((output - expected).abs() <= 1e-6 * size).all()
     assert inside_guards([output])
-
-
-def test_what_are_no_products_over_rows_is_refused(c):
-    left, right = drawn(40, 8), drawn(40, 9)
-    for given in ((left[:39], right), (left.float(), right), (left, right.float())):
-        with pytest.raises(ValueError, match="no products in bf16 over rows"):
-            c.outer(*given)
 
 
 @pytest.mark.parametrize("heads", [1, 3, 7])
@@ -343,12 +346,12 @@ def test_rotary_positions_of_any_number_of_heads_are_right_in_every_number(heads
 def everything():
     """What every kernel makes of some inputs."""
     lengths, x, above = (130, 1, 65, 33), drawn(229, 200), drawn(229, 200, seed=1)
-    output, inverse = ops.norm(x, x[0], 1e-5, gemma=False)
-    made = [output, inverse, ops.norm_back(above, x, x[0], inverse, gemma=False), ops.gate(x, above, tanh=True)]
-    made += [*ops.gate_back(above.clone(), x, x, tanh=False), ops.rotate(x.view(229, 5, 40), x[:, :40], above[:, :40])]
-    made += [ops.linear([(x, drawn(1000, 200, seed=2), True), (above, drawn(200, 1000, seed=3), False)])]
-    made += [ops.outer(x, above), ops.outer(drawn(1000, 16), drawn(1000, 1000, seed=1))]
-    made += [ops.linear([(drawn(900, 200), drawn(200, 80, seed=4), False)])]  # rows are split
+    output, inverse = ops.rms_norm(x, x[0], 1e-5, False)
+    made = [output, inverse, ops.rms_norm_backward(above, x, x[0], inverse, False), ops.gated(x, above, True)]
+    made += [*gated_backward(above.clone(), x, x, False), ops.rotate(x.view(229, 5, 40), x[:, :40], above[:, :40])]
+    made += [linear([(x, drawn(1000, 200, seed=2), True), (above, drawn(200, 1000, seed=3), False)])]
+    made += [ops.weight_gradient(x, above), ops.weight_gradient(drawn(1000, 16), drawn(1000, 1000, seed=1))]
+    made += [linear([(drawn(900, 200), drawn(200, 80, seed=4), False)])]  # rows are split
     long = (500, 300, 400)  # or one thread is done before another begins
     return (
         made + attended(parts(lengths, 4, 2, 24), lengths, 0.3, 33) + attended(parts(long, 8, 4, 80), long, 0.1, None)
@@ -363,10 +366,10 @@ def test_log_probabilities_of_labels_and_their_gradient_are_right_in_every_numbe
     expected, gradient = exact.log_softmax(1).gather(1, labels[:, None]), exact.softmax(1)
     gradient[range(9), labels] = torch.expm1(expected[:, 0])
     ours, given = between_guards(guarded, [logits, labels])
-    chosen = c.choose(ours, given, to_gradient=False)
+    chosen = c.label_log_probs(ours, given, False)
     assert torch.equal(ours, logits) and inside_guards([chosen, ours])
     assert ((chosen - expected).abs() <= 1e-6 * (1 + exact.abs().max())).all()
-    assert torch.equal(c.choose(ours, given, to_gradient=True), chosen)
+    assert torch.equal(c.label_log_probs(ours, given, True), chosen)
     assert ((ours - gradient).abs() <= 2**-8 * gradient.abs() + 1e-30).all()
 
 
@@ -374,14 +377,104 @@ def test_a_logit_that_is_not_a_number_is_told(c):
     for place in range(40):
         logits = drawn(1, 40)
         logits[0, place] = torch.nan
-        assert c.choose(logits, torch.tensor([3]), to_gradient=True).isnan().all() and logits.isnan().any()
+        assert c.label_log_probs(logits, torch.tensor([3]), True).isnan().all() and logits.isnan().any()
 
 
 def test_a_label_that_does_not_exist_is_told_and_leaves_its_row(c):
     logits, labels = drawn(4, 40), torch.tensor([[3, 0], [-100, 0], [40, 0], [39, 0]])[:, 0]  # with gaps
     ours = logits.clone()
-    assert c.choose(ours, labels, to_gradient=True).isnan().flatten().tolist() == [False, True, True, False]
+    assert c.label_log_probs(ours, labels, True).isnan().flatten().tolist() == [False, True, True, False]
     assert torch.equal(ours[1:3], logits[1:3]) and not torch.equal(ours[3], logits[3])
+
+
+def test_products_of_few_rows_or_of_another_precision_are_left_to_torch(c, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    backend, ours, x, weight, bias = Cpu(), drawn(32, 5), drawn(32, 6), drawn(5, 6), drawn(5)
+    monkeypatch.setattr(ops, "linear", lambda *_: ours)
+    assert backend.linear([(x, weight, True)], bias) is ours
+    monkeypatch.setattr(ops, "weight_gradient", lambda *_: ours[:6, :5])
+    assert backend.weight_gradient(x, ours).dtype == BF16  # the kernel's is fp32
+    few = x[:31]
+    assert torch.equal(backend.linear([(few, weight, True)], bias), torch.nn.functional.linear(few, weight, bias))
+    assert torch.equal(backend.weight_gradient(few, few), (few.T @ few).float())
+    for given in ([(x, weight.float(), True)], None), ([(x, weight, True)], bias.float()):
+        with pytest.raises(RuntimeError, match="dtype"):
+            backend.linear(*given)
+
+
+def test_where_there_is_amx_products_are_left_to_torch_and_the_rest_is_in_c(c, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    backend, x, weight = Cpu(), drawn(64, 6), drawn(6, seed=1)
+    assert not backend.pools_memory
+    parts = [(x, drawn(5, 6), True), (x, drawn(6, 5), False)]
+    assert torch.equal(backend.linear(parts, None), Plain().linear(parts, None))
+    assert torch.equal(backend.weight_gradient(x, x), (x.T @ x).float())
+    output, inverse_rms = ops.rms_norm(x, weight, 1e-5, False)
+    monkeypatch.setattr(Plain, "rms_norm", None)
+    assert all(map(torch.equal, backend.rms_norm(x, weight, 1e-5, gemma=False), (output, inverse_rms)))
+
+
+# wrong arguments
+
+
+def arguments():
+    """Arguments that each operator takes."""
+    x, tiles = drawn(9, 6), torch.tensor([[0, 0, 4], [4, 4, 9]]).int()
+    heads, keys, lse = drawn(9, 4, 6), drawn(9, 2, 6), torch.zeros(4, 9)
+    attention = {"query": heads, "key": keys, "value": keys, "tiles": tiles, "scale": 0.3, "window": None}
+    return {
+        "linear": {
+            "x": [x, drawn(9, 4)], "weight": [drawn(5, 6), drawn(4, 5)], "transposed": [True, False], "bias": x[0, :5]
+        },
+        "weight_gradient": {"left": x, "right": drawn(9, 4)},
+        "rms_norm": {"rows": x, "weight": drawn(6), "epsilon": 1e-5, "gemma": False},
+        "rms_norm_backward": {
+            "grad_output": x, "rows": x, "weight": drawn(6), "inverse_rms": torch.ones(9, 1), "gemma": False
+        },
+        "gated": {"gate": x, "up": drawn(9, 6), "tanh": False},
+        "gated_backward": {"grad_product": drawn(9, 6, seed=1), "gate": x, "up": drawn(9, 6), "tanh": True},
+        "label_log_probs": {"logits": drawn(9, 6), "labels": torch.zeros(9, dtype=torch.int64), "to_gradient": True},
+        "rotate": {"x": heads, "cos": x, "sin": x},
+        "attention": attention,
+        "attention_backward": {"grad_output": heads, "output": heads, "logsumexp": lse, **attention},
+    }  # fmt: skip
+
+
+COPIED = {
+    "grad_output",
+    "labels",
+    "x",
+    "cos",
+    "sin",
+    "left",
+    "right",
+    "weight",
+    "bias",
+}  # where they are not contiguous
+
+
+ANY_SIZE = {("rms_norm", "rows", "rows"), ("label_log_probs", "logits", "columns")}
+ANY_SIZE |= {("weight_gradient", side, "columns") for side in ("left", "right")}
+
+
+@pytest.mark.parametrize("name", arguments())
+def test_an_operator_refuses_every_tensor_of_another_dtype_or_shape_and_names_it(name, c):
+    """A kernel would read what lies beside a tensor that is smaller than the kernel believes."""
+    operator, given = getattr(torch.ops.lora_kit, name), arguments()[name]
+    operator(**given)
+    for argument, right in given.items():
+        if not torch.is_tensor(right):
+            continue
+        with pytest.raises(TypeError, match=rf"^{name}: .*{'tensors' if name == 'linear' else argument}"):
+            operator(**given | {argument: right.to(torch.float64)})
+        for cut, wrong in {"rows": right[:-1], "dimensions": right[None], "columns": right[..., :-1]}.items():
+            if (name, argument, cut) not in ANY_SIZE:
+                with pytest.raises(ValueError, match=rf"^{name}: "):
+                    operator(**given | {argument: wrong.contiguous()})
+        with_gaps = torch.cat([right, right], dim=-1)[..., ::2]
+        if argument not in COPIED and not with_gaps.is_contiguous():
+            with pytest.raises(ValueError, match=rf"^{name}: {argument} has shape .* strides .*; expected contiguous"):
+                operator(**given | {argument: with_gaps})
 
 
 @pytest.mark.parametrize("wrong", ["rows", "inner", "columns", "dtype", "bias", "few", "nothing"])
@@ -395,22 +488,44 @@ def test_what_is_no_sum_of_products_is_refused(wrong, c):
         "few": [(x[:7], weight, True)],
         "nothing": [(x[:, :0], weight[:, :0], True)],
     }
-    with pytest.raises(ValueError, match="no products in bf16 to one sum"):
-        c.linear(given.get(wrong, [(x, weight, True)]), bias.float() if wrong == "bias" else None)
+    with pytest.raises((TypeError, ValueError), match=r"^linear: "):
+        linear(given.get(wrong, [(x, weight, True)]), bias[:4] if wrong == "bias" else None)
 
 
-def test_products_of_few_rows_or_of_another_precision_are_left_to_torch(c, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    ours, x, weight, bias = drawn(1, 1), drawn(32, 6), drawn(5, 6), drawn(5)
-    monkeypatch.setattr(ops, "linear", lambda *_: ours)
-    assert summed([(x, weight, True)], bias) is ours
-    assert torch.equal(summed([(x[:31], weight, True)], bias), torch.nn.functional.linear(x[:31], weight, bias))
-    for given in ([(x, weight.float(), True)], None), ([(x, weight, True)], bias.float()):
-        with pytest.raises(RuntimeError, match="dtype"):
-            summed(*given)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert torch.equal(summed([(x, weight, True)]), x @ weight.T)
-    assert torch.equal(across(x, x), (x.T @ x).float())
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tiles": torch.tensor([[0, 0, 10]]).int()}, "expected examples in order that fill 9 rows"),
+        ({"tiles": torch.tensor([[-1, -1, 4]]).int()}, "expected examples in order that fill 9 rows"),
+        ({"tiles": torch.tensor([[0, 2, 4]]).int()}, "expected examples in order that fill 9 rows"),
+        ({"tiles": torch.tensor([[0, 0, 5], [4, 4, 9]]).int()}, "expected examples in order that fill 9 rows"),
+        ({"tiles": torch.zeros(0, 3).int()}, "expected examples in order that fill 9 rows"),
+        ({"window": 0}, "window is 0; expected None or at least 1"),
+        ({"query": drawn(9, 3, 6)}, "3 heads cannot share 2 key heads evenly"),
+    ],
+)
+def test_attention_outside_its_tensors_is_refused(change, said, c):
+    with pytest.raises(ValueError, match=f"^attention: .*{said}"):
+        ops.attention(**arguments()["attention"] | change)
+
+
+# operators of torch
+
+
+@pytest.mark.parametrize("name", arguments())
+def test_operators_have_the_shapes_that_torch_believes(name, c):
+    """FakeTensor and torch.compile see what an operator returns and which arguments it writes to."""
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(getattr(torch.ops.lora_kit, name), (), arguments()[name], test_utils=checks)
+
+
+def test_a_profiler_shows_the_operators_by_name(c):
+    with torch.profiler.profile() as profile:
+        ops.gated(drawn(9, 6), drawn(9, 6), False)
+    assert "lora_kit::gated" in {event.name for event in profile.events()}
+
+
+# threads
 
 
 def test_a_replay_by_any_number_of_threads_has_the_same_bits(c):
@@ -424,25 +539,25 @@ def test_a_replay_by_any_number_of_threads_has_the_same_bits(c):
     assert all(torch.equal(a, b) for again in made[1:] for a, b in zip(made[0], again, strict=True))
 
 
-def test_rooms_are_used_again_when_nothing_holds_them(c):
-    rooms = Rooms()
-    first = rooms.empty(100, 3, 8)
+def test_buffers_are_used_again_when_no_tensor_refers_to_them(c):
+    pool = BufferPool()
+    first = pool.empty(100, 3, 8)
     assert first.shape == (100, 3, 8) and first.dtype == BF16 and first.data_ptr() % 4096 == 0
-    place, view = first.data_ptr(), first[2:, 1].fill_(7)
+    address, view = first.data_ptr(), first[2:, 1].fill_(7)
     del first
-    second = rooms.empty(2048, 24)
-    assert second.data_ptr() != place and (view == 7).all()
+    second = pool.empty(2048, 24)
+    assert second.data_ptr() != address and (view == 7).all()
     del view
-    third = rooms.empty(50, 24)  # of another length, and the same width
-    assert third.data_ptr() == place
-    rooms.release()
+    third = pool.empty(50, 24)  # of another length, and the same width
+    assert third.data_ptr() == address
+    pool.release()
     del third
-    assert rooms.empty(50, 24).data_ptr() not in (place, second.data_ptr())
+    assert pool.empty(50, 24).data_ptr() not in (address, second.data_ptr())
 
 
-def test_rooms_grow_with_the_longest_micro_batch(c):
-    rooms = Rooms()
-    short, long = rooms.empty(2048, 8).fill_(1), rooms.empty(5000, 8).fill_(2)
-    again = rooms.empty(2049, 8).fill_(3)
+def test_buffers_grow_with_the_longest_micro_batch(c):
+    pool = BufferPool()
+    short, long = pool.empty(2048, 8).fill_(1), pool.empty(5000, 8).fill_(2)
+    again = pool.empty(2049, 8).fill_(3)
     assert (short == 1).all() and (long == 2).all() and (again == 3).all() and len(long) == 5000
-    assert rooms.scratch(100).shape == (100,) and rooms.empty(0, 8).shape == (0, 8)
+    assert pool.workspace(100).shape == (100,) and pool.empty(0, 8).shape == (0, 8)

@@ -15,9 +15,9 @@ from transformers.models.gemma.modeling_gemma import GemmaMLP, GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP, LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
-from lora_kit.kernels import fusing, lora, loss, mlp, norm
+from lora_kit.kernels import fusing, lora, loss, mlp, norm, plain
 from lora_kit.kernels.attention import SEGMENT, use_attention
-from lora_kit.kernels.dispatch import multiplying
+from lora_kit.kernels.dispatch import backend_of
 from lora_kit.kernels.limits import GATED_MLP
 from lora_kit.model.probe import probe_batch
 from lora_kit.training.objectives.sft import Sft
@@ -296,7 +296,7 @@ def fused_norm(model):
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, GemmaRMSNorm])
 @pytest.mark.parametrize("shape", [(2, 9, 24), (1, 5, 4, 24), (7, 24)])
 def test_norms_are_those_of_transformers_and_leave_their_input_alone(kind, shape, monkeypatch, device):
-    monkeypatch.setattr(norm, "AT_ONCE", 100)  # several portions
+    monkeypatch.setattr(plain, "ELEMENTS_IN_CACHE", 100)  # several portions
     model, x = norm_of(kind, device=device), rows(*shape, device=device)
     before = x.detach().clone()
     same(outcome(fused_norm(model), x), outcome(model, x))
@@ -441,5 +441,5 @@ def test_products_on_a_cpu_have_few_numbers_of_rows(dtype):
             batch = probe_batch([np.arange(length) for length in lengths])
             Sft().loss(model, batch, torch.device("cpu")).total.backward()
     ranks = {4, 8, 12}  # of one adapter, of two, of three
-    in_c = multiplying(torch.empty(32, 1, dtype=dtype)) is not None
+    in_c = backend_of(torch.empty(32, 1, dtype=dtype)).pools_memory
     assert rows.found == set() if in_c else {size for size in rows.found if size % 32} == ranks

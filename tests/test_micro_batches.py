@@ -126,7 +126,7 @@ def test_what_a_forward_pass_keeps_is_what_was_estimated_or_a_little_less(micro_
 def test_no_more_is_ever_live_than_was_estimated(micro_batch, recompute, way):
     job, batch = micro_batch
     if recompute:
-        fusing.compute_twice(inner_of(job.model))
+        fusing.checkpoint_activations(inner_of(job.model))
     with Live(of_the_model(job)) as live:
         Sft().loss(job.model, batch, torch.device("cpu")).total.backward()
     estimate = expected(job, recompute=recompute)

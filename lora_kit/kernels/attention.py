@@ -1,71 +1,26 @@
-"""Attention inside each packed example: what a mask of all pairs gives, without its L x L pairs.
+"""Attention inside each packed example: the result of a block-diagonal causal mask, without its L x L scores.
 
-The examples of a packed row are attended to one after the other, so that no mask between them exists. transformers
-passes what a family needs beside queries, keys and values (window, soft cap, sinks, scaling) as keywords, and hands on
-`segments`, which `objective.model_inputs` adds to a call of the model. This name has no mask function, on purpose:
-without one transformers makes no mask at all (and asks the device nothing), and a call without `segments`, as in
-generation, is an error instead of a leak. `own_attention` is the way back for such calls.
+transformers passes what a family needs beside query, key and value (window, soft cap, sinks, scaling) as keywords, and
+hands on `segments`, which `model.forward.model_inputs` adds to a call of the model. No mask function is registered for
+this attention's name: transformers then builds no mask and never waits for the device, and a caller that forgets
+`segments`, as generation does, gets an error, not leakage between examples. `own_attention` is for such calls.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import Function
 from transformers import AttentionInterface, PreTrainedModel
 
-from lora_kit.kernels.blocks import BlockAttention, Blocks, blocks_of
-from lora_kit.kernels.dispatch import compiled
+from lora_kit.kernels import dispatch
+from lora_kit.kernels.segments import Segments
 
 SEGMENT = "segment"
 """The name of this attention in a model's configuration and in a run's manifest."""
-
-TILED_DTYPES = (torch.bfloat16,)  # fp32 tiles take twice the shared memory, and fp32 is for checking
-TILED_WIDTH = 256  # wider heads were not tried
-
-
-@dataclass(frozen=True)
-class Segments:
-    """Where the examples of a packed row are.
-
-    Attributes:
-        lengths: Their lengths, in order; on the host, so that nobody waits for the device.
-        device: Of the row.
-        windows: The window of every attention that was computed: what the probe reads.
-    """
-
-    lengths: tuple[int, ...]
-    device: torch.device
-    windows: list[int | None] = field(default_factory=list)
-    _blocks: dict[tuple[int | None, torch.dtype], Blocks] = field(default_factory=dict)
-    _tiles: dict[int, Tensor] = field(default_factory=dict)
-
-    def tiles(self, many: int) -> Tensor:
-        """Return int32 [tiles, 3]: the begin of an example, of at most `many` of its rows, and the example's end."""
-        if many not in self._tiles:
-            ends = np.cumsum(self.lengths, dtype=np.int32)
-            whole = zip(ends - self.lengths, ends, strict=True)
-            rows = [(begin, first, end) for begin, end in whole for first in range(begin, end, many)]
-            self._tiles[many] = moved(np.array(rows, dtype=np.int32), self.device)
-        return self._tiles[many]
-
-    def blocks(self, window: int | None, dtype: torch.dtype) -> Blocks:
-        """Return the row cut into blocks of queries; made once for all layers with this window."""
-        if (window, dtype) not in self._blocks:
-            self._blocks[window, dtype] = blocks_of(self.lengths, window, dtype=dtype, device=self.device)
-        return self._blocks[window, dtype]
-
-
-def moved(array: np.ndarray, device: torch.device) -> Tensor:
-    """Return an array's values on a device; nobody waits for what the device has still to do."""
-    values = torch.from_numpy(array)
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def segment_attention(
@@ -87,19 +42,19 @@ def segment_attention(
 
     Args:
         module: Unused.
-        query: Of all examples, end to end.
-        key: Likewise; fewer heads than queries are shared by groups.
-        value: Likewise.
+        query: Of all examples, one after the other.
+        key: Of all examples; groups of query heads share fewer key heads.
+        value: Of all examples.
         attention_mask: None.
-        segments: Where each example is.
+        segments: The examples of the row.
         dropout: 0; a base's own dropouts are off.
-        scaling: Of the scores; by default 1 / sqrt(width).
-        sliding_window: How many positions, its own included, a position sees; None or 0 for all.
-        softcap: Scores are squeezed into +-softcap by tanh (Gemma 2).
-        s_aux: A score for each head that takes part in the softmax and has no value (gpt-oss's sinks).
+        scaling: Factor of the scores; by default 1 / sqrt(width).
+        sliding_window: How many positions a position sees, itself included; None or 0 for all.
+        softcap: Scores become softcap * tanh(scores / softcap) (Gemma 2).
+        s_aux: A score for each head that takes part in the softmax and has no value (sinks of gpt-oss).
 
     Raises:
-        ValueError: The call is not one of packed examples alone.
+        ValueError: The call is not for packed examples alone.
     """
     if segments is None or attention_mask is not None or dropout:
         raise ValueError("attention by segment takes packed examples, no mask and no dropout; see `own_attention`")
@@ -107,50 +62,39 @@ def segment_attention(
         raise ValueError(f"attention by segment: {segments.lengths} are not the lengths in {tuple(query.shape)}")
     segments.windows.append(sliding_window)
     window, scale = sliding_window or None, scaling or query.shape[-1] ** -0.5
-    plain = softcap is None and s_aux is None
-    if plain and _tiled(query, key, value):
-        parts = (one.squeeze(0).transpose(0, 1) for one in (query, key, value))
-        return TiledAttention.apply(*parts, segments, scale, window)[None], None
-    if plain:
-        row = segments.blocks(window, query.dtype)
-        return BlockAttention.apply(*(one.squeeze(0) for one in (query, key, value)), row, scale)[None], None
+    if softcap is None and s_aux is None:
+        inputs = (tensor.squeeze(0) for tensor in (query, key, value))
+        return SegmentAttention.apply(*inputs, segments, scale, window)[None], None
     outputs = [
-        _spelled_out(*parts, scale=scale, window=window, softcap=softcap, sinks=s_aux)
-        for parts in zip(*(one.split(segments.lengths, dim=2) for one in (query, key, value)), strict=True)
+        _eager(*tensors, scale=scale, window=window, softcap=softcap, sinks=s_aux)
+        for tensors in zip(*(tensor.split(segments.lengths, dim=2) for tensor in (query, key, value)), strict=True)
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
-def _tiled(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    alike = query.dtype == key.dtype == value.dtype and query.shape[-1] == value.shape[-1]
-    fits = alike and query.dtype in TILED_DTYPES and query.shape[-1] <= TILED_WIDTH
-    return fits and compiled(query) is not None
-
-
-class TiledAttention(Function):
-    """Attention by compiled kernels, over [length, heads, width]."""
+class SegmentAttention(Function):
+    """Attention of query [heads, length, width] over key and value by a backend; returns [length, heads, width]."""
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, window: int | None
     ) -> Tensor:
         """Attend."""
-        kernels = cast(ModuleType, compiled(query))
-        tiles = segments.tiles(kernels.tile_rows(query.shape[-1]))
-        query, key, value = (one.contiguous() for one in (query, key, value))
-        output, sums = kernels.attend(query, key, value, tiles, scale, window)
-        ctx.save_for_backward(query, key, value, output, sums, tiles)
-        ctx.kernels, ctx.rest = kernels, (scale, window)
+        backend = dispatch.backend_of(query)
+        ctx.backend = backend if backend.supports_attention(query, key, value) else dispatch.PLAIN
+        output, saved = ctx.backend.attention(query, key, value, segments, scale, window)
+        ctx.save_for_backward(*saved)
+        ctx.rest = segments, scale, window
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Take the gradients of the three inputs."""
-        gradients = ctx.kernels.attend_back(gradient.contiguous(), *ctx.saved_tensors, *ctx.rest)
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of query, key and value."""
+        gradients = ctx.backend.attention_backward(grad_output, ctx.saved_tensors, *ctx.rest)
         return *gradients, None, None, None
 
 
-def _spelled_out(
+def _eager(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -160,7 +104,7 @@ def _spelled_out(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attend inside one segment by the formula: torch's own attention knows neither soft cap nor sinks."""
+    """Attend inside one segment by the formula: torch's own attention has neither soft cap nor sinks."""
     scores = (query @ _for_each_head(key, query).transpose(2, 3)).float() * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -168,19 +112,19 @@ def _spelled_out(
     scores = scores.masked_fill(~visible(length, window, query.device), -torch.inf)
     if sinks is not None:
         scores = torch.cat([scores, sinks.float().view(1, -1, 1, 1).expand(1, -1, length, 1)], dim=-1)
-    shares = scores.softmax(dim=-1)[..., :length].to(value.dtype)
-    return shares @ _for_each_head(value, query)
+    probs = scores.softmax(dim=-1)[..., :length].to(value.dtype)
+    return probs @ _for_each_head(value, query)
 
 
-def _for_each_head(shared: Tensor, query: Tensor) -> Tensor:
-    return shared.repeat_interleave(query.shape[1] // shared.shape[1], dim=1)
+def _for_each_head(key: Tensor, query: Tensor) -> Tensor:
+    return key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
 
 
 def visible(length: int, window: int | None, device: torch.device) -> Tensor:
-    """Return which key (column) a query (row) sees: those before it and itself, at most `window` of them."""
+    """Return which keys (columns) a query (row) sees: itself and those before it, at most `window` in all."""
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
-    seen = distance >= 0
-    return seen if window is None else seen & (distance < window)
+    causal = distance >= 0
+    return causal if window is None else causal & (distance < window)
 
 
 AttentionInterface.register(SEGMENT, segment_attention)

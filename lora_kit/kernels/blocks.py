@@ -1,9 +1,9 @@
-"""Causal attention inside packed examples, as plain matrix products over blocks of queries.
+"""Causal attention inside packed examples in plain PyTorch, as batched products over blocks of queries.
 
-A block's queries lie next to each other and see keys that do, so scores, weights and sums are batched products that
-run at the speed of any other matrix product; nothing of the square of a row's length is kept, the backward pass
-computes the weights again. Long examples are cut into several blocks, neighbouring short ones share one. On CPUs this
-takes less time than torch's flash attention.
+The queries of a block are adjacent and see adjacent keys, so scores, probabilities and sums are batched products that
+run at the speed of any other matrix product. Nothing quadratic in the row's length is kept; the backward pass computes
+the probabilities again. Long examples are cut into several blocks, short neighbours share one. On CPUs this takes less
+time than torch's flash attention.
 """
 
 import math
@@ -14,23 +14,22 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd import Function
 
 from lora_kit.kernels.limits import QUERIES
 
-ALIGNED = 32  # softmax over bf16 takes half as long again where a row is not so many numbers, or a multiple
+ALIGNED = 32  # rows of scores are padded to a multiple: softmax over bf16 takes half as long again without
 
 
 @dataclass(frozen=True)
 class Block:
-    """Queries that are computed together, and what they see.
+    """Queries that are computed together, and the keys that they see.
 
     Attributes:
         first: The first query, counted in the packed row.
         last: The end of the queries.
-        height: As many rows are computed; those after the queries are padding.
-        keys: The first key that any of them sees, counted in the padded row.
-        end: The end of the keys, which is the padded end of the queries.
+        height: Rows that are computed; those after the queries are padding.
+        keys: The first key that any query sees, counted in the padded row.
+        end: The end of the keys, which is also the padded end of the queries.
         mask: 0 or minus infinity, added to the scores of the last keys, as many as it has columns.
     """
 
@@ -44,13 +43,13 @@ class Block:
 
 @dataclass(frozen=True)
 class Blocks:
-    """A packed row with padding, so that blocks begin and end at multiples of ALIGNED, and its blocks.
+    """A packed row, padded so that blocks begin and end at multiples of ALIGNED, and its blocks.
 
-    oneDNN compiles a product for every shape and keeps it (0.3 MB, 0.6 MB for an odd one), so there should be few.
+    oneDNN compiles a product for every shape and keeps it (0.3 MB, 0.6 MB for an odd shape), so shapes should be few.
 
     Attributes:
-        spans: Where examples that are cut up together are: their first, their end, and their first in the padded row.
-        length: Of the padded row.
+        spans: Of examples that are cut together: the first row, the end, and the first row in the padded row.
+        length: Length of the padded row.
         blocks: In order.
     """
 
@@ -58,63 +57,63 @@ class Blocks:
     length: int
     blocks: list[Block]
 
-    def spread(self, rows: Float[Tensor, "heads length width"]) -> Float[Tensor, "heads padded width"]:
-        """Copy a packed row, padded with zeros."""
-        spread = rows.new_zeros(len(rows), self.length, rows.shape[2])
-        for first, last, place in self.spans:
-            spread[:, place : place + last - first] = rows[:, first:last]
-        return spread
+    def pad(self, rows: Float[Tensor, "heads length width"]) -> Float[Tensor, "heads padded width"]:
+        """Copy a packed row with zeros as padding."""
+        padded = rows.new_zeros(len(rows), self.length, rows.shape[2])
+        for first, last, offset in self.spans:
+            padded[:, offset : offset + last - first] = rows[:, first:last]
+        return padded
 
-    def gather(self, spread: Float[Tensor, "heads padded width"]) -> Float[Tensor, "heads length width"]:
-        """Copy what was spread back, in the order of a linear layer's output."""
-        heads, _, width = spread.shape
-        rows = spread.new_empty(self.spans[-1][1], heads, width).transpose(0, 1)
-        for first, last, place in self.spans:
-            rows[:, first:last] = spread[:, place : place + last - first]
+    def unpad(self, padded: Float[Tensor, "heads padded width"]) -> Float[Tensor, "heads length width"]:
+        """Copy a padded row without its padding, laid out as [length, heads, width] like a linear layer's output."""
+        heads, _, width = padded.shape
+        rows = padded.new_empty(self.spans[-1][1], heads, width).transpose(0, 1)
+        for first, last, offset in self.spans:
+            rows[:, first:last] = padded[:, offset : offset + last - first]
         return rows
 
-    def most(self, heads: int) -> int:
-        """Return how many scores a block has at most."""
-        return max(heads * one.height * (one.end - one.keys) for one in self.blocks)
+    def most_scores(self, heads: int) -> int:
+        """Return the number of scores of the largest block."""
+        return max(heads * block.height * (block.end - block.keys) for block in self.blocks)
 
 
 def blocks_of(lengths: Sequence[int], window: int | None, *, dtype: torch.dtype, device: torch.device) -> Blocks:
     """Cut a packed row into blocks.
 
     Args:
-        lengths: Of the examples, in order.
-        window: How many positions, its own included, a position sees; None for all.
-        dtype: Of the scores.
-        device: Where they are computed.
+        lengths: Lengths of the examples, in order.
+        window: How many positions a position sees, itself included; None for all.
+        dtype: Dtype of the scores.
+        device: Device of the scores.
     """
     masks: dict[tuple[int, ...], Tensor] = {}
-    blocks, spans, place = list[Block](), list[tuple[int, int, int]](), 0
+    blocks, spans, offset = list[Block](), list[tuple[int, int, int]](), 0
     window = window if window is not None and window < max(lengths) else None
-    for start, members in _shared(lengths):
+    for start, members in _groups(lengths):
         length = sum(members)
         padded = _aligned(length)
-        whole = window is not None or len(members) > 1
+        mask_all = window is not None or len(members) > 1  # else only the last keys hide anything: those of the block
         rows = _aligned(-(-padded // -(-padded // QUERIES)))
         for begin in range(0, padded, rows):
             end = min(padded, begin + rows)
-            seen = 0 if window is None else max(0, begin - window + 1) // ALIGNED * ALIGNED
-            columns = end - seen if whole else end - begin
-            shape = (begin, end, columns, *members) if whole else (end - begin,)
+            first_key = 0 if window is None else max(0, begin - window + 1) // ALIGNED * ALIGNED
+            columns = end - first_key if mask_all else end - begin
+            shape = (begin, end, columns, *members) if mask_all else (end - begin,)
             if shape not in masks:
                 masks[shape] = _mask(members, range(begin, end), columns, window).to(device, dtype)
             last = start + min(length, end)
-            blocks.append(Block(start + begin, last, end - begin, place + seen, place + end, masks[shape]))
-        spans.append((start, start + length, place))
-        place += padded
-    return Blocks(spans, place, blocks)
+            blocks.append(Block(start + begin, last, end - begin, offset + first_key, offset + end, masks[shape]))
+        spans.append((start, start + length, offset))
+        offset += padded
+    return Blocks(spans, offset, blocks)
 
 
 def _aligned(count: int) -> int:
     return -(-count // ALIGNED) * ALIGNED
 
 
-def _shared(lengths: Sequence[int]) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """Yield where examples begin that are cut up together: a long one by itself, short ones as many as fit a block."""
+def _groups(lengths: Sequence[int]) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Yield the start and the lengths of examples that are cut together: a long one, or short ones that fit a block."""
     start, members = 0, tuple[int, ...]()
     for length in lengths:
         if members and sum(members) + length > QUERIES:
@@ -126,9 +125,15 @@ def _shared(lengths: Sequence[int]) -> Iterator[tuple[int, tuple[int, ...]]]:
 
 
 def _mask(members: Sequence[int], queries: range, columns: int, window: int | None) -> Tensor:
-    """Return what the queries of some examples, counted from the first one's start, see of the last `columns` keys.
+    """Return 0 where a query sees a key and minus infinity elsewhere, [queries, columns].
 
-    Padding goes on with the last example: nobody before it sees it, and it has something to see.
+    Args:
+        members: Lengths of the examples that are cut together.
+        queries: Counted from the first example's start.
+        columns: Number of keys, which end where the queries do.
+        window: How many positions a position sees; None for all.
+
+    Padding continues the last example: no query before it sees it, and its rows see something, so softmax has no NaN.
     """
     ends = torch.tensor(members).cumsum(0)[:-1]
     query, key = torch.arange(queries.start, queries.stop)[:, None], torch.arange(queries.stop - columns, queries.stop)
@@ -138,87 +143,91 @@ def _mask(members: Sequence[int], queries: range, columns: int, window: int | No
     return torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
 
 
-class BlockAttention(Function):
-    """Attention of `query` [heads, length, width] over `key` and `value` [key_heads, length, width]; returns
-    [length, heads, value_width]."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, row: Blocks, scale: float) -> Tensor:
-        """Attend, block by block."""
-        (heads, length, _), groups = query.shape, len(key)
-        output = query.new_empty(length, heads, value.shape[2]).transpose(0, 1)
-        key, value = row.spread(key), row.spread(value)
-        room = query.new_empty(2, row.most(heads))
-        kept = []
-        for one in row.blocks:
-            keys = slice(one.keys, one.end)
-            asking, asked = _rows(query, one, groups), key[:, keys].transpose(1, 2)
-            scores, weights = _rooms(room, asking, asked)
-            top = None
-            if query.dtype != torch.float32:
-                top = _scores(asking, asked, one, scale, None, scores).amax(-1, keepdim=True)
-            torch.softmax(_scores(asking, asked, one, scale, top, scores), -1, out=weights)
-            part = torch.bmm(weights, value[:, keys]).view(heads, one.height, -1)
-            output[:, one.first : one.last] = part[:, : one.last - one.first]
-            kept += [asking, top]
-        ctx.save_for_backward(key, value, *kept)
-        ctx.row, ctx.scale = row, scale
-        return output.transpose(0, 1)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Compute the weights again and take the gradients of the three inputs."""
-        key, value, *kept = ctx.saved_tensors
-        (length, heads, _), (groups, _, width) = gradient.shape, key.shape
-        of_query = key.new_empty(length, heads, width).transpose(0, 1)
-        of_key, of_value = torch.zeros_like(key), torch.zeros_like(value)
-        room, by_head = key.new_empty(3, ctx.row.most(heads)), gradient.transpose(0, 1)
-        for one, asking, top in zip(ctx.row.blocks, kept[::2], kept[1::2], strict=True):
-            keys = slice(one.keys, one.end)
-            asked, above = key[:, keys].transpose(1, 2), _rows(by_head, one, groups)
-            scores, weights, of_weights = _rooms(room, asking, asked)
-            torch.softmax(_scores(asking, asked, one, ctx.scale, top, scores), -1, out=weights)
-            of_value[:, keys].baddbmm_(weights.transpose(1, 2), above)
-            torch.bmm(above, value[:, keys].transpose(1, 2), out=of_weights)
-            of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype, grad_input=scores)
-            of_key[:, keys].baddbmm_(of_scores.transpose(1, 2), asking, alpha=ctx.scale)
-            part = _product(of_scores, key[:, keys], ctx.scale).view(heads, one.height, width)
-            of_query[:, one.first : one.last] = part[:, : one.last - one.first]
-        return of_query, ctx.row.gather(of_key), ctx.row.gather(of_value), None, None
+def attend_blocks(
+    query: Float[Tensor, "heads length width"],
+    key: Float[Tensor, "key_heads length width"],
+    value: Float[Tensor, "key_heads length value_width"],
+    row: Blocks,
+    scale: float,
+) -> tuple[Float[Tensor, "length heads value_width"], list[Tensor | None]]:
+    """Attend block by block; return the output and what `attend_blocks_backward` needs."""
+    (heads, length, _), key_heads = query.shape, len(key)
+    output = query.new_empty(length, heads, value.shape[2]).transpose(0, 1)
+    key, value = row.pad(key), row.pad(value)
+    workspace = query.new_empty(2, row.most_scores(heads))
+    saved: list[Tensor | None] = [key, value]
+    for block in row.blocks:
+        keys = slice(block.keys, block.end)
+        queries, keys_transposed = _queries(query, block, key_heads), key[:, keys].transpose(1, 2)
+        scores, probs = _views(workspace, queries, keys_transposed)
+        highest = None
+        if query.dtype != torch.float32:
+            highest = _scores(queries, keys_transposed, block, scale, None, scores).amax(-1, keepdim=True)
+        torch.softmax(_scores(queries, keys_transposed, block, scale, highest, scores), -1, out=probs)
+        part = torch.bmm(probs, value[:, keys]).view(heads, block.height, -1)
+        output[:, block.first : block.last] = part[:, : block.last - block.first]
+        saved += [queries, highest]
+    return output.transpose(0, 1), saved
 
 
-def _rows(heads: Tensor, block: Block, groups: int) -> Tensor:
-    """Return a block's rows [groups, rows, width], padded with zeros: those of heads that share keys one after the
-    other."""
-    count, many = block.last - block.first, len(heads)
-    rows = heads.new_empty(many, block.height, heads.shape[2])
+def attend_blocks_backward(
+    grad_output: Float[Tensor, "length heads value_width"], saved: Sequence[Any], row: Blocks, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the probabilities again and return the gradients of query, key and value."""
+    key, value, *of_blocks = saved
+    (length, heads, _), (key_heads, _, width) = grad_output.shape, key.shape
+    grad_query = key.new_empty(length, heads, width).transpose(0, 1)
+    grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
+    workspace, by_head = key.new_empty(3, row.most_scores(heads)), grad_output.transpose(0, 1)
+    for block, queries, highest in zip(row.blocks, of_blocks[::2], of_blocks[1::2], strict=True):
+        keys = slice(block.keys, block.end)
+        keys_transposed, grads = key[:, keys].transpose(1, 2), _queries(by_head, block, key_heads)
+        scores, probs, grad_probs = _views(workspace, queries, keys_transposed)
+        torch.softmax(_scores(queries, keys_transposed, block, scale, highest, scores), -1, out=probs)
+        grad_value[:, keys].baddbmm_(probs.transpose(1, 2), grads)
+        torch.bmm(grads, value[:, keys].transpose(1, 2), out=grad_probs)
+        grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype, grad_input=scores)
+        grad_key[:, keys].baddbmm_(grad_scores.transpose(1, 2), queries, alpha=scale)
+        part = _product(grad_scores, key[:, keys], scale).view(heads, block.height, width)
+        grad_query[:, block.first : block.last] = part[:, : block.last - block.first]
+    return grad_query, row.unpad(grad_key), row.unpad(grad_value)
+
+
+def _queries(
+    heads: Float[Tensor, "heads length width"], block: Block, key_heads: int
+) -> Float[Tensor, "key_heads rows width"]:
+    """Return a block's rows, padded with zeros; heads that share a key head follow one another."""
+    count, width = block.last - block.first, heads.shape[2]
+    rows = heads.new_empty(len(heads), block.height, width)
     rows[:, :count] = heads[:, block.first : block.last]
     rows[:, count:] = 0
-    return rows.view(groups, many // groups * block.height, -1)
+    return rows.view(key_heads, -1, width)
 
 
-def _rooms(room: Tensor, asking: Tensor, asked: Tensor) -> list[Tensor]:
-    """Return the beginning of each room as one of [groups, rows, keys]."""
-    shape = (*asking.shape[:2], asked.shape[2])
-    return [one[: math.prod(shape)].view(shape) for one in room]
+def _views(workspace: Tensor, queries: Tensor, keys_transposed: Tensor) -> list[Tensor]:
+    """Return the beginning of each row of the workspace as [key_heads, rows, keys]."""
+    shape = (*queries.shape[:2], keys_transposed.shape[2])
+    return [one[: math.prod(shape)].view(shape) for one in workspace]
 
 
-def _scores(asking: Tensor, asked: Tensor, block: Block, scale: float, top: Tensor | None, scores: Tensor) -> Tensor:
-    """Fill `scores` [groups, rows, keys] with those of a block, less each row's top.
+def _scores(
+    queries: Tensor, keys_transposed: Tensor, block: Block, scale: float, highest: Tensor | None, scores: Tensor
+) -> Float[Tensor, "key_heads rows keys"]:
+    """Fill `scores` with a block's scores, minus each row's highest score if that is given.
 
-    Softmax is the same whatever is taken from a row, but bf16 is not: it rounds a score of 30 by as much as 0.06. Taken
-    inside the product, before it rounds, the top leaves those that matter near zero, where bf16 is fine.
+    Softmax does not change when a constant is subtracted from a row, but bf16 rounds a score of 30 by up to 0.06.
+    Subtracted inside the product, before it is rounded, the highest score leaves those that matter near zero.
     """
-    groups, _, keys = scores.shape
+    key_heads, _, keys = scores.shape
     rows, columns = block.mask.shape
-    whole, masked = scores, scores.view(groups, -1, rows, keys)[..., keys - columns :]
-    if top is None:
-        torch.baddbmm(whole, asking, asked, beta=0, alpha=scale, out=whole)
+    masked = scores.view(key_heads, -1, rows, keys)[..., keys - columns :]
+    if highest is None:
+        torch.baddbmm(scores, queries, keys_transposed, beta=0, alpha=scale, out=scores)
         masked.add_(block.mask)
         return scores
-    scores[..., : keys - columns] = -top
-    torch.sub(block.mask, top.view(groups, -1, rows, 1), out=masked)
-    return scores.baddbmm_(asking, asked, alpha=scale)
+    scores[..., : keys - columns] = -highest
+    torch.sub(block.mask, highest.view(key_heads, -1, rows, 1), out=masked)
+    return scores.baddbmm_(queries, keys_transposed, alpha=scale)
 
 
 def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:

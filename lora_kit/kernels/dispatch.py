@@ -1,68 +1,61 @@
-"""The fast path: what transformers would compute, without the work that packed examples do not need."""
+"""Which backend computes a tensor: C on CPUs in bf16, Triton on GPUs, plain PyTorch for the rest."""
 
+import sys
 import warnings
 from functools import cache
 from importlib.util import find_spec
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-FEWEST_ROWS = 32  # for fewer, as in generation, packing the weight would cost more than the product
+from lora_kit.kernels.backend import Backend
+from lora_kit.kernels.plain import Plain
+
+PLAIN = Plain()
 
 
-def compiled(x: Tensor) -> ModuleType | None:
-    """Return the module of compiled kernels that computes this: `gpu`, in any precision but fp64, or `cpu`, in bf16.
+def backend_of(x: Tensor) -> Backend:
+    """Return the backend that computes a tensor."""
+    return backend_for(x.device, x.dtype)
 
-    None stands for plain PyTorch, where nothing compiles and on other devices.
-    """
-    if x.is_cuda and x.dtype != torch.float64:
+
+def backend_for(device: torch.device, dtype: torch.dtype) -> Backend:
+    """Return the backend of a device and a dtype: Triton in any precision but fp64, C in bf16, else plain PyTorch."""
+    if device.type == "cuda" and dtype != torch.float64:
         return _triton()
-    return _c() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else None
-
-
-def multiplying(x: Tensor) -> ModuleType | None:
-    """Return the module whose products of some rows are faster than torch's: `cpu`, but where there is AMX."""
-    few = len(x) < FEWEST_ROWS
-    return None if few or x.is_cuda or torch.cpu._is_amx_tile_supported() else compiled(x)
+    return _c() if device.type == "cpu" and dtype == torch.bfloat16 else PLAIN
 
 
 @cache
-def _triton() -> ModuleType | None:
+def _triton() -> Backend:
     """Try the kernels: Triton also needs a C compiler, a folder for what it compiles, and a GPU that it knows."""
     if find_spec("triton") is None:
-        return None
+        return PLAIN
     try:
-        from lora_kit.kernels.triton import pointwise
+        from lora_kit.kernels.triton.backend import Triton, try_kernels
 
-        x = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda")
-        pointwise.norm_back(x, x, x[0], pointwise.norm(x, x[0], 1e-6, gemma=False)[1], gemma=False)
-        gated = pointwise.Gated(x, x, torch.cat([x, x], 1), (x, x), "silu")
-        gated.back(gated.product())
-        heads = pointwise.rotate(x[None], x[:1], x[:1]).transpose(0, 1).contiguous()
-        tiles = torch.tensor([[0, 0, 16]], dtype=torch.int32, device=x.device)
-        output = pointwise.attend(heads, heads, heads, tiles, 1.0, None)
-        pointwise.attend_back(heads, heads, heads, heads, *output, tiles, 1.0, None)
-    except Exception as error:  # of Triton, its compilers or the driver: there is no end to their kinds
+        try_kernels(torch.device("cuda"))
+    except Exception as error:  # from Triton, its compilers or the driver, which raise all kinds
         _warn("Triton compiles nothing here", error)
-        return None
-    return pointwise
+        return PLAIN
+    return Triton()
 
 
 @cache
-def _c() -> ModuleType | None:
-    """Compile the kernels, if the CPU multiplies bf16 by AVX-512."""
-    if not torch.cpu._is_avx512_bf16_supported():
-        return None
-    from lora_kit.kernels.cpu import build, ops
+def _c() -> Backend:
+    """Compile the kernels if this is Linux on a CPU that multiplies bf16 by AVX-512."""
+    if sys.platform != "linux" or not torch.cpu._is_avx512_bf16_supported():
+        return PLAIN
+    from lora_kit.kernels.cpu import build
+    from lora_kit.kernels.cpu.backend import Cpu
 
     try:
         build.library()
     except (OSError, ValueError) as error:
         _warn("the kernels for CPUs are not compiled", error)
-        return None
-    return ops
+        return PLAIN
+    return Cpu()
 
 
-def _warn(what: str, error: Exception) -> None:
-    warnings.warn(f"{what}, so attention, norms and the like take longer: {error}", stacklevel=3)
+def _warn(problem: str, error: Exception) -> None:
+    warnings.warn(f"{problem}, so attention, norms and other parts take longer: {error}", stacklevel=3)

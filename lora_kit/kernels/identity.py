@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from lora_kit.kernels.dispatch import compiled
+from lora_kit.kernels import dispatch
 
 CPU_LIMITS = (
     "ATEN_CPU_CAPABILITY",
@@ -30,22 +30,11 @@ def identity(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
 
     Environment variables that limit instructions appear under their own names, where they are set.
     """
-    facts = _of_backend(device, dtype) | (_of_cuda(device) if device.type == "cuda" else _of_cpu())
+    machine = _of_cuda(device) if device.type == "cuda" else _of_cpu()
+    facts = dispatch.backend_for(device, dtype).identity() | machine
     limits = CUDA_LIMITS if device.type == "cuda" else CPU_LIMITS
     facts |= {name: os.environ[name] for name in limits if name in os.environ}
     return dict(sorted(facts.items()))
-
-
-def _of_backend(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    if compiled(torch.empty(0, dtype=dtype, device=device)) is None:
-        return {"backend": "plain"}
-    if device.type == "cuda":
-        import triton
-
-        return {"backend": "triton", "triton": triton.__version__}
-    from lora_kit.kernels.cpu.build import library
-
-    return {"backend": "c", "library": library().sha256[:16], "compiler": library().compiler}
 
 
 def _of_cuda(device: torch.device) -> dict[str, str]:

@@ -1,7 +1,7 @@
-"""Rotary positions, x cos + rotate_half(x) sin, in few passes and one function.
+"""Rotary positions, x cos + rotate_half(x) sin, as one function with few passes.
 
-A family's attention calls `apply_rotary_pos_emb` of its own file. A module that is fused runs the same code with ours
-in that name's place; nothing of transformers is changed, and a call of another kind goes to the family's own.
+A family's attention calls `apply_rotary_pos_emb` of its own file. A fused module runs the same code with our function
+under that name; transformers itself is not changed, and a call that ours does not cover goes to the family's function.
 """
 
 from collections.abc import Callable
@@ -9,47 +9,35 @@ from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, cast
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from lora_kit.kernels.dispatch import compiled
+from lora_kit.kernels import dispatch
 
 NAME = "apply_rotary_pos_emb"
 Rotation = Callable[..., tuple[Tensor, Tensor]]
 
 
 class Rotary(Function):
-    """`x` [heads, length, width] turned by the angles of its positions, [length, width], which are not trained."""
+    """`x` [heads, length, width] rotated by the angles of its positions, [length, width], which are not trained."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Turn."""
+        """Rotate."""
         ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin)
+        return dispatch.backend_of(x).rotate(x, cos, sin)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Turn back: halves change their places, and so does the sign."""
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Rotate back: the transposed rotation swaps the halves of sin and negates it."""
         cos, sin = ctx.saved_tensors
-        return _turned(gradient, cos, -sin.roll(sin.shape[-1] // 2, -1)), None, None
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    kernels = compiled(x)
-    if kernels:
-        return kernels.rotate(x.transpose(0, 1), cos, sin).transpose(0, 1)
-    half = x.shape[-1] // 2
-    output = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    torch.mul(x, cos, out=output)
-    output[..., :half].addcmul_(x[..., half:], sin[:, :half], value=-1)
-    output[..., half:].addcmul_(x[..., :half], sin[:, half:])
-    return output
+        transposed_sin = -sin.roll(sin.shape[-1] // 2, -1)
+        return dispatch.backend_of(grad_output).rotate(grad_output, cos, transposed_sin), None, None
 
 
 def rotation_of(attention: nn.Module) -> Rotation | None:
-    """Return the function that a module's own forward turns queries and keys with."""
+    """Return the function that a module's own forward rotates queries and keys with."""
     forward = type(attention).forward
     uses = isinstance(forward, FunctionType) and NAME in forward.__code__.co_names and "forward" not in vars(attention)
     return cast(Rotation | None, forward.__globals__.get(NAME)) if uses else None
@@ -59,25 +47,27 @@ def rotated(
     own: Rotation,
     query: Float[Tensor, "batch heads length width"],
     key: Float[Tensor, "batch key_heads length width"],
-    cos: Float[Tensor, "some length angles"],
-    sin: Float[Tensor, "some length angles"],
+    cos: Float[Tensor, "cos_batch length angles"],
+    sin: Float[Tensor, "cos_batch length angles"],
     *rest: object,
     **named: object,
 ) -> tuple[Tensor, Tensor]:
-    """Turn queries and keys; by their own function if they are of several rows, turned in part, or by fp32 angles."""
-    alike = cos.dtype == sin.dtype == query.dtype == key.dtype and len(query) == 1
-    alike &= cos.shape == sin.shape == (1, query.shape[2], query.shape[3])
-    if rest or named or not alike:
+    """Rotate queries and keys; call `own` for several rows, angles of a part of the width, or angles in fp32."""
+    covered = cos.dtype == sin.dtype == query.dtype == key.dtype and len(query) == 1
+    covered &= cos.shape == sin.shape == (1, query.shape[2], query.shape[3])
+    if rest or named or not covered:
         return own(query, key, cos, sin, *rest, **named)
     query, key = (Rotary.apply(one.squeeze(0), cos[0], sin[0])[None] for one in (query, key))
     return query, key
 
 
 def fuse(attention: nn.Module) -> Callable[[], None]:
-    """Let an attention turn its queries and keys in one function; return the way back."""
-    own = cast(FunctionType, type(attention).forward)
-    names = own.__globals__ | {NAME: partial(rotated, own.__globals__[NAME])}
-    forward = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
-    forward.__kwdefaults__ = own.__kwdefaults__
+    """Let an attention rotate its queries and keys by `Rotary`; return a function that undoes it."""
+    own_forward = cast(FunctionType, type(attention).forward)
+    names = own_forward.__globals__ | {NAME: partial(rotated, own_forward.__globals__[NAME])}
+    forward = FunctionType(
+        own_forward.__code__, names, own_forward.__name__, own_forward.__defaults__, own_forward.__closure__
+    )
+    forward.__kwdefaults__ = own_forward.__kwdefaults__
     attention.forward = MethodType(forward, attention)
     return lambda: delattr(attention, "forward")

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_kit.data.packing import MicroBatch
-from lora_kit.kernels.attention import SEGMENT, Segments, attention_of, moved
+from lora_kit.kernels.attention import SEGMENT, attention_of
+from lora_kit.kernels.segments import Segments, moved
 
 Inputs = dict[str, Tensor | Segments | bool]
 

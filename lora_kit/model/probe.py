@@ -6,7 +6,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lora_kit.data.packing import MicroBatch
-from lora_kit.kernels.attention import SEGMENT, Segments, attention_of, own_attention, use_attention
+from lora_kit.kernels.attention import SEGMENT, attention_of, own_attention, use_attention
+from lora_kit.kernels.segments import Segments
 from lora_kit.model.forward import model_inputs
 from lora_kit.recipe.schema import Base
 

@@ -88,7 +88,7 @@ def kernels(
     ids = np.arange(32) % inner_of(model).config.get_text_config().vocab_size
     inputs = None if known is not None else model_inputs(model, probe_batch([ids]), processes.device)
     used = tuple(fusing.use_kernels(model, known, inputs))
-    if fusing.lends(model, used):
+    if fusing.pools_memory(model, used):
         # few large tensors go through malloc, and their holes cost more than page faults
         keep_freed_memory(below=LARGE)
     return used

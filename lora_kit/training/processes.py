@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lora_kit.errors import LaunchError, LoraKitError
 from lora_kit.kernels.cpu.allocator import PRODUCTS_KEPT, keep_freed_memory
-from lora_kit.kernels.cpu.buffers import rooms
+from lora_kit.kernels.cpu.buffers import pool
 
 T = TypeVar("T")
 
@@ -104,7 +104,7 @@ class Processes:
         torch.set_num_threads(self.threads)
         torch.set_deterministic_debug_mode(self.determinism)
         _fill_new_memory(self.fills)
-        rooms.release()
+        pool.release()
         if self.count == 1 and not self.guest:
             AcceleratorState._reset_state(reset_partial_state=True)  # as transformers does between two trainers
 

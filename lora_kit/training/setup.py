@@ -167,7 +167,7 @@ def build_model(
     attention, layout = choices.attention(base, recipe, before, changed, processes)
     use_attention(base, attention)
     if micro_batches.activation_checkpointing:
-        fusing.compute_twice(base)
+        fusing.checkpoint_activations(base)
     console.tick("adapter: inject")
     source = inputs.source
     model = inject(base, recipe.adapter, seed=recipe.train.seed, name=source.name, revision=source.commit)

@@ -1,4 +1,8 @@
-"""Memory of activations that is used again."""
+"""A pool of buffers for activations: memory is used again when no tensor refers to it any more.
+
+malloc cannot reuse a hole for a tensor of exactly the hole's size, because torch asks for aligned memory; a third of
+what malloc held were holes.
+"""
 
 import math
 import mmap
@@ -9,43 +13,44 @@ import torch
 from torch import Tensor
 
 PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+FIRST_ROWS = 2048  # rows that buffers are made for at first
 
 
-class Rooms:
-    """Memory that is lent to tensors and kept when they are gone.
+class BufferPool:
+    """Buffers that are borrowed by tensors and come back when the last view of a tensor is gone.
 
-    malloc cannot use a hole again for a tensor of the hole's size, since torch asks for aligned memory, so a third of
-    what it held was holes. A room is as long as any micro-batch; only what is written takes memory.
+    Every buffer has room for the longest micro-batch so far, so any number of rows fits; the system only provides the
+    pages that are written.
     """
 
     def __init__(self) -> None:
-        self._rows, self._free = 2048, dict[int, list[np.ndarray]]()
+        self._rows, self._free = FIRST_ROWS, dict[int, list[np.ndarray]]()
 
     def release(self) -> None:
-        """Keep nothing, not even what is lent now."""
+        """Give all free buffers to the system, and borrowed ones as soon as they come back."""
         self._free = {}
 
     def empty(self, rows: int, *shape: int) -> Tensor:
-        """Return new memory for [rows, *shape] in bf16."""
+        """Return an uninitialised bf16 tensor [rows, *shape] in borrowed memory."""
         if rows > self._rows:
             self.release()
             self._rows = 1 << (rows - 1).bit_length()
-        width = 2 * math.prod(shape)
-        return self._lend(rows * width, self._rows * width).view(torch.bfloat16).view(rows, *shape)
+        row_bytes = 2 * math.prod(shape)
+        return self._borrow(rows * row_bytes, self._rows * row_bytes).view(torch.bfloat16).view(rows, *shape)
 
-    def scratch(self, size: int) -> Tensor:
-        """Return so many bytes."""
-        return self._lend(size, 1 << (size - 1).bit_length())
+    def workspace(self, size: int) -> Tensor:
+        """Return `size` uninitialised bytes."""
+        return self._borrow(size, 1 << (size - 1).bit_length())
 
-    def _lend(self, size: int, whole: int) -> Tensor:
-        free = self._free.setdefault(whole, [])
+    def _borrow(self, size: int, capacity: int) -> Tensor:
+        free = self._free.setdefault(capacity, [])
         try:
-            room = free.pop()
+            buffer = free.pop()
         except IndexError:
-            room = np.frombuffer(mmap.mmap(-1, max(1, whole), flags=PRIVATE), np.uint8)
-        lent = room[:size]
-        weakref.finalize(lent, free.append, room).atexit = False
-        return torch.from_numpy(lent)
+            buffer = np.frombuffer(mmap.mmap(-1, max(1, capacity), flags=PRIVATE), np.uint8)
+        borrowed = buffer[:size]
+        weakref.finalize(borrowed, free.append, buffer).atexit = False
+        return torch.from_numpy(borrowed)
 
 
-rooms = Rooms()
+pool = BufferPool()

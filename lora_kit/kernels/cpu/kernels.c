@@ -1,17 +1,21 @@
-/* What a CPU with AVX-512 bf16 computes here: attention inside packed examples, linear maps, norms, gated activations,
-   cross-entropy and rotary positions, in bf16 with sums in fp32. kernels/cpu.py compiles this file and says what the
-   arguments are.
+/* Kernels for CPUs with AVX-512 bf16: attention inside packed examples, linear maps, RMS norms, gated activations,
+   cross-entropy and rotary positions, in bf16 with sums in fp32. build.py compiles this file; ops.py checks the
+   arguments and calls it.
 
-   Products take their right side in pairs: `vdpbf16ps` multiplies two numbers of each lane and adds both, so what is
-   summed over lies in pairs, [pairs][lanes][2]. Rows and columns are padded with zeros to multiples of STEP. No two
-   tasks add to the same number and no order depends on the number of threads, so a replay has the same bits. */
+   `vdpbf16ps` multiplies two adjacent bf16 of each 32-bit lane and adds both products to the lane's fp32 sum. The right
+   operand of a product is therefore interleaved in pairs, [pairs][lanes][2] (the VNNI layout), along the dimension that
+   is summed over. Rows and columns are padded with zeros to multiples of STEP. Each output is written by one task, in an
+   order that does not depend on the number of threads, so a replay has the same bits. Strides count elements. */
 #include <immintrin.h>
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
 
-#define EXPORT __attribute__((visibility("default")))
+#define EXPORT __attribute__((visibility("default"))) /* build.py reads the declarations of exported functions */
+#define UNROLLED _Pragma("GCC unroll 8")
+#define INLINE static inline __attribute__((always_inline))
+
 #ifdef __clang__
 EXPORT const char *const COMPILER = __VERSION__;
 #else
@@ -19,61 +23,64 @@ EXPORT const char *const COMPILER = "gcc " __VERSION__;
 #endif
 
 typedef uint16_t bf16;
-typedef __m512 floats; /* 16 lanes */
+typedef __m512 floats; /* LANES fp32 values */
 
 enum { LANES = 16, STEP = 32, ROWS = 8, TILE = 64 };
-static const float HIDDEN = -1e30f, LOG2_E = 1.4426950408889634f;
-
-#define UNROLLED _Pragma("GCC unroll 8")
-#define INLINE static inline __attribute__((always_inline))
+static const float MASKED = -1e30f, LOG2_E = 1.4426950408889634f;
 
 static long padded(long count) { return (count + STEP - 1) / STEP * STEP; }
-INLINE long least(long a, long b) { return a < b ? a : b; }
-INLINE long most(long a, long b) { return a > b ? a : b; }
+INLINE long minimum(long a, long b) { return a < b ? a : b; }
+INLINE long maximum(long a, long b) { return a > b ? a : b; }
 
-/* The first `count` lanes; all from 16 on. */
-INLINE __mmask16 first(long count) { return count >= LANES ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
+/* The mask of the first `count` lanes; of all lanes from 16 on. */
+INLINE __mmask16 first_lanes(long count) { return count >= LANES ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
 
-INLINE floats load(const bf16 *from, __mmask16 which) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(which, from)), 16));
+INLINE floats load(const bf16 *source, __mmask16 mask) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, source)), 16));
 }
 
-INLINE void store(bf16 *to, __mmask16 which, floats value) {
-    _mm256_mask_storeu_epi16(to, which, (__m256i)_mm512_cvtneps_pbh(value));
+INLINE void store(bf16 *target, __mmask16 mask, floats value) {
+    _mm256_mask_storeu_epi16(target, mask, (__m256i)_mm512_cvtneps_pbh(value));
 }
 
-INLINE floats rounded(floats value) {
+INLINE floats rounded_to_bf16(floats value) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(value)), 16));
 }
 
-/* 2^x to 1e-7 of it, for x up to 127: by a polynomial between -1/2 and 1/2. */
-INLINE floats power_of_2(floats x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-200), x); /* in this order what is no number stays none */
-    floats whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), part = x - whole;
+/* 2^x with a relative error of 1e-7, for x up to 127: a polynomial between -1/2 and 1/2, scaled by the integer part. */
+INLINE floats exp2_floats(floats x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-200), x); /* with x as the second operand NaN stays NaN */
+    floats integer = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), fraction = x - integer;
     floats sum = _mm512_set1_ps(1.32764710e-3f);
-    sum = _mm512_fmadd_ps(sum, part, _mm512_set1_ps(9.67554160e-3f));
-    sum = _mm512_fmadd_ps(sum, part, _mm512_set1_ps(5.55071328e-2f));
-    sum = _mm512_fmadd_ps(sum, part, _mm512_set1_ps(2.40221197e-1f));
-    sum = _mm512_fmadd_ps(sum, part, _mm512_set1_ps(6.93146967e-1f));
-    sum = _mm512_fmadd_ps(sum, part, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(sum, whole);
+    sum = _mm512_fmadd_ps(sum, fraction, _mm512_set1_ps(9.67554160e-3f));
+    sum = _mm512_fmadd_ps(sum, fraction, _mm512_set1_ps(5.55071328e-2f));
+    sum = _mm512_fmadd_ps(sum, fraction, _mm512_set1_ps(2.40221197e-1f));
+    sum = _mm512_fmadd_ps(sum, fraction, _mm512_set1_ps(6.93146967e-1f));
+    sum = _mm512_fmadd_ps(sum, fraction, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(sum, integer);
+}
+
+/* Return the next `bytes` of a workspace, aligned to cache lines, and advance it. */
+static void *allocate(char **workspace, long bytes) {
+    char *allocated = *workspace;
+    *workspace += (bytes + 63) / 64 * 64;
+    return allocated;
 }
 
 /* ---- products ---- */
 
-/* Add left [8][pairs][2] times right [pairs][32][2] to `sums`, 8 rows of 32, or of 16 that are not `wide`; rows and
-   pairs of the left side are `left_row` and `left_pair` numbers apart, pairs of the right side `right_row` lanes. */
-INLINE void multiply(floats sums[ROWS][2], const bf16 *left, long left_row, long left_pair, const bf16 *right,
-                     long right_row, long pairs, int wide) {
+/* Add left [8][pairs][2] times right [pairs][32][2] to `sums`, 8 rows of 32 columns, or of 16 if not `wide`. */
+INLINE void multiply(floats sums[ROWS][2], const bf16 *left, long row_stride, long pair_stride, const bf16 *right,
+                     long right_columns, long pairs, int wide) {
     for (long pair = 0; pair < pairs; pair++) {
-        __m512bh low = (__m512bh)_mm512_loadu_si512(right + pair * right_row * 2);
-        __m512bh high = (__m512bh)_mm512_loadu_si512(right + pair * right_row * 2 + 2 * LANES);
+        __m512bh low = (__m512bh)_mm512_loadu_si512(right + pair * right_columns * 2);
+        __m512bh high = (__m512bh)_mm512_loadu_si512(right + pair * right_columns * 2 + 2 * LANES);
         UNROLLED for (int row = 0; row < ROWS; row++) {
             int both;
-            memcpy(&both, left + row * left_row + pair * left_pair, sizeof both);
-            __m512bh one = (__m512bh)_mm512_set1_epi32(both);
-            sums[row][0] = _mm512_dpbf16_ps(sums[row][0], one, low);
-            if (wide) sums[row][1] = _mm512_dpbf16_ps(sums[row][1], one, high);
+            memcpy(&both, left + row * row_stride + pair * pair_stride, sizeof both);
+            __m512bh broadcast = (__m512bh)_mm512_set1_epi32(both);
+            sums[row][0] = _mm512_dpbf16_ps(sums[row][0], broadcast, low);
+            if (wide) sums[row][1] = _mm512_dpbf16_ps(sums[row][1], broadcast, high);
         }
     }
 }
@@ -82,58 +89,58 @@ INLINE void clear(floats sums[ROWS][2]) {
     UNROLLED for (int row = 0; row < ROWS; row++) sums[row][0] = sums[row][1] = _mm512_setzero_ps();
 }
 
-/* Add a product to `sums` [rows][columns] in memory, whose rows are `width` numbers apart. */
-static void add_product(float *sums, long width, const bf16 *left, long left_row, long left_pair, const bf16 *right,
-                        long right_row, long rows, long columns, long pairs) {
+/* Add a product to `sums` [rows][columns] in memory, whose rows are `sums_stride` apart. */
+static void add_product(float *sums, long sums_stride, const bf16 *left, long row_stride, long pair_stride,
+                        const bf16 *right, long right_columns, long rows, long columns, long pairs) {
     for (long column = 0; column < columns; column += STEP)
         for (long row = 0; row < rows; row += ROWS) {
-            float *at = sums + row * width + column;
-            floats part[ROWS][2];
+            float *target = sums + row * sums_stride + column;
+            floats tile[ROWS][2];
             UNROLLED for (int r = 0; r < ROWS; r++) {
-                part[r][0] = _mm512_loadu_ps(at + r * width);
-                part[r][1] = _mm512_loadu_ps(at + r * width + LANES);
+                tile[r][0] = _mm512_loadu_ps(target + r * sums_stride);
+                tile[r][1] = _mm512_loadu_ps(target + r * sums_stride + LANES);
             }
-            multiply(part, left + row * left_row, left_row, left_pair, right + column * 2, right_row, pairs, 1);
+            multiply(tile, left + row * row_stride, row_stride, pair_stride, right + column * 2, right_columns, pairs, 1);
             UNROLLED for (int r = 0; r < ROWS; r++) {
-                _mm512_storeu_ps(at + r * width, part[r][0]);
-                _mm512_storeu_ps(at + r * width + LANES, part[r][1]);
+                _mm512_storeu_ps(target + r * sums_stride, tile[r][0]);
+                _mm512_storeu_ps(target + r * sums_stride + LANES, tile[r][1]);
             }
         }
 }
 
-/* Copy `count` rows of `width` numbers, `apart` from each other, into `target` [padded count][padded width]. */
-static void copy_rows(bf16 *target, const bf16 *source, long apart, long count, long width) {
-    long wide = padded(width);
-    memset(target + count * wide, 0, (padded(count) - count) * wide * sizeof(bf16));
-    for (long row = 0; row < count; row++) {
-        memcpy(target + row * wide, source + row * apart, width * sizeof(bf16));
-        memset(target + row * wide + width, 0, (wide - width) * sizeof(bf16));
+/* Copy rows [rows][columns] into `target` [padded rows][padded columns]. */
+static void copy_padded(bf16 *target, const bf16 *source, long stride, long rows, long columns) {
+    long padded_columns = padded(columns);
+    memset(target + rows * padded_columns, 0, (padded(rows) - rows) * padded_columns * sizeof(bf16));
+    for (long row = 0; row < rows; row++) {
+        memcpy(target + row * padded_columns, source + row * stride, columns * sizeof(bf16));
+        memset(target + row * padded_columns + columns, 0, (padded_columns - columns) * sizeof(bf16));
     }
 }
 
-/* Put rows [rows][columns], `apart` numbers from each other, in pairs of rows, [rows / 2][padded columns][2]. */
-static void pair_rows(bf16 *target, const bf16 *source, long apart, long rows, long columns) {
-    long wide = padded(columns);
+/* Interleave pairs of rows: [rows][columns] becomes [rows / 2][padded columns][2]. */
+static void interleave_rows(bf16 *target, const bf16 *source, long stride, long rows, long columns) {
+    long padded_columns = padded(columns);
     for (long row = 0; row < rows; row += 2)
-        for (long column = 0; column < wide; column += LANES) {
-            const bf16 *at = source + row * apart + column;
-            __mmask16 which = first(columns - column), other = row + 1 < rows ? which : 0;
-            __m512i one = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(which, at));
-            __m512i two = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(other, at + apart));
-            __m512i both = _mm512_or_si512(one, _mm512_slli_epi32(two, 16));
-            _mm512_storeu_si512(target + row * wide + column * 2, both);
+        for (long column = 0; column < padded_columns; column += LANES) {
+            const bf16 *from = source + row * stride + column;
+            __mmask16 mask = first_lanes(columns - column), mask_odd = row + 1 < rows ? mask : 0;
+            __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
+            __m512i odd = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask_odd, from + stride));
+            __m512i both = _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
+            _mm512_storeu_si512(target + row * padded_columns + column * 2, both);
         }
 }
 
-/* Turn words of 32 bits, [rows][columns], into [columns][rows]; both are multiples of 16. Rows of the target and of the
-   source are `apart` and `source_apart` words apart. */
-static void transpose(void *target, long apart, const void *source, long source_apart, long rows, long columns) {
+/* Transpose 32-bit words, [rows][columns] to [columns][rows]; both are multiples of 16 and strides count words. Words
+   hold pairs of bf16, so transposed rows are interleaved in pairs along the former columns. */
+static void transpose(void *target, long stride, const void *source, long source_stride, long rows, long columns) {
     for (long row = 0; row < rows; row += LANES)
         for (long column = 0; column < columns; column += LANES) {
             __m512i a[LANES], b[LANES];
-            const int32_t *from = (const int32_t *)source + row * source_apart + column;
-            int32_t *to = (int32_t *)target + column * apart + row;
-            UNROLLED for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * source_apart);
+            const int32_t *from = (const int32_t *)source + row * source_stride + column;
+            int32_t *to = (int32_t *)target + column * stride + row;
+            UNROLLED for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * source_stride);
             UNROLLED for (int i = 0; i < 16; i += 2) {
                 b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
                 b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
@@ -149,367 +156,389 @@ static void transpose(void *target, long apart, const void *source, long source_
                 __m512i odd = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
                 __m512i even_2 = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
                 __m512i odd_2 = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
-                _mm512_storeu_si512(to + i * apart, _mm512_shuffle_i32x4(even, even_2, 0x88));
-                _mm512_storeu_si512(to + (i + 4) * apart, _mm512_shuffle_i32x4(odd, odd_2, 0x88));
-                _mm512_storeu_si512(to + (i + 8) * apart, _mm512_shuffle_i32x4(even, even_2, 0xdd));
-                _mm512_storeu_si512(to + (i + 12) * apart, _mm512_shuffle_i32x4(odd, odd_2, 0xdd));
+                _mm512_storeu_si512(to + i * stride, _mm512_shuffle_i32x4(even, even_2, 0x88));
+                _mm512_storeu_si512(to + (i + 4) * stride, _mm512_shuffle_i32x4(odd, odd_2, 0x88));
+                _mm512_storeu_si512(to + (i + 8) * stride, _mm512_shuffle_i32x4(even, even_2, 0xdd));
+                _mm512_storeu_si512(to + (i + 12) * stride, _mm512_shuffle_i32x4(odd, odd_2, 0xdd));
             }
         }
 }
 
 /* ---- attention ---- */
 
+/* Query, key, value, output and their gradients are [length][heads or key_heads][head_dim]. */
 struct attention {
     const bf16 *query, *key, *value;
     bf16 *output;
-    float *sums; /* [heads][length], of each row of scores: the logarithm, to base 2, of the sum of their powers */
-    const int32_t *tiles; /* [examples][3]: begin, begin, end */
-    long examples, length, heads, key_heads, width, window;
+    float *logsumexp; /* [heads][length]: log2 of each row's sum of 2^score; scores are scaled by log2(e) */
+    long length, heads, key_heads, head_dim, window;
     float scale;
-    const bf16 *gradient;
-    bf16 *of_query, *of_key, *of_value;
+    const bf16 *grad_output;
+    bf16 *grad_query, *grad_key, *grad_value;
 };
 
-/* Return which of the keys from `key` on the query sees, or, backwards, which of the queries from `query` on see. */
-INLINE __mmask16 seen_by(long query, long key, long window) {
-    __mmask16 seen = first(query - key + 1);
-    return window ? seen & ~first(query - key - window + 1) : seen;
+/* Mask of the keys from `key` on that a query sees. */
+INLINE __mmask16 visible_keys(long query, long key, long window) {
+    __mmask16 causal = first_lanes(query - key + 1);
+    return window ? causal & ~first_lanes(query - key - window + 1) : causal;
 }
 
-INLINE __mmask16 seeing(long query, long key, long window) {
-    __mmask16 seen = ~first(key - query);
-    return window ? seen & first(key + window - query) : seen;
+/* Mask of the queries from `query` on that see a key. */
+INLINE __mmask16 visible_queries(long query, long key, long window) {
+    __mmask16 causal = ~first_lanes(key - query);
+    return window ? causal & first_lanes(key + window - query) : causal;
 }
 
-static void *take(char **room, long bytes) {
-    char *taken = *room;
-    *room += (bytes + 63) / 64 * 64;
-    return taken;
+/* Return the bytes of workspace that a thread needs for examples of at most `longest` tokens. */
+EXPORT long attention_workspace(long longest, long head_dim) {
+    long rows = padded(longest), columns = padded(head_dim);
+    long of_example = rows * columns * (9 * sizeof(bf16) + 4 * sizeof(float)) + rows * 2 * sizeof(float);
+    return of_example + TILE * (2 * columns + 2 * TILE) * sizeof(float);
 }
 
-/* Return how many bytes a thread needs for examples of up to `longest` tokens. */
-EXPORT long attention_room(long longest, long width) {
-    long many = padded(longest), wide = padded(width);
-    long of_example = many * wide * (9 * sizeof(bf16) + 4 * sizeof(float)) + many * 2 * sizeof(float);
-    return of_example + TILE * (2 * wide + 2 * TILE) * sizeof(float);
-}
-
-/* Round `count` rows of sums, `scale` times each, into `target`, whose rows are `apart` numbers apart. */
-static void put_rows(bf16 *target, long apart, const float *source, long count, long width, float scale) {
-    for (long row = 0; row < count; row++)
-        for (long i = 0; i < width; i += LANES) {
-            floats sums = _mm512_loadu_ps(source + row * padded(width) + i);
-            store(target + row * apart + i, first(width - i), sums * scale);
+/* Multiply rows of sums [rows][padded columns] by `scale` and store them, rounded, in `target`. */
+static void store_rows(bf16 *target, long stride, const float *sums, long rows, long columns, float scale) {
+    for (long row = 0; row < rows; row++)
+        for (long i = 0; i < columns; i += LANES) {
+            floats part = _mm512_loadu_ps(sums + row * padded(columns) + i);
+            store(target + row * stride + i, first_lanes(columns - i), part * scale);
         }
 }
 
-/* Attend from the queries of all heads that share one head of keys, inside one example. */
-static void attend_example(const struct attention *all, long begin, long count, long shared, char *room) {
-    long many = padded(count), width = all->width, wide = padded(width), group = all->heads / all->key_heads;
-    long row_of_keys = all->key_heads * width, row_of_queries = all->heads * width;
-    bf16 *rows = take(&room, many * wide * 2), *keys = take(&room, many * wide * 2);
-    bf16 *values = take(&room, many * wide * 2), *asking = take(&room, TILE * wide * 2);
-    bf16 *shares = take(&room, TILE * TILE * 2);
-    float *scores = take(&room, TILE * TILE * 4), *result = take(&room, TILE * wide * 4);
+/* Attend inside one example, from all query heads that share one key head: flash attention in tiles of 64 x 64. */
+static void attend(const struct attention *all, long begin, long count, long key_head, char *workspace) {
+    long rows = padded(count), dim = all->head_dim, columns = padded(dim), group = all->heads / all->key_heads;
+    long key_stride = all->key_heads * dim, query_stride = all->heads * dim;
+    bf16 *copy = allocate(&workspace, rows * columns * 2), *keys = allocate(&workspace, rows * columns * 2);
+    bf16 *values = allocate(&workspace, rows * columns * 2), *queries = allocate(&workspace, TILE * columns * 2);
+    bf16 *probs = allocate(&workspace, TILE * TILE * 2);
+    float *scores = allocate(&workspace, TILE * TILE * 4), *outputs = allocate(&workspace, TILE * columns * 4);
     const float scale = all->scale * LOG2_E;
-    copy_rows(rows, all->key + begin * row_of_keys + shared * width, row_of_keys, count, width);
-    transpose(keys, many, rows, wide / 2, many, wide / 2);
-    copy_rows(rows, all->value + begin * row_of_keys + shared * width, row_of_keys, count, width);
-    pair_rows(values, rows, wide, many, wide);
-    for (long head = shared * group; head < (shared + 1) * group; head++)
+    copy_padded(copy, all->key + begin * key_stride + key_head * dim, key_stride, count, dim);
+    transpose(keys, rows, copy, columns / 2, rows, columns / 2);
+    copy_padded(copy, all->value + begin * key_stride + key_head * dim, key_stride, count, dim);
+    interleave_rows(values, copy, columns, rows, columns);
+    for (long head = key_head * group; head < (key_head + 1) * group; head++)
         for (long query = 0; query < count; query += TILE) {
-            long there = least(TILE, count - query), tall = padded(there);
-            floats total[TILE];
-            float top[TILE];
-            const long at = (begin + query) * row_of_queries + head * width;
-            copy_rows(asking, all->query + at, row_of_queries, there, width);
-            memset(result, 0, tall * wide * sizeof(float));
-            for (long row = 0; row < tall; row++) top[row] = HIDDEN, total[row] = _mm512_setzero_ps();
-            long key = all->window ? most(0, query - all->window + 1) / STEP * STEP : 0;
-            for (; key < query + tall; key += TILE) {
-                long across = least(TILE, query + tall - key);
-                memset(scores, 0, tall * TILE * sizeof(float));
-                for (long row = 0; row < tall; row += STEP)
-                    add_product(scores + row * TILE, TILE, asking + row * wide, wide, 2, keys + key * 2, many, STEP,
-                                least(across, query + row + STEP - key), wide / 2);
-                int whole = key + across - 1 <= query && (!all->window || query + tall - 1 - key < all->window);
-                for (long row = 0; row < tall; row++) {
-                    floats part[TILE / LANES], highest = _mm512_set1_ps(top[row]), sum = _mm512_setzero_ps();
+            long tile_rows = minimum(TILE, count - query), padded_rows = padded(tile_rows);
+            floats row_sum[TILE];
+            float row_max[TILE];
+            const long offset = (begin + query) * query_stride + head * dim;
+            copy_padded(queries, all->query + offset, query_stride, tile_rows, dim);
+            memset(outputs, 0, padded_rows * columns * sizeof(float));
+            for (long row = 0; row < padded_rows; row++) row_max[row] = MASKED, row_sum[row] = _mm512_setzero_ps();
+            long key = all->window ? maximum(0, query - all->window + 1) / STEP * STEP : 0;
+            for (; key < query + padded_rows; key += TILE) {
+                long tile_keys = minimum(TILE, query + padded_rows - key);
+                memset(scores, 0, padded_rows * TILE * sizeof(float));
+                for (long row = 0; row < padded_rows; row += STEP)
+                    add_product(scores + row * TILE, TILE, queries + row * columns, columns, 2, keys + key * 2, rows,
+                                STEP, minimum(tile_keys, query + row + STEP - key), columns / 2);
+                int unmasked = key + tile_keys - 1 <= query &&
+                               (!all->window || query + padded_rows - 1 - key < all->window);
+                for (long row = 0; row < padded_rows; row++) {
+                    floats part[TILE / LANES], highest = _mm512_set1_ps(row_max[row]), sum = _mm512_setzero_ps();
                     UNROLLED for (int i = 0; i < TILE / LANES; i++) {
                         part[i] = _mm512_loadu_ps(scores + row * TILE + i * LANES) * scale;
-                        __mmask16 seen = i * LANES >= across ? 0 : whole ? 0xffff
-                            : seen_by(query + row, key + i * LANES, all->window);
-                        part[i] = _mm512_mask_blend_ps(seen, _mm512_set1_ps(HIDDEN), part[i]);
+                        __mmask16 visible = i * LANES >= tile_keys ? 0 : unmasked ? 0xffff
+                            : visible_keys(query + row, key + i * LANES, all->window);
+                        part[i] = _mm512_mask_blend_ps(visible, _mm512_set1_ps(MASKED), part[i]);
                         highest = _mm512_max_ps(highest, part[i]);
                     }
-                    float now = _mm512_reduce_max_ps(highest);
+                    float new_max = _mm512_reduce_max_ps(highest);
                     UNROLLED for (int i = 0; i < TILE / LANES; i++) {
-                        part[i] = power_of_2(part[i] - now);
+                        part[i] = exp2_floats(part[i] - new_max);
                         sum += part[i];
-                        store(shares + row * TILE + i * LANES, 0xffff, part[i]);
+                        store(probs + row * TILE + i * LANES, 0xffff, part[i]);
                     }
-                    if (now > top[row]) {
-                        floats before = power_of_2(_mm512_set1_ps(top[row] - now));
-                        total[row] *= before;
-                        for (float *one = result + row * wide; one < result + (row + 1) * wide; one += LANES)
-                            _mm512_storeu_ps(one, _mm512_loadu_ps(one) * before);
-                        top[row] = now;
+                    if (new_max > row_max[row]) { /* what was summed so far is relative to the old maximum */
+                        floats rescale = exp2_floats(_mm512_set1_ps(row_max[row] - new_max));
+                        row_sum[row] *= rescale;
+                        for (float *at = outputs + row * columns; at < outputs + (row + 1) * columns; at += LANES)
+                            _mm512_storeu_ps(at, _mm512_loadu_ps(at) * rescale);
+                        row_max[row] = new_max;
                     }
-                    total[row] += sum;
+                    row_sum[row] += sum;
                 }
-                for (long row = 0; row < tall; row += STEP)
-                    add_product(result + row * wide, wide, shares + row * TILE, TILE, 2, values + key * wide, wide, STEP,
-                                wide, least(across, query + row + STEP - key) / 2);
+                for (long row = 0; row < padded_rows; row += STEP)
+                    add_product(outputs + row * columns, columns, probs + row * TILE, TILE, 2, values + key * columns,
+                                columns, STEP, columns, minimum(tile_keys, query + row + STEP - key) / 2);
             }
-            for (long row = 0; row < there; row++) {
-                float sum = _mm512_reduce_add_ps(total[row]);
-                all->sums[head * all->length + begin + query + row] = top[row] + log2f(sum);
-                put_rows(all->output + at + row * row_of_queries, 0, result + row * wide, 1, width, 1 / sum);
+            for (long row = 0; row < tile_rows; row++) {
+                float sum = _mm512_reduce_add_ps(row_sum[row]);
+                all->logsumexp[head * all->length + begin + query + row] = row_max[row] + log2f(sum);
+                store_rows(all->output + offset + row * query_stride, 0, outputs + row * columns, 1, dim, 1 / sum);
             }
         }
 }
 
-/* Go back through `attend_example`. Scores are computed with keys as rows, so that all five products find their sums'
-   pairs without another transposition. */
-static void attend_back_example(const struct attention *all, long begin, long count, long shared, char *room) {
-    long many = padded(count), width = all->width, wide = padded(width), group = all->heads / all->key_heads;
-    long row_of_keys = all->key_heads * width, row_of_queries = all->heads * width, size = many * wide;
-    bf16 *keys = take(&room, size * 2), *values = take(&room, size * 2), *keys_across = take(&room, size * 2);
-    bf16 *asking = take(&room, size * 2), *asking_across = take(&room, size * 2), *asking_pairs = take(&room, size * 2);
-    bf16 *above = take(&room, size * 2), *above_across = take(&room, size * 2), *above_pairs = take(&room, size * 2);
-    float *of_key = take(&room, size * 4), *of_value = take(&room, size * 4);
-    float *of_query = take(&room, size * 4), *of_query_across = take(&room, size * 4);
-    float *summed = take(&room, many * 4), *inside = take(&room, many * 4);
-    bf16 *shares = take(&room, TILE * TILE * 2), *of_scores = take(&room, TILE * TILE * 2);
-    bf16 *of_scores_pairs = take(&room, TILE * TILE * 2);
+/* The backward pass of `attend`. Scores are computed with keys as rows, [keys][queries], so that the left operands of
+   all five products have their pairs adjacent and no score has to be transposed. */
+static void attend_backward(const struct attention *all, long begin, long count, long key_head, char *workspace) {
+    long rows = padded(count), dim = all->head_dim, columns = padded(dim), group = all->heads / all->key_heads;
+    long key_stride = all->key_heads * dim, query_stride = all->heads * dim, size = rows * columns;
+    bf16 *keys = allocate(&workspace, size * 2), *values = allocate(&workspace, size * 2);
+    bf16 *keys_transposed = allocate(&workspace, size * 2);
+    bf16 *queries = allocate(&workspace, size * 2), *queries_transposed = allocate(&workspace, size * 2);
+    bf16 *queries_interleaved = allocate(&workspace, size * 2);
+    bf16 *grads = allocate(&workspace, size * 2), *grads_transposed = allocate(&workspace, size * 2);
+    bf16 *grads_interleaved = allocate(&workspace, size * 2);
+    float *grad_key = allocate(&workspace, size * 4), *grad_value = allocate(&workspace, size * 4);
+    float *grad_query = allocate(&workspace, size * 4), *grad_query_transposed = allocate(&workspace, size * 4);
+    float *logsumexp = allocate(&workspace, rows * 4), *delta = allocate(&workspace, rows * 4);
+    bf16 *probs = allocate(&workspace, TILE * TILE * 2), *grad_scores = allocate(&workspace, TILE * TILE * 2);
+    bf16 *grad_scores_interleaved = allocate(&workspace, TILE * TILE * 2);
     const float scale = all->scale * LOG2_E;
-    copy_rows(keys, all->key + begin * row_of_keys + shared * width, row_of_keys, count, width);
-    copy_rows(values, all->value + begin * row_of_keys + shared * width, row_of_keys, count, width);
-    pair_rows(above, keys, wide, many, wide);
-    transpose(keys_across, many / 2, above, wide, many / 2, wide);
-    memset(of_key, 0, size * sizeof(float));
-    memset(of_value, 0, size * sizeof(float));
-    for (long head = shared * group; head < (shared + 1) * group; head++) {
-        const long at_head = begin * row_of_queries + head * width;
-        copy_rows(asking, all->query + at_head, row_of_queries, count, width);
-        copy_rows(above, all->gradient + at_head, row_of_queries, count, width);
-        transpose(asking_across, many, asking, wide / 2, many, wide / 2);
-        pair_rows(asking_pairs, asking, wide, many, wide);
-        transpose(above_across, many, above, wide / 2, many, wide / 2);
-        pair_rows(above_pairs, above, wide, many, wide);
-        for (long row = 0; row < many; row++) {
+    copy_padded(keys, all->key + begin * key_stride + key_head * dim, key_stride, count, dim);
+    copy_padded(values, all->value + begin * key_stride + key_head * dim, key_stride, count, dim);
+    interleave_rows(grads, keys, columns, rows, columns); /* `grads` is free until the first head */
+    transpose(keys_transposed, rows / 2, grads, columns, rows / 2, columns);
+    memset(grad_key, 0, size * sizeof(float));
+    memset(grad_value, 0, size * sizeof(float));
+    for (long head = key_head * group; head < (key_head + 1) * group; head++) {
+        const long offset = begin * query_stride + head * dim;
+        copy_padded(queries, all->query + offset, query_stride, count, dim);
+        copy_padded(grads, all->grad_output + offset, query_stride, count, dim);
+        transpose(queries_transposed, rows, queries, columns / 2, rows, columns / 2);
+        interleave_rows(queries_interleaved, queries, columns, rows, columns);
+        transpose(grads_transposed, rows, grads, columns / 2, rows, columns / 2);
+        interleave_rows(grads_interleaved, grads, columns, rows, columns);
+        for (long row = 0; row < rows; row++) { /* delta: the sum of output times its gradient, for each row */
             floats sum = _mm512_setzero_ps();
-            for (long i = 0; i < width && row < count; i += LANES)
-                sum += load(above + row * wide + i, 0xffff) *
-                       load(all->output + at_head + row * row_of_queries + i, first(width - i));
-            inside[row] = _mm512_reduce_add_ps(sum);
-            summed[row] = row < count ? all->sums[head * all->length + begin + row] : -HIDDEN;
+            for (long i = 0; i < dim && row < count; i += LANES)
+                sum += load(grads + row * columns + i, 0xffff) *
+                       load(all->output + offset + row * query_stride + i, first_lanes(dim - i));
+            delta[row] = _mm512_reduce_add_ps(sum);
+            logsumexp[row] = row < count ? all->logsumexp[head * all->length + begin + row] : -MASKED;
         }
-        memset(of_query_across, 0, size * sizeof(float));
-        for (long key = 0; key < many; key += TILE) {
-            long tall = least(TILE, many - key), end = all->window ? least(many, key + tall + all->window - 1) : many;
+        memset(grad_query_transposed, 0, size * sizeof(float));
+        for (long key = 0; key < rows; key += TILE) {
+            long tile_keys = minimum(TILE, rows - key);
+            long end = all->window ? minimum(rows, key + tile_keys + all->window - 1) : rows;
             for (long query = key; query < end; query += TILE) {
-                long across = least(TILE, many - query);
-                int whole = query >= key + tall - 1 && (!all->window || query + across - 1 - key < all->window);
-                for (long column = 0; column < across; column += STEP)
-                    for (long row = 0; row < least(tall, query + column + STEP - key); row += ROWS) {
-                        floats sums[ROWS][2], share[ROWS][2];
+                long tile_queries = minimum(TILE, rows - query);
+                int unmasked = query >= key + tile_keys - 1 &&
+                               (!all->window || query + tile_queries - 1 - key < all->window);
+                for (long column = 0; column < tile_queries; column += STEP)
+                    for (long row = 0; row < minimum(tile_keys, query + column + STEP - key); row += ROWS) {
+                        floats sums[ROWS][2], prob[ROWS][2];
                         clear(sums);
-                        multiply(sums, keys + (key + row) * wide, wide, 2, asking_across + (query + column) * 2, many,
-                                 wide / 2, 1);
+                        multiply(sums, keys + (key + row) * columns, columns, 2,
+                                 queries_transposed + (query + column) * 2, rows, columns / 2, 1);
                         UNROLLED for (int r = 0; r < ROWS; r++)
                             UNROLLED for (int i = 0; i < 2; i++) {
-                                long at = query + column + i * LANES;
-                                __mmask16 seen = whole ? 0xffff : seeing(at, key + row + r, all->window);
-                                floats one = power_of_2(sums[r][i] * scale - _mm512_loadu_ps(summed + at));
-                                share[r][i] = _mm512_maskz_mov_ps(seen, one);
-                                store(shares + (row + r) * TILE + column + i * LANES, 0xffff, share[r][i]);
+                                long first = query + column + i * LANES;
+                                __mmask16 visible = unmasked ? 0xffff : visible_queries(first, key + row + r, all->window);
+                                floats power = exp2_floats(sums[r][i] * scale - _mm512_loadu_ps(logsumexp + first));
+                                prob[r][i] = _mm512_maskz_mov_ps(visible, power);
+                                store(probs + (row + r) * TILE + column + i * LANES, 0xffff, prob[r][i]);
                             }
                         clear(sums);
-                        multiply(sums, values + (key + row) * wide, wide, 2, above_across + (query + column) * 2, many,
-                                 wide / 2, 1);
+                        multiply(sums, values + (key + row) * columns, columns, 2,
+                                 grads_transposed + (query + column) * 2, rows, columns / 2, 1);
                         UNROLLED for (int r = 0; r < ROWS; r++)
                             UNROLLED for (int i = 0; i < 2; i++) {
-                                floats along = _mm512_loadu_ps(inside + query + column + i * LANES);
-                                sums[r][i] = share[r][i] * (sums[r][i] - along);
-                                store(of_scores + (row + r) * TILE + column + i * LANES, 0xffff, sums[r][i]);
+                                floats delta_part = _mm512_loadu_ps(delta + query + column + i * LANES);
+                                sums[r][i] = prob[r][i] * (sums[r][i] - delta_part);
+                                store(grad_scores + (row + r) * TILE + column + i * LANES, 0xffff, sums[r][i]);
                             }
                     }
-                pair_rows(of_scores_pairs, of_scores, TILE, tall, TILE);
-                for (long row = 0; row < tall; row += STEP) {
-                    long from = most(0, key + row - query), at = (key + row) * wide, here = row * TILE + from;
-                    add_product(of_value + at, wide, shares + here, TILE, 2, above_pairs + (query + from) * wide, wide,
-                                STEP, wide, (across - from) / 2);
-                    add_product(of_key + at, wide, of_scores + here, TILE, 2, asking_pairs + (query + from) * wide, wide,
-                                STEP, wide, (across - from) / 2);
+                interleave_rows(grad_scores_interleaved, grad_scores, TILE, tile_keys, TILE);
+                for (long row = 0; row < tile_keys; row += STEP) {
+                    long from = maximum(0, key + row - query), target = (key + row) * columns;
+                    long left = row * TILE + from, right = (query + from) * columns, pairs = (tile_queries - from) / 2;
+                    add_product(grad_value + target, columns, probs + left, TILE, 2, grads_interleaved + right, columns,
+                                STEP, columns, pairs);
+                    add_product(grad_key + target, columns, grad_scores + left, TILE, 2, queries_interleaved + right,
+                                columns, STEP, columns, pairs);
                 }
-                for (long column = 0; column < across; column += STEP)
-                    add_product(of_query_across + query + column, many, keys_across + key, many, 2,
-                                of_scores_pairs + column * 2, TILE, wide, STEP,
-                                least(tall, query + column + STEP - key) / 2);
+                for (long column = 0; column < tile_queries; column += STEP)
+                    add_product(grad_query_transposed + query + column, rows, keys_transposed + key, rows, 2,
+                                grad_scores_interleaved + column * 2, TILE, columns, STEP,
+                                minimum(tile_keys, query + column + STEP - key) / 2);
             }
         }
-        transpose(of_query, wide, of_query_across, many, wide, many);
-        put_rows(all->of_query + at_head, row_of_queries, of_query, count, width, all->scale);
+        transpose(grad_query, columns, grad_query_transposed, rows, columns, rows);
+        store_rows(all->grad_query + offset, query_stride, grad_query, count, dim, all->scale);
     }
-    put_rows(all->of_key + begin * row_of_keys + shared * width, row_of_keys, of_key, count, width, all->scale);
-    put_rows(all->of_value + begin * row_of_keys + shared * width, row_of_keys, of_value, count, width, 1);
+    store_rows(all->grad_key + begin * key_stride + key_head * dim, key_stride, grad_key, count, dim, all->scale);
+    store_rows(all->grad_value + begin * key_stride + key_head * dim, key_stride, grad_value, count, dim, 1);
 }
 
-/* Attend inside every example, or go back; each thread has `room` bytes at `rooms`. */
-EXPORT void attention(const struct attention *all, int back, char *rooms, long room, int threads) {
+static void for_each_example(const struct attention *all,
+                             void (*compute)(const struct attention *, long, long, long, char *), const int32_t *tiles,
+                             long examples, char *workspaces, long workspace, int threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (long task = 0; task < all->examples * all->key_heads; task++) {
-        const int32_t *tile = all->tiles + task / all->key_heads * 3;
-        char *own = rooms + omp_get_thread_num() * room;
-        (back ? attend_back_example : attend_example)(all, tile[0], tile[2] - tile[0], task % all->key_heads, own);
+    for (long task = 0; task < examples * all->key_heads; task++) {
+        const int32_t *tile = tiles + task / all->key_heads * 3;
+        char *own = workspaces + omp_get_thread_num() * workspace;
+        compute(all, tile[0], tile[2] - tile[0], task % all->key_heads, own);
     }
+}
+
+/* Attend inside every example; `tiles` [examples][3] are its first row, again, and its end. Each thread has `workspace`
+   bytes of `workspaces`. */
+EXPORT void attention(const bf16 *query, const bf16 *key, const bf16 *value, bf16 *output, float *logsumexp,
+                      const int32_t *tiles, long examples, long length, long heads, long key_heads, long head_dim,
+                      long window, float scale, char *workspaces, long workspace, int threads) {
+    struct attention all = {query, key, value, output, logsumexp, length, heads, key_heads, head_dim, window, scale,
+                            NULL, NULL, NULL, NULL};
+    for_each_example(&all, attend, tiles, examples, workspaces, workspace, threads);
+}
+
+EXPORT void attention_backward(const bf16 *grad_output, const bf16 *query, const bf16 *key, const bf16 *value,
+                               bf16 *output, float *logsumexp, bf16 *grad_query, bf16 *grad_key, bf16 *grad_value,
+                               const int32_t *tiles, long examples, long length, long heads, long key_heads,
+                               long head_dim, long window, float scale, char *workspaces, long workspace, int threads) {
+    struct attention all = {query, key, value, output, logsumexp, length, heads, key_heads, head_dim, window, scale,
+                            grad_output, grad_query, grad_key, grad_value};
+    for_each_example(&all, attend_backward, tiles, examples, workspaces, workspace, threads);
 }
 
 /* ---- linear maps ---- */
 
-struct part {
-    const bf16 *x, *weight; /* [rows][inner], whose rows are `apart` numbers apart; [columns][inner] if turned, else
-                               [inner][columns] */
-    long inner, apart, turned;
-};
+enum { PANEL_BYTES = 1 << 19, CHUNK = 64 }; /* bytes of packed weight and rows of x that stay in the L2 cache */
+enum { SPLIT_ROWS = 128 }; /* fewest rows of a task that shares its panel: packing a panel again has to pay */
 
-/* Pack 32 columns of a weight from `column` on in pairs, [inner / 2][32][2]; those that are not there are zeros. */
-static void pack(bf16 *target, const struct part *part, long column, long columns) {
-    long inner = part->inner, there = least(STEP, columns - column);
-    if (!part->turned) {
-        pair_rows(target, part->weight + column, columns, inner, there);
+/* Pack the panel of 32 columns of a weight from `column` on in pairs, [inner / 2][32][2], padded with zeros. The weight
+   is [columns][inner] if `transposed`, as nn.Linear keeps it, else [inner][columns]. */
+static void pack(bf16 *target, const bf16 *weight, long inner, int transposed, long column, long columns) {
+    long panel_columns = minimum(STEP, columns - column);
+    if (!transposed) {
+        interleave_rows(target, weight + column, columns, inner, panel_columns);
         return;
     }
-    const bf16 *from = part->weight + column * inner;
-    long of_all = there / LANES * LANES, whole = inner / 2 / LANES * LANES; /* lanes and pairs that `transpose` takes */
-    transpose(target, STEP, from, inner / 2, of_all, whole);
+    const bf16 *from = weight + column * inner;
+    long in_blocks = panel_columns / LANES * LANES, pairs_in_blocks = inner / 2 / LANES * LANES;
+    transpose(target, STEP, from, inner / 2, in_blocks, pairs_in_blocks);
     for (long i = 0; i < STEP; i++)
-        for (long pair = i < of_all ? whole : 0; pair < inner / 2; pair++)
+        for (long pair = i < in_blocks ? pairs_in_blocks : 0; pair < inner / 2; pair++)
             for (int k = 0; k < 2; k++)
-                target[(pair * STEP + i) * 2 + k] = i < there ? from[i * inner + 2 * pair + k] : 0;
+                target[(pair * STEP + i) * 2 + k] = i < panel_columns ? from[i * inner + 2 * pair + k] : 0;
 }
 
-enum { PACKED = 1 << 19, CHUNK = 64 }; /* bytes of a weight and rows of x that stay in the second cache */
-enum { FEWEST = 128 }; /* rows of a task, if it has not all: for fewer, packing the weight again takes too long */
+/* Return the bytes of workspace that a thread needs for products that sum over `inner` numbers together. */
+EXPORT long linear_workspace(long inner) { return maximum(PANEL_BYTES, inner * STEP * sizeof(bf16)) + 64; }
 
-/* Return how many bytes a thread needs for sums of so many products. */
-EXPORT long linear_room(long inner) { return most(PACKED, inner * STEP * sizeof(bf16)) + 64; }
-
-/* output [rows][columns] = the sum of all parts' x times weight, and the bias if there is one; every inner is even and
-   there are at least ROWS rows. Each thread has `room` bytes at `rooms`. */
-EXPORT void linear(const struct part *parts, int count, const bf16 *bias, bf16 *output, long rows, long columns, char *rooms,
-            long room, int threads) {
-    long inner = 0;
-    for (int i = 0; i < count; i++) inner += parts[i].inner;
-    long panels = (columns + STEP - 1) / STEP, several = most(1, least(4, PACKED / (inner * STEP * 2)));
-    several = most(1, least(several, panels * most(1, rows / FEWEST) / threads));
-    long groups = (panels + several - 1) / several, splits = most(1, least(rows / FEWEST, 4 * threads / groups));
-    long tall = ((rows + splits - 1) / splits + ROWS - 1) / ROWS * ROWS;
+/* output [rows][columns] = the sum of `count` products x [rows][inner] times weight, plus the bias unless it is NULL.
+   Every inner is even and there are at least ROWS rows. */
+EXPORT void linear(const bf16 *const *x, const long *x_stride, const bf16 *const *weight, const long *inner,
+                   const int *transposed, int count, const bf16 *bias, bf16 *output, long rows, long columns,
+                   char *workspaces, long workspace, int threads) {
+    long total = 0;
+    for (int i = 0; i < count; i++) total += inner[i];
+    long panels = (columns + STEP - 1) / STEP, together = maximum(1, minimum(4, PANEL_BYTES / (total * STEP * 2)));
+    together = maximum(1, minimum(together, panels * maximum(1, rows / SPLIT_ROWS) / threads));
+    long groups = (panels + together - 1) / together;
+    long splits = maximum(1, minimum(rows / SPLIT_ROWS, 4 * threads / groups));
+    long task_rows = ((rows + splits - 1) / splits + ROWS - 1) / ROWS * ROWS;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (long task = 0; task < groups * splits; task++) {
-        bf16 *packed = (bf16 *)(rooms + omp_get_thread_num() * room);
-        long begin = task / groups * tall, end = least(rows, begin + tall), panel = task % groups * several;
-        long last = least(panels, panel + several);
+        bf16 *packed = (bf16 *)(workspaces + omp_get_thread_num() * workspace);
+        long begin = task / groups * task_rows, end = minimum(rows, begin + task_rows);
+        long first = task % groups * together, last = minimum(panels, first + together);
         if (begin >= end) continue;
-        bf16 *to = packed;
-        for (long one = panel; one < last; one++)
-            for (int i = 0; i < count; to += parts[i++].inner * STEP) pack(to, parts + i, one * STEP, columns);
+        bf16 *target = packed;
+        for (long panel = first; panel < last; panel++)
+            for (int i = 0; i < count; target += inner[i++] * STEP)
+                pack(target, weight[i], inner[i], transposed[i], panel * STEP, columns);
         for (long chunk = begin; chunk < end; chunk += CHUNK)
-            for (long one = panel; one < last; one++)
-                for (long row = chunk; row < least(end, chunk + CHUNK); row += ROWS) {
-                    long at = row + ROWS <= rows ? row : rows - ROWS; /* the last rows are computed again */
-                    const bf16 *right = packed + (one - panel) * inner * STEP;
+            for (long panel = first; panel < last; panel++)
+                for (long row = chunk; row < minimum(end, chunk + CHUNK); row += ROWS) {
+                    long from = row + ROWS <= rows ? row : rows - ROWS; /* the last rows are computed twice */
+                    const bf16 *right = packed + (panel - first) * total * STEP;
                     floats sums[ROWS][2];
                     clear(sums);
-                    for (int i = 0; i < count; right += parts[i++].inner * STEP) {
-                        const bf16 *x = parts[i].x + at * parts[i].apart;
-                        /* spelled out, so that each is compiled by itself */
-                        if (columns - one * STEP > LANES)
-                            multiply(sums, x, parts[i].apart, 2, right, STEP, parts[i].inner / 2, 1);
+                    for (int i = 0; i < count; right += inner[i++] * STEP) {
+                        const bf16 *left = x[i] + from * x_stride[i];
+                        if (columns - panel * STEP > LANES) /* two calls, so that `wide` is a constant in each */
+                            multiply(sums, left, x_stride[i], 2, right, STEP, inner[i] / 2, 1);
                         else
-                            multiply(sums, x, parts[i].apart, 2, right, STEP, parts[i].inner / 2, 0);
+                            multiply(sums, left, x_stride[i], 2, right, STEP, inner[i] / 2, 0);
                     }
                     UNROLLED for (int r = 0; r < ROWS; r++)
                         UNROLLED for (int i = 0; i < 2; i++) {
-                            long column = one * STEP + i * LANES;
-                            __mmask16 which = first(columns - column);
+                            long column = panel * STEP + i * LANES;
+                            __mmask16 mask = first_lanes(columns - column);
                             floats sum = sums[r][i];
-                            if (bias) sum += load(bias + column, which);
-                            store(output + (at + r) * columns + column, which, sum);
+                            if (bias) sum += load(bias + column, mask);
+                            store(output + (from + r) * columns + column, mask, sum);
                         }
                 }
     }
 }
 
-enum { ACROSS = 4 * STEP, ALONG = 2 * CHUNK }; /* columns, at most, and rows that `outer` takes together */
+enum { BLOCK_COLUMNS = 4 * STEP, BLOCK_ROWS = 2 * CHUNK }; /* what `weight_gradient` takes together, at most */
 
-/* Return how many bytes a thread needs for `few` rows. */
-EXPORT long outer_room(long few) {
-    return ALONG * (ACROSS + padded(few)) * sizeof(bf16) + padded(few) * ACROSS * sizeof(float);
+/* Return the bytes of workspace that a thread needs for a gradient of `outputs` rows. */
+EXPORT long weight_gradient_workspace(long outputs) {
+    return BLOCK_ROWS * (BLOCK_COLUMNS + padded(outputs)) * sizeof(bf16) + padded(outputs) * BLOCK_COLUMNS * sizeof(float);
 }
 
-/* output [few][columns] = left' right, of left [rows][few] and right [rows][columns], whose rows are `left_apart` and
-   `right_apart` numbers apart. Each thread has `room` bytes at `rooms`. */
-EXPORT void outer(const bf16 *left, long left_apart, const bf16 *right, long right_apart, float *output, long rows, long few,
-           long columns, char *rooms, long room, int threads) {
-    long tall = padded(few), across = least(ACROSS, padded((columns + threads - 1) / threads));
+/* gradient [outputs][inputs] = left' right, of left [rows][outputs] and right [rows][inputs]. */
+EXPORT void weight_gradient(const bf16 *left, long left_stride, const bf16 *right, long right_stride, float *gradient,
+                            long rows, long outputs, long inputs, char *workspaces, long workspace, int threads) {
+    long padded_outputs = padded(outputs), block = minimum(BLOCK_COLUMNS, padded((inputs + threads - 1) / threads));
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (long begin = 0; begin < columns; begin += across) {
-        long there = least(across, columns - begin), wide = padded(there);
-        char *own = rooms + omp_get_thread_num() * room;
-        bf16 *pairs = take(&own, ALONG * wide * sizeof(bf16)), *left_pairs = take(&own, ALONG * tall * sizeof(bf16));
-        float *sums = take(&own, tall * wide * sizeof(float));
-        memset(sums, 0, tall * wide * sizeof(float));
-        for (long chunk = 0; chunk < rows; chunk += ALONG) {
-            long count = least(ALONG, rows - chunk);
-            pair_rows(left_pairs, left + chunk * left_apart, left_apart, count, few);
-            pair_rows(pairs, right + chunk * right_apart + begin, right_apart, count, there);
-            add_product(sums, wide, left_pairs, 2, 2 * tall, pairs, wide, (few + ROWS - 1) / ROWS * ROWS, wide,
-                        (count + 1) / 2);
+    for (long begin = 0; begin < inputs; begin += block) {
+        long columns = minimum(block, inputs - begin), padded_columns = padded(columns);
+        char *own = workspaces + omp_get_thread_num() * workspace;
+        bf16 *right_pairs = allocate(&own, BLOCK_ROWS * padded_columns * sizeof(bf16));
+        bf16 *left_pairs = allocate(&own, BLOCK_ROWS * padded_outputs * sizeof(bf16));
+        float *sums = allocate(&own, padded_outputs * padded_columns * sizeof(float));
+        memset(sums, 0, padded_outputs * padded_columns * sizeof(float));
+        for (long chunk = 0; chunk < rows; chunk += BLOCK_ROWS) {
+            long count = minimum(BLOCK_ROWS, rows - chunk);
+            interleave_rows(left_pairs, left + chunk * left_stride, left_stride, count, outputs);
+            interleave_rows(right_pairs, right + chunk * right_stride + begin, right_stride, count, columns);
+            add_product(sums, padded_columns, left_pairs, 2, 2 * padded_outputs, right_pairs, padded_columns,
+                        (outputs + ROWS - 1) / ROWS * ROWS, padded_columns, (count + 1) / 2);
         }
-        for (long row = 0; row < few; row++)
-            memcpy(output + row * columns + begin, sums + row * wide, there * sizeof(float));
+        for (long row = 0; row < outputs; row++)
+            memcpy(gradient + row * inputs + begin, sums + row * padded_columns, columns * sizeof(float));
     }
 }
 
-/* ---- norms ---- */
+/* ---- RMS norms ---- */
 
-EXPORT void norm(const bf16 *x, const bf16 *weight, bf16 *output, float *inverse, long rows, long width, float epsilon,
-          int gemma, int threads) {
+EXPORT void rms_norm(const bf16 *x, const bf16 *weight, bf16 *output, float *inverse_rms, long rows, long width,
+                     float epsilon, int gemma, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long row = 0; row < rows; row++) {
         const bf16 *from = x + row * width;
-        floats sum = _mm512_setzero_ps();
+        floats squares = _mm512_setzero_ps();
         for (long i = 0; i < width; i += LANES) {
-            floats part = load(from + i, first(width - i));
-            sum = _mm512_fmadd_ps(part, part, sum);
+            floats part = load(from + i, first_lanes(width - i));
+            squares = _mm512_fmadd_ps(part, part, squares);
         }
-        float of_row = inverse[row] = 1 / sqrtf(_mm512_reduce_add_ps(sum) / width + epsilon);
+        float inverse = inverse_rms[row] = 1 / sqrtf(_mm512_reduce_add_ps(squares) / width + epsilon);
         for (long i = 0; i < width; i += LANES) {
-            __mmask16 which = first(width - i);
-            floats part = load(from + i, which) * of_row, weighing = load(weight + i, which);
-            store(output + row * width + i, which, gemma ? part * (weighing + 1.0f) : rounded(part) * weighing);
+            __mmask16 mask = first_lanes(width - i);
+            floats normalized = load(from + i, mask) * inverse, gain = load(weight + i, mask);
+            floats result = gemma ? normalized * (gain + 1.0f) : rounded_to_bf16(normalized) * gain;
+            store(output + row * width + i, mask, result);
         }
     }
 }
 
-EXPORT void norm_back(const bf16 *gradient, const bf16 *x, const bf16 *weight, const float *inverse, bf16 *output, long rows,
-               long width, int gemma, int threads) {
+EXPORT void rms_norm_backward(const bf16 *grad_output, const bf16 *x, const bf16 *weight, const float *inverse_rms,
+                              bf16 *grad_x, long rows, long width, int gemma, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long row = 0; row < rows; row++) {
-        const bf16 *from = x + row * width, *down = gradient + row * width;
+        const bf16 *from = x + row * width, *grad = grad_output + row * width;
         floats sum = _mm512_setzero_ps();
-        const float more = gemma ? 1 : 0, of_row = inverse[row];
+        const float offset = gemma ? 1 : 0, inverse = inverse_rms[row];
         for (long i = 0; i < width; i += LANES) {
-            floats above = load(down + i, first(width - i)) * (load(weight + i, first(width - i)) + more);
-            sum = _mm512_fmadd_ps(above, load(from + i, first(width - i)) * of_row, sum);
+            __mmask16 mask = first_lanes(width - i);
+            floats grad_normalized = load(grad + i, mask) * (load(weight + i, mask) + offset);
+            sum = _mm512_fmadd_ps(grad_normalized, load(from + i, mask) * inverse, sum);
         }
-        float along = _mm512_reduce_add_ps(sum) / width;
+        float mean = _mm512_reduce_add_ps(sum) / width;
         for (long i = 0; i < width; i += LANES) {
-            floats above = load(down + i, first(width - i)) * (load(weight + i, first(width - i)) + more);
-            floats normal = load(from + i, first(width - i)) * of_row;
-            store(output + row * width + i, first(width - i), (above - normal * along) * of_row);
+            __mmask16 mask = first_lanes(width - i);
+            floats grad_normalized = load(grad + i, mask) * (load(weight + i, mask) + offset);
+            floats normalized = load(from + i, mask) * inverse;
+            store(grad_x + row * width + i, mask, (grad_normalized - normalized * mean) * inverse);
         }
     }
 }
@@ -517,89 +546,99 @@ EXPORT void norm_back(const bf16 *gradient, const bf16 *x, const bf16 *weight, c
 /* ---- gated activations ---- */
 
 INLINE floats sigmoid(floats x) {
-    floats below = 1.0f + power_of_2(_mm512_min_ps(x * -LOG2_E, _mm512_set1_ps(126)));
-    floats part = _mm512_rcp14_ps(below); /* to 14 bits; one step of Newton's doubles them */
-    return part * (2.0f - below * part);
+    floats denominator = 1.0f + exp2_floats(_mm512_min_ps(x * -LOG2_E, _mm512_set1_ps(126)));
+    floats estimate = _mm512_rcp14_ps(denominator); /* exact to 14 bits; one Newton step doubles them */
+    return estimate * (2.0f - denominator * estimate);
 }
 
-INLINE floats activated(floats x, int tanh, floats *slope) {
+/* SiLU, or the approximation of GELU with tanh, and its derivative. */
+INLINE floats activation(floats x, int tanh, floats *derivative) {
     if (!tanh) {
-        floats half = sigmoid(x);
-        *slope = half * (1.0f + x * (1.0f - half));
-        return x * half;
+        floats gate = sigmoid(x);
+        *derivative = gate * (1.0f + x * (1.0f - gate));
+        return x * gate;
     }
-    floats whole = 2.0f * sigmoid(2.0f * 0.7978845608028654f * (x + 0.044715f * x * x * x)) - 1.0f;
-    floats rise = 0.7978845608028654f * (1.0f + 0.134145f * x * x);
-    *slope = 0.5f * (1.0f + whole) + 0.5f * x * (1.0f - whole * whole) * rise;
-    return 0.5f * x * (1.0f + whole);
+    floats tanh_x = 2.0f * sigmoid(2.0f * 0.7978845608028654f * (x + 0.044715f * x * x * x)) - 1.0f;
+    floats inner_derivative = 0.7978845608028654f * (1.0f + 0.134145f * x * x);
+    *derivative = 0.5f * (1.0f + tanh_x) + 0.5f * x * (1.0f - tanh_x * tanh_x) * inner_derivative;
+    return 0.5f * x * (1.0f + tanh_x);
 }
 
-/* output = act(gate) * up, of `count` numbers; gelu by its approximation with tanh instead of silu. */
-EXPORT void gate(const bf16 *gates, const bf16 *ups, bf16 *output, long count, int tanh, int threads) {
+/* output = activation(gate) * up, of `count` numbers. */
+EXPORT void gated(const bf16 *gate, const bf16 *up, bf16 *output, long count, int tanh, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long i = 0; i < count; i += LANES) {
-        __mmask16 which = first(count - i);
-        floats slope;
-        store(output + i, which, activated(load(gates + i, which), tanh, &slope) * load(ups + i, which));
+        __mmask16 mask = first_lanes(count - i);
+        floats derivative;
+        store(output + i, mask, activation(load(gate + i, mask), tanh, &derivative) * load(up + i, mask));
     }
 }
 
-/* The gradients of gate and up from that of their product, which may be where one of them goes. */
-EXPORT void gate_back(const bf16 *gradient, const bf16 *gates, const bf16 *ups, bf16 *of_gate, bf16 *of_up, long count,
-               int tanh, int threads) {
+/* The gradients of gate and up; `grad_gate` may be where `grad_output` is. */
+EXPORT void gated_backward(const bf16 *grad_output, const bf16 *gate, const bf16 *up, bf16 *grad_gate, bf16 *grad_up,
+                           long count, int tanh, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long i = 0; i < count; i += LANES) {
-        __mmask16 which = first(count - i);
-        floats slope, active = activated(load(gates + i, which), tanh, &slope), above = load(gradient + i, which);
-        store(of_gate + i, which, above * load(ups + i, which) * slope);
-        store(of_up + i, which, above * active);
+        __mmask16 mask = first_lanes(count - i);
+        floats derivative, active = activation(load(gate + i, mask), tanh, &derivative);
+        floats grad = load(grad_output + i, mask);
+        store(grad_gate + i, mask, grad * load(up + i, mask) * derivative);
+        store(grad_up + i, mask, grad * active);
     }
 }
 
 /* ---- cross-entropy ---- */
 
-/* Put the logarithm of each row's probability of its label into `chosen`; turn logits into their loss's gradient. */
-EXPORT void choose(bf16 *logits, const int64_t *labels, float *chosen, long rows, long width, int to_gradient, int threads) {
+/* Write the log-probability of each row's label, NaN for a label that does not exist. If `to_gradient`, replace the
+   logits by the gradient of the summed cross-entropy: probabilities, minus one at the label. */
+EXPORT void label_log_probs(bf16 *logits, const int64_t *labels, float *log_probs, long rows, long vocabulary,
+                            int to_gradient, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long row = 0; row < rows; row++) {
-        bf16 *at = logits + row * width;
-        if (labels[row] < 0 || labels[row] >= width) {
-            chosen[row] = NAN;
+        bf16 *at = logits + row * vocabulary;
+        long label = labels[row];
+        if (label < 0 || label >= vocabulary) {
+            log_probs[row] = NAN;
             continue;
         }
         floats highest = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
-        for (long i = 0; i < width; i += LANES)
-            highest = _mm512_mask_max_ps(highest, first(width - i), highest, load(at + i, first(width - i)));
-        float top = _mm512_reduce_max_ps(highest);
-        for (long i = 0; i < width; i += LANES) {
-            floats share = power_of_2((load(at + i, first(width - i)) - top) * LOG2_E);
-            sum = _mm512_mask_add_ps(sum, first(width - i), sum, share);
+        for (long i = 0; i < vocabulary; i += LANES) {
+            __mmask16 mask = first_lanes(vocabulary - i);
+            highest = _mm512_mask_max_ps(highest, mask, highest, load(at + i, mask));
         }
-        float total = _mm512_reduce_add_ps(sum), label = _mm512_reduce_add_ps(load(at + labels[row], 1));
-        chosen[row] = label - top - logf(total);
+        float max = _mm512_reduce_max_ps(highest);
+        for (long i = 0; i < vocabulary; i += LANES) {
+            __mmask16 mask = first_lanes(vocabulary - i);
+            sum = _mm512_mask_add_ps(sum, mask, sum, exp2_floats((load(at + i, mask) - max) * LOG2_E));
+        }
+        float total = _mm512_reduce_add_ps(sum), logit = _mm512_reduce_add_ps(load(at + label, 1));
+        log_probs[row] = logit - max - logf(total);
         if (!to_gradient) continue;
-        for (long i = 0; i < width; i += LANES)
-            store(at + i, first(width - i), power_of_2((load(at + i, first(width - i)) - top) * LOG2_E) * (1 / total));
-        store(at + labels[row], 1, _mm512_set1_ps(expm1f(chosen[row]))); /* p - 1, of a p near 1 too */
+        for (long i = 0; i < vocabulary; i += LANES) {
+            __mmask16 mask = first_lanes(vocabulary - i);
+            store(at + i, mask, exp2_floats((load(at + i, mask) - max) * LOG2_E) * (1 / total));
+        }
+        store(at + label, 1, _mm512_set1_ps(expm1f(log_probs[row]))); /* p - 1, accurate where p is near 1 */
     }
 }
 
 /* ---- rotary positions ---- */
 
-EXPORT void rotate(const bf16 *x, const bf16 *cos, const bf16 *sin, bf16 *output, long length, long heads, long width,
-            int threads) {
+/* output = x cos + rotate_half(x) sin, of x [length][heads][head_dim] and angles [length][head_dim]. */
+EXPORT void rotate(const bf16 *x, const bf16 *cos, const bf16 *sin, bf16 *output, long length, long heads,
+                   long head_dim, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long row = 0; row < length; row++)
-        for (long i = 0; i < width / 2; i += LANES) {
-            __mmask16 which = first(width / 2 - i);
-            const bf16 *one = cos + row * width + i, *two = sin + row * width + i;
-            floats cos_1 = load(one, which), cos_2 = load(one + width / 2, which);
-            floats sin_1 = load(two, which), sin_2 = load(two + width / 2, which);
+        for (long i = 0; i < head_dim / 2; i += LANES) {
+            __mmask16 mask = first_lanes(head_dim / 2 - i);
+            const bf16 *cos_row = cos + row * head_dim + i, *sin_row = sin + row * head_dim + i;
+            floats cos_1 = load(cos_row, mask), cos_2 = load(cos_row + head_dim / 2, mask);
+            floats sin_1 = load(sin_row, mask), sin_2 = load(sin_row + head_dim / 2, mask);
             for (long head = 0; head < heads; head++) {
-                long at = (row * heads + head) * width + i;
-                floats left = load(x + at, which), right = load(x + at + width / 2, which);
-                store(output + at, which, left * cos_1 - right * sin_1);
-                store(output + at + width / 2, which, right * cos_2 + left * sin_2);
+                long at = (row * heads + head) * head_dim + i;
+                floats left = load(x + at, mask), right = load(x + at + head_dim / 2, mask);
+                store(output + at, mask, left * cos_1 - right * sin_1);
+                store(output + at + head_dim / 2, mask, right * cos_2 + left * sin_2);
             }
         }
 }

@@ -1,188 +1,344 @@
-"""Linear maps, attention, and what is bound by memory on a CPU: kernels.c.
+"""The kernels in C as operators of torch, `torch.ops.lora_kit.*`: visible to profilers, FakeTensor and torch.compile.
 
-Tensors are bf16; what kernels/triton/ says of shapes holds for the functions of the same names.
+Each function checks what the C code relies on (dtype, device, shape and layout of every tensor), borrows memory for its
+results from the buffer pool and calls the library. Tensors are bf16 unless a docstring says otherwise.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lora_kit.kernels.cpu.buffers import rooms
+from lora_kit.kernels.cpu.buffers import pool
 from lora_kit.kernels.cpu.build import library
 
-LEAST_ROWS = 8  # of a product
+Operator = TypeVar("Operator", bound=Callable[..., Any])
+
+BF16, FP32 = torch.bfloat16, torch.float32
+LEAST_ROWS = 8  # rows of a product in registers
+OPERATORS = torch.library.Library("lora_kit", "DEF")
 
 
-class Attention(ctypes.Structure):
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("query", "key", "value", "output", "sums", "tiles")]
-        + [(name, ctypes.c_long) for name in ("examples", "length", "heads", "key_heads", "width", "window")]
-        + [("scale", ctypes.c_float)]
-        + [(name, ctypes.c_void_p) for name in ("gradient", "of_query", "of_key", "of_value")]
-    )
+def operator(fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[Operator], Operator]:
+    """Register a function as `torch.ops.lora_kit.<its name>` for tensors on CPUs and return that operator.
+
+    Args:
+        fake: Returns tensors of the results' shapes and dtypes without computing them.
+        mutates: The arguments that are written to.
+    """
+
+    def register(function: Operator) -> Operator:
+        name = function.__name__
+        OPERATORS.define(name + torch.library.infer_schema(function, mutates_args=mutates))
+        OPERATORS.impl(name, function, "CPU")
+        torch.library.register_fake(f"lora_kit::{name}", fake, lib=OPERATORS)
+        return cast(Operator, getattr(torch.ops.lora_kit, name).default)
+
+    return register
 
 
-class Part(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "weight")] + [
-        (name, ctypes.c_long) for name in ("inner", "apart", "turned")
-    ]
+def _check(operator: str, *expected: tuple[str, Tensor, torch.dtype, tuple[int, ...]]) -> None:
+    """Check tensors, each given with its name, dtype and shape; all are contiguous and on the CPU.
+
+    Raises:
+        TypeError: A tensor has another dtype or device.
+        ValueError: A tensor has another shape or is not contiguous.
+    """
+    for name, tensor, dtype, shape in expected:
+        if tensor.dtype != dtype or not tensor.is_cpu:
+            raise TypeError(f"{operator}: {name} is {tensor.dtype} on {tensor.device}; expected {dtype} on cpu")
+        if tensor.shape != shape or not tensor.is_contiguous():
+            raise ValueError(
+                f"{operator}: {name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}; "
+                f"expected contiguous {shape}"
+            )
 
 
-WHOLE = 1 << 30  # rows of a tile: an example is never cut
-Gated = None  # unlike a GPU's: `linear` adds adapters
+def _sizes(operator: str, name: str, tensor: Tensor, dimensions: int) -> torch.Size:
+    """Return a tensor's shape; raise ValueError if it has another number of dimensions."""
+    if tensor.dim() != dimensions:
+        raise ValueError(f"{operator}: {name} has shape {tuple(tensor.shape)}; expected {dimensions} dimensions")
+    return tensor.shape
 
 
-def linear(parts: Sequence[tuple[Tensor, Tensor, bool]], bias: Tensor | None = None) -> Tensor:
+def _fake_linear(
+    x: Sequence[Tensor], weight: Sequence[Tensor], transposed: Sequence[bool], bias: Tensor | None
+) -> Tensor:
+    return x[0].new_empty(x[0].shape[0], weight[0].shape[0 if transposed[0] else 1])
+
+
+@operator(_fake_linear)
+def linear(x: Sequence[Tensor], weight: Sequence[Tensor], transposed: Sequence[bool], bias: Tensor | None) -> Tensor:
     """Return the sum of products [rows, columns], rounded once.
 
     Args:
-        parts: Each x [rows, inner], its weight, and whether that is turned, [columns, inner], or [inner, columns].
-            There are at least LEAST_ROWS rows.
+        x: Of each product [rows, inner]; at least LEAST_ROWS rows, the same number in all.
+        weight: Of each product [columns, inner] if `transposed`, as nn.Linear keeps it, else [inner, columns].
+        transposed: Of each product.
         bias: [columns].
 
     Raises:
-        ValueError: They are not.
+        TypeError: A tensor is not bf16 on the CPU.
+        ValueError: The shapes do not make one sum of products.
     """
-    given, threads = [_in_pairs(*one) for one in parts], torch.get_num_threads()
-    (x, weight, turned), inner = given[0], sum(x.shape[1] for x, _, _ in given)
-    rows, columns = len(x), weight.shape[0 if turned else 1]
-    shapes = [(len(x), x.shape[1], *(weight.t() if turned else weight).shape) for x, weight, turned in given]
-    tensors = [one for x, weight, _ in given for one in (x, weight)] + ([] if bias is None else [bias])
-    alike = all(shape == (rows, shape[1], shape[1], columns) for shape in shapes)
-    if rows < LEAST_ROWS or not (columns and inner and alike) or any(one.dtype != torch.bfloat16 for one in tensors):
-        raise ValueError(f"no products in bf16 to one sum: {shapes}, {[one.dtype for one in tensors]}")
-    output, room = rooms.empty(rows, columns), library().kernels.linear_room(inner)
-    scratch = rooms.scratch(threads * room)
-    made = [Part(x.data_ptr(), weight.data_ptr(), x.shape[1], x.stride(0), turned) for x, weight, turned in given]
-    rest = (output.data_ptr(), rows, columns, scratch.data_ptr(), room, threads)
-    array = (Part * len(made))(*made)
-    library().kernels.linear(ctypes.addressof(array), len(made), None if bias is None else bias.data_ptr(), *rest)
+    tensors = [*x, *weight] + ([] if bias is None else [bias])
+    shapes = [(*a.shape, *(b.t() if t else b).shape) for a, b, t in zip(x, weight, transposed, strict=True)]
+    rows, inner, columns = shapes[0][0], sum(shape[1] for shape in shapes), shapes[0][-1]
+    if any(one.dtype != BF16 or not one.is_cpu for one in tensors):
+        kinds = [f"{one.dtype} on {one.device}" for one in tensors]
+        raise TypeError(f"linear: tensors are {kinds}; expected {BF16} on cpu")
+    fits = all(shape == (rows, shape[1], shape[1], columns) for shape in shapes)
+    if not fits or rows < LEAST_ROWS or not columns or not inner or (bias is not None and bias.shape != (columns,)):
+        biased = "" if bias is None else f" and a bias {tuple(bias.shape)}"
+        raise ValueError(
+            f"linear: x and weights of {shapes}{biased}; expected (rows, inner, inner, columns) with the same "
+            f"rows (at least {LEAST_ROWS}) and columns"
+        )
+    products = [_prepared(*one) for one in zip(x, weight, transposed, strict=True)]
+    x, weight, transposed = zip(*products, strict=True)
+    bias = None if bias is None else bias.contiguous()
+    count, threads, kernels = len(products), torch.get_num_threads(), library().kernels
+    size = kernels.linear_workspace(sum(one.shape[1] for one in x))
+    output, workspace, pointers = pool.empty(rows, columns), pool.workspace(threads * size), ctypes.c_void_p * count
+    kernels.linear(
+        pointers(*[one.data_ptr() for one in x]),
+        (ctypes.c_long * count)(*[one.stride(0) for one in x]),
+        pointers(*[one.data_ptr() for one in weight]),
+        (ctypes.c_long * count)(*[one.shape[1] for one in x]),
+        (ctypes.c_int * count)(*transposed),
+        count,
+        None if bias is None else bias.data_ptr(),
+        output.data_ptr(),
+        rows,
+        columns,
+        workspace.data_ptr(),
+        size,
+        threads,
+    )
     return output
 
 
-def outer(left: Tensor, right: Tensor) -> Tensor:
-    """Return left' right [few, columns] in fp32, of left [rows, few] and right [rows, columns].
+def _prepared(x: Tensor, weight: Tensor, transposed: bool) -> tuple[Tensor, Tensor, bool]:
+    """Return a product in the layout that the kernel reads, with an even number of summands."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    if weight.t().is_contiguous():
+        weight, transposed = weight.t(), not transposed
+    weight = weight.contiguous()
+    if x.shape[1] % 2:
+        x, weight = functional.pad(x, (0, 1)), functional.pad(weight, (0, 1) if transposed else (0, 0, 0, 1))
+    return x, weight, transposed
 
-    torch takes as long; but oneDNN would keep what it generates for every number of rows.
+
+def _fake_weight_gradient(left: Tensor, right: Tensor) -> Tensor:
+    if left.shape[1] > right.shape[1]:
+        return _fake_weight_gradient(right, left).T
+    return left.new_empty(left.shape[1], right.shape[1], dtype=FP32)
+
+
+@operator(_fake_weight_gradient)
+def weight_gradient(left: Tensor, right: Tensor) -> Tensor:
+    """Return left' right [outputs, inputs] in fp32, of left [rows, outputs] and right [rows, inputs].
+
+    torch takes as long, but oneDNN would keep the code that it generates for every number of rows.
 
     Raises:
-        ValueError: They have other numbers of rows, or another precision.
+        TypeError: A tensor is not bf16 on the CPU.
+        ValueError: The numbers of rows differ.
     """
-    if len(left) != len(right) or not left.dtype == right.dtype == torch.bfloat16:
-        raise ValueError(f"no products in bf16 over rows: {left.shape}, {right.shape}, {left.dtype}, {right.dtype}")
-    if left.shape[1] > right.shape[1]:
-        return outer(right, left).T
+    (rows, outputs), (right_rows, inputs) = (
+        _sizes("weight_gradient", name, one, 2) for name, one in (("left", left), ("right", right))
+    )
+    if not left.dtype == right.dtype == BF16 or not (left.is_cpu and right.is_cpu):
+        raise TypeError(f"weight_gradient: left is {left.dtype}, right {right.dtype}; expected {BF16} on cpu")
+    if rows != right_rows:
+        raise ValueError(f"weight_gradient: left has {rows} rows, right {right_rows}; expected the same number")
+    if outputs > inputs:
+        return weight_gradient(right, left).T
     left, right = (one if one.stride(1) == 1 else one.contiguous() for one in (left, right))
-    (rows, few), columns, threads = left.shape, right.shape[1], torch.get_num_threads()
-    output, room = left.new_empty(few, columns, dtype=torch.float32), library().kernels.outer_room(few)
-    scratch = rooms.scratch(threads * room)
-    given = (left.data_ptr(), left.stride(0), right.data_ptr(), right.stride(0), output.data_ptr())
-    library().kernels.outer(*given, rows, few, columns, scratch.data_ptr(), room, threads)
-    return output
+    threads, kernels = torch.get_num_threads(), library().kernels
+    gradient, size = left.new_empty(outputs, inputs, dtype=FP32), kernels.weight_gradient_workspace(outputs)
+    workspace = pool.workspace(threads * size)
+    pointers = (left.data_ptr(), left.stride(0), right.data_ptr(), right.stride(0), gradient.data_ptr())
+    kernels.weight_gradient(*pointers, rows, outputs, inputs, workspace.data_ptr(), size, threads)
+    return gradient
 
 
-def _in_pairs(x: Tensor, weight: Tensor, turned: bool) -> tuple[Tensor, Tensor, bool]:
-    """Return a product whose numbers lie as the kernel reads them, an even number of them to sum over."""
-    x = x if x.stride(1) == 1 else x.contiguous()
-    if not weight.is_contiguous():
-        weight, turned = (weight.t(), not turned) if weight.t().is_contiguous() else (weight.contiguous(), turned)
-    if x.shape[1] % 2:
-        x, weight = functional.pad(x, (0, 1)), functional.pad(weight, (0, 1) if turned else (0, 0, 0, 1))
-    return x, weight, turned
+@operator(lambda rows, weight, epsilon, gemma: (torch.empty_like(rows), rows.new_empty(len(rows), 1, dtype=FP32)))
+def rms_norm(rows: Tensor, weight: Tensor, epsilon: float, gemma: bool) -> tuple[Tensor, Tensor]:
+    """Return the normalised rows [rows, width] and 1 / root mean square of each row [rows, 1] in fp32."""
+    count, width = _sizes("rms_norm", "rows", rows, 2)
+    _check("rms_norm", ("rows", rows, BF16, (count, width)), ("weight", weight, BF16, (width,)))
+    output, inverse_rms = pool.empty(count, width), rows.new_empty(count, 1, dtype=FP32)
+    pointers = (one.data_ptr() for one in (rows, weight, output, inverse_rms))
+    library().kernels.rms_norm(*pointers, count, width, epsilon, gemma, torch.get_num_threads())
+    return output, inverse_rms
 
 
-def norm(rows: Tensor, weight: Tensor, epsilon: float, *, gemma: bool) -> tuple[Tensor, Tensor]:
-    """Return the normalised rows [rows, width] and 1 / root mean square of each, in fp32."""
-    output, inverse = rooms.empty(*rows.shape), rows.new_empty(len(rows), 1, dtype=torch.float32)
-    given = (one.data_ptr() for one in (rows, weight, output, inverse))
-    library().kernels.norm(*given, *rows.shape, epsilon, gemma, torch.get_num_threads())
-    return output, inverse
-
-
-def norm_back(gradient: Tensor, rows: Tensor, weight: Tensor, inverse: Tensor, *, gemma: bool) -> Tensor:
+@operator(lambda grad_output, rows, weight, inverse_rms, gemma: torch.empty_like(rows))
+def rms_norm_backward(grad_output: Tensor, rows: Tensor, weight: Tensor, inverse_rms: Tensor, gemma: bool) -> Tensor:
     """Return the gradient of a norm's rows."""
-    gradient, output = gradient.contiguous(), rooms.empty(*rows.shape)
-    given = (one.data_ptr() for one in (gradient, rows, weight, inverse, output))
-    library().kernels.norm_back(*given, *rows.shape, gemma, torch.get_num_threads())
-    return output
+    grad_output, (count, width) = grad_output.contiguous(), _sizes("rms_norm_backward", "rows", rows, 2)
+    _check(
+        "rms_norm_backward",
+        ("grad_output", grad_output, BF16, (count, width)),
+        ("rows", rows, BF16, (count, width)),
+        ("weight", weight, BF16, (width,)),
+        ("inverse_rms", inverse_rms, FP32, (count, 1)),
+    )
+    grad_rows = pool.empty(count, width)
+    pointers = (one.data_ptr() for one in (grad_output, rows, weight, inverse_rms, grad_rows))
+    library().kernels.rms_norm_backward(*pointers, count, width, gemma, torch.get_num_threads())
+    return grad_rows
 
 
-def gate(gates: Tensor, ups: Tensor, *, tanh: bool) -> Tensor:
-    """Return silu(gates) * ups, or gelu's approximation with tanh."""
-    output = rooms.empty(*gates.shape)
-    given = (one.data_ptr() for one in (gates, ups, output))
-    library().kernels.gate(*given, gates.numel(), tanh, torch.get_num_threads())
-    return output
+@operator(lambda gate, up, tanh: torch.empty_like(gate))
+def gated(gate: Tensor, up: Tensor, tanh: bool) -> Tensor:
+    """Return silu(gate) * up [rows, width], or with GELU's approximation by tanh instead of SiLU."""
+    shape = _sizes("gated", "gate", gate, 2)
+    _check("gated", ("gate", gate, BF16, shape), ("up", up, BF16, shape))
+    product = pool.empty(*shape)
+    pointers = (one.data_ptr() for one in (gate, up, product))
+    library().kernels.gated(*pointers, gate.numel(), tanh, torch.get_num_threads())
+    return product
 
 
-def gate_back(gradient: Tensor, gates: Tensor, ups: Tensor, *, tanh: bool) -> tuple[Tensor, Tensor]:
-    """Return the gradients of gates and ups; the first takes the place of the product's."""
-    of_up = rooms.empty(*ups.shape)
-    given = (one.data_ptr() for one in (gradient, gates, ups, gradient, of_up))
-    library().kernels.gate_back(*given, gates.numel(), tanh, torch.get_num_threads())
-    return gradient, of_up
+@operator(lambda grad_product, gate, up, tanh: torch.empty_like(up), mutates=("grad_product",))
+def gated_backward(grad_product: Tensor, gate: Tensor, up: Tensor, tanh: bool) -> Tensor:
+    """Return the gradient of up; replace the gradient of the product by that of gate."""
+    shape = _sizes("gated_backward", "gate", gate, 2)
+    given = (("grad_product", grad_product), ("gate", gate), ("up", up))
+    _check("gated_backward", *((name, tensor, BF16, shape) for name, tensor in given))
+    grad_up = pool.empty(*shape)
+    pointers = (one.data_ptr() for one in (grad_product, gate, up, grad_product, grad_up))
+    library().kernels.gated_backward(*pointers, gate.numel(), tanh, torch.get_num_threads())
+    return grad_up
 
 
-def choose(logits: Tensor, labels: Tensor, *, to_gradient: bool) -> Tensor:
-    """Return each label's log-probability [rows, 1], NaN if there is no such label; turn the logits into their loss's
-    gradient."""
-    chosen = logits.new_empty(len(logits), 1, dtype=torch.float32)
-    labels = labels.contiguous()
-    given = (one.data_ptr() for one in (logits, labels, chosen))
-    library().kernels.choose(*given, *logits.shape, to_gradient, torch.get_num_threads())
-    return chosen
+@operator(lambda logits, labels, to_gradient: logits.new_empty(len(logits), 1, dtype=FP32), mutates=("logits",))
+def label_log_probs(logits: Tensor, labels: Tensor, to_gradient: bool) -> Tensor:
+    """Return the log-probability of each row's label [rows, 1] in fp32, NaN for a label that does not exist.
+
+    Args:
+        logits: [rows, vocabulary]; replaced by the gradient of the summed cross-entropy if `to_gradient`.
+        labels: int64 [rows].
+        to_gradient: Whether the gradient is wanted.
+    """
+    labels, (rows, vocabulary) = labels.contiguous(), _sizes("label_log_probs", "logits", logits, 2)
+    _check("label_log_probs", ("logits", logits, BF16, (rows, vocabulary)), ("labels", labels, torch.int64, (rows,)))
+    log_probs = logits.new_empty(rows, 1, dtype=FP32)
+    pointers = (one.data_ptr() for one in (logits, labels, log_probs))
+    library().kernels.label_log_probs(*pointers, rows, vocabulary, to_gradient, torch.get_num_threads())
+    return log_probs
 
 
+@operator(lambda x, cos, sin: x.new_empty(x.shape))
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return x [length, heads, width] turned by the angles of its positions [length, width]."""
-    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
-    output = rooms.empty(*x.shape)
-    given = (one.data_ptr() for one in (x, cos, sin, output))
-    library().kernels.rotate(*given, *x.shape, torch.get_num_threads())
+    """Return x [length, heads, head_dim] rotated by the angles of its positions [length, head_dim]."""
+    length, heads, head_dim = _sizes("rotate", "x", x, 3)
+    if head_dim % 2:
+        raise ValueError(f"rotate: x has shape {tuple(x.shape)}; expected an even last dimension")
+    x, cos, sin, angles = x.contiguous(), cos.contiguous(), sin.contiguous(), (length, head_dim)
+    _check("rotate", ("x", x, BF16, (length, heads, head_dim)), ("cos", cos, BF16, angles), ("sin", sin, BF16, angles))
+    output = pool.empty(length, heads, head_dim)
+    pointers = (one.data_ptr() for one in (x, cos, sin, output))
+    library().kernels.rotate(*pointers, length, heads, head_dim, torch.get_num_threads())
     return output
 
 
-def tile_rows(_: int) -> int:
-    """Return how many rows a tile has: those of an example."""
-    return WHOLE
-
-
-def attend(
+@operator(
+    lambda query, key, value, tiles, scale, window: (
+        torch.empty_like(query),
+        query.new_empty(query.shape[1], query.shape[0], dtype=FP32),
+    )
+)
+def attention(
     query: Tensor, key: Tensor, value: Tensor, tiles: Tensor, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the output [length, heads, width] and the logarithm of each row's sum."""
-    output, sums = rooms.empty(*query.shape), query.new_empty(query.shape[1], len(query), dtype=torch.float32)
-    _attention(tiles, scale, window, query, key, value, output, sums)
-    return output, sums
+    """Attend causally inside each example of a packed row.
+
+    Args:
+        query: [length, heads, head_dim].
+        key: [length, key_heads, head_dim]; a group of heads shares each.
+        value: [length, key_heads, head_dim].
+        tiles: int32 [examples, 3]: the first row of an example, again, and its end.
+        scale: Factor of the scores.
+        window: How many positions a position sees, itself included; None for all.
+
+    Returns:
+        The output [length, heads, head_dim] and the base-2 logarithm of each row's softmax sum [heads, length] in fp32.
+    """
+    sizes = _check_attention("attention", query, key, value, tiles, window)
+    output, logsumexp = pool.empty(*query.shape), query.new_empty(query.shape[1], len(query), dtype=FP32)
+    _attend("attention", (query, key, value, output, logsumexp), tiles, (*sizes, window or 0, scale))
+    return output, logsumexp
 
 
-def attend_back(
-    gradient: Tensor,
+@operator(
+    lambda grad_output, query, key, value, output, logsumexp, tiles, scale, window: tuple(
+        torch.empty_like(one) for one in (query, key, value)
+    )
+)
+def attention_backward(
+    grad_output: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     output: Tensor,
-    sums: Tensor,
+    logsumexp: Tensor,
     tiles: Tensor,
     scale: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of queries, keys and values."""
-    found = rooms.empty(*query.shape), rooms.empty(*key.shape), rooms.empty(*value.shape)
-    _attention(tiles, scale, window, query, key, value, output, sums, gradient, *found)
-    return found
+    """Return the gradients of query, key and value."""
+    sizes = _check_attention("attention_backward", query, key, value, tiles, window)
+    _check(
+        "attention_backward",
+        ("grad_output", grad_output, BF16, query.shape),
+        ("output", output, BF16, query.shape),
+        ("logsumexp", logsumexp, FP32, (query.shape[1], len(query))),
+    )
+    gradients = pool.empty(*query.shape), pool.empty(*key.shape), pool.empty(*value.shape)
+    tensors = (grad_output, query, key, value, output, logsumexp, *gradients)
+    _attend("attention_backward", tensors, tiles, (*sizes, window or 0, scale))
+    return gradients
 
 
-def _attention(tiles: Tensor, scale: float, window: int | None, query: Tensor, key: Tensor, *others: Tensor) -> None:
-    (length, heads, width), (value, output, sums, *back) = query.shape, others
-    threads = min(torch.get_num_threads(), len(tiles) * key.shape[1])
-    tiles = tiles[(tiles[:, 0] - tiles[:, 2]).argsort(stable=True)]  # the longest first, or threads wait for it
-    given = [one.data_ptr() for one in (query, key, value, output, sums, tiles)]
-    rest = (len(tiles), length, heads, key.shape[1], width, window or 0, scale)
-    room = library().kernels.attention_room(int(tiles[0, 2] - tiles[0, 0]), width)
-    scratch = rooms.scratch(threads * room)
-    all_of_it = Attention(*given, *rest, *(one.data_ptr() for one in back))
-    library().kernels.attention(ctypes.addressof(all_of_it), bool(back), scratch.data_ptr(), room, threads)
+def _check_attention(
+    operator: str, query: Tensor, key: Tensor, value: Tensor, tiles: Tensor, window: int | None
+) -> tuple[int, int, int, int]:
+    """Check the inputs of attention; return the length, the heads, those of keys and the size of a head."""
+    length, heads, head_dim = _sizes(operator, "query", query, 3)
+    key_heads = _sizes(operator, "key", key, 3)[1]
+    shared = (length, key_heads, head_dim)
+    _check(operator, ("query", query, BF16, (length, heads, head_dim)), ("key", key, BF16, shared))
+    _check(operator, ("value", value, BF16, shared), ("tiles", tiles, torch.int32, (len(tiles), 3)))
+    if not key_heads or heads % key_heads:
+        raise ValueError(f"{operator}: {heads} heads cannot share {key_heads} key heads evenly")
+    if window is not None and window < 1:
+        raise ValueError(f"{operator}: window is {window}; expected None or at least 1")
+    begin, first, end = tiles.numpy().T
+    bounds = np.append(0, end)  # each example begins where the one before it ends
+    in_order = (begin == bounds[:-1]).all() and (begin == first).all() and (begin < end).all()
+    if not in_order or bounds[-1] != length:
+        raise ValueError(
+            f"{operator}: tiles are {tiles.tolist()[:8]}; expected examples in order that fill {length} rows"
+        )
+    return length, heads, key_heads, head_dim
+
+
+def _attend(
+    operator: str, tensors: Sequence[Tensor], tiles: Tensor, rest: tuple[int, int, int, int, int, float]
+) -> None:
+    """Call the kernel of this name; a task is one key head of one example, the longest examples first."""
+    begin, _, end = tiles.numpy().T
+    order = np.argsort(begin - end, kind="stable")
+    tiles, kernels, (_, _, key_heads, head_dim, *_) = tiles[torch.from_numpy(order)], library().kernels, rest
+    threads = min(torch.get_num_threads(), len(tiles) * key_heads)
+    size = kernels.attention_workspace(int((end - begin).max()), head_dim)
+    workspace, pointers = pool.workspace(threads * size), [one.data_ptr() for one in (*tensors, tiles)]
+    kernel = kernels.attention if operator == "attention" else kernels.attention_backward
+    kernel(*pointers, len(tiles), *rest, workspace.data_ptr(), size, threads)

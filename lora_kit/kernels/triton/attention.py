@@ -1,8 +1,8 @@
 """Causal attention inside packed examples on a GPU, in tiles of rows that end where their example does.
 
-Most examples are no longer than one or two of flash attention's tiles, so a tile here is small. Heads that
-share keys add to their gradients in one program, and no two programs add to the same number, so that a replay has the
-same bits. Scores are in units of log 2.
+Most examples are no longer than one or two tiles of flash attention, so a tile here is small. Heads that share a key
+head add to its gradients in one program, and no two programs write the same number, so a replay has the same bits.
+Scores are in units of log 2.
 """
 
 import torch
@@ -10,129 +10,130 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG_2 = 1.4426950408889634
+LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _tile(tensor, rows, heads, head, end, width: tl.constexpr, wide: tl.constexpr):
-    """Return some rows of one head of a tensor [length, heads, width]; zeros from `end` on."""
-    column = tl.arange(0, wide)
+def _load(tensor, rows, heads, head, end, width: tl.constexpr, padded: tl.constexpr):
+    """Load rows of one head of a tensor [length, heads, width]; rows from `end` on are zeros."""
+    column = tl.arange(0, padded)
     at = rows[:, None].to(tl.int64) * (heads * width) + head * width + column[None, :]
     return tl.load(tensor + at, (rows < end)[:, None] & (column < width)[None, :], 0.0)
 
 
 @triton.jit
-def _put(tensor, value, rows, heads, head, end, width: tl.constexpr, wide: tl.constexpr):
-    column = tl.arange(0, wide)
+def _store(tensor, value, rows, heads, head, end, width: tl.constexpr, padded: tl.constexpr):
+    column = tl.arange(0, padded)
     at = rows[:, None].to(tl.int64) * (heads * width) + head * width + column[None, :]
     tl.store(tensor + at, value.to(tensor.dtype.element_ty), (rows < end)[:, None] & (column < width)[None, :])
 
 
 @triton.jit
-def _seen(query, key, window):
-    """Return which keys some queries of the same example see."""
+def _visible(query, key, window):
+    """Return which keys the queries of the same example see."""
     return (key <= query) & ((window == 0) | (query - key < window))
 
 
 @triton.jit(do_not_specialize=["length"])
 def _forward(
-    query, key, value, output, sums, tiles, scale, window, length, heads,
-    group: tl.constexpr, width: tl.constexpr, wide: tl.constexpr, many: tl.constexpr,
+    query, key, value, output, logsumexp, tiles, scale, window, length, heads,
+    group: tl.constexpr, width: tl.constexpr, padded: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
-    tile, head = tl.program_id(0) * 3, tl.program_id(1)
-    begin, first, end = tl.load(tiles + tile), tl.load(tiles + tile + 1), tl.load(tiles + tile + 2)
-    row = first + tl.arange(0, many)
-    q = _tile(query, row, heads, head, end, width, wide)
-    top = tl.full([many], float("-inf"), tl.float32)
-    total, result = tl.zeros([many], tl.float32), tl.zeros([many, wide], tl.float32)
+    entry, head = tl.program_id(0) * 3, tl.program_id(1)
+    begin, first, end = tl.load(tiles + entry), tl.load(tiles + entry + 1), tl.load(tiles + entry + 2)
+    row = first + tl.arange(0, tile)
+    q = _load(query, row, heads, head, end, width, padded)
+    row_max = tl.full([tile], float("-inf"), tl.float32)
+    total, result = tl.zeros([tile], tl.float32), tl.zeros([tile, padded], tl.float32)
     low = tl.where(window == 0, begin, tl.maximum(begin, first - window + 1))
-    for start in range(low, tl.minimum(first + many, end), many):
-        at = start + tl.arange(0, many)
-        k = _tile(key, at, heads // group, head // group, end, width, wide)
-        v = _tile(value, at, heads // group, head // group, end, width, wide)
+    for start in range(low, tl.minimum(first + tile, end), tile):
+        at = start + tl.arange(0, tile)
+        k = _load(key, at, heads // group, head // group, end, width, padded)
+        v = _load(value, at, heads // group, head // group, end, width, padded)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        scores = tl.where(_seen(row[:, None], at[None, :], window), scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        finite = tl.where(higher == float("-inf"), 0.0, higher)
-        shares, before = tl.exp2(scores - finite[:, None]), tl.exp2(top - finite)
-        total = total * before + tl.sum(shares, 1)
-        result = tl.dot(shares.to(v.dtype), v, result * before[:, None], input_precision="ieee")
-        top = higher
-    _put(output, result / total[:, None], row, heads, head, end, width, wide)
-    tl.store(sums + head * length + row, top + tl.log2(total), row < end)
+        scores = tl.where(_visible(row[:, None], at[None, :], window), scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        finite = tl.where(new_max == float("-inf"), 0.0, new_max)
+        probs, rescale = tl.exp2(scores - finite[:, None]), tl.exp2(row_max - finite)
+        total = total * rescale + tl.sum(probs, 1)
+        result = tl.dot(probs.to(v.dtype), v, result * rescale[:, None], input_precision="ieee")
+        row_max = new_max
+    _store(output, result / total[:, None], row, heads, head, end, width, padded)
+    tl.store(logsumexp + head * length + row, row_max + tl.log2(total), row < end)
 
 
 @triton.jit(do_not_specialize=["length"])
-def _of_queries(
-    gradient, query, key, value, output, sums, of_query, along, tiles, scale, window, length, heads,
-    group: tl.constexpr, width: tl.constexpr, wide: tl.constexpr, many: tl.constexpr,
+def _grad_queries(
+    grad_output, query, key, value, output, logsumexp, grad_query, delta, tiles, scale, window, length, heads,
+    group: tl.constexpr, width: tl.constexpr, padded: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
-    tile, head = tl.program_id(0) * 3, tl.program_id(1)
-    begin, first, end = tl.load(tiles + tile), tl.load(tiles + tile + 1), tl.load(tiles + tile + 2)
-    row = first + tl.arange(0, many)
-    q, above = _tile(query, row, heads, head, end, width, wide), _tile(gradient, row, heads, head, end, width, wide)
-    own = _tile(output, row, heads, head, end, width, wide)
-    inside = tl.sum(own.to(tl.float32) * above.to(tl.float32), 1)
-    tl.store(along + head * length + row, inside, row < end)
-    summed = tl.load(sums + head * length + row, row < end, 0.0)
-    result = tl.zeros([many, wide], tl.float32)
+    entry, head = tl.program_id(0) * 3, tl.program_id(1)
+    begin, first, end = tl.load(tiles + entry), tl.load(tiles + entry + 1), tl.load(tiles + entry + 2)
+    row = first + tl.arange(0, tile)
+    q = _load(query, row, heads, head, end, width, padded)
+    grads = _load(grad_output, row, heads, head, end, width, padded)
+    out = _load(output, row, heads, head, end, width, padded)
+    row_delta = tl.sum(out.to(tl.float32) * grads.to(tl.float32), 1)
+    tl.store(delta + head * length + row, row_delta, row < end)
+    row_logsumexp = tl.load(logsumexp + head * length + row, row < end, 0.0)
+    result = tl.zeros([tile, padded], tl.float32)
     low = tl.where(window == 0, begin, tl.maximum(begin, first - window + 1))
-    for start in range(low, tl.minimum(first + many, end), many):
-        at = start + tl.arange(0, many)
-        k = _tile(key, at, heads // group, head // group, end, width, wide)
-        v = _tile(value, at, heads // group, head // group, end, width, wide)
+    for start in range(low, tl.minimum(first + tile, end), tile):
+        at = start + tl.arange(0, tile)
+        k = _load(key, at, heads // group, head // group, end, width, padded)
+        v = _load(value, at, heads // group, head // group, end, width, padded)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        seen = _seen(row[:, None], at[None, :], window)
-        shares = tl.where(seen, tl.exp2(scores - summed[:, None]), 0.0)
-        of_shares = tl.dot(above, tl.trans(v), input_precision="ieee")
-        of_scores = shares * (of_shares - inside[:, None])
-        result = tl.dot(of_scores.to(k.dtype), k, result, input_precision="ieee")
-    _put(of_query, result * (scale * 0.6931471805599453), row, heads, head, end, width, wide)
+        visible = _visible(row[:, None], at[None, :], window)
+        probs = tl.where(visible, tl.exp2(scores - row_logsumexp[:, None]), 0.0)
+        grad_probs = tl.dot(grads, tl.trans(v), input_precision="ieee")
+        grad_scores = probs * (grad_probs - row_delta[:, None])
+        result = tl.dot(grad_scores.to(k.dtype), k, result, input_precision="ieee")
+    _store(grad_query, result * (scale * 0.6931471805599453), row, heads, head, end, width, padded)
 
 
 @triton.jit(do_not_specialize=["length"])
-def _of_keys(
-    gradient, query, key, value, sums, along, of_key, of_value, tiles, scale, window, length, heads,
-    group: tl.constexpr, width: tl.constexpr, wide: tl.constexpr, many: tl.constexpr,
+def _grad_keys(
+    grad_output, query, key, value, logsumexp, delta, grad_key, grad_value, tiles, scale, window, length, heads,
+    group: tl.constexpr, width: tl.constexpr, padded: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
-    tile, shared = tl.program_id(0) * 3, tl.program_id(1)
-    first, end = tl.load(tiles + tile + 1), tl.load(tiles + tile + 2)
-    at = first + tl.arange(0, many)
-    k = _tile(key, at, heads // group, shared, end, width, wide)
-    v = _tile(value, at, heads // group, shared, end, width, wide)
-    result, result_value = tl.zeros([many, wide], tl.float32), tl.zeros([many, wide], tl.float32)
-    last = tl.where(window == 0, end, tl.minimum(end, first + many + window - 1))
+    entry, key_head = tl.program_id(0) * 3, tl.program_id(1)
+    first, end = tl.load(tiles + entry + 1), tl.load(tiles + entry + 2)
+    at = first + tl.arange(0, tile)
+    k = _load(key, at, heads // group, key_head, end, width, padded)
+    v = _load(value, at, heads // group, key_head, end, width, padded)
+    result, result_value = tl.zeros([tile, padded], tl.float32), tl.zeros([tile, padded], tl.float32)
+    last = tl.where(window == 0, end, tl.minimum(end, first + tile + window - 1))
     for member in range(group):
-        head = shared * group + member
-        for start in range(first, last, many):
-            row = start + tl.arange(0, many)
-            q = _tile(query, row, heads, head, end, width, wide)
-            above = _tile(gradient, row, heads, head, end, width, wide)
-            summed = tl.load(sums + head * length + row, row < end, 0.0)
-            inside = tl.load(along + head * length + row, row < end, 0.0)
+        head = key_head * group + member
+        for start in range(first, last, tile):
+            row = start + tl.arange(0, tile)
+            q = _load(query, row, heads, head, end, width, padded)
+            grads = _load(grad_output, row, heads, head, end, width, padded)
+            row_logsumexp = tl.load(logsumexp + head * length + row, row < end, 0.0)
+            row_delta = tl.load(delta + head * length + row, row < end, 0.0)
             scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
-            seen = _seen(row[None, :], at[:, None], window)
-            shares = tl.where(seen, tl.exp2(scores - summed[None, :]), 0.0)
-            result_value = tl.dot(shares.to(above.dtype), above, result_value, input_precision="ieee")
-            of_shares = tl.dot(v, tl.trans(above), input_precision="ieee")
-            of_scores = shares * (of_shares - inside[None, :])
-            result = tl.dot(of_scores.to(q.dtype), q, result, input_precision="ieee")
-    _put(of_key, result * (scale * 0.6931471805599453), at, heads // group, shared, end, width, wide)
-    _put(of_value, result_value, at, heads // group, shared, end, width, wide)
+            visible = _visible(row[None, :], at[:, None], window)
+            probs = tl.where(visible, tl.exp2(scores - row_logsumexp[None, :]), 0.0)
+            result_value = tl.dot(probs.to(grads.dtype), grads, result_value, input_precision="ieee")
+            grad_probs = tl.dot(v, tl.trans(grads), input_precision="ieee")
+            grad_scores = probs * (grad_probs - row_delta[None, :])
+            result = tl.dot(grad_scores.to(q.dtype), q, result, input_precision="ieee")
+    _store(grad_key, result * (scale * 0.6931471805599453), at, heads // group, key_head, end, width, padded)
+    _store(grad_value, result_value, at, heads // group, key_head, end, width, padded)
 
 
-def tile_rows(width: int) -> int:
-    """Return how many rows a tile has, of heads this wide."""
-    return 64 if width <= 128 else 32
+def tile_rows(head_dim: int) -> int:
+    """Return the rows of a tile."""
+    return 64 if head_dim <= 128 else 32
 
 
-def _fixed(query: Tensor, key: Tensor) -> dict[str, object]:
-    width = query.shape[-1]
+def _constants(query: Tensor, key: Tensor) -> dict[str, object]:
+    head_dim = query.shape[-1]
     return {
         "group": query.shape[1] // key.shape[1],
-        "width": width,
-        "wide": max(16, triton.next_power_of_2(width)),
-        "many": tile_rows(width),
+        "width": head_dim,
+        "padded": max(16, triton.next_power_of_2(head_dim)),
+        "tile": tile_rows(head_dim),
         "num_warps": 4,
         "num_stages": 2,
     }
@@ -141,39 +142,43 @@ def _fixed(query: Tensor, key: Tensor) -> dict[str, object]:
 def attend(
     query: Tensor, key: Tensor, value: Tensor, tiles: Tensor, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the output [length, heads, width] and the logarithm of each row's sum.
+    """Attend causally inside each example of a packed row.
 
     Args:
-        query: [length, heads, width].
-        key: [length, key_heads, width].
-        value: Likewise.
-        tiles: int32 [tiles, 3]: where its example begins, its first row, where its example ends.
-        scale: Of the scores.
-        window: How many positions, its own included, a position sees; None for all.
+        query: [length, heads, head_dim].
+        key: [length, key_heads, head_dim].
+        value: [length, key_heads, head_dim].
+        tiles: int32 [tiles, 3]: the example's first row, the tile's first row, the example's end.
+        scale: Factor of the scores.
+        window: How many positions a position sees, itself included; None for all.
+
+    Returns:
+        The output [length, heads, head_dim] and the base-2 logarithm of each row's softmax sum [heads, length] in fp32.
     """
     length, heads, _ = query.shape
-    output, sums = torch.empty_like(query), query.new_empty(heads, length, dtype=torch.float32)
-    rest = (tiles, scale * LOG_2, window or 0, length, heads)
-    _forward[len(tiles), heads](query, key, value, output, sums, *rest, **_fixed(query, key))
-    return output, sums
+    output, logsumexp = torch.empty_like(query), query.new_empty(heads, length, dtype=torch.float32)
+    rest = (tiles, scale * LOG2_E, window or 0, length, heads)
+    _forward[len(tiles), heads](query, key, value, output, logsumexp, *rest, **_constants(query, key))
+    return output, logsumexp
 
 
-def attend_back(
-    gradient: Tensor,
+def attend_backward(
+    grad_output: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     output: Tensor,
-    sums: Tensor,
+    logsumexp: Tensor,
     tiles: Tensor,
     scale: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of queries, keys and values."""
+    """Return the gradients of query, key and value."""
     length, heads, _ = query.shape
-    of_query, of_key, of_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    along, rest, fixed = torch.empty_like(sums), (tiles, scale * LOG_2, window or 0, length, heads), _fixed(query, key)
-    _of_queries[len(tiles), heads](gradient, query, key, value, output, sums, of_query, along, *rest, **fixed)
-    shared = (len(tiles), key.shape[1])
-    _of_keys[shared](gradient, query, key, value, sums, along, of_key, of_value, *rest, **fixed)
-    return of_query, of_key, of_value
+    grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    delta, rest = torch.empty_like(logsumexp), (tiles, scale * LOG2_E, window or 0, length, heads)
+    constants, saved = _constants(query, key), (query, key, value, output, logsumexp)
+    _grad_queries[len(tiles), heads](grad_output, *saved, grad_query, delta, *rest, **constants)
+    inputs = (grad_output, query, key, value, logsumexp, delta)
+    _grad_keys[len(tiles), key.shape[1]](*inputs, grad_key, grad_value, *rest, **constants)
+    return grad_query, grad_key, grad_value

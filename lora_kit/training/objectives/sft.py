@@ -8,11 +8,12 @@ from torch import nn
 
 from lora_kit.data.packing import IGNORE, MicroBatch, pack
 from lora_kit.data.tokens import Tokens
-from lora_kit.kernels.attention import SEGMENT, attention_of, inner_of, moved
+from lora_kit.kernels.attention import SEGMENT, attention_of, inner_of
 from lora_kit.kernels.fusing import head_of, last_mlp_of
 from lora_kit.kernels.limits import ROW_MULTIPLE
 from lora_kit.kernels.loss import summed_cross_entropy
 from lora_kit.kernels.mlp import at_rows
+from lora_kit.kernels.segments import moved
 from lora_kit.model.forward import model_inputs
 from lora_kit.training.objectives.objective import LossSum
 

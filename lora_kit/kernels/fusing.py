@@ -37,7 +37,7 @@ def use_kernels(model: nn.Module, wanted: Sequence[str] | None, inputs: Mapping[
     Returns:
         The parts in use, of `lora`, `mlp`, `norm`, `rotary`, `loss` and `last mlp`.
     """
-    test_inputs = None if wanted else inputs
+    test_inputs = inputs if wanted is None else None
     parts: dict[str, Callable[[], bool]] = {
         "lora": lambda: _fuse_adapters(model),
         "mlp": lambda: _fuse_mlps(model),

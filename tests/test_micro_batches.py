@@ -261,7 +261,9 @@ def test_a_run_keeps_its_choice_when_memory_is_another(open_recipe, tmp_path, mo
     (out / "result.json").unlink()
     loop.train(load_recipe(open_recipe), out)
     printed = capsys.readouterr().out
-    assert "same recipe, base, data, versions and machine" in printed and "activations recomputed in backward" in printed
+    assert (
+        "same recipe, base, data, versions and machine" in printed and "activations recomputed in backward" in printed
+    )
     assert inner_of(jobs[-1].model).is_gradient_checkpointing and jobs[-1].plan.micro_batch_tokens == 2048
     assert state_hash(out, 6) == expected
     assert manifest_of(out)["resolved"]["micro_batch_tokens"] == 2048

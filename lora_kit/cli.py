@@ -1,7 +1,7 @@
-"""The command line: verbs are the functions of the package, with the same names and arguments.
+"""The command line. Each command calls the function of the package that has its name.
 
-Importing this module imports nothing heavy, so `--help` answers at once. Exit codes: 0 done, 1 failed, 2 the input is
-wrong or refused, 75 stopped by a signal and resumable.
+Importing this module imports nothing heavy, so `--help` answers at once. Exit codes: 0 done, 1 failed, 2 wrong or
+refused input, 75 stopped by a signal and resumable.
 """
 
 import json
@@ -29,16 +29,16 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/quickstart.yaml.")]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, e.g. recipes/quickstart.yaml.")]
 Overrides = Annotated[
     list[str],
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a field, e.g. optim.learning_rate=1e-4."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe field, e.g. optim.learning_rate=1e-4."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
 class Precision(StrEnum):
-    """Of a merged model's weights."""
+    """The precision of a merged model's weights."""
 
     bfloat16 = "bfloat16"
     float32 = "float32"
@@ -157,14 +157,14 @@ def _gpus() -> int:
 def check(
     recipe: RecipeFile,
     set_: Overrides = [],  # noqa: B006
-    offline: Annotated[bool, typer.Option(help="Use nothing from the network; say what could not be checked.")] = False,
+    offline: Annotated[bool, typer.Option(help="Do not use the network; list what could not be checked.")] = False,
     shapes: Annotated[
-        Path | None, typer.Option(help="A folder of `<owner>--<name>.json` model configs, for --offline.")
+        Path | None, typer.Option(help="With --offline: a folder of model configs named `<owner>--<name>.json`.")
     ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="For how many processes to estimate.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="The number of training processes to estimate for.")] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Validate a recipe, look at its data with trained tokens marked, and estimate memory and size."""
+    """Validate a recipe, show examples with the trained tokens marked, and estimate memory and checkpoint size."""
     with error_messages():
         from lora_kit import check as checking
         from lora_kit.recipe.load import load_recipe
@@ -183,37 +183,37 @@ def status(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
     as_json: AsJson = False,
 ) -> None:
-    """Say how far a run is, what is safe, and what interrupted it at which cost. Live and afterwards; moves nothing."""
+    """Show a run's progress, its newest safe step, and every interruption with its cost. Changes nothing."""
     with error_messages():
-        from lora_kit.runs import status as reading
+        from lora_kit.runs import status as run_status
 
-        state, found = reading.status(run), reading.checkpoints(run)
+        state, checkpoints = run_status.status(run), run_status.checkpoints(run)
         if as_json:
-            _print_json(state.to_dict() | {"checkpoints": found})
+            _print_json(state.to_dict() | {"checkpoints": checkpoints})
             return
         table = Table(title=str(run), show_header=False, title_justify="left")
         for name, value in state.rows():
             table.add_row(name, value)
-        for entry in found:
+        for entry in checkpoints:
             table.add_row(entry["path"], "valid" if entry["valid"] else entry["problem"])
         RichConsole(highlight=False).print(table)
 
 
 @app.command()
 def verify(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, or a run with all of its checkpoints.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, or a run: all its checkpoints.")],
     as_json: AsJson = False,
 ) -> None:
-    """Read every byte of a checkpoint, or of all in a run, and compare it with the manifest. Moves nothing."""
+    """Compare every byte of a checkpoint, or of all checkpoints of a run, with its manifest. Changes nothing."""
     with error_messages():
-        from lora_kit.runs import status as reading
+        from lora_kit.runs import status as run_status
         from lora_kit.runs import store
         from lora_kit.runs.manifest import MANIFEST
 
-        found = [path] if (path / MANIFEST).exists() else store.folders(path)
-        if not found:
+        folders = [path] if (path / MANIFEST).exists() else store.folders(path)
+        if not folders:
             raise CheckpointError(f"{path}: no checkpoint here; give a run's folder or one of its checkpoints")
-        results = [reading.validity(one) for one in found]
+        results = [run_status.validity(folder) for folder in folders]
         if as_json:
             _print_json(results)
         else:
@@ -224,17 +224,18 @@ def verify(
 
 
 Weights = Annotated[
-    Path, typer.Argument(metavar="PATH", help="A checkpoint, a run for its newest valid one, or a Hub name.")
+    Path,
+    typer.Argument(metavar="PATH", help="A checkpoint, a run (its newest valid checkpoint), or a Hub name."),
 ]
 
 
 @app.command()
 def generate(
     path: Weights,
-    prompts: Annotated[list[str], typer.Argument(help="What to answer; each is one user message.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-    base: Annotated[bool, typer.Option("--base", help="Switch the adapter off.")] = False,
+    prompts: Annotated[list[str], typer.Argument(help="Prompts; each is answered as one user message.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy decoding.")] = 0.0,
+    base: Annotated[bool, typer.Option("--base", help="Answer with the base model, without the adapter.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer prompts with a trained adapter."""
@@ -254,7 +255,7 @@ def generate(
 
 
 def newest(path: str | Path) -> Path:
-    """Return a checkpoint as it is, of a run its newest that verifies, of a Hub name its download."""
+    """Return the folder of a checkpoint, of a run's newest valid checkpoint, or of a download from the Hub."""
     from lora_kit.artifacts.locate import checkpoint_at
 
     return checkpoint_at(path)
@@ -263,11 +264,11 @@ def newest(path: str | Path) -> Path:
 @app.command()
 def chat(
     path: Weights,
-    system: Annotated[str | None, typer.Option(help="What the conversation begins with.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy decoding.")] = 0.0,
 ) -> None:
-    """Talk to a trained adapter; `/adapter off` compares with the base, `/help` says what else there is."""
+    """Chat with a trained adapter. `/adapter off` switches to the base model, `/help` lists the commands."""
     with error_messages():
         from lora_kit.artifacts import chat as chatting
         from lora_kit.artifacts.load import load
@@ -286,12 +287,12 @@ def chat(
 
 
 def _typed() -> Iterator[str]:
-    """Yield lines until Ctrl-D or Ctrl-C; a terminal gets a prompt and a history."""
+    """Yield the lines of stdin until Ctrl-D or Ctrl-C; in a terminal with a prompt and a history."""
     if not sys.stdin.isatty():
         yield from sys.stdin
         return
     with suppress(ImportError):
-        import readline  # noqa: F401  (input() uses it once it is there)
+        import readline  # noqa: F401  (once imported, input() uses it)
     with suppress(EOFError, KeyboardInterrupt):
         while True:
             yield input("> ")
@@ -300,11 +301,11 @@ def _typed() -> Iterator[str]:
 @app.command()
 def merge(
     path: Weights,
-    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="A new folder for the merged model.")],
-    dtype: Annotated[Precision | None, typer.Option(help="Of the weights (default: as in training).")] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="A new folder, for the merged model.")],
+    dtype: Annotated[Precision | None, typer.Option(help="Precision of the weights. [default: as in training]")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fold an adapter into its base and say how far the merged model is from the two apart."""
+    """Merge an adapter into its base model and report how much the merged model's logits differ."""
     with error_messages():
         from lora_kit.artifacts import merging
 
@@ -313,9 +314,9 @@ def merge(
             _print_json(merged.to_dict())
             return
         print(
-            f"{merged.folder}: merged in {merged.dtype}; over {merged.positions} positions the largest difference of a "
-            f"logit is {merged.largest_difference:.3g} (of at most {merged.largest_logit:.3g}), and "
-            f"{merged.top1_agreement:.2%} have the same likeliest token"
+            f"{merged.folder}: merged in {merged.dtype}; compared with base and adapter at {merged.positions} "
+            f"positions: logits differ by at most {merged.largest_difference:.3g} (the largest logit is "
+            f"{merged.largest_logit:.3g}), the most likely token is the same at {merged.top1_agreement:.2%}"
         )
 
 
@@ -326,7 +327,7 @@ def evaluate(
     set_: Overrides = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Measure base and adapter on the recipe's validation data: loss, perplexity, exact match."""
+    """Evaluate the base and the adapter on the recipe's validation data: loss, perplexity, exact match."""
     with error_messages():
         from lora_kit.recipe.load import load_recipe
         from lora_kit.training import evaluation
@@ -336,21 +337,27 @@ def evaluate(
             _print_json(evaluation.plain(scores))
             return
         table = Table("", "loss", "perplexity", "exact match", "examples")
-        for name, one in scores.items():
-            match = "-" if one.exact_match is None else f"{one.exact_match:.1%}"
-            table.add_row(name, f"{one.loss:.4f}", f"{one.perplexity:.2f}", match, str(one.examples))
+        for name, score in scores.items():
+            match = "-" if score.exact_match is None else f"{score.exact_match:.1%}"
+            table.add_row(name, f"{score.loss:.4f}", f"{score.perplexity:.2f}", match, str(score.examples))
         RichConsole(highlight=False).print(table)
 
 
 @app.command()
 def push(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, or a run for its newest valid one.")],
-    to: Annotated[str, typer.Option("--to", metavar="USER/NAME", help="The repository; made if there is none.")],
-    private: Annotated[bool, typer.Option("--private", help="Make it private; refused if it is public.")] = False,
-    revision: Annotated[str | None, typer.Option(help="A branch; made if there is none.")] = None,
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, or a run (its newest valid checkpoint).")],
+    to: Annotated[
+        str, typer.Option("--to", metavar="USER/NAME", help="The Hub repository; created if it does not exist.")
+    ],
+    private: Annotated[
+        bool, typer.Option("--private", help="Create a private repository; refused if it exists and is public.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="The branch; created if it does not exist. [default: main]")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Publish an adapter on the Hub in one commit: weights, tokenizer, template, recipe and a model card."""
+    """Publish an adapter on the Hub in one commit: weights, tokenizer, chat template, recipe and model card."""
     with error_messages():
         from lora_kit.artifacts import hub
 
@@ -358,7 +365,7 @@ def push(
         if as_json:
             _print_json(pushed.to_dict())
         else:
-            print(f"{'pushed to' if pushed.made else 'is there already:'} {pushed.url} (commit {pushed.commit})")
+            print(f"{'pushed to' if pushed.made else 'already at'} {pushed.url} (commit {pushed.commit})")
 
 
 def _print_json(value: Any) -> None:

@@ -1,21 +1,21 @@
-"""What can go wrong, as one small tree, so that a caller can catch exactly what it can mend.
+"""The exceptions that lora_kit raises on purpose, as one small tree: a caller catches the ones it can handle.
 
     LoraKitError
-    ├── InputError           the user gave something that cannot work        (exit code 2)
-    │   ├── RecipeError      the recipe file, an override, or two that contradict
-    │   ├── DataError        a record, a template, a dataset
-    │   ├── BaseError        the base or its tokenizer does not fit
-    │   ├── LaunchError      the launcher's settings contradict the recipe
-    │   ├── ContractError    a resume would change what the run is
-    │   └── LeaseError       another job writes to this run
-    ├── CheckpointError      a checkpoint does not verify, or cannot be written (exit code 1)
-    ├── PoisonError          step after step cannot be taken                   (exit code 1)
-    ├── DivergenceError      the processes' states are not the same any more   (exit code 1)
-    ├── HubError             the Hub refused, or could not be reached          (exit code 1)
-    └── Stopped              a signal ended the run; the same command goes on  (exit code 75)
+    ├── InputError           the user's input is wrong; nothing was changed      (exit code 2)
+    │   ├── RecipeError      the recipe file or an override, or two fields that contradict each other
+    │   ├── DataError        a record, a chat template, a dataset
+    │   ├── BaseError        the base model or its tokenizer
+    │   ├── LaunchError      the launcher's settings, or processes that compute differently
+    │   ├── ContractError    resuming would change the recipe, the base or the data of the run
+    │   └── LeaseError       another process is training in this run's folder
+    ├── CheckpointError      a checkpoint is damaged, or cannot be written       (exit code 1)
+    ├── PoisonError          several steps in a row had to be skipped            (exit code 1)
+    ├── DivergenceError      the processes no longer hold the same adapter       (exit code 1)
+    ├── HubError             the Hub refused, or cannot be reached               (exit code 1)
+    └── Stopped              a signal ended the run; the same command resumes it (exit code 75)
 
-A message reads `where: what is wrong, what was found; what to do`. One that reports several problems puts each on a
-line of its own.
+A message reads `where: what is wrong, what was found; what to do`. A message about several problems has a line for
+each.
 """
 
 
@@ -25,19 +25,19 @@ class LoraKitError(Exception):
     exit_code = 1
 
     def _render_traceback_(self) -> list[str]:
-        """Return the lines that a notebook shows: the message alone, as on the command line. IPython asks for them."""
+        """Return the lines that IPython shows in a notebook: the message without a traceback."""
         mark = "stopped" if self.exit_code == 75 else "error"
         return f"{mark}: {self}".splitlines()
 
 
 class InputError(LoraKitError):
-    """What the user gave cannot work; nothing was lost."""
+    """The user's input is wrong. Nothing was changed."""
 
     exit_code = 2
 
 
 class RecipeError(InputError):
-    """A recipe, or an override of it, is wrong."""
+    """A recipe or an override is wrong."""
 
 
 class DataError(InputError):
@@ -45,38 +45,38 @@ class DataError(InputError):
 
 
 class BaseError(InputError):
-    """The base model or its tokenizer cannot be used as asked."""
+    """The base model or its tokenizer cannot be used with this recipe."""
 
 
 class LaunchError(InputError):
-    """The launcher's settings contradict the recipe."""
+    """The launcher's settings contradict the recipe, or its processes would compute different bits."""
 
 
 class ContractError(InputError):
-    """Resuming as asked would change what the run is."""
+    """Resuming would change the recipe, the base or the data of the run."""
 
 
 class LeaseError(InputError):
-    """Another job is writing to this run's folder."""
+    """Another process is training in this run's folder."""
 
 
 class CheckpointError(LoraKitError):
-    """A checkpoint does not verify, or could not be committed."""
+    """A checkpoint is damaged, or could not be written."""
 
 
 class PoisonError(LoraKitError):
-    """Step after step had a loss or a gradient that is no number; the adapter is as it was before them."""
+    """Several steps in a row had a loss or a gradient that is not finite or too large, and were skipped."""
 
 
 class DivergenceError(LoraKitError):
-    """The processes, which compute the same, do not have the same state any more."""
+    """The processes no longer hold the same adapter and optimizer state, although all compute the same update."""
 
 
 class HubError(LoraKitError):
-    """The Hub refused, or could not be reached; the same call can be made again."""
+    """The Hub refused, or cannot be reached. The same call can be repeated."""
 
 
 class Stopped(LoraKitError):
-    """A signal ended the run after a durable checkpoint; the same command goes on."""
+    """A signal ended the run after its last step became a checkpoint. The same command resumes it."""
 
     exit_code = 75

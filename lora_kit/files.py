@@ -1,4 +1,4 @@
-"""Files: the folder of what is kept between runs, the hash of a file, and writing one whole or not at all."""
+"""The cache folder, the SHA-256 of a file, and writing a file atomically."""
 
 import hashlib
 import os
@@ -7,25 +7,25 @@ from pathlib import Path
 
 import platformdirs
 
-CACHE = "LORA_KIT_CACHE"  # the environment variable that names another cache folder
+CACHE = "LORA_KIT_CACHE"  # the environment variable that sets another cache folder
 
 
 def cache_folder(name: str) -> Path:
-    """Return this user's folder for one kind of thing that is kept between runs; it may not exist yet."""
+    """Return the user's cache folder of this name; it may not exist yet."""
     return Path(os.environ.get(CACHE) or platformdirs.user_cache_dir("lora_kit")) / name
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, as hexadecimal digits."""
+    """Return the SHA-256 of a file's content as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Replace a file's content in one rename, so that a reader sees the old content or the new, never a part.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file atomically: a reader sees the old content or the new content, never a part of it.
 
     Raises:
-        OSError: The content could not be written; the old file is still there.
+        OSError: The content could not be written; the old file is unchanged.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

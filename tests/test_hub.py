@@ -272,7 +272,7 @@ def test_the_verb_prints_where_it_is(hub, trained, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", wrong := "hf_" + "wrong" * 6)
     refused = CliRunner().invoke(app, ["push", str(trained.folder), "--to", "me/first"])
     assert json.loads(first.stdout)["made"] is True
-    assert again.stdout.startswith(f"is there already: {hub.url}/me/first")
+    assert again.stdout.startswith(f"already at {hub.url}/me/first")
     assert refused.exit_code == 1 and "hf auth login" in refused.stderr and wrong not in refused.output
 
 
@@ -343,7 +343,7 @@ def test_a_base_from_the_hub_is_pinned_and_found_again(hub, recipe_file, tmp_pat
     files = hub.files("me/run")
     assert json.loads(files["adapter_config.json"])["revision"] == commit.id
     assert "base_model: them/base\n" in files["README.md"].decode() and commit.id in files["README.md"].decode()
-    assert "is there already" in run("push", tmp_path / "run", "--to", "me/run")
+    assert "already at" in run("push", tmp_path / "run", "--to", "me/run")
     hub.repos["them/base"].commit("main", {"config.json": b"{}"}, "the base moves on")
     answers = [run("generate", path, "hello", "--max-new-tokens", 8, cache=path) for path in ("me/run",)]
     assert answers == [run("generate", tmp_path / "run", "hello", "--max-new-tokens", 8)]

@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from lora_kit.errors import BaseError
-from lora_kit.files import cache_folder, sha256_of, write_whole
+from lora_kit.files import cache_folder, sha256_of, write_atomically
 from lora_kit.recipe.load import BUILTIN, resolve_path
 from lora_kit.recipe.schema import Base, Recipe
 from lora_kit.runs.manifest import BaseFingerprint
@@ -141,5 +141,5 @@ def file_hash(path: Path) -> str:
         return digest
     digest = sha256_of(real)
     cached.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(cached, digest)
+    write_atomically(cached, digest)
     return digest

@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from lora_kit.files import write_whole
+from lora_kit.files import write_atomically
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 
@@ -100,7 +100,7 @@ def _rewrite(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     text = "".join(_text(record) for record in records)
     if path.is_file() and path.read_text(errors="replace") == text:
         return  # as nearly always; and a full disk would not take it
-    write_whole(path, text)
+    write_atomically(path, text)
 
 
 def _append(path: Path, line: bytes) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from lora_kit.errors import LeaseError
-from lora_kit.files import write_whole
+from lora_kit.files import write_atomically
 
 FILE = "lease.json"
 KEEPER = "LORA_KIT_KEEPER"  # set for processes whose keeper holds the lease: its process id
@@ -185,4 +185,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    write_whole(path, json.dumps(content) + "\n")
+    write_atomically(path, json.dumps(content) + "\n")

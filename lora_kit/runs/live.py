@@ -23,7 +23,7 @@ import xxhash
 from pydantic import TypeAdapter
 
 from lora_kit.errors import CheckpointError, LeaseError
-from lora_kit.files import write_whole
+from lora_kit.files import write_atomically
 from lora_kit.runs.manifest import Manifest, RunFacts, StepFacts
 from lora_kit.runs.store import ADAPTER, ADAPTER_CONFIG, OPTIMIZER, Tensors, headers_of, split
 
@@ -334,7 +334,7 @@ _JOB = TypeAdapter(JobFile)
 
 def write_job(region: Region, job: JobFile) -> None:
     """Write job.json beside a region, in one rename."""
-    write_whole(region.path.with_name(JOB), json.dumps(asdict(job)))
+    write_atomically(region.path.with_name(JOB), json.dumps(asdict(job)))
 
 
 def read_job(folder: Path) -> JobFile | None:

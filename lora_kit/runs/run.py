@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_kit.errors import CheckpointError
-from lora_kit.files import write_whole
+from lora_kit.files import write_atomically
 from lora_kit.recipe.load import BUILTIN
 from lora_kit.recipe.schema import Recipe
 from lora_kit.runs import store
@@ -104,7 +104,7 @@ def write_result(run: Run, step: int, metrics: dict[str, Any], *, base_bytes: in
         "best": str(run.best.relative_to(run.folder)) if run.best else None,
     }
     try:
-        write_whole(run.folder / RESULT, json.dumps(result, indent=2) + "\n")
+        write_atomically(run.folder / RESULT, json.dumps(result, indent=2) + "\n")
     except OSError as error:
         raise CheckpointError(
             f"{run.folder / RESULT}: not written: {error.strerror}; the last checkpoint is durable, and "

@@ -26,7 +26,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from lora_kit.errors import LaunchError
-from lora_kit.files import write_whole
+from lora_kit.files import write_atomically
 from lora_kit.recipe.schema import Recipe
 from lora_kit.runs.journal import Journal
 from lora_kit.views.console import Console
@@ -87,7 +87,7 @@ def claim_id(run: Path, run_id: str, *, start: int, reached: int, recipe: Recipe
     now = then | {"values": values, "sent": max(then["sent"], reached)}
     if now["sent"] > start and then["values"] != values:
         now |= {"id": secrets.token_hex(8), "sent": start}
-    write_whole(path, json.dumps(now) + "\n")
+    write_atomically(path, json.dumps(now) + "\n")
     return str(now["id"])
 
 

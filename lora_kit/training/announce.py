@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lora_kit.artifacts.hub import unready
-from lora_kit.files import write_whole
+from lora_kit.files import write_atomically
 from lora_kit.kernels import fusing
 from lora_kit.recipe.load import dump
 from lora_kit.runs.lease import ORDERED
@@ -52,7 +52,7 @@ def keep_recipe(job: Job) -> None:
     """Write recipe.yaml, unless it is there with the same content: a full disk would not take it."""
     path, text = job.run.folder / "recipe.yaml", dump(job.recipe)
     if not (path.is_file() and path.read_text() == text):
-        write_whole(path, text)
+        write_atomically(path, text)
 
 
 def log_start(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Console) -> None:

@@ -61,7 +61,7 @@ def test_a_changed_row_of_data_is_refused_and_the_same_data_elsewhere_is_not(rec
 
 
 def test_more_steps_need_an_accept_and_then_leave_a_trace(recipe_file, finished):
-    with pytest.raises(ContractError, match=r"to go on with the change: --accept train\.steps"):
+    with pytest.raises(ContractError, match=r"to resume with the change: --accept train\.steps"):
         resume(recipe_file, finished, "train.steps=6")
     run = resume(recipe_file, finished, "train.steps=6", accept=["train.steps"])
     manifest = json.loads((run.latest / "manifest.json").read_text())

@@ -30,14 +30,14 @@ class Trainer:
         run.mkdir()
         self.run, self.lease = run, take(run)
         Journal(run).event("started", step=0, run_id="r")
-        self.region = live.make_region(run, 12 * SIZE)
+        self.region = live.create_region(run, 12 * SIZE)
         self.region.words[Word.TOKEN] = self.lease.token
         facts = run_facts(fencing_token=self.lease.token)
         live.write_job(self.region, JobFile(str(run), SHAPES, "{}\n", facts, every_seconds, keep, None, best=False))
         self.keeper = Keeper(run, self.lease)
 
     def publish(self, step, *, due=False):
-        slot = self.region.claim(lambda: self.keeper.turn())
+        slot = self.region.acquire(lambda: self.keeper.turn())
         values = np.full(3 * SIZE, step, np.float32)
         seal = live.copy_hashed(self.region.payload(slot), [values.view(np.uint8).data])
         self.region.publish(slot, Header(self.lease.token, step, seal, due, step_facts(step)))
@@ -113,7 +113,7 @@ def test_a_failed_write_is_told_again_and_again_and_made_good(trainer, monkeypat
         assert trainer.region.words[Word.FAULTS] == number - 1 and trainer.steps() == [1]
     assert (
         "No space left on device" in trainer.region.fault
-        and "earlier checkpoints are untouched" in trainer.region.fault
+        and "earlier checkpoints are unchanged" in trainer.region.fault
     )
     monkeypatch.undo()
     monkeypatch.setattr(keeping, "RETRY_SECONDS", 0.0)
@@ -128,7 +128,7 @@ def test_a_zombies_commit_is_refused(trainer, tmp_path):
     (trainer.run / "lease.json").write_text(json.dumps(lease | {"token": 9}))  # another has taken the run over
     trainer.publish(2, due=True)
     settle(trainer.keeper)
-    assert trainer.steps() == [1] and "another job has taken this run over" in trainer.region.fault
+    assert trainer.steps() == [1] and "another process has taken over this run" in trainer.region.fault
     assert trainer.keeper.end() == 1 and trainer.region.path.exists(), "what is live may be the other's by now"
     assert not list((trainer.run / "checkpoints").glob(".tmp-*"))
 

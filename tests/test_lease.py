@@ -127,5 +127,5 @@ def test_a_folder_that_cannot_be_written_is_refused_with_the_reason(tmp_path, mo
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(lease, "_write", full)
-    with pytest.raises(InputError, match=r"run: cannot be written: No space left on device; mend that or choose"):
+    with pytest.raises(InputError, match=r"run: cannot be written: No space left on device; fix that or choose"):
         take_over(tmp_path / "run")

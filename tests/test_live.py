@@ -19,7 +19,7 @@ FLOATS = 300  # weights and two moments
 
 @pytest.fixture
 def region(tmp_path):
-    yield live.make_region(tmp_path, 4 * FLOATS)
+    yield live.create_region(tmp_path, 4 * FLOATS)
     live.discard(tmp_path)
 
 
@@ -29,7 +29,7 @@ def never():
 
 def publish(region, step, *, due=False, value=None, waiting=never):
     """Publish a step whose every number says which it is; return the slot."""
-    slot = region.claim(waiting)
+    slot = region.acquire(waiting)
     source = np.full(FLOATS, step if value is None else value, np.float32)
     seal = live.copy_hashed(region.payload(slot), [source.view(np.uint8).data])
     region.publish(slot, Header(0, step, seal, due, step_facts(step)))
@@ -52,7 +52,7 @@ def test_what_was_published_last_is_the_newest_and_verifies(region):
 
 def test_the_slot_that_is_being_filled_is_no_snapshot_and_the_newest_stays(region):
     publish(region, 1)
-    slot = region.claim(never)
+    slot = region.acquire(never)
     region.payload(slot)[:4] = b"torn"
     assert [one.step for one in region.snapshots()] == [1]
 
@@ -92,14 +92,14 @@ def test_a_due_step_is_never_overwritten_before_it_is_handled(region):
 
 def test_another_jobs_token_ends_the_publishing(region):
     region.words[Word.TOKEN] = 7
-    with pytest.raises(LeaseError, match="another job has taken this run over"):
+    with pytest.raises(LeaseError, match="another process has taken over this run"):
         publish(region, 1)
     assert not region.snapshots()
 
 
 def test_a_header_without_room_is_refused(region):
-    slot = region.claim(never)
-    with pytest.raises(CheckpointError, match="bytes of header, there is room for"):
+    slot = region.acquire(never)
+    with pytest.raises(CheckpointError, match="bytes of header, more than the"):
         region.publish(slot, Header(0, 1, 0, False, step_facts(1, skipped_steps=tuple(range(20_000)))))
 
 
@@ -114,36 +114,38 @@ def test_a_region_is_reserved_whole_and_does_not_grow(region):
 
 def test_a_region_of_the_right_size_is_used_again_and_another_is_made_anew(tmp_path, region):
     publish(region, 3)
-    assert live.make_region(tmp_path, 4 * FLOATS).snapshots()[0].step == 3
-    assert not live.make_region(tmp_path, 8 * FLOATS).snapshots()
+    assert live.create_region(tmp_path, 4 * FLOATS).snapshots()[0].step == 3
+    assert not live.create_region(tmp_path, 8 * FLOATS).snapshots()
 
 
 def test_where_memory_has_no_room_local_disk_takes_the_region(tmp_path, monkeypatch):
     full = Path("/proc")  # where nobody can make a folder
-    monkeypatch.setattr(live, "_places", lambda: [full, tmp_path / "disk"])
+    monkeypatch.setattr(live, "_parent_folders", lambda: [full, tmp_path / "disk"])
     (tmp_path / "disk").mkdir()
-    assert live.make_region(tmp_path, 400).path.is_relative_to(tmp_path / "disk")
-    monkeypatch.setattr(live, "_places", lambda: [full])
-    with pytest.raises(CheckpointError, match=r"0\.00 GB of room needed, found in none of: /proc: "):
-        live.make_region(tmp_path / "other", 400)
+    assert live.create_region(tmp_path, 400).path.is_relative_to(tmp_path / "disk")
+    monkeypatch.setattr(live, "_parent_folders", lambda: [full])
+    with pytest.raises(
+        CheckpointError, match=r"0\.00 GB of shared memory or temporary disk needed, not available in /proc: "
+    ):
+        live.create_region(tmp_path / "other", 400)
 
 
 def test_a_kill_while_the_region_is_reserved_leaves_nothing_that_is_in_the_way(tmp_path, region):
     live.discard(tmp_path)
     region.path.parent.mkdir()
     region.path.with_suffix(".partial").write_bytes(b"half")
-    again = live.make_region(tmp_path, 4 * FLOATS)
+    again = live.create_region(tmp_path, 4 * FLOATS)
     assert again.path == region.path and [path.name for path in again.path.parent.iterdir()] == ["region"]
 
 
 def test_regions_of_runs_that_are_gone_are_reaped_and_others_are_kept(tmp_path, region):
     gone = tmp_path / "gone"
     gone.mkdir()
-    orphan = live.make_region(gone, 400)
+    orphan = live.create_region(gone, 400)
     for one, run in ((orphan, gone), (region, tmp_path)):
         write_job(one, run)
     gone.rmdir()
-    live.reap_orphans()
+    live.delete_orphans()
     assert not orphan.path.exists() and region.path.exists()
 
 

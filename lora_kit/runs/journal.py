@@ -1,8 +1,8 @@
-"""A run's two logs, and what they say: metrics.jsonl has a line a step, events.jsonl what happened and when.
+"""A run's two logs: metrics.jsonl has a line per step, events.jsonl a line per event.
 
-A line is written in one call, so it is there whole or not at all; a torn last line, left by a machine that died, is
-skipped. What a full disk does not take waits for the next line: no log ever ends a run. A resume cuts the metrics back
-to its checkpoint, so that no step stands there twice.
+A line is appended in one write. An incomplete last line, as a machine that crashed may leave, is skipped when reading.
+A line that a full disk does not take is kept in memory and written before the next line: a log never ends a run. A
+resume cuts the metrics back to its checkpoint, so that no step appears twice.
 """
 
 import errno
@@ -26,26 +26,31 @@ class Journal:
 
     Attributes:
         run: The folder.
-        late: The lines that could not be written yet, each with its log's name.
-        trouble: Why; empty when all is well.
+        late: Lines that could not be written yet, each with the name of its log.
+        trouble: Why they could not be written; empty if there are none.
     """
 
     run: Path
     late: list[tuple[str, str]] = field(default_factory=list)
     trouble: str = ""
-    _turn: Lock = field(default_factory=Lock, repr=False)
+    _lock: Lock = field(default_factory=Lock, repr=False)
 
     def metrics(self, record: Mapping[str, Any]) -> None:
-        """Append a finished step's line."""
+        """Append the line of a finished step."""
         self._append(METRICS, record)
 
     def event(self, kind: str, **facts: Any) -> None:
-        """Append what happened: started, resumed, went back, checkpoint, sample, skipped, fault, restart,
-        failed, stopped, finished or pushed."""
+        """Append an event.
+
+        Args:
+            kind: started, resumed, went back, checkpoint, sample, skipped, fault, restart, failed, stopped, finished or
+                pushed.
+            facts: The event's other fields.
+        """
         self._append(EVENTS, {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "kind": kind, **facts})
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
-        with self._turn:
+        with self._lock:
             self.late.append((name, _text(record)))
             self.trouble = ""
             while self.late and not self.trouble:
@@ -57,23 +62,23 @@ class Journal:
                     self.trouble = f"{self.run / name}: {error.strerror}; {len(self.late)} line(s) wait in memory"
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return the finished steps' lines."""
+        """Return the records of finished steps, oldest first."""
         return list(_lines(self.run / METRICS))
 
     def read_events(self) -> list[dict[str, Any]]:
-        """Return what happened, oldest first."""
+        """Return the events, oldest first."""
         return list(_lines(self.run / EVENTS))
 
     def last_step(self) -> int:
-        """Return the newest step that the metrics show, 0 without any."""
+        """Return the newest step in the metrics; 0 if there is none."""
         return max((record["step"] for record in _lines(self.run / METRICS)), default=0)
 
     def run_id(self) -> str | None:
-        """Return what the run was named when it last began from nothing; None before that."""
+        """Return the run id of the last `started` event; None if there is none."""
         return next((one["run_id"] for one in reversed(self.read_events()) if one["kind"] == "started"), None)
 
     def skipped_after(self, step: int) -> frozenset[int]:
-        """Return the later steps that this run has skipped once, and so skips again, unless it went back since."""
+        """Return the steps after `step` that this run skipped, and so skips again, unless it went back since then."""
         skipped = set[int]()
         for event in self.read_events():
             if event["kind"] in ("started", "went back"):
@@ -83,13 +88,15 @@ class Journal:
         return frozenset(skipped)
 
     def cut(self, step: int, *, samples: int) -> None:
-        """Drop metrics after `step`, answers after `samples`, and torn lines of both logs; each log in one rename.
+        """Delete metrics after `step`, sampled answers after `samples`, and incomplete lines; each log in one rename.
 
-        A torn event must go too: the next one would be written onto its line and be lost with it.
+        An incomplete event must go too: the next event would be appended to its line and be lost with it.
         """
         _rewrite(self.run / METRICS, [record for record in _lines(self.run / METRICS) if record["step"] <= step])
-        kept = [one for one in _lines(self.run / EVENTS) if one["kind"] != "sample" or one["step"] <= samples]
-        _rewrite(self.run / EVENTS, kept)
+        events = _lines(self.run / EVENTS)
+        _rewrite(
+            self.run / EVENTS, [event for event in events if event["kind"] != "sample" or event["step"] <= samples]
+        )
 
 
 def _text(record: Mapping[str, Any]) -> str:
@@ -99,7 +106,7 @@ def _text(record: Mapping[str, Any]) -> str:
 def _rewrite(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     text = "".join(_text(record) for record in records)
     if path.is_file() and path.read_text(errors="replace") == text:
-        return  # as nearly always; and a full disk would not take it
+        return  # unchanged, as nearly always: a full disk would not take a copy
     write_atomically(path, text)
 
 
@@ -107,7 +114,7 @@ def _append(path: Path, line: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         written = os.write(descriptor, line)
-        if written < len(line):  # the disk had room for a part of it
+        if written < len(line):  # the disk is full: remove the part that it took
             os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
@@ -120,7 +127,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
     for line in path.read_text(errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:  # torn by a machine that died
+        except ValueError:  # incomplete: the machine crashed while it was written
             continue
         if isinstance(record, dict):
             yield record

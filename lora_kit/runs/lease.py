@@ -1,9 +1,9 @@
-"""One writer for a run's folder, proven by a lease with a fencing token.
+"""The lease: only one process at a time may write to a run's folder.
 
-The lease names its holder by process id, that process's start time and the machine's boot id, so a dead holder on the
-same machine is known to be dead at once, without clocks. One of another machine is dead when its heartbeat, a counter
-in a file of its own, has not moved for a minute by the reader's clock: no file times and no locks, which network file
-systems do not keep. Each new holder gets a higher token, and every manifest carries it.
+The lease names its holder by process id, start time and the machine's boot id, so on the same machine a dead holder is
+recognised at once. A holder on another machine counts as dead when its heartbeat, a counter in a file, has not changed
+for a minute by the reader's clock. File times and locks are not used, because network file systems do not keep them.
+Each new holder gets a higher fencing token, which every manifest records.
 """
 
 import json
@@ -21,15 +21,22 @@ from lora_kit.errors import LeaseError
 from lora_kit.files import write_atomically
 
 FILE = "lease.json"
-KEEPER = "LORA_KIT_KEEPER"  # set for processes whose keeper holds the lease: its process id
-ORDERED = "LORA_KIT_ORDERED"  # set for them, too: the Unix time at which the keeper asked for them
-PATIENCE_SECONDS = 0.25  # a killed holder takes a moment to be gone
-BEAT_SECONDS, DEAD_SECONDS = 10.0, 60.0  # how often the holder's heartbeat moves, and when another machine's is dead
+KEEPER = "LORA_KIT_KEEPER"  # environment variable of training processes: the id of the keeper that holds the lease
+ORDERED = "LORA_KIT_ORDERED"  # environment variable of training processes: the Unix time of the request to start them
+PATIENCE_SECONDS = 0.25  # a killed process takes a moment to disappear
+BEAT_SECONDS, DEAD_SECONDS = 10.0, 60.0  # between two heartbeats; without one until a remote holder counts as dead
 
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to write to a run's folder, `taken` at a Unix time; a borrowed one is its keeper's to release."""
+    """The right to write to a run's folder.
+
+    Attributes:
+        path: The lease file.
+        token: The fencing token.
+        borrowed: Whether the keeper of this process holds the lease and releases it.
+        taken: The Unix time at which it was acquired.
+    """
 
     path: Path
     token: int
@@ -37,15 +44,15 @@ class Lease:
     taken: float = 0.0
 
     def is_ours(self) -> bool:
-        """Return whether nobody has taken the run over."""
+        """Return whether no other process has taken over the run."""
         return bool(_read(self.path).get("token") == self.token)
 
     def beat(self, count: int) -> None:
-        """Show other machines that the holder lives."""
+        """Show other machines that the holder is alive."""
         _write(_beat_file(self.path, self.token), {"beat": count})
 
     def release(self) -> None:
-        """Leave the token behind, so that the next one is higher, but no holder."""
+        """Remove the holder from the lease file; the token stays, so that the next one is higher."""
         if self.borrowed:
             return
         if self.is_ours():
@@ -54,7 +61,7 @@ class Lease:
 
 
 def inherited(run: Path) -> Lease | None:
-    """Return the lease that this process's keeper holds for it; None without a keeper."""
+    """Return the lease that the keeper of this process holds; None if this process has no keeper."""
     keeper, current = os.environ.get(KEEPER), _read(run / FILE)
     if keeper and (current.get("holder") or {}).get("pid") == int(keeper):
         return Lease(run / FILE, current["token"], borrowed=True, taken=current["taken"])
@@ -62,14 +69,14 @@ def inherited(run: Path) -> Lease | None:
 
 
 def take(run: Path, *, above: int = 0) -> Lease:
-    """Take the lease of a run's folder for this process.
+    """Acquire the lease of a run's folder for this process.
 
     Args:
-        run: The folder.
-        above: The new token is higher than this and than every earlier one.
+        run: The run's folder.
+        above: The new token is higher than this and than every earlier token.
 
     Raises:
-        LeaseError: A living process holds it, here or on another machine.
+        LeaseError: A living process holds the lease, on this machine or on another one.
     """
     path = run / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,17 +95,18 @@ def take(run: Path, *, above: int = 0) -> Lease:
             raise LeaseError(f"{run}: another process has just begun to train here; wait for it, or use another --out")
         taken = round(time.time(), 3)
         _write(path, {"token": token, "taken": taken, "holder": _me()})
-        for left in run.glob(".lease-*"):  # by those who were killed
-            left.unlink(missing_ok=True)
+        for leftover in run.glob(".lease-*"):  # of processes that were killed
+            leftover.unlink(missing_ok=True)
     finally:
         claim.unlink(missing_ok=True)
     return Lease(path, token, taken=taken)
 
 
 def _claim(run: Path, token: int) -> tuple[int, Path]:
-    """Make the file that only one of several who see the same dead holder can make; return its token too.
+    """Create the claim file of the next free token; return the token and the file.
 
-    A process that was killed between making its claim and becoming the holder leaves it behind: its token is passed by.
+    Of several processes that see the same dead holder, only one can create the file. A process that is killed before it
+    becomes the holder leaves its file behind; its token is then skipped.
     """
     while True:
         claim = run / f".lease-{token}"
@@ -118,19 +126,19 @@ def _claim(run: Path, token: int) -> tuple[int, Path]:
 
 
 def _claimant_lives(claim: Path) -> bool:
-    """Return whether who made a claim still has it after a moment; one that does not even say its name has died."""
-    patience, maker = time.monotonic() + PATIENCE_SECONDS, dict[str, Any]()
+    """Return whether the process that created a claim file is alive; if the file stays empty, it is not."""
+    patience, claimant = time.monotonic() + PATIENCE_SECONDS, dict[str, Any]()
     while time.monotonic() < patience:
         with suppress(ValueError):
-            maker = _read(claim)
-            if not _alive(maker) and not _elsewhere(maker):
+            claimant = _read(claim)
+            if not _alive(claimant) and not _elsewhere(claimant):
                 return False
         time.sleep(0.02)
-    return bool(maker)
+    return bool(claimant)
 
 
 def is_held(run: Path) -> bool:
-    """Return whether a living process of this machine, or one of another machine, holds a run's lease."""
+    """Return whether a living process on this machine, or any process on another one, holds a run's lease."""
     holder = _read(run / FILE).get("holder") or {}
     return _alive(holder) or _elsewhere(holder)
 
@@ -140,7 +148,7 @@ def _beat_file(path: Path, token: int) -> Path:
 
 
 def _beats(path: Path, token: int) -> bool:
-    """Watch another machine's heartbeat; return whether it moves within `DEAD_SECONDS`."""
+    """Watch the heartbeat of a holder on another machine; return whether it changes within `DEAD_SECONDS`."""
     first, dead_at = _read(_beat_file(path, token)), time.monotonic() + DEAD_SECONDS
     while time.monotonic() < dead_at:
         if _read(_beat_file(path, token)) != first:

@@ -1,8 +1,9 @@
-"""The live station: every finished step's state in shared memory, where it outlives the process that trained it.
+"""The live region: every finished step's state in shared memory, where it outlives the training process.
 
-A region is one mapped file, reserved in full when it is made: a page of words and three slots. The trainer fills the
-oldest slot that nobody needs and publishes its header last, so the newest slot is whole at every moment. The keeper
-marks the slot that it reads. Nothing is locked and nobody waits, but for a due checkpoint that is still unwritten.
+A region is one memory-mapped file, allocated in full when it is created: a page of counters and three slots. The
+trainer fills the oldest slot that is not in use and publishes its header last, so at every moment the newest slot is
+complete. The keeper marks the slot that it reads. There are no locks; the trainer waits only if a step that must become
+a checkpoint is still unwritten when its slot is needed.
 """
 
 import hashlib
@@ -29,13 +30,19 @@ from lora_kit.runs.store import ADAPTER, ADAPTER_CONFIG, OPTIMIZER, Tensors, hea
 
 MAGIC = int.from_bytes(b"lorakit2", "little")
 PAGE, HEADER_BYTES, SLOTS = 4096, 65536, 3
-FAULT_AT = 2048  # in the first page: what the keeper could not write
-CHUNK = 1 << 20  # copied and hashed while it is in the cache
+FAULT_AT = 2048  # offset in the first page of the text about the keeper's last failed write
+CHUNK = 1 << 20  # bytes that are copied and then hashed, while they are in the CPU's cache
 REGION, JOB = "region", "job.json"
 
 
 class Word(IntEnum):
-    """The first page's numbers, each with one writer: the trainer up to STOP, the keeper from READING on."""
+    """The 64-bit counters of the first page. The trainer writes those up to STOP, the keeper the others.
+
+    PAYLOAD: Bytes of a slot. TOKEN: The trainer's fencing token. PHASE: A `Phase`. BEAT: Grows with every sign of life.
+    STOP: The number of a signal that asks the trainer to stop. READING: The slot that the keeper reads, plus one.
+    HANDLED: The sequence number up to which due snapshots were written, or failed to be. COMMITTED: The sequence number
+    of the last snapshot that became a checkpoint. FAULTS: The number of failed writes. KEEPER: The keeper's process id.
+    """
 
     MAGIC = 0
     PAYLOAD = 1
@@ -51,7 +58,7 @@ class Word(IntEnum):
 
 
 class Phase(IntEnum):
-    """What the trainer is doing; where no step is to be expected, as in an upload at the end, it counts as loading."""
+    """What the trainer is doing. An upload at the end counts as loading: no step is to be expected."""
 
     LOADING = 0
     TRAINING = 1
@@ -99,7 +106,7 @@ class Snapshot:
 
 
 class Region:
-    """A mapped region; words and slots are shared with every process that opened it."""
+    """A memory-mapped region; counters and slots are shared with every process that has opened it."""
 
     def __init__(self, path: Path) -> None:
         with path.open("r+b") as file:
@@ -109,19 +116,19 @@ class Region:
         self.payload_bytes = self.words[Word.PAYLOAD]
 
     @property
-    def whole(self) -> memoryview:
-        """All of its memory."""
+    def memory(self) -> memoryview:
+        """The memory of the region from its first byte to its last."""
         return self._map
 
     def _header(self, slot: int) -> memoryview:
         return self._map[PAGE + slot * HEADER_BYTES :][:HEADER_BYTES]
 
     def payload(self, slot: int) -> memoryview:
-        """Return a slot's bytes: weights, then the two moments, fp32."""
+        """Return the memory of a slot: the weights, then AdamW's two moments, all fp32."""
         return self._map[PAGE + SLOTS * HEADER_BYTES + slot * self.payload_bytes :][: self.payload_bytes]
 
     def snapshots(self) -> list[Snapshot]:
-        """Return what is published, newest first."""
+        """Return the published snapshots, newest first."""
         headers = ((slot, self._read_header(slot)) for slot in range(SLOTS))
         published = (Snapshot(slot, header) for slot, header in headers if header)
         return sorted(published, key=lambda snapshot: snapshot.order, reverse=True)
@@ -131,34 +138,33 @@ class Region:
         return _HEADER.validate_json(text, strict=True) if text else None
 
     def verifies(self, snapshot: Snapshot) -> bool:
-        """Return whether a slot still holds the bytes that its header was published for."""
-        same = checksum(self.payload(snapshot.slot)) == snapshot.header.checksum
-        return same and self._read_header(snapshot.slot) == snapshot.header
+        """Return whether a slot still holds the bytes that were published with this header."""
+        unchanged = checksum(self.payload(snapshot.slot)) == snapshot.header.checksum
+        return unchanged and self._read_header(snapshot.slot) == snapshot.header
 
-    def claim(self, waiting: Callable[[], None]) -> int:
-        """Return a slot to fill, its header made invalid; `waiting` is called while every slot is needed."""
-        while (slot := self._free()) is None:
+    def acquire(self, waiting: Callable[[], None]) -> int:
+        """Return a slot to fill, after erasing its header; `waiting` is called again and again while all are in use."""
+        while (slot := self._free_slot()) is None:
             waiting()
             time.sleep(0.001)
         _write_cell(self._header(slot), None)
-        if self._being_read() == slot:  # marked in the same moment: its reader finds the header gone
-            return self.claim(waiting)
+        if self._slot_being_read() == slot:  # marked at the same moment: its reader will find no header
+            return self.acquire(waiting)
         return slot
 
-    def _free(self) -> int | None:
+    def _free_slot(self) -> int | None:
         """Return the oldest slot that is neither the newest, nor being read, nor due and unwritten."""
-        published = self.snapshots()
-        handled, reading = self.words[Word.HANDLED], self._being_read()
-        needed = {one.slot for one in published if one.header.due and one.header.sequence > handled}
-        needed |= {one.slot for one in published[:1]}
-        if reading is not None:
-            needed.add(reading)
-        empty = set(range(SLOTS)) - {one.slot for one in published}
-        oldest_first = [*sorted(empty), *(one.slot for one in reversed(published))]
-        return next((slot for slot in oldest_first if slot not in needed), None)
+        published, handled = self.snapshots(), self.words[Word.HANDLED]
+        in_use: set[int | None] = {
+            snapshot.slot for snapshot in published if snapshot.header.due and snapshot.header.sequence > handled
+        }
+        in_use |= {snapshot.slot for snapshot in published[:1]} | {self._slot_being_read()}
+        empty = set(range(SLOTS)) - {snapshot.slot for snapshot in published}
+        oldest_first = [*sorted(empty), *(snapshot.slot for snapshot in reversed(published))]
+        return next((slot for slot in oldest_first if slot not in in_use), None)
 
-    def _being_read(self) -> int | None:
-        """Return the slot that a keeper reads; what a dead one has marked is nobody's."""
+    def _slot_being_read(self) -> int | None:
+        """Return the slot that a living keeper reads; the mark of a dead keeper does not count."""
         mark = self.words[Word.READING]
         return mark - 1 if mark and psutil.pid_exists(self.words[Word.KEEPER]) else None
 
@@ -166,67 +172,73 @@ class Region:
         """Make a filled slot the newest snapshot.
 
         Raises:
-            LeaseError: Another job has taken the run over.
+            LeaseError: Another process has taken over the run.
         """
         if header.token != self.words[Word.TOKEN]:
-            raise LeaseError(f"{self.path}: another job has taken this run over; this one ends without a trace")
+            raise LeaseError(
+                f"{self.path}: another process has taken over this run; this process ends and writes nothing"
+            )
         _write_cell(self._header(slot), json.dumps(asdict(header)).encode())
 
     def clear(self) -> None:
-        """Forget every snapshot."""
+        """Erase the headers of all slots."""
         for slot in range(SLOTS):
             _write_cell(self._header(slot), None)
 
     @property
     def fault(self) -> str:
-        """What the keeper could not write; empty when all is well."""
+        """The text about the keeper's last failed write; empty if there was none."""
         return _read_cell(self._map[FAULT_AT:PAGE]).decode()
 
-    def tell_fault(self, text: str) -> None:
-        """Leave word of a failed write for the trainer to show."""
+    def report_fault(self, text: str) -> None:
+        """Store a text about a failed write, for the trainer to show."""
         _write_cell(self._map[FAULT_AT:PAGE], text.encode()[:1500].decode(errors="ignore").encode())
         self.words[Word.FAULTS] += 1
 
 
 def _write_cell(cell: memoryview, text: bytes | None) -> None:
-    """Replace a cell's text; a reader sees the old, nothing or the new, since the length is written last."""
+    """Replace the text of a cell. A reader sees the old text, no text or the new text: the length is written last."""
     words = cell[:16].cast("Q")
     words[0] = 0
     if text is not None:
         if len(text) > len(cell) - 16:
-            raise CheckpointError(f"live region: {len(text):,} bytes of header, there is room for {len(cell) - 16:,}")
+            raise CheckpointError(
+                f"live region: {len(text):,} bytes of header, more than the {len(cell) - 16:,} reserved"
+            )
         cell[16 : 16 + len(text)] = text
         words[1] = xxhash.xxh3_64_intdigest(text)
         words[0] = len(text)
 
 
 def _read_cell(cell: memoryview) -> bytes:
-    """Return a cell's text; empty when there is none, or it is just being replaced."""
+    """Return the text of a cell; empty if there is none, or while it is being replaced."""
     length, digest = cell[:16].cast("Q")
     text = bytes(cell[16 : 16 + length]) if 0 < length <= len(cell) - 16 else b""
     return text if xxhash.xxh3_64_intdigest(text) == digest else b""
 
 
 def checksum(payload: memoryview) -> int:
-    """Return what a header says of its slot's bytes."""
+    """Return the checksum of a slot's bytes that its header records."""
     return xxhash.xxh3_64_intdigest(payload)
 
 
 def copy_hashed(target: memoryview, sources: Sequence[memoryview]) -> int:
-    """Copy buffers one after the other and return the checksum of them all; other threads run meanwhile."""
-    digest, at, written = xxhash.xxh3_64(), 0, np.frombuffer(target, np.uint8)
+    """Copy buffers one after the other and return the checksum of all bytes. Other Python threads run meanwhile."""
+    digest, offset, copied = xxhash.xxh3_64(), 0, np.frombuffer(target, np.uint8)
     for source in sources:
-        whole = np.frombuffer(source, np.uint8)
-        for begin in range(0, len(whole), CHUNK):
-            piece = whole[begin : begin + CHUNK]
-            np.copyto(written[at : at + len(piece)], piece)  # numpy lets go of the interpreter, a memoryview does not
-            digest.update(target[at : at + len(piece)])
-            at += len(piece)
+        values = np.frombuffer(source, np.uint8)
+        for begin in range(0, len(values), CHUNK):
+            chunk = values[begin : begin + CHUNK]
+            end = offset + len(chunk)
+            np.copyto(copied[offset:end], chunk)  # numpy releases the GIL, a memoryview does not
+            digest.update(target[offset:end])
+            offset = end
     return digest.intdigest()
 
 
-def _places() -> list[Path]:
-    return [place for place in (Path("/dev/shm"), Path(tempfile.gettempdir())) if place.is_dir()]
+def _parent_folders() -> list[Path]:
+    """Return the folders in which a region may be, best first."""
+    return [folder for folder in (Path("/dev/shm"), Path(tempfile.gettempdir())) if folder.is_dir()]
 
 
 def _name(run: Path) -> str:
@@ -234,9 +246,9 @@ def _name(run: Path) -> str:
 
 
 def folder_of(run: Path) -> Path | None:
-    """Return where a run's region is; None if it has none. A folder that another user made is not ours."""
-    for place in _places():
-        folder = place / _name(run)
+    """Return the folder of a run's region; None if there is none. Folders of other users are ignored."""
+    for parent in _parent_folders():
+        folder = parent / _name(run)
         if (folder / REGION).is_file() and not folder.is_symlink() and folder.stat().st_uid == os.getuid():
             return folder
     return None
@@ -251,54 +263,58 @@ def open_region(run: Path) -> Region | None:
     return region if region.words[Word.MAGIC] == MAGIC else None
 
 
-def make_region(run: Path, payload_bytes: int) -> Region:
-    """Return a run's region: the one that is there if it has the size, else a new one in /dev/shm or on local disk.
+def create_region(run: Path, payload_bytes: int) -> Region:
+    """Return a run's region: the existing one if its size is right, else a new one in /dev/shm or on local disk.
 
-    Every byte is written now, so that a full memory or disk is found at the start and not in the middle of a run.
+    Every byte is written now, so that a full memory or disk shows at the start and not in the middle of a run.
 
     Raises:
-        CheckpointError: There is no room anywhere.
+        CheckpointError: Neither has enough space.
     """
     region = open_region(run)
     if region is not None and region.payload_bytes == payload_bytes:
         return region
     discard(run)
     problems = []
-    for place in _places():
-        folder = place / _name(run)
+    for parent in _parent_folders():
+        folder = parent / _name(run)
         try:
             folder.mkdir(mode=0o700)
-            _reserve(folder / REGION, payload_bytes)
+            _allocate(folder / REGION, payload_bytes)
             return Region(folder / REGION)
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
-            problems.append(f"{place}: {error.strerror}")
+            problems.append(f"{parent}: {error.strerror}")
     needed = SLOTS * payload_bytes / 1e9
-    raise CheckpointError(f"live region: {needed:.2f} GB of room needed, found in none of: {'; '.join(problems)}")
+    raise CheckpointError(
+        f"live region: {needed:.2f} GB of shared memory or temporary disk needed, not available in "
+        f"{'; '.join(problems)}"
+    )
 
 
-def _reserve(path: Path, payload_bytes: int) -> None:
+def _allocate(path: Path, payload_bytes: int) -> None:
+    """Write a region of zeros; it gets its name when it is complete."""
     partial = path.with_suffix(".partial")
-    left, zeros = PAGE + SLOTS * (HEADER_BYTES + payload_bytes), bytes(1 << 22)
+    remaining, zeros = PAGE + SLOTS * (HEADER_BYTES + payload_bytes), bytes(1 << 22)
     with partial.open("xb") as file:
         first = np.zeros(PAGE // 8, np.uint64)
         first[Word.MAGIC], first[Word.PAYLOAD] = MAGIC, payload_bytes
-        left -= file.write(first.tobytes())
-        while left:
-            left -= file.write(zeros[:left])
+        remaining -= file.write(first.tobytes())
+        while remaining:
+            remaining -= file.write(zeros[:remaining])
     partial.rename(path)
 
 
 def discard(run: Path) -> None:
-    """Delete a run's region, also one that a kill left half reserved."""
-    for place in _places():
-        shutil.rmtree(place / _name(run), ignore_errors=True)
+    """Delete a run's region, also an incomplete one."""
+    for parent in _parent_folders():
+        shutil.rmtree(parent / _name(run), ignore_errors=True)
 
 
-def reap_orphans() -> None:
-    """Delete this user's regions whose runs are gone; a crashed run's own region waits for its resume."""
-    for place in _places():
-        for folder in place.glob(f"lora_kit-{os.getuid()}-*"):
+def delete_orphans() -> None:
+    """Delete this user's regions whose run folder no longer exists; a crashed run's region stays for its resume."""
+    for parent in _parent_folders():
+        for folder in parent.glob(f"lora_kit-{os.getuid()}-*"):
             job = read_job(folder)
             if job is not None and not Path(job.run).is_dir():
                 shutil.rmtree(folder, ignore_errors=True)
@@ -383,7 +399,7 @@ class Live:
 
 
 def newest(run: Path, run_id: str) -> tuple[Live | None, list[str]]:
-    """Return the newest live snapshot of a run that verifies, and what is wrong with newer ones."""
+    """Return a run's newest live snapshot that verifies, and messages about newer ones that do not."""
     region, problems = open_region(run), list[str]()
     job = read_job(region.path.parent) if region else None
     if region is None or job is None or job.facts.run_id != run_id:

@@ -1,7 +1,7 @@
-"""Go on where a run stopped, or say why not.
+"""Resume a run: take its folder, find the newest state and check the resume contract.
 
-A resume compares what the manifest recorded with what is asked for now and sorts every difference: harmless, needing
-`--accept KEY`, or refused. Nothing that changes what the run is happens in silence.
+The contract compares what the manifest recorded with the recipe, the inputs and the machine of this start. Every
+difference is a row with a verdict: harmless, needs `--accept KEY`, or refused. No difference is applied silently.
 """
 
 import fnmatch
@@ -24,14 +24,14 @@ from lora_kit.runs.store import Checkpoint
 
 Verdict = Literal["harmless", "accept", "refused"]
 
-VERDICTS: dict[str, Verdict] = {  # the first pattern that fits a key decides
-    "base.repo": "harmless",  # the bytes of what the name stands for are compared instead
+VERDICTS: dict[str, Verdict] = {  # the first pattern that matches a key decides
+    "base.repo": "harmless",  # the fingerprints below compare the base's files
     "base.revision": "harmless",
     "base.trust_remote_code": "harmless",
-    "base.stop_token": "harmless",  # trained tokens are compared below
+    "base.stop_token": "harmless",  # the fingerprints below compare the trained tokens
     "base.attention": "accept",
     "base.*": "refused",
-    "data.*": "harmless",  # likewise: the tokens that all of it leads to are compared
+    "data.*": "harmless",  # the fingerprints below compare the resulting tokens
     "optim.*": "accept",
     "train.steps": "accept",
     "train.epochs": "accept",
@@ -43,7 +43,7 @@ VERDICTS: dict[str, Verdict] = {  # the first pattern that fits a key decides
     "hub.*": "harmless",
     "track.*": "harmless",
     "fingerprints.validation": "harmless",
-    "fingerprints.base.commit": "harmless",  # the bytes of its files decide
+    "fingerprints.base.commit": "harmless",  # the hashes of its files decide
     "fingerprints.*": "refused",
     "versions.*": "harmless",
     "machine.processes": "harmless",
@@ -56,7 +56,7 @@ ENDS_BITWISE = ("versions.", "machine.device", "computed_by.")  # such a differe
 
 @dataclass(frozen=True)
 class Row:
-    """One difference between a checkpoint and what is asked for now."""
+    """A difference between a checkpoint and this start."""
 
     key: str
     then: Any
@@ -65,7 +65,7 @@ class Row:
 
 
 def contract(recorded: RunFacts, recipe: Recipe, environment: Environment) -> list[Row]:
-    """Return every difference that matters to a resume.
+    """Return every difference between a checkpoint and this start.
 
     Args:
         recorded: From the checkpoint's manifest.
@@ -80,12 +80,12 @@ def contract(recorded: RunFacts, recipe: Recipe, environment: Environment) -> li
 
 
 def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of nested facts with dotted keys, so that a changed file of a base is named."""
+    """Yield the leaves of nested mappings with dotted keys, so that a row names the changed file of a base."""
     if not isinstance(value, Mapping):
         yield key, value
         return
-    for name, one in value.items():
-        yield from _flat(f"{key}.{name}", one)
+    for name, inner in value.items():
+        yield from _flat(f"{key}.{name}", inner)
 
 
 def _verdict(key: str) -> Verdict:
@@ -93,11 +93,11 @@ def _verdict(key: str) -> Verdict:
 
 
 def table(rows: Sequence[Row], accepted: Sequence[str]) -> str:
-    """Return the contract as plain text, a line a difference."""
-    words = {"harmless": "harmless", "accept": "needs --accept", "refused": "REFUSED"}
+    """Return the contract as text, one line per difference."""
+    labels = {"harmless": "harmless", "accept": "needs --accept", "refused": "REFUSED"}
     lines = []
     for row in rows:
-        verdict = "accepted" if row.verdict == "accept" and row.key in accepted else words[row.verdict]
+        verdict = "accepted" if row.verdict == "accept" and row.key in accepted else labels[row.verdict]
         lines.append(f"  {verdict:<15} {row.key}: {_short(row.then)} -> {_short(row.now)}")
     return "\n".join(lines) if lines else "  same recipe, base, data, versions and machine"
 
@@ -108,10 +108,10 @@ def _short(value: Any) -> str:
 
 
 def enforce(rows: Sequence[Row], accepted: Sequence[str], run: Path) -> None:
-    """Refuse a resume that would change what the run is.
+    """Refuse a resume with differences that the run cannot have, or that need `--accept`.
 
     Raises:
-        ContractError: A row is refused, or needs an `--accept` that was not given; shows the whole table.
+        ContractError: A row is refused, or its `--accept` is missing; the message has the table of all rows.
     """
     refused = [row.key for row in rows if row.verdict == "refused"]
     missing = [row.key for row in rows if row.verdict == "accept" and row.key not in accepted]
@@ -121,27 +121,27 @@ def enforce(rows: Sequence[Row], accepted: Sequence[str], run: Path) -> None:
     if refused:
         advice.append(f"{', '.join(refused)} cannot change within a run; use another --out for a new one")
     if missing:
-        advice.append("to go on with the change: " + " ".join(f"--accept {key}" for key in missing))
+        advice.append("to resume with the change: " + " ".join(f"--accept {key}" for key in missing))
     raise ContractError(f"{run}: this is a run of another recipe:\n{table(rows, accepted)}\n" + "\n".join(advice))
 
 
 def still_bitwise(rows: Sequence[Row]) -> bool:
-    """Return whether a resume with these differences still gives the bits of an undisturbed run."""
+    """Return whether a resume with these differences still gives the bytes of an uninterrupted run."""
     return not any(row.verdict == "accept" or row.key.startswith(ENDS_BITWISE) for row in rows)
 
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run's folder, held for writing.
+    """A run's folder, opened for writing.
 
     Attributes:
         folder: The run's folder.
         lease: The right to write to it, with the fencing token.
-        run_id: Made at the first start, the same ever after.
-        latest: Where to go on, a checkpoint or what is live; None for a new run.
-        origin: Whose adapter a new run begins with; None for a fresh one.
-        reached: The newest step that metrics.jsonl showed when the run was opened.
-        notices: What a person should know about opening it, such as a checkpoint that was set aside.
+        run_id: Chosen at the first start; every resume keeps it.
+        latest: The checkpoint or live snapshot to resume from; None for a new run.
+        origin: The checkpoint whose adapter a new run begins with; None for a fresh adapter.
+        reached: The newest step in metrics.jsonl at the time of opening.
+        notices: Messages for the user about opening the run, such as a checkpoint that was set aside.
     """
 
     folder: Path
@@ -154,55 +154,56 @@ class OpenRun:
 
 
 def take_over(folder: Path, origin: Checkpoint | None = None) -> tuple[Lease, list[str]]:
-    """Take a run's lease, and set aside what does not verify or what a step back leaves behind.
+    """Acquire a run's lease; set aside damaged checkpoints and, when going back to `origin`, newer ones.
 
     Returns:
-        The lease, and what a person should know.
+        The lease, and messages for the user.
 
     Raises:
-        InputError: The folder holds something else.
+        InputError: The folder cannot be a run's folder, or cannot be written.
         LeaseError: Another process is training there.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: a file, not a folder; choose another --out")
     known = {"checkpoints", "recipe.yaml", "lease.json", "events.jsonl"}
-    if folder.is_dir() and (inside := {path.name for path in folder.iterdir()}) and not inside & known:
-        raise InputError(f"{folder}: not empty and not a run's folder (it holds {min(inside)}); choose another --out")
+    if folder.is_dir() and (names := {path.name for path in folder.iterdir()}) and not names & known:
+        raise InputError(f"{folder}: not empty and not a run's folder (it holds {min(names)}); choose another --out")
     try:
         lease = take(folder, above=store.newest_token(folder))
     except OSError as error:
-        raise InputError(f"{folder}: cannot be written: {error.strerror}; mend that or choose another --out") from error
+        raise InputError(f"{folder}: cannot be written: {error.strerror}; fix that or choose another --out") from error
     store.sweep(folder)
-    live.reap_orphans()
+    live.delete_orphans()
     notices = list(_go_back(folder, origin)) if origin and is_own(folder, origin) else []
     found = store.find(folder)
     for path, reason in found.broken.items():
         if _still_broken(path):
             target = store.set_aside(folder, path, reason)
-            going_on = f"step {found.latest.step}" if found.latest else "the start"
-            notices.append(f"{reason}; moved to {target}, falling back to {going_on}")
+            fallback = f"step {found.latest.step}" if found.latest else "the start"
+            notices.append(f"{reason}; moved to {target}, falling back to {fallback}")
     return lease, notices
 
 
 def is_own(folder: Path, origin: Checkpoint) -> bool:
-    """Return whether a checkpoint is one of this run's."""
+    """Return whether a checkpoint is in this run's folder."""
     return origin.path.resolve().parent == (folder / "checkpoints").resolve()
 
 
 def open_run(folder: Path, start_from: Path | None = None) -> OpenRun:
-    """Hold a run for writing, unless this process's keeper does already, and find where to go on.
+    """Acquire a run's lease, unless this process's keeper holds it already, and find the state to resume from.
 
-    Of all stations the highest (fencing token, step) wins, so what another machine left behind long ago never does.
+    Of the newest checkpoint and the newest live snapshot, the one with the higher (fencing token, step) is used. So a
+    region that this machine kept while another machine trained on is never used.
 
     Args:
-        folder: The run's.
-        start_from: A checkpoint: of this run, to go back to; of another, whose adapter a new run begins with.
+        folder: The run's folder.
+        start_from: A checkpoint of this run to go back to, or one of another run whose adapter a new run begins with.
 
     Raises:
-        InputError: The folder holds something else.
+        InputError: The folder cannot be a run's folder.
         LeaseError: Another process is training there.
         CheckpointError: `start_from` does not verify.
-        ContractError: The run there has begun with another adapter.
+        ContractError: The run in the folder has begun with another adapter.
     """
     origin = None if start_from is None else store.open_checkpoint(start_from)
     lease, notices = inherited(folder), list[str]()
@@ -212,13 +213,14 @@ def open_run(folder: Path, start_from: Path | None = None) -> OpenRun:
         origin = None
     durable = store.find(folder).latest
     run_id = durable.manifest.run.run_id if durable else Journal(folder).run_id()
-    running, problems = live.newest(folder, run_id) if run_id else (None, [])
-    latest = max((one for one in (durable, running) if one), key=lambda one: one.manifest.order, default=None)
+    snapshot, problems = live.newest(folder, run_id) if run_id else (None, [])
+    states = [state for state in (durable, snapshot) if state]
+    latest = max(states, key=lambda state: state.manifest.order, default=None)
     if origin is not None and latest and latest.manifest.run.origin != describe(origin):
         lease.release()
         raise ContractError(
             f"{folder}: a run that began with {latest.manifest.run.origin or 'a fresh adapter'}, not with "
-            f"{describe(origin)}; leave --from out to go on with it, or use another --out"
+            f"{describe(origin)}; leave --from out to resume it, or use another --out"
         )
     new_id = latest.manifest.run.run_id if latest else secrets.token_hex(8)
     reached = Journal(folder).last_step()
@@ -232,32 +234,31 @@ def describe(checkpoint: Checkpoint) -> Origin:
 
 
 def _go_back(folder: Path, target: Checkpoint) -> Iterator[str]:
-    """Set aside every checkpoint that is newer than the target; nothing is deleted."""
+    """Set aside every checkpoint that is newer than the target. No checkpoint is deleted."""
     Journal(folder).event("went back", step=target.step)
     region = live.open_region(folder)
     if region is not None:
         region.clear()
     for path in store.folders(folder):
-        if int(path.name.removeprefix("step-")) > target.step:
+        if store.step_of(path) > target.step:
             kept = store.set_aside(folder, path, "went back")
             yield f"going back to step {target.step}; {path.name} is kept in {kept}"
     (folder / "result.json").unlink(missing_ok=True)
 
 
 def enforce_origin(origin: Checkpoint, recipe: Recipe, fingerprint: BaseFingerprint) -> None:
-    """Refuse to begin with an adapter that was made for another base or has another shape.
+    """Refuse to begin with an adapter that was trained on another base or has other adapter settings.
 
     Raises:
         ContractError: Names each difference.
     """
     then, now = origin.manifest.run.recipe["adapter"], recipe.model_dump(mode="json")["adapter"]
     changed = [key for key in now if key != "dropout" and then[key] != now[key]]
-    wrong = [f"adapter.{key}: {then[key]} there, {now[key]} here" for key in changed]
+    problems = [f"adapter.{key}: {then[key]} in the checkpoint, {now[key]} in the recipe" for key in changed]
     if origin.manifest.run.fingerprints.base != fingerprint:
-        wrong.append("base: other bytes there")
-    if wrong:
-        told = "\n  ".join(wrong)
-        raise ContractError(f"{origin.path}: cannot be what this run begins with:\n  {told}")
+        problems.append("base: the checkpoint was trained on a base with other files")
+    if problems:
+        raise ContractError("\n  ".join([f"{origin.path}: this run cannot begin with it:", *problems]))
 
 
 def _still_broken(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""A run's folder, read back: its metrics, checkpoints and result, and the table that it ends with."""
+"""A run's folder as an object: metrics, events, checkpoints and result, and the table shown at the end."""
 
 import json
 import statistics
@@ -21,7 +21,7 @@ RESULT = "result.json"
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder, read back; a string will do."""
+    """A finished or unfinished run; `folder` may be given as a string."""
 
     folder: Path
 
@@ -35,7 +35,7 @@ class Run:
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """What happened, oldest first."""
+        """The events, oldest first."""
         return Journal(self.folder).read_events()
 
     @property
@@ -48,11 +48,11 @@ class Run:
         """The newest checkpoint that verifies.
 
         Raises:
-            CheckpointError: There is none.
+            CheckpointError: No checkpoint verifies.
         """
         found = store.find(self.folder).latest
         if found is None:
-            raise CheckpointError(f"{self.folder}: no checkpoint here verifies; train first, or ask `lora-kit verify`")
+            raise CheckpointError(f"{self.folder}: no checkpoint here verifies; train first, or see `lora-kit verify`")
         return found.path
 
     @property
@@ -67,7 +67,7 @@ class Run:
         return store.best_of(self.folder)
 
     def _repr_html_(self) -> str:
-        """Return what a notebook shows: how far it is, what it gained and its losses."""
+        """Return what a notebook shows: progress, scores and the loss curve."""
         if not self.events:
             return notebook.table(str(self.folder), [("state", "nothing was trained here yet")])
         state, checkpoints = status(self.folder), self.checkpoints
@@ -76,7 +76,7 @@ class Run:
             ("checkpoints", ", ".join(path.name for path in checkpoints) or "none yet"),
         ]
         if self.result:
-            rows += gained(self.result)
+            rows += scores(self.result)
         return notebook.table(str(self.folder), rows) + notebook.curve(self.metrics, state.steps or state.step)
 
 
@@ -85,12 +85,12 @@ def write_result(run: Run, step: int, metrics: dict[str, Any], *, base_bytes: in
 
     Args:
         run: The run.
-        step: Its last.
-        metrics: Scores of `base` and `adapter`.
-        base_bytes: Of the base's weights.
+        step: Its last step.
+        metrics: The scores of `base` and `adapter` as plain values.
+        base_bytes: The size of the base's weights.
 
     Raises:
-        CheckpointError: There is no room for it; the run's last checkpoint is durable.
+        CheckpointError: The disk is full; the run's last checkpoint is safe.
     """
     rates = [record["tokens_per_second"] for record in run.metrics]
     checkpoint = store.open_checkpoint(store.checkpoint_folder(run.folder, step))
@@ -107,17 +107,18 @@ def write_result(run: Run, step: int, metrics: dict[str, Any], *, base_bytes: in
         write_atomically(run.folder / RESULT, json.dumps(result, indent=2) + "\n")
     except OSError as error:
         raise CheckpointError(
-            f"{run.folder / RESULT}: not written: {error.strerror}; the last checkpoint is durable, and "
-            "the same command ends the run when there is room"
+            f"{run.folder / RESULT}: not written: {error.strerror}; the last checkpoint is safe; free "
+            "disk space and repeat the command to finish the run"
         ) from error
 
 
-def gained(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the scores of a result, and what they took, as names and values."""
+def scores(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the scores, the speed and the sizes of a result as names and values."""
     rows = []
-    for name, one in result["metrics"].items():
-        match = "" if one["exact_match"] is None else f", exact match {one['exact_match']:.1%} of {one['answered']}"
-        rows.append((f"held-out, {name}", f"loss {one['loss']:.4f}, perplexity {one['perplexity']:.2f}{match}"))
+    for name, score in result["metrics"].items():
+        exact = score["exact_match"]
+        match = "" if exact is None else f", exact match {exact:.1%} of {score['answered']}"
+        rows.append((f"held-out, {name}", f"loss {score['loss']:.4f}, perplexity {score['perplexity']:.2f}{match}"))
     share = result["checkpoint_bytes"] / result["base_bytes"]
     return [
         *rows,
@@ -127,10 +128,10 @@ def gained(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def show(run: Run, recipe: Recipe, console: Console) -> None:
-    """Show what was gained, what it cost, where it is and what to type next."""
+    """Show the scores, the adapter's folder and the next commands to type."""
     result = run.result
     rows = [
-        *gained(result),
+        *scores(result),
         ("adapter", str(run.folder / result["adapter"])),
         ("try it", f'lora-kit generate {run.folder} "your prompt"'),
         ("look closer", f"lora-kit status {run.folder}"),

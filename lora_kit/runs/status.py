@@ -1,4 +1,4 @@
-"""What a run's folder and its live region say about it, while it trains and afterwards."""
+"""The status of a run, read from its folder and its live region, while it trains and afterwards."""
 
 import statistics
 import time
@@ -15,31 +15,31 @@ from lora_kit.runs.journal import EVENTS, Journal
 from lora_kit.runs.lease import is_held
 
 ENDS = {"finished": "finished", "stopped": "stopped, resumable", "failed": "failed, resumable"}
-SILENT_END = "ended without a word: killed, or the machine went down"
+SILENT_END = "ended without an event: killed, or the machine crashed"
 
 
 @dataclass(frozen=True)
 class Status:
-    """How far a run is.
+    """The progress of a run, its newest safe states and its interruptions.
 
     Attributes:
-        state: `training`, `finished`, `stopped, resumable`, `failed, resumable` or, when it ended without a word,
-            `interrupted, resumable`.
+        state: `training`, `finished`, `stopped, resumable`, `failed, resumable`, or `interrupted, resumable` if the
+            last start ended without an event.
         step: The newest finished step.
-        steps: How many the run has.
-        loss: Of the newest step.
-        tokens_per_second: The median step's.
-        live: The newest snapshot in shared memory: `step`, `valid`, `behind` (finished steps that it lacks), `path`;
-            None when there is none, as after a run's end.
-        durable: The newest checkpoint that verifies: `step`, `behind`, and `age_seconds`, how much older than the
-            newest step it is; None without one.
-        steps_lost: Finished steps that were done again after an interruption.
-        starts: How often processes began or went on with the run.
-        interruptions: What ended them before their time: `cause`, `step`, and `times` in a row.
-        faults: What went wrong without ending the run, such as a checkpoint that could not be written: `what`, `times`.
+        steps: The number of steps of the run.
+        loss: The loss of the newest step.
+        tokens_per_second: The median over all steps.
+        live: The newest snapshot in shared memory: `step`, `valid`, `behind` (the number of newer finished steps),
+            `path`; None if there is none, as after the end of a run.
+        durable: The newest checkpoint that verifies: `step`, `behind`, `age_seconds` (training time of the newer
+            steps); None if there is none.
+        steps_lost: Finished steps that had to be repeated after an interruption.
+        starts: How often training processes started or resumed the run.
+        interruptions: What ended a start early: `cause`, `step`, and how many `times` in a row.
+        faults: Failures that did not end the run, such as a checkpoint that could not be written: `what`, `times`.
         stall_share: The share of the training time that the loop waited for snapshots and checkpoints.
-        goodput: The share of the time since each start, loading and restarts included, that went into steps which
-            stand; times between a run's end and the next start do not count.
+        goodput: The share of the time since each start, loading and restarts included, that went into steps that were
+            kept. The time between the end of a start and the next one does not count.
     """
 
     state: str
@@ -61,7 +61,7 @@ class Status:
         return asdict(self)
 
     def rows(self) -> Iterator[tuple[str, str]]:
-        """Yield names and values for a person."""
+        """Yield names and values as text."""
         yield "state", self.state
         yield "step", f"{self.step:,}" + (f" of {self.steps:,}" if self.steps else "")
         if self.loss is not None:
@@ -69,69 +69,69 @@ class Status:
         if self.tokens_per_second is not None:
             yield "speed", f"{self.tokens_per_second:,.0f} tokens/s"
         if self.live:
-            what = "valid" if self.live["valid"] else "does not verify"
-            yield "live snapshot", f"step {self.live['step']:,}, {self.live['behind']} behind, {what}"
-        late = self.durable and f"step {self.durable['step']:,}, {self.durable['behind']} behind"
-        yield "durable", f"{late} ({self.durable['age_seconds']:.1f} s), valid" if self.durable else "nothing yet"
+            validity = "valid" if self.live["valid"] else "does not verify"
+            yield "live snapshot", f"step {self.live['step']:,}, {self.live['behind']} behind, {validity}"
+        durable = self.durable and f"step {self.durable['step']:,}, {self.durable['behind']} behind"
+        yield "durable", f"{durable} ({self.durable['age_seconds']:.1f} s), valid" if self.durable else "nothing yet"
         yield "steps lost", str(self.steps_lost)
         yield "starts", str(self.starts)
-        for one in self.interruptions:
-            yield "interrupted", f"after step {one['step']}: {one['cause']}" + _times(one)
-        for one in self.faults:
-            yield "fault", one["what"] + _times(one)
+        for interruption in self.interruptions:
+            yield "interrupted", f"after step {interruption['step']}: {interruption['cause']}" + _times(interruption)
+        for fault in self.faults:
+            yield "fault", fault["what"] + _times(fault)
         yield "save stall", f"{self.stall_share:.2%} of the training time"
         if self.goodput is not None:
             yield "goodput", f"{self.goodput:.1%}"
 
 
-def _times(one: Mapping[str, Any]) -> str:
-    return f" ({one['times']} times)" if one["times"] > 1 else ""
+def _times(entry: Mapping[str, Any]) -> str:
+    return f" ({entry['times']} times)" if entry["times"] > 1 else ""
 
 
 def status(run: str | Path) -> Status:
-    """Read a run's logs, checkpoints and live region; moves nothing.
+    """Return the status of a run. Changes nothing.
 
     Raises:
-        InputError: The folder has no log.
+        InputError: The folder has no event log.
     """
     run = Path(run)
     journal = Journal(run)
     metrics, events = journal.read_metrics(), journal.read_events()
     if not events:
-        raise InputError(f"{run}: not a run's folder (no {EVENTS}); give the folder that was named with --out")
+        raise InputError(f"{run}: not a run's folder (no {EVENTS}); give the folder that --out named")
     training = is_held(run)
-    begun = [event for event in events if event["kind"] in ("started", "resumed")]
+    starts = [event for event in events if event["kind"] in ("started", "resumed")]
     seconds, stall = sum(map(_seconds, metrics)), sum(record["stall_seconds"] for record in metrics)
     spent = _spent(metrics, events, training=training)
     return Status(
         state="training" if training else _ended(events),
         step=metrics[-1]["step"] if metrics else 0,
-        steps=begun[-1]["steps"] if begun else None,
+        steps=starts[-1]["steps"] if starts else None,
         loss=metrics[-1]["loss"] if metrics else None,
         tokens_per_second=statistics.median(record["tokens_per_second"] for record in metrics) if metrics else None,
         live=_live(run, metrics),
         durable=_durable(run, metrics),
-        steps_lost=sum(max(0, event["reached"] - event["step"]) for event in begun if "reached" in event),
-        starts=len(begun),
+        steps_lost=sum(max(0, event["reached"] - event["step"]) for event in starts if "reached" in event),
+        starts=len(starts),
         interruptions=_counted(_interruptions(events, None if training else journal.last_step())),
-        faults=_counted({"what": one["what"]} for one in events if one["kind"] == "fault"),
+        faults=_counted({"what": event["what"]} for event in events if event["kind"] == "fault"),
         stall_share=round(stall / seconds, 4) if seconds else 0.0,
         goodput=round(min(1.0, (seconds - stall) / spent), 4) if spent and metrics else None,
     )
 
 
 def checkpoints(run: str | Path) -> list[dict[str, Any]]:
-    """Return every checkpoint of a run, newest first: its name, and its step and bytes, or what is wrong with it."""
+    """Return the `validity` of every checkpoint of a run, newest first."""
     return [validity(path) for path in store.folders(Path(run))]
 
 
 def validity(path: Path) -> dict[str, Any]:
-    """Read every byte of a checkpoint and return its name, and its step and bytes, or what is wrong with it."""
+    """Verify every byte of a checkpoint; return its name with its step and bytes, or with the problem."""
     try:
-        found = store.open_checkpoint(path)
+        checkpoint = store.open_checkpoint(path)
     except CheckpointError as error:
         return {"path": path.name, "valid": False, "problem": str(error)}
-    return {"path": path.name, "valid": True, "step": found.step, "bytes": found.size}
+    return {"path": path.name, "valid": True, "step": checkpoint.step, "bytes": checkpoint.size}
 
 
 def _seconds(record: Mapping[str, Any]) -> float:
@@ -144,57 +144,63 @@ def _live(run: Path, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any] | N
     if region is None or not published:
         return None
     newest, reached = published[0], metrics[-1]["step"] if metrics else 0
-    valid = region.verifies(newest) or region.snapshots()[0].order > newest.order  # the next has come meanwhile
+    valid = region.verifies(newest) or region.snapshots()[0].order > newest.order  # else overwritten meanwhile
     return {"step": newest.step, "valid": valid, "behind": max(0, reached - newest.step), "path": str(region.path)}
 
 
 def _durable(run: Path, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    found = store.find(run).latest
-    if found is None:
+    latest = store.find(run).latest
+    if latest is None:
         return None
-    later = [record for record in metrics if record["step"] > found.step]
+    later = [record for record in metrics if record["step"] > latest.step]
     age = sum(map(_seconds, later))
-    return {"step": found.step, "behind": len(later), "age_seconds": round(age, 3)}
+    return {"step": latest.step, "behind": len(later), "age_seconds": round(age, 3)}
 
 
 def _ended(events: Sequence[Mapping[str, Any]]) -> str:
-    """Return the state of a run that nobody holds: how its last start that came to training ended."""
+    """Return how the last start ended, for a run that is not training."""
     kinds = [event["kind"] for event in events if event["kind"] in (*ENDS, "started", "resumed", "restart")]
     return ENDS.get(kinds[-1] if kinds else "", "interrupted, resumable")
 
 
 def _interruptions(events: Sequence[Mapping[str, Any]], ended_at: int | None) -> Iterator[dict[str, Any]]:
-    """Yield what ended attempts before their time, also those that could not say so; None: the last one lives."""
-    step, told = 0, True
+    """Yield the cause and step of every start that ended early, also of starts that ended without an event.
+
+    Args:
+        events: The event log.
+        ended_at: The newest finished step; None while the run is training.
+    """
+    step, explained = 0, True  # whether an event explains the end of the last start
     for event in events:
         if event["kind"] in ("restart", "failed"):
             yield {"cause": event["cause"], "step": event["step"]}
         elif event["kind"] == "stopped":
             yield {"cause": f"stopped by {event.get('signal', 'a signal')}", "step": event["step"]}
         elif event["kind"] in ("started", "resumed"):
-            if not told:
+            if not explained:
                 yield {"cause": SILENT_END, "step": event.get("reached", step)}
             step = event["step"]
         if event["kind"] in (*ENDS, "restart"):
-            told = True
+            explained = True
         elif event["kind"] in ("started", "resumed"):
-            told = False
-    if not told and ended_at is not None:
+            explained = False
+    if not explained and ended_at is not None:
         yield {"cause": SILENT_END, "step": ended_at}
 
 
-def _counted(found: "Iterator[dict[str, Any]]") -> list[dict[str, Any]]:
-    return [one | {"times": len(list(same))} for one, same in groupby(found)]
+def _counted(entries: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Merge equal neighbours and count them as `times`."""
+    return [entry | {"times": len(list(equal))} for entry, equal in groupby(entries)]
 
 
 def _spent(metrics: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]], *, training: bool) -> float:
-    """Return the seconds from each launch to its last sign of life."""
+    """Return the sum of the seconds from each launch to its last line in a log."""
     times = sorted([record["time"] for record in metrics] + [_time(event) for event in events])
     launches = sorted({event["launched"] for event in events if "launched" in event})
     seconds = 0.0
     for begin, end in pairwise([*launches, float("inf")]):
-        signs = [one for one in times if begin <= one < end]
-        last = time.time() if training and end == float("inf") else max(signs, default=begin)
+        lines = [moment for moment in times if begin <= moment < end]
+        last = time.time() if training and end == float("inf") else max(lines, default=begin)
         seconds += last - begin
     return seconds
 

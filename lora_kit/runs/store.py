@@ -1,8 +1,8 @@
-"""Durable checkpoints: commit whole folders, believe only what verifies.
+"""Checkpoints on disk: how a folder is committed, verified and pruned.
 
-A checkpoint is a folder whose manifest, written last, lists the size and SHA-256 of every file. It appears under its
-name in one rename, so it is there whole or not at all. "Latest" is the newest that verifies; what does not verify is
-moved aside with the reason, never deleted.
+A checkpoint is a folder whose manifest, written last, lists the size and SHA-256 of every file. One rename puts the
+complete folder in its place, so a crash leaves it complete or absent. The latest checkpoint is the newest that
+verifies. A damaged checkpoint is moved to quarantine with the reason, never deleted.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ ADAPTER, ADAPTER_CONFIG, OPTIMIZER = (
 )
 NAME = re.compile(r"step-(\d{8,})")
 QUARANTINE = ".quarantine"
-PIN = "pinned"  # a file of this name in a checkpoint keeps it for ever
-MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names
+PIN = "pinned"  # a checkpoint with a file of this name is never deleted
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's moments, by torch's names
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,14 @@ Tensors = dict[str, np.ndarray]
 
 
 def split(flat: np.ndarray, shapes: Mapping[str, Sequence[int]]) -> Tensors:
-    """Cut a flat buffer into tensors, which lie in it one after the other.
+    """Split a flat buffer into the tensors that it holds one after the other.
 
     Raises:
-        CheckpointError: They do not fill it exactly.
+        CheckpointError: The buffer has another size than the tensors together.
     """
     ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
     if flat.shape != (ends[-1],):
-        raise CheckpointError(f"checkpoint: {flat.shape} values of moments for {ends[-1]:,} of weights")
+        raise CheckpointError(f"checkpoint: {flat.shape} moments for {ends[-1]:,} weights")
     return {
         name: piece.reshape(shape)
         for (name, shape), piece in zip(shapes.items(), np.split(flat, ends[:-1]), strict=True)
@@ -81,11 +81,11 @@ def split(flat: np.ndarray, shapes: Mapping[str, Sequence[int]]) -> Tensors:
 
 
 def headers_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, bytes]:
-    """Return how the adapter's and the optimizer's file begin when their fp32 values follow in the order of `shapes`.
+    """Return the headers of the adapter's and the optimizer's file, whose fp32 values follow in the order of `shapes`.
 
-    The moments need no names of their own: they lie as the weights do.
+    Each of the two moments is one flat tensor with the values in the order of the weights.
 
-    Source: the safetensors format; 8 bytes of length, then JSON, padded so that the values are aligned.
+    Source: the safetensors format: 8 bytes of length, then JSON, padded with blanks so that the values are aligned.
     """
     total = sum(math.prod(shape) for shape in shapes.values())
     return {
@@ -95,18 +95,18 @@ def headers_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, bytes]:
 
 
 def _header(shapes: Mapping[str, Sequence[int]], entries: dict[str, Any]) -> bytes:
-    at = 0
+    offset = 0
     for name, shape in shapes.items():
-        size = 4 * math.prod(shape)
-        entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
+        end = offset + 4 * math.prod(shape)
+        entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
-    """Return where the checkpoint of a step lies in a run."""
+    """Return the folder of a step's checkpoint."""
     return run / "checkpoints" / f"step-{step:08d}"
 
 
@@ -121,22 +121,22 @@ def commit(
     *,
     ours: Callable[[], bool] = lambda: True,
 ) -> Checkpoint:
-    """Write a checkpoint so that a crash at any moment leaves it whole or absent.
+    """Write a checkpoint so that a crash at any moment leaves it complete or absent.
 
-    Files are written and synced under `.tmp-<token>`, the manifest last; the folder is synced, renamed into place and
-    its parent synced, with the first one also what leads there. A folder that is already there is moved to quarantine
-    first, never written over.
+    Files are written and synced under `.tmp-<token>`, the manifest last. Then the folder is synced, renamed into place,
+    and its parent synced; for a run's first checkpoint, the folders above it too. An existing checkpoint of this step
+    is replaced if it has the same files, else moved to quarantine.
 
     Args:
         run: The run's folder.
-        files: Content of every file but the manifest, in pieces that follow each other.
+        files: The content of every file but the manifest, as pieces to be concatenated.
         facts: The run's part of the manifest.
         progress: The step's part of the manifest.
-        ours: Asked last, whether the run is still this writer's.
+        ours: Called just before the rename; False if another process holds the run's lease by now.
 
     Raises:
-        CheckpointError: It could not be written; the reason is in the message and nothing earlier was touched.
-        LeaseError: Another job has taken the run over; nothing was touched.
+        CheckpointError: The checkpoint could not be written; earlier checkpoints are unchanged.
+        LeaseError: Another process has taken over the run; nothing was changed.
     """
     final = checkpoint_folder(run, progress.step)
     staging = final.parent / f".tmp-{facts.fencing_token}"
@@ -144,19 +144,19 @@ def commit(
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        if not folders(run):  # the first: what leads to it must be on the disk too
+        if not folders(run):  # the first checkpoint: the folders above it must be on disk too
             _sync_folder(run)
             _sync_folder(run.absolute().parent)
         entries = {name: _write_synced(staging / name, pieces) for name, pieces in files.items()}
         if (written := {name: entry.size for name, entry in entries.items()}) != predicted:
-            raise CheckpointError(f"{staging}: {written} bytes are there, {predicted} were expected")
+            raise CheckpointError(f"{staging}: {written} bytes written, expected {predicted}")
         manifest = Manifest(facts, progress, entries)
         _write_synced(staging / MANIFEST, [manifest_bytes(manifest.to_dict())])
         _sync_folder(staging)
         if not ours():
             shutil.rmtree(staging, ignore_errors=True)
-            raise LeaseError(f"{run}: another job has taken this run over; step {progress.step} is not written")
-        if final.exists() and _holds(final, entries):  # the same state, of which more is known now
+            raise LeaseError(f"{run}: another process has taken over this run; step {progress.step} is not written")
+        if final.exists() and _holds(final, entries):  # the same state; the new manifest has its held-out loss
             final.rename(final.with_name(f".tmp-old-{final.name}"))
         elif final.exists():
             set_aside(run, final, "another commit of the same step")
@@ -167,7 +167,7 @@ def commit(
         shutil.rmtree(staging, ignore_errors=True)
         raise CheckpointError(
             f"{final}: not written: {error.strerror} ({sum(predicted.values()):,} bytes needed); "
-            "earlier checkpoints are untouched"
+            "earlier checkpoints are unchanged"
         ) from error
     return Checkpoint(final, manifest)
 
@@ -203,7 +203,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Verify every byte of a checkpoint and return it.
 
     Raises:
-        CheckpointError: Names each file that is missing, too long, too short or changed.
+        CheckpointError: Names each file that is missing or whose size or content differs from the manifest.
     """
     manifest = read_manifest(path / MANIFEST)
     problems = []
@@ -222,32 +222,37 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def folders(run: Path) -> list[Path]:
     """Return the checkpoint folders of a run, newest first, valid or not."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    paths = [path for path in (run / "checkpoints").glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(paths, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """Return the step in a checkpoint folder's name."""
+    return int(folder.name.removeprefix("step-"))
 
 
 @dataclass(frozen=True)
 class Found:
-    """The newest checkpoint that verifies, and the newer ones that do not, with the reasons."""
+    """The newest checkpoint that verifies, and the newer ones that do not, each with the reason."""
 
     latest: Checkpoint | None
     broken: dict[Path, str]
 
 
 def find(run: Path) -> Found:
-    """Look for the newest checkpoint that verifies; moves nothing."""
+    """Find the newest checkpoint that verifies. Changes nothing on disk."""
     broken: dict[Path, str] = {}
     for path in folders(run):
         try:
             return Found(open_checkpoint(path), broken)
         except CheckpointError as error:
-            if path.is_dir():  # else its writer has deleted it in the meantime
+            if path.is_dir():  # else the run's writer has deleted it meanwhile
                 broken[path] = str(error)
     return Found(None, broken)
 
 
 def newest_token(run: Path) -> int:
-    """Return the highest fencing token of a run's checkpoints, 0 without any."""
+    """Return the highest fencing token of a run's checkpoints; 0 if there are none."""
     tokens = [0]
     for path in folders(run):
         with contextlib.suppress(CheckpointError):
@@ -256,7 +261,7 @@ def newest_token(run: Path) -> int:
 
 
 def set_aside(run: Path, path: Path, reason: str) -> Path:
-    """Move a folder to quarantine and write the reason beside it; only the run's writer may."""
+    """Move a checkpoint to quarantine and write the reason beside it. Only the holder of the lease may call this."""
     quarantine = run / "checkpoints" / QUARANTINE
     quarantine.mkdir(parents=True, exist_ok=True)
     number = 1
@@ -268,7 +273,7 @@ def set_aside(run: Path, path: Path, reason: str) -> Path:
 
 
 def best_of(run: Path) -> Path | None:
-    """Return the checkpoint whose manifest has the lowest held-out loss, the newest of equals; None without any."""
+    """Return the checkpoint with the lowest held-out loss, the newest of equal ones; None if no loss was measured."""
     losses: dict[Path, float] = {}
     for path in folders(run):
         with contextlib.suppress(CheckpointError):
@@ -279,32 +284,31 @@ def best_of(run: Path) -> Path | None:
 
 
 def prune(run: Path, keep: int, *, keep_every: int | None = None, best: bool = False) -> None:
-    """Delete all but the newest `keep` checkpoints and those worth keeping; the newest must read back first.
+    """Verify the newest checkpoint, then delete older ones that are neither recent, pinned nor selected.
 
     Args:
         run: The run's folder.
-        keep: How many of the newest stay, two at least.
-        keep_every: Those of every so many steps stay too.
-        best: The one with the lowest held-out loss stays too.
+        keep: The number of newest checkpoints that stay, at least two.
+        keep_every: Checkpoints whose step is a multiple of this stay too.
+        best: Whether the checkpoint with the lowest held-out loss stays too.
 
     Raises:
-        CheckpointError: The newest does not verify; nothing was deleted.
+        CheckpointError: The newest checkpoint does not verify; nothing was deleted.
     """
     newest_first = folders(run)
     if newest_first:
         open_checkpoint(newest_first[0])
-    spared = best_of(run) if best else None
-    for old in newest_first[max(2, keep) :]:
-        step = int(old.name.removeprefix("step-"))
-        if old == spared or (old / PIN).exists() or (keep_every and step % keep_every == 0):
+    best_folder = best_of(run) if best else None
+    for folder in newest_first[max(2, keep) :]:
+        if folder == best_folder or (folder / PIN).exists() or (keep_every and step_of(folder) % keep_every == 0):
             continue
-        doomed = old.with_name(f".tmp-old-{old.name}")  # a half-deleted folder must not look like a checkpoint
+        renamed = folder.with_name(f".tmp-old-{folder.name}")  # a half-deleted folder must not look like a checkpoint
         with contextlib.suppress(OSError):
-            old.rename(doomed)
-            shutil.rmtree(doomed)
+            folder.rename(renamed)
+            shutil.rmtree(renamed)
 
 
 def sweep(run: Path) -> None:
-    """Delete what interrupted commits and deletions left behind; only the run's writer may."""
+    """Delete the remains of interrupted commits and deletions. Only the holder of the lease may call this."""
     for leftover in (run / "checkpoints").glob(".tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -106,7 +106,7 @@ class Keeper:
         except (CheckpointError, LeaseError, OSError) as error:
             self._fenced = isinstance(error, LeaseError)
             self._late, self._not_before = True, time.monotonic() + RETRY_SECONDS
-            region.tell_fault(str(error))
+            region.report_fault(str(error))
             with contextlib.suppress(OSError):  # the disk that is full has the log, too
                 self.journal.event("fault", step=snapshot.step, what=str(error))
         finally:

@@ -58,7 +58,7 @@ class Publisher:
         self._oom_score = oom.offer_to_the_oom_killer(os.getpid()) if self._starts_keeper else None
 
     def _open(self, job_file: JobFile, *, resumed: bool) -> None:
-        region = live.make_region(self._run, 12 * self._state.size)
+        region = live.create_region(self._run, 12 * self._state.size)
         words, self._token = region.words, job_file.facts.fencing_token
         if not resumed:
             region.clear()
@@ -69,7 +69,7 @@ class Publisher:
         self._region = region
         self._slots = [region.payload(slot) for slot in range(live.SLOTS)]
         if self._state.weights.is_cuda:
-            self._side_stream, self._registered = torch.cuda.Stream(), _register(region.whole)
+            self._side_stream, self._registered = torch.cuda.Stream(), _register(region.memory)
         if self._starts_keeper:
             self._keeper = start_beside(self._run)
 
@@ -117,7 +117,7 @@ class Publisher:
         updated: torch.cuda.Event | None,
     ) -> StepFacts:
         try:
-            slot = region.claim(self._restart_dead_keeper)
+            slot = region.acquire(self._restart_dead_keeper)
             checksum = self._copy_to_host(slot) if updated is None else self._copy_from_device(slot, updated)
         finally:
             self._copy_queued.set()
@@ -168,7 +168,7 @@ class Publisher:
         """Wait until the last snapshot that was due is a checkpoint.
 
         Raises:
-            CheckpointError: It could not be written; it stays live, and earlier checkpoints are untouched.
+            CheckpointError: It could not be written; it stays live, and earlier checkpoints are unchanged.
         """
         if self._region is None:
             return
@@ -202,7 +202,7 @@ class Publisher:
         if self._region is None:
             return
         if self._registered:
-            _unregister(self._region.whole)
+            _unregister(self._region.memory)
         self._region.words[Word.PHASE] = Phase.ENDED
         if self._keeper is not None:
             self._restart_dead_keeper()

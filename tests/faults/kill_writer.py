@@ -27,7 +27,7 @@ def write_for_ever(path, first, told):
     """Publish snapshot after snapshot, and tell each one's number once it is published."""
     region = Region(path)
     for number in range(first, 1 << 24):
-        slot = region.claim(lambda: None)
+        slot = region.acquire(lambda: None)
         parts = [np.full(NUMBERS // 3, number, np.float32).view(np.uint8).data for _ in range(3)]
         seal = live.copy_hashed(region.payload(slot), parts)
         progress = StepFacts(number, 0, (), "{}")
@@ -80,7 +80,7 @@ def kill(region, rng, first):
 
 def storm(kills, seed, folder):
     """Return the counts of torn slots, reads beside the writer, wrong recoveries and acknowledged snapshots lost."""
-    region, rng = live.make_region(folder, 4 * (NUMBERS // 3) * 3), random.Random(seed)
+    region, rng = live.create_region(folder, 4 * (NUMBERS // 3) * 3), random.Random(seed)
     region.words[Word.KEEPER] = os.getpid()
     torn = wrong = lost = reads = 0
     newest = 0

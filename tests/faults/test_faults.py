@@ -266,7 +266,7 @@ def test_a_disk_that_stays_full_fails_at_the_end_and_the_last_step_waits_in_memo
 ):
     out, plan = tmp_path / "run", {"phase": "manifest", "kind": "full", "again": 99}
     printed = train(recipe, out, *EVERY, expect=1, environment=faults(plan))
-    assert "No space left on device" in printed and "earlier checkpoints are untouched" in printed
+    assert "No space left on device" in printed and "earlier checkpoints are unchanged" in printed
     assert not store.folders(out) and steps_shown(out) == list(range(1, STEPS + 1))
     go_on(recipe, out, EVERY[1])
     assert [one["step"] for one in events(out, "resumed")] == [STEPS]

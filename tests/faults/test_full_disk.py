@@ -74,7 +74,7 @@ def test_a_disk_that_fills_up_and_is_emptied_costs_nothing(recipe, undisturbed, 
     (disk / "ballast").unlink()
     printed, _ = process.communicate()
     assert process.returncode == 0, printed
-    assert printed.count("No space left on device") >= 1 and "earlier checkpoints are untouched" in printed
+    assert printed.count("No space left on device") >= 1 and "earlier checkpoints are unchanged" in printed
     assert state_hash(out, STEPS) == undisturbed and shown(out) == list(range(1, STEPS + 1))
 
 

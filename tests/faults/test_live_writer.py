@@ -23,5 +23,5 @@ def test_no_kill_of_the_writer_loses_or_spoils_a_published_snapshot():
 
 
 def test_a_writer_that_overwrites_the_newest_slot_is_found_out():
-    done = storm(40, without="live.Region._free = lambda self: 0")
+    done = storm(40, without="live.Region._free_slot = lambda self: 0")
     assert done.returncode == 1 and " 0 wrong" not in done.stdout, done.stdout + done.stderr

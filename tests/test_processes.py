@@ -1,15 +1,12 @@
 """The sum over processes has the bits of the sum in one process; contradicting launch settings are refused."""
 
 import json
-import os
 import platform
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from runs import WAIT_SECONDS, started
+from runs import run_code, started
 
 from lora_kit.data.packing import reduction_schedule
 from lora_kit.errors import LaunchError
@@ -90,13 +87,9 @@ for rows in (*range(16, 177), 176, 16):
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN multiplies no bf16 here")
 @pytest.mark.parametrize("wanted", [None, "1000"])
 def test_products_of_shapes_long_past_are_not_kept_unless_told_so(wanted):
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "ONEDNN_VERBOSE": "profile_create"}
+    environment = {"CUDA_VISIBLE_DEVICES": "", "ONEDNN_VERBOSE": "profile_create"}
     environment |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": wanted} if wanted else {}
-    command = [sys.executable, "-c", MANY_SHAPES]
-    told = subprocess.run(
-        command, env=environment, check=True, capture_output=True, text=True, timeout=WAIT_SECONDS
-    ).stdout
-    *_, newest, oldest = told.split("rows ")
+    *_, newest, oldest = run_code(MANY_SHAPES, environment=environment, fresh=True).split("rows ")
     assert "cache_hit" in newest and "cache_miss" not in newest
     assert ("cache_miss" in oldest) == (wanted is None)
 
@@ -118,11 +111,7 @@ print("faults", [faults() for _ in range(5)][-1] - before)
 def test_what_is_freed_on_a_cpu_is_used_again_unless_the_user_says_otherwise():
     found = []
     for more in ({}, {"MALLOC_TRIM_THRESHOLD_": "131072"}):
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | more
-        command = [sys.executable, "-c", FAULTS]
-        told = subprocess.run(
-            command, env=environment, check=True, capture_output=True, text=True, timeout=WAIT_SECONDS
-        ).stdout
+        told = run_code(FAULTS, environment={"CUDA_VISIBLE_DEVICES": ""} | more, fresh=True)
         found.append(int(told.rsplit("faults ", 1)[1]))
     assert found[0] < found[1] / 4
 
@@ -146,8 +135,7 @@ print("holes", held() - before)
 def test_malloc_keeps_no_holes_of_large_tensors_if_it_is_told_so():
     found = []
     for kept in ("large", "all"):
-        command = [sys.executable, "-c", HOLES, kept]
-        told = subprocess.run(command, check=True, capture_output=True, text=True, timeout=WAIT_SECONDS).stdout
+        told = run_code(HOLES, kept, fresh=True)
         found.append(int(told.rsplit("holes ", 1)[1]))
     assert found[0] < 20e6 < 150e6 < found[1]
 

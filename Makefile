@@ -1,17 +1,22 @@
 # Two commands do everything on a fresh machine with Python 3.11+ and make; either may come first.
 #   make quickstart   make .venv/ and run the main job on the embedded base and data
 #   make test         make .venv/ and run the tests
+#   make quick        lint and one fast test for each promise, for the loop of a developer: under 90 s on two cores
 #   make notebooks    write notebooks/*.ipynb anew, without outputs, from the texts beside them
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= runs/quickstart
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
-.PHONY: quickstart test lint notebooks clean
+.PHONY: quickstart test quick lint notebooks clean
 quickstart: .venv/installed
 	$(BIN)/lora-kit train recipes/quickstart.yaml --out $(OUT)
 
 test: .venv/installed lint
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal --durations 15
+	$(PYTEST) --durations 15
+
+quick: .venv/installed lint
+	$(PYTEST) -m quick $$(grep -rl 'mark\.quick' tests)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

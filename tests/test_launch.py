@@ -21,10 +21,10 @@ from lora_kit.training.request import TrainRequest
 
 ACCELERATE = """
 compute_environment: LOCAL_MACHINE
-distributed_type: MULTI_GPU
+distributed_type: '{distributed}'
 use_cpu: true
 num_machines: 1
-num_processes: 2
+num_processes: {processes}
 machine_rank: 0
 main_training_function: main
 mixed_precision: '{precision}'
@@ -38,9 +38,10 @@ def undisturbed(recipe_file, reference):
     return state_hash(reference(recipe_file), 8)
 
 
-def accelerate(tmp_path, recipe, *more, precision="no"):
+def accelerate(tmp_path, recipe, *more, precision="no", processes=2):
     config = tmp_path / "accelerate.yaml"
-    config.write_text(ACCELERATE.format(precision=precision))
+    distributed = "MULTI_GPU" if processes > 1 else "NO"
+    config.write_text(ACCELERATE.format(precision=precision, processes=processes, distributed=distributed))
     launcher = [
         sys.executable,
         "-m",
@@ -70,7 +71,7 @@ def test_accelerate_launch_with_two_processes_gives_the_same_bytes(recipe_file, 
 
 
 def test_accelerate_settings_that_contradict_the_recipe_are_refused(recipe_file, tmp_path):
-    done = accelerate(tmp_path, recipe_file, precision="fp16")
+    done = accelerate(tmp_path, recipe_file, precision="fp16", processes=1)
     assert done.returncode != 0
     assert "mixed_precision is 'fp16', the recipe needs 'no'" in done.stderr
     assert not (tmp_path / "run").exists()

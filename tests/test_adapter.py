@@ -23,6 +23,7 @@ def fresh(base_folder, **changes):
     return inject(base, settings, seed=0, name="some/base", revision="abc")
 
 
+@pytest.mark.quick
 def test_only_the_adapter_trains_and_its_names_are_pefts(base_folder):
     model = fresh(base_folder)
     theirs = get_peft_model_state_dict(model)

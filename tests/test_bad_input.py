@@ -70,6 +70,7 @@ def test_a_wrong_role_is_named_with_those_that_exist(told, tmp_path):
     assert "bad.jsonl:4" in message and "'bot'" in message and "assistant" in message
 
 
+@pytest.mark.quick
 def test_several_bad_records_are_told_at_once(told, tmp_path):
     records = make_records(6)
     for place in (1, 4):

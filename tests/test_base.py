@@ -92,6 +92,7 @@ def test_a_bases_own_dropouts_are_off(tmp_path):
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.quick
 def test_the_fingerprint_follows_the_bytes(tmp_path):
     folder = make_base(tmp_path / "base")
     first = locate(Base(repo="x"), folder).fingerprint

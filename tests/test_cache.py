@@ -63,6 +63,7 @@ def same(one, other):
     return all(arrays) and (one.prompts, one.counts, one.notes) == (other.prompts, other.counts, other.notes)
 
 
+@pytest.mark.quick
 def test_a_second_start_tokenises_nothing_and_has_the_same(folder, made):
     first, again = data_of(folder), data_of(folder)
     assert len(made) == 1 and same(first, again)

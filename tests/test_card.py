@@ -40,6 +40,7 @@ def card_of(path):
     return publication(store.open_checkpoint(path), "me/x")[CARD].decode()
 
 
+@pytest.mark.quick
 def test_the_front_matter_is_what_the_hub_reads(manifest):
     data = ModelCard(model_card("me/x", manifest)).data
     assert (data.library_name, data.pipeline_tag, data.license) == ("peft", "text-generation", "apache-2.0")

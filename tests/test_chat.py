@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 from runs import ENVIRONMENT, WAIT_SECONDS
 
 import lora_kit as lk
@@ -35,6 +36,7 @@ def test_the_adapter_is_off_for_as_long_as_it_was_asked(trained_run):
     assert [one["role"] for one in messages] == ["user", "assistant"]
 
 
+@pytest.mark.quick
 def test_turns_build_on_each_other_until_reset(trained_run):
     loaded = lk.load(trained_run)
     _, messages = talk(loaded, "one", "two", "/help")

@@ -82,6 +82,7 @@ def test_every_shipped_recipe_passes_a_check_without_network(path):
     assert "the recipe can start" in result.output
 
 
+@pytest.mark.quick
 def test_the_predicted_checkpoint_is_the_written_one(recipe_file, tmp_path):
     recipe = load_recipe(recipe_file, ["train.steps=1", "adapter.rank=64"])
     run = loop.train(recipe, tmp_path / "run")

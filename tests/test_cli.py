@@ -69,6 +69,7 @@ def test_eval_prints_a_table(recipe_file, run):
     assert "base" in told and "adapter" in told and "perplexity" in told
 
 
+@pytest.mark.quick
 def test_the_module_is_the_command(recipe_file):
     done = subprocess.run([sys.executable, "-m", "lora_kit", "--help"], capture_output=True, text=True, check=True)
     assert "lora-kit" in done.stdout

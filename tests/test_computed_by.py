@@ -48,6 +48,7 @@ def begun(recipe_file, tmp_path):
     return begin
 
 
+@pytest.mark.quick
 def test_a_run_records_what_computes_it_and_goes_on_to_the_bit(begun):
     whole, resume = begun()
     half, printed = resume()

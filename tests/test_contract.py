@@ -44,6 +44,7 @@ def test_what_makes_it_another_run_is_refused_by_name(recipe_file, finished, cha
     assert sorted((finished / "checkpoints").iterdir()) == before
 
 
+@pytest.mark.quick
 def test_another_base_of_the_same_shape_is_refused(recipe_file, finished, tmp_path):
     other = make_base(tmp_path / "other", seed=1)
     with pytest.raises(ContractError, match=r"REFUSED +fingerprints\.base"):

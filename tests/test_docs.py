@@ -130,6 +130,7 @@ def test_the_readme_has_a_record_of_every_format_and_it_is_detected(tmp_path):
         assert "⟦" in report["preview"] and "4<|end|>⟧" in report["preview"].replace('"', "")
 
 
+@pytest.mark.quick
 def test_every_recipe_on_a_page_is_valid(tmp_path):
     found = [(page, text) for page in PAGES for _, text in blocks_of(page, "yaml") if "\ntrain:" in text]
     found += [(README, blocks_of(README, "sh")[0][1].split("<<'END'\n")[1].split("END\n")[0])]

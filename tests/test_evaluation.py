@@ -41,6 +41,7 @@ def plain_loss(base_folder, tokenizer, records):
     return total / weight
 
 
+@pytest.mark.quick
 def test_the_bases_loss_is_that_of_a_plain_loop(recipe_file, base_folder, tmp_path, changes):
     run = lk.train(lk.load_recipe(recipe_file, changes), tmp_path / "run")
     _, tokenizer = lk.load(run.latest)

@@ -123,6 +123,7 @@ def test_a_window_that_attention_is_not_told_of_is_not_lost(family, window, tmp_
     assert attention_of(model) == attention
 
 
+@pytest.mark.quick
 def test_a_named_attention_is_not_replaced(recipe_file, tmp_path, base_folder):
     _, _, resolved = trained(recipe_file, tmp_path, base_folder, "base.attention=sdpa")
     assert (resolved["attention"], resolved["layout"]) == ("sdpa", "packed")

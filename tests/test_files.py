@@ -54,6 +54,7 @@ def test_json_comes_back_equal_whatever_it_is_called(write, name, shape):
     assert records(write(name, shape(ODD))) == ODD
 
 
+@pytest.mark.quick
 def test_one_odd_record_changes_no_other(write):
     values = [{"m": [{"role": "user", "content": "x" * 1000}]}] * 12_000
     values.append({"m": [{"role": "user", "content": [{"type": "text"}]}]})

@@ -24,6 +24,7 @@ def refusal(record, format, columns=None):
 
 
 @pytest.mark.parametrize("format", RECORDS)
+@pytest.mark.quick
 def test_the_same_exchange_is_the_same_example_in_every_format(format):
     assert to_example(RECORDS[format], format, {}) == Conversation((USER, ASSISTANT))
 

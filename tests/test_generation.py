@@ -20,6 +20,7 @@ def run(recipe_file, tmp_path):
     return lk.train(lk.load_recipe(recipe_file), tmp_path / "run")
 
 
+@pytest.mark.quick
 def test_a_loaded_checkpoint_has_the_trained_models_logits(recipe_file, tmp_path, monkeypatch):
     jobs = []
     make_job = loop.make_job

@@ -45,6 +45,7 @@ def by_hand(tmp_path_factory):
     return program, folder, seen, losses
 
 
+@pytest.mark.quick
 def test_every_step_of_a_run_is_that_of_the_page(by_hand, tmp_path, captured, jobs):
     program, folder, gradients, losses = by_hand
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(data=program.DATA, steps=STEPS))

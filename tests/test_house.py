@@ -15,6 +15,8 @@ from lora_kit.kernels.attention import inner_of
 from lora_kit.recipe.load import load_recipe
 from lora_kit.training import loop
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lora_kit"
 LAYERS = [

@@ -55,6 +55,7 @@ def everything_in(folder):
     return b"\n".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.quick
 def test_one_commit_has_all_that_a_stranger_needs(hub, trained):
     pushed = lk.push(trained.latest, "me/first", private=True)
     (commit,) = hub.commits("me/first")

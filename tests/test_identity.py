@@ -26,6 +26,7 @@ def in_a_new_process(**environment):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.quick
 def test_the_facts_are_text_sorted_by_name_and_the_same_at_every_call(dtype):
     facts = identity(CPU, dtype)
     assert list(facts) == sorted(facts) and all(type(one) is str for pair in facts.items() for one in pair)

@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 
+import pytest
+
 from lora_kit.runs.journal import Journal
 
 
@@ -46,6 +48,7 @@ def test_after_a_cut_an_event_is_not_lost_with_the_torn_one_before_it(tmp_path):
     assert [event["kind"] for event in journal.read_events()] == ["started", "resumed"]
 
 
+@pytest.mark.quick
 def test_a_cut_drops_later_steps_and_torn_lines(tmp_path):
     journal = Journal(tmp_path)
     for step in range(1, 6):

@@ -102,6 +102,7 @@ def test_in_between_the_newest_state_is_written_whenever_the_time_has_passed(tra
     assert trainer.steps() == [2]
 
 
+@pytest.mark.quick
 def test_a_failed_write_is_told_again_and_again_and_made_good(trainer, monkeypatch):
     monkeypatch.setattr(keeping, "RETRY_SECONDS", 0.0)
     trainer.publish(1, due=True)

@@ -117,6 +117,7 @@ def test_adapted_layers_in_bf16_are_as_near_the_truth(device):
     assert worse < WORSE and adapters < ROUNDING
 
 
+@pytest.mark.quick
 def test_only_some_of_a_group_may_be_adapted_or_called(device):
     model, x = layers(targets=["q_proj", "v_proj"], device=device), rows(5, 24, device=device)
     same(outcome(fused(model), x), outcome(model, x))

@@ -84,6 +84,7 @@ def test_torchrun_with_two_processes_gives_the_same_bytes(recipe_file, tmp_path,
     assert state_hash(tmp_path / "run", 8) == undisturbed
 
 
+@pytest.mark.quick
 def test_bad_input_keeps_its_exit_code_and_is_told_once_by_two_processes(recipe_file, tmp_path):
     printed = train(recipe_file, tmp_path / "run", "--set", "adapter.targets=[query]", processes=2, expect=2)
     assert printed.count("match no layer of the base") == 1
@@ -103,6 +104,7 @@ def test_without_restarts_a_killed_process_ends_the_others_and_the_run_goes_on(r
     assert state_hash(tmp_path / "run", 8) == undisturbed
 
 
+@pytest.mark.quick
 def test_workers_do_not_outlive_a_killed_launcher_and_the_run_goes_on_at_once(recipe_file, tmp_path, undisturbed):
     process = start(recipe_file, tmp_path / "run", "--set", "checkpoint.every_steps=1", processes=2)
     wait_for_lines(tmp_path / "run" / "metrics.jsonl", 2, process)

@@ -88,6 +88,7 @@ def test_a_released_lease_that_was_taken_over_is_left_alone(tmp_path):
     assert json.loads((tmp_path / "lease.json").read_text())["token"] == 9
 
 
+@pytest.mark.quick
 def test_of_two_that_see_the_same_dead_holder_one_gets_the_run(tmp_path, monkeypatch):
     take(tmp_path)
     content = json.loads((tmp_path / "lease.json").read_text())

@@ -57,6 +57,7 @@ def test_the_slot_that_is_being_filled_is_no_snapshot_and_the_newest_stays(regio
     assert [one.step for one in region.snapshots()] == [1]
 
 
+@pytest.mark.quick
 def test_a_flipped_bit_is_found(region):
     slot = publish(region, 1)
     region.payload(slot)[17] ^= 4

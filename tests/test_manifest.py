@@ -39,6 +39,7 @@ def write(folder, content):
     return folder / MANIFEST
 
 
+@pytest.mark.quick
 def test_a_manifest_reads_back_as_it_was_written(tmp_path):
     assert read_manifest(write(tmp_path, WHOLE.to_dict())) == WHOLE
 

@@ -13,6 +13,7 @@ import lora_kit as lk
 from lora_kit.errors import CheckpointError, InputError
 
 
+@pytest.mark.quick
 def test_weights_are_the_sum_of_base_and_adapter(trained_run, tmp_path, base_folder):
     merged = lk.merge(trained_run, tmp_path / "merged", dtype="float32")
     weights, base = load_file(tmp_path / "merged" / "model.safetensors"), load_file(base_folder / "model.safetensors")

@@ -21,6 +21,7 @@ def refusal(*messages, tools=None):
     return str(error.value)
 
 
+@pytest.mark.quick
 def test_messages_pass_unchanged_and_assistant_turns_are_answers():
     made = make(USER, ASSISTANT, USER, ASSISTANT)
     assert made == Conversation((USER, ASSISTANT, USER, ASSISTANT))

@@ -183,6 +183,7 @@ def test_on_a_cpu_memory_decides_nothing_but_whether_to_compute_twice():
     assert choose(longer, shape, Machine("cpu", 64 * GB)) == MicroBatches(5000, False)
 
 
+@pytest.mark.quick
 def test_what_a_recipe_names_is_what_it_gets_whether_it_fits_or_not():
     shape, small = shape_of("Llama-3.1-8B"), Machine("cuda", GB)
     named = large("sft-bf16-8b", "train.micro_batch_tokens=9000", "train.activation_checkpointing=false")

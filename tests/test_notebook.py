@@ -27,6 +27,7 @@ def points(svg):
     return [tuple(map(float, point.split(","))) for point in line.get("points").split()]
 
 
+@pytest.mark.quick
 def test_a_curve_falls_with_the_loss_and_leaves_room_for_the_steps_to_come():
     drawn = points(notebook.curve(records(4.0, 2.0, 1.0), steps=6))
     (first, high), (_, middle), (last, low) = drawn

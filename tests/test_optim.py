@@ -12,6 +12,7 @@ def settings(**changes):
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.quick
 def test_twenty_updates_equal_those_of_torch(weight_decay):
     torch.manual_seed(0)
     weights = torch.randn(1000)

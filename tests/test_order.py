@@ -58,6 +58,7 @@ def test_each_epoch_shows_each_example_exactly_once(examples, batch_size, epochs
     assert len(seen) == examples * epochs
 
 
+@pytest.mark.quick
 def test_a_run_counted_in_steps_reads_over_the_end_of_an_epoch():
     total = total_examples(10, batch_size=4, steps=5, epochs=None)
     assert total == 20

@@ -48,6 +48,7 @@ def test_a_new_run_begins_with_an_earlier_adapter_and_fresh_moments(
     assert store.open_checkpoint(again.latest).manifest.run.origin == facts.origin
 
 
+@pytest.mark.quick
 def test_an_adapter_that_does_not_fit_is_refused_with_every_difference(recipe_file, tmp_path, trained_run):
     recipe = load_recipe(recipe_file, ["adapter.rank=8", "adapter.alpha=3"])
     with pytest.raises(ContractError, match=r"(?s)adapter\.rank: 4 there, 8 here.*adapter\.alpha: 8 there, 3 here"):

@@ -59,6 +59,7 @@ def test_a_packed_row_holds_the_examples_end_to_end_with_shifted_labels():
     assert batch.labels.tolist() == [labels]
 
 
+@pytest.mark.quick
 def test_no_label_crosses_from_one_example_into_the_next():
     tokens = Tokens(np.arange(6, dtype=np.int32), np.ones(6, dtype=bool), np.array([0, 3, 6]))
     assert collate(tokens, [0, 1], padded=False).labels.tolist() == [[1, 2, IGNORE, 4, 5, IGNORE]]

@@ -45,6 +45,7 @@ def run(recipe, tmp_path_factory):
     return out, printed, [event for event in events if event["kind"] == "skipped"]
 
 
+@pytest.mark.quick
 def test_a_poisoned_step_leaves_every_byte_as_it_was_and_is_told(run):
     out, printed, skipped = run
     bad = [event["step"] for event in skipped]

@@ -64,6 +64,7 @@ def test_the_command_profiles_the_start_that_it_makes(recipe_file, tmp_path):
     assert "nothing is left to do" in again and "ms a step" not in again
 
 
+@pytest.mark.quick
 def test_a_part_costs_nothing_while_nothing_is_profiled():
     assert part("data", perf_counter) is perf_counter
     with torch.profiler.profile() as profiler:

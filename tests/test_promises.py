@@ -19,6 +19,7 @@ from lora_kit.training import loop
 from lora_kit.training.objectives.sft import Sft
 
 
+@pytest.mark.quick
 def test_a_checkpoint_is_four_files_however_long_the_run_and_whoever_tokenises(recipe_file, tmp_path):
     sizes = []
     for steps in (4, 60):
@@ -46,6 +47,7 @@ def test_checkpoints_are_thinned_out_by_their_steps_and_not_by_file_times(tmp_pa
     assert [path.name[-1] for path in store.folders(tmp_path)] == ["5", "4"]
 
 
+@pytest.mark.quick
 def test_a_pinned_checkpoint_and_those_of_every_so_many_steps_stay(tmp_path):
     for step in range(1, 8):
         store.commit(tmp_path, {store.ADAPTER: [b"a"]}, run_facts(), step_facts(step))

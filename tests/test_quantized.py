@@ -104,6 +104,7 @@ def test_a_trained_adapter_answers_and_merges_into_whole_weights(recipe_file, tm
     assert not linears(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
 
 
+@pytest.mark.quick
 def test_the_estimate_counts_the_bytes_that_are_held(recipe_file, base_folder):
     for how in ("nf4", "int8"):
         recipe = load_recipe(recipe_file, [f"base.quantization={how}"])

@@ -33,6 +33,7 @@ def load(tmp_path, text, *overrides):
     return load_recipe(tmp_path / "r.yaml", overrides)
 
 
+@pytest.mark.quick
 def test_all_problems_are_reported_at_once_with_their_lines(problems_of):
     lines = problems_of(
         "base:\n  rep: x\n  dtype: float16\ndata:\n  train: 5\ntrain:\n  steps: 1.5\nadaptor: {}\n",

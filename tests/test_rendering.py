@@ -45,6 +45,7 @@ def refusal(example, renderer):
     return str(error.value)
 
 
+@pytest.mark.quick
 def test_an_answer_stands_between_the_prompt_and_what_ends_it(renderer):
     assert pieces(CHAT, renderer) == [
         ("<user>Hi?<assistant>", "Hello.", "</s><user>"),

@@ -48,6 +48,7 @@ def test_a_run_without_logs_is_none(tmp_path):
     assert Journal(tmp_path).last_step() == 0
 
 
+@pytest.mark.quick
 def test_it_counts_what_was_lost_and_what_it_cost(tmp_path, clock):
     journal = Journal(tmp_path)
     clock(1004)

@@ -37,6 +37,7 @@ def steps_shown(out):
     return [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.quick
 def test_two_processes_end_with_the_bytes_of_one(recipe, undisturbed, tmp_path):
     train(recipe, tmp_path / "run", processes=2)
     assert state_hash(tmp_path / "run", STEPS) == undisturbed

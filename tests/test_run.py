@@ -15,6 +15,7 @@ def watched(tmp_path):
     return [f"data.validation={held_out}", "evaluate.every_steps=2", "evaluate.generate=3"]
 
 
+@pytest.mark.quick
 def test_evaluating_on_the_way_changes_no_bit(recipe_file, tmp_path, watched):
     lk.train(lk.load_recipe(recipe_file), tmp_path / "plain")
     run = lk.train(lk.load_recipe(recipe_file, watched), tmp_path / "watched")

@@ -67,6 +67,7 @@ def test_paths_start_from_the_recipe_s_folder_and_records_name_their_line(tmp_pa
     assert words(load(str(tmp_path / "data" / "a.jsonl"), base_dir=tmp_path / "data")) == ["a", "b", "c"]
 
 
+@pytest.mark.quick
 def test_max_examples_takes_the_first(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", texts("a", "b", "c"))
     assert words(load("a.jsonl", base_dir=tmp_path, max_examples=2)) == ["a", "b"]

@@ -75,6 +75,7 @@ def test_the_message_names_the_file_and_both_sizes(tmp_path):
         open_checkpoint(path)
 
 
+@pytest.mark.quick
 def test_latest_is_the_newest_that_verifies(tmp_path):
     for step in (10, 20, 30):
         commit(tmp_path, FILES, step)
@@ -121,6 +122,7 @@ def test_setting_aside_never_overwrites(tmp_path):
     assert len(list((tmp_path / "checkpoints/.quarantine").glob("step-*.[123]"))) == 3
 
 
+@pytest.mark.quick
 def test_pruning_keeps_the_newest_and_never_fewer_than_two(tmp_path):
     for step in range(1, 6):
         commit(tmp_path, FILES, step)

@@ -59,6 +59,7 @@ def test_all_linear_leaves_out_what_it_says_and_nothing_else(family):
         assert leaves == ATTENTION
 
 
+@pytest.mark.quick
 def test_a_dense_model_gets_what_pefts_all_linear_gives():
     from peft import LoraConfig, get_peft_model
 

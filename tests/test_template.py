@@ -198,6 +198,7 @@ def trained_text(example, renderer):
     return [text for text, mark in runs(made.ids, made.trained, renderer.tokenizer) if mark]
 
 
+@pytest.mark.quick
 def test_answers_of_a_character_model(plain):
     assert trained_text(ASCII, plain) == ["Hello.</s>", "Bye.</s>"]
     assert prompt(ASCII, plain) == (

@@ -55,6 +55,7 @@ def pairs(*answers):
     return [{"prompt": "q:", "completion": answer} for answer in answers]
 
 
+@pytest.mark.quick
 def test_every_example_can_be_read_back(make, renderer):
     records = make_records(700)  # more than are tokenised at once
     made = make(records).train

@@ -192,6 +192,7 @@ def test_a_curve_of_other_values_gets_another_name(recipe_file, tmp_path):
     assert claim(recipe, start=9, reached=9) == second, "nothing is ahead of step 9"
 
 
+@pytest.mark.quick
 def test_an_interrupted_log_call_leaves_no_gap_in_any_curve():
     sent = []
     opened = trackers.Opened({"loss": 2, "tokens": 1}.__getitem__, lambda *call: sent.append(call), lambda: None)

@@ -24,6 +24,7 @@ def tokenizer(tmp_path_factory):
     return AutoTokenizer.from_pretrained(folder)
 
 
+@pytest.mark.quick
 def test_a_tokenizer_that_fits_passes(tokenizer):
     for spare in (0, 1, 64):  # bases round their embeddings up
         check_tokenizer_fits(tokenizer, len(tokenizer) + spare, used=tokens_of(len(tokenizer) - 1))

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from crash_states import certain, operations
 
 SCRIPT = Path(__file__).parent / "crash_states.py"
@@ -17,6 +18,7 @@ def look(states, *, without="pass"):
     return subprocess.run([sys.executable, "-c", broken], capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.quick
 def test_every_state_of_the_disk_reads_back():
     done = look(600)
     assert done.returncode == 0 and done.stdout == "600 states, 600 read back\n", done.stdout + done.stderr

@@ -182,6 +182,7 @@ def test_a_second_signal_ends_at_once_and_one_that_is_only_forwarded_does_not(re
     nothing_was_lost(out)
 
 
+@pytest.mark.quick
 def test_a_stop_signal_while_loading_keeps_what_was_live(recipe, undisturbed, faults, tmp_path):
     out = tmp_path / "run"
     process = start(recipe, out, "--set", "checkpoint.every_steps=100", environment=faults(sleep=0.1))
@@ -222,6 +223,7 @@ def test_the_same_exception_at_the_same_step_three_times_stops_with_its_tracebac
     assert store.find(out).latest.step == 4
 
 
+@pytest.mark.quick
 def test_memory_that_runs_out_is_named_and_survived(recipe, undisturbed, faults, tmp_path):
     out, plan = tmp_path / "run", {"step": 5, "phase": "forward", "kind": "memory"}
     printed = train(recipe, out, environment=faults(plan))
@@ -292,6 +294,7 @@ def test_a_nan_on_one_process_is_skipped_by_all_and_in_every_replay(recipe, faul
     assert state_hash(tmp_path / "one", STEPS) == state_hash(tmp_path / "two", STEPS)
 
 
+@pytest.mark.quick
 def test_replicas_that_differ_are_found_and_named_before_it_is_kept(recipe, faults, tmp_path):
     plan = {"rank": 1, "step": 5, "phase": "updated", "kind": "flip"}
     printed = train(recipe, tmp_path / "run", *EVERY, processes=2, expect=1, environment=faults(plan))

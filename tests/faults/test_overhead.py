@@ -5,6 +5,7 @@ How long the loop waits, and what the copy costs a whole step, is measured by be
 
 import threading
 
+import pytest
 from runs import go_on
 
 from lora_kit.runs import live
@@ -14,6 +15,7 @@ from lora_kit.training.objectives.sft import Sft
 STEPS = 8
 
 
+@pytest.mark.quick
 def test_every_step_is_copied_once_and_not_by_the_thread_that_trains(recipe_file, tmp_path, monkeypatch):
     threads, copy = [], live.copy_hashed
 

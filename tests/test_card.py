@@ -59,14 +59,14 @@ def test_a_hub_base_is_named_with_its_revision(manifest):
 
 def test_a_local_base_is_said_to_be_one_without_its_place(run, base_folder):
     card = card_of(run.latest)
-    assert f"a base in a local folder, `{base_folder.name}`" in card and str(base_folder.parent) not in card
+    assert f"a base from a local folder, `{base_folder.name}`" in card and str(base_folder.parent) not in card
     assert 'lk.load("me/x", base="path/to/the/base")' in card
     assert "| revision | none: a local folder |" in card
 
 
 def test_a_shipped_base_needs_no_place(manifest):
     card = model_card("me/x", with_recipe(manifest, "base", repo="builtin:base"), revision="new")
-    assert "the small base that ships with lora_kit" in card
+    assert "the tiny base that ships with lora_kit" in card
     assert 'lk.load("me/x@new")' in card and '"me/x", revision="new")' in card
 
 
@@ -90,13 +90,13 @@ def test_data_scores_settings_and_versions_are_those_of_the_records(run, manifes
 def test_an_earlier_checkpoint_has_its_own_loss_and_not_the_runs(run):
     card = card_of(run.checkpoints[0])
     own = store.open_checkpoint(run.checkpoints[0]).manifest.progress.held_out_loss
-    assert f"| adapter | {own:.4f} | - | - | 5 |" in card and "| base | " not in card.split("## Held-out")[1]
+    assert f"| adapter | {own:.4f} | - | - | 5 |" in card and "| base | " not in card.split("## Validation")[1]
 
 
 def test_what_is_not_known_is_left_out(manifest):
     bare = replace(manifest, progress=replace(manifest.progress, held_out_loss=None))
     card = model_card("me/x", with_recipe(bare, "hub", licence=None))
-    assert "## Held-out" not in card and "license" not in card and "None" not in card
+    assert "## Validation" not in card and "license" not in card and "None" not in card
 
 
 def test_equal_checkpoints_have_equal_cards(run):

@@ -54,7 +54,7 @@ def test_ctrl_c_cuts_an_answer_and_the_conversation_goes_on(trained_run):
             raise KeyboardInterrupt
 
     messages = chat(*lk.load(trained_run), ["hello there", "go on"], impatient, max_new_tokens=200)
-    assert " [cut]" in written and [one["role"] for one in messages] == ["user", "assistant"] * 2
+    assert " [stopped]" in written and [one["role"] for one in messages] == ["user", "assistant"] * 2
 
 
 def test_it_is_driven_by_a_pipe(trained_run):

@@ -34,7 +34,7 @@ def hub(tmp_path, monkeypatch):
         for name, value in here.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(door, "PAUSES", (0.0, 0.0))
+        monkeypatch.setattr(door, "RETRY_PAUSES", (0.0, 0.0))
         yield standin
 
 
@@ -136,7 +136,7 @@ def test_a_damaged_download_is_not_loaded(hub, trained, base_folder):
 def test_a_strangers_adapter_runs_no_code_unasked(hub, recipe_file, tmp_path):
     run = lk.train(lk.load_recipe(recipe_file, ["train.steps=1", "base.trust_remote_code=true"]), tmp_path / "run")
     lk.push(run.latest, "me/first")
-    with pytest.raises(HubError, match="asks to run the Python files of its base's repository; if you trust them"):
+    with pytest.raises(HubError, match="its base needs Python files from the base's repository; if you trust them"):
         lk.load("me/first")
 
 
@@ -164,16 +164,16 @@ def test_a_fault_that_passes_leaves_one_commit(hub, trained, case):
 
 LASTING = {
     "401": ("/commit/", [401], "does not accept the token; log in with `hf auth login` or set HF_TOKEN"),
-    "403": ("/commit/", [403], "may not write there; make one with write access"),
-    "404": ("/branch/", [404], "the Hub has no such thing"),
-    "409": ("/commit/", [409] * 3, "another commit is being made there"),
-    "412": ("/commit/", [412] * 3, "another commit came in between"),
-    "418": ("/commit/", [418], "the Hub refused"),
-    "429": ("/commit/", [429] * 3, "too many requests; wait some minutes"),
-    "503": ("/commit/", [503] * 3, "the Hub has a fault"),
+    "403": ("/commit/", [403], "the token has no write access to the repository"),
+    "404": ("/branch/", [404], "the repository or file does not exist on the Hub"),
+    "409": ("/commit/", [409] * 3, "another commit to the repository is in progress"),
+    "412": ("/commit/", [412] * 3, "the repository got another commit in the meantime"),
+    "418": ("/commit/", [418], "the Hub refused the request"),
+    "429": ("/commit/", [429] * 3, "too many requests; wait a few minutes"),
+    "503": ("/commit/", [503] * 3, "the Hub reports an internal error"),
     "cut": ("/commit/", ["cut"] * 3, r"the connection to the Hub failed \(\w+\)"),
-    "lost": ("/commit/", ["lost", "cut", 500], "the Hub has a fault|connection"),
-    "large": ("/large/", [403], "may not write there"),
+    "lost": ("/commit/", ["lost", "cut", 500], "the Hub reports an internal error|connection"),
+    "large": ("/large/", [403], "has no write access"),
 }
 
 
@@ -181,12 +181,12 @@ LASTING = {
 def test_a_fault_that_lasts_says_how_to_repeat_and_repeating_makes_one_commit(hub, trained, case):
     path, faults, reason = LASTING[case]
     hub.faults[path] = list(faults)
-    again = f"to repeat it: lora-kit push {trained.latest} --to me/first --private --revision new"
+    again = f"to repeat the push: lora-kit push {trained.latest} --to me/first --private --revision new"
     with pytest.raises(HubError, match=reason) as caught:
         door.push(trained.latest, "me/first", private=True, revision="new", pause=lambda _: case == "lost")
     assert again in str(caught.value)
-    told = "".join(__import__("traceback").format_exception(caught.value))
-    assert TOKEN not in told and "SIGNED" not in told
+    shown = "".join(__import__("traceback").format_exception(caught.value))
+    assert TOKEN not in shown and "SIGNED" not in shown
     hub.faults.clear()
     lk.push(trained.latest, "me/first", private=True, revision="new")
     assert len(hub.commits("me/first", "new")) == 1
@@ -200,11 +200,11 @@ def test_nobody_listening_is_told(hub, trained, monkeypatch):
 
 def test_offline_and_without_a_token_nothing_is_asked(hub, trained, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(HubError, match="switched off here by HF_HUB_OFFLINE"):
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
         lk.push(trained.latest, "me/first")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(HubError, match="no token here; log in with `hf auth login` or set HF_TOKEN"):
+    with pytest.raises(HubError, match="no token for the Hub was found; log in with `hf auth login` or set HF_TOKEN"):
         lk.push(trained.latest, "me/first")
     assert hub.requests == []
 
@@ -215,18 +215,21 @@ def test_a_run_that_will_push_says_at_its_start_that_it_has_no_token(hub, recipe
     monkeypatch.delenv("HF_TOKEN")
     run = lk.train(recipe, tmp_path / "run")
     before, _, after = capsys.readouterr().out.partition("step 1/1")
-    assert "no token here to push to me/run at the end" in before and "no token here; log in" in after
+    assert (
+        "no token was found for the push to me/run after the run" in before
+        and "no token for the Hub was found; log in" in after
+    )
     assert run.result["step"] == 1
 
 
 def test_private_never_means_public(hub, trained):
     lk.push(trained.latest, "me/first")
-    with pytest.raises(InputError, match="is there already and public"):
+    with pytest.raises(InputError, match="the repository exists and is public"):
         lk.push(trained.latest, "me/first", private=True)
 
 
 def test_a_wrong_name_is_refused_before_anything(trained, recipe_file):
-    with pytest.raises(InputError, match="'first' is no Hub name; expected user/name"):
+    with pytest.raises(InputError, match="'first' is not a Hub name; expected user/name"):
         lk.push(trained.latest, "first")
     with pytest.raises(RecipeError, match=r"hub: repo is 'first'; expected user/name, e\.g\. me/first-adapter"):
         lk.load_recipe(recipe_file, ["hub.repo=first"])
@@ -238,7 +241,7 @@ def test_a_token_in_what_is_published_is_refused(hub, recipe_file, tmp_path):
     template = tmp_path / "template.jinja"
     template.write_text("{# " + TOKEN + " #}" + TEMPLATE)
     run = lk.train(lk.load_recipe(recipe_file, ["train.steps=1", f"data.template={template}"]), tmp_path / "run")
-    with pytest.raises(InputError, match="a Hub token stands in it") as caught:
+    with pytest.raises(InputError, match="contains a Hub token") as caught:
         lk.push(run.latest, "me/first")
     assert TOKEN not in str(caught.value) and not hub.requests
 
@@ -247,23 +250,23 @@ def test_a_changed_tokenizer_is_not_published(recipe_file, tmp_path):
     base = make_base(tmp_path / "base")
     run = lk.train(lk.load_recipe(recipe_file, ["train.steps=1", f"base.repo={base}"]), tmp_path / "run")
     (base / "tokenizer.json").write_text((base / "tokenizer.json").read_text() + " ")
-    with pytest.raises(BaseError, match=r"tokenizer\.json: changed since the training"):
+    with pytest.raises(BaseError, match=r"tokenizer\.json: the file changed after the training"):
         lk.push(run.latest, "me/first")
 
 
-def test_what_is_not_on_the_hub_is_told(hub, tmp_path, monkeypatch):
+def test_what_is_not_on_the_hub_is_reported(hub, tmp_path, monkeypatch):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")
     hub.add("me/other", tmp_path / "other")
     for name, reason in {
         "me/nothing": "not found; check the name and, if it is private",
-        "me/other": r"has no manifest\.json, so lora_kit did not make it; load it with peft",
+        "me/other": r"has no manifest\.json, so lora_kit did not publish it; load it with peft",
         "me/other@gone": "has no revision 'gone'",
     }.items():
-        with pytest.raises(HubError, match=f"^{name.split('@')[0]}: no folder here, and on the Hub .*{reason}"):
+        with pytest.raises(HubError, match=f"^{name.split('@')[0]}: not a local folder, and on the Hub .*{reason}"):
             lk.load(name)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(HubError, match="on the Hub not to be had: the Hub is switched off here"):
+    with pytest.raises(HubError, match="on the Hub it cannot be downloaded: HF_HUB_OFFLINE is set"):
         lk.load("me/never-seen")
 
 
@@ -293,7 +296,7 @@ def test_a_failed_push_fails_no_run_and_the_same_command_repeats_it(hub, recipe_
     run = lk.train(recipe, tmp_path / "run")
     assert run.result["step"] == 2 and status(run.folder).state == "finished" and len(status(run.folder).faults) == 1
     told = capsys.readouterr().out
-    assert f"to repeat it: lora-kit push {run.folder} --to me/run" in told.replace("\n", " ")
+    assert f"to repeat the push: lora-kit push {run.folder} --to me/run" in told.replace("\n", " ")
     assert TOKEN.encode() not in everything_in(run.folder) and TOKEN not in told
     assert len(hub.commits("me/run")) == 1
     lk.train(recipe, tmp_path / "run")

@@ -45,7 +45,7 @@ def test_there_is_no_curve_of_less_than_two_numbers(losses):
 
 def test_a_long_run_is_drawn_with_few_points_up_to_its_last():
     drawn = points(notebook.curve(records(*(1 / step for step in range(1, 9000))), steps=8999))
-    assert len(drawn) <= notebook.MOST_POINTS
+    assert len(drawn) <= notebook.MAX_POINTS
     assert drawn[-1][0] == notebook.WIDTH - notebook.RIGHT
 
 

@@ -1,4 +1,4 @@
-"""Let a model answer prompts: greedy or sampled text, batched by length."""
+"""Generate answers to prompts, greedily or by sampling, in batches of similar length."""
 
 import threading
 from collections.abc import Generator, Sequence
@@ -16,13 +16,13 @@ from lora_kit.kernels.attention import own_attention
 
 @dataclass(frozen=True)
 class Answering:
-    """How answers are made.
+    """Settings of generation.
 
     Attributes:
-        max_new_tokens: Where an answer is cut.
-        temperature: 0 takes the likeliest token; above, tokens are sampled.
-        stop_ids: Tokens that end an answer.
-        batch_size: Prompts answered at once.
+        stop_ids: The ids of the tokens that end an answer.
+        max_new_tokens: The maximum length of an answer, in tokens.
+        temperature: The sampling temperature; 0 generates greedily.
+        batch_size: The number of prompts answered together.
     """
 
     stop_ids: tuple[int, ...]
@@ -35,9 +35,15 @@ class Answering:
 def answer(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], how: Answering
 ) -> list[str]:
-    """Return the model's answer to each prompt (token ids), without the token that ended it.
+    """Return the model's answer to each prompt, without the stop token.
 
-    Prompts of like length are answered together, padded on the left.
+    Prompts of similar length are answered together, padded on the left.
+
+    Args:
+        model: The base with or without its adapter.
+        tokenizer: Its tokenizer.
+        prompts: Token ids of each prompt.
+        how: Settings of generation.
     """
     was_training = model.training
     model.eval()
@@ -76,23 +82,32 @@ def _settings(how: Answering) -> dict[str, Any]:
 def stream(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], how: Answering
 ) -> Generator[str, None, None]:
-    """Yield the answer to one prompt (token ids) piece by piece; closing the generator stops the model."""
+    """Yield the answer to a prompt piece by piece, while the model generates it in another thread.
+
+    Closing the generator stops the model. An error of the model is raised after the last piece.
+
+    Args:
+        model: The base with or without its adapter.
+        tokenizer: Its tokenizer.
+        ids: The token ids of the prompt.
+        how: Settings of generation.
+    """
     pieces = TextIteratorStreamer(cast(Any, tokenizer), skip_prompt=True, skip_special_tokens=True)
-    unwanted, failed = threading.Event(), []
+    closed, errors = threading.Event(), []
 
     def run() -> None:
-        one = torch.tensor([list(ids)], device=next(model.parameters()).device)
+        row = torch.tensor([list(ids)], device=next(model.parameters()).device)
         try:
             with torch.no_grad(), own_attention(model):
                 model.generate(
-                    input_ids=one,
-                    attention_mask=torch.ones_like(one),
+                    input_ids=row,
+                    attention_mask=torch.ones_like(row),
                     streamer=pieces,
-                    stopping_criteria=[lambda *_: unwanted.is_set()],
+                    stopping_criteria=[lambda *_: closed.is_set()],
                     **_settings(how),
                 )
-        except BaseException as error:  # told by the thread that reads
-            failed.append(error)
+        except BaseException as error:  # raised again in the thread that reads the pieces
+            errors.append(error)
             pieces.end()
 
     thread = threading.Thread(target=run)
@@ -100,21 +115,21 @@ def stream(
     try:
         yield from (piece for piece in pieces if piece)
     finally:
-        unwanted.set()
+        closed.set()
         thread.join()
-    if failed:
-        raise failed[0]
+    if errors:
+        raise errors[0]
 
 
 def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
-    end = next((place for place, token in enumerate(ids) if token in stop_ids), len(ids))
+    end = next((index for index, token in enumerate(ids) if token in stop_ids), len(ids))
     return ids[:end]
 
 
 def stop_ids(renderer: Renderer) -> tuple[int, ...]:
-    """Return the ids that end an answer: the stop token's and the tokenizer's own end."""
-    own = renderer.tokenizer.eos_token_id
-    return tuple(dict.fromkeys([renderer.stop_id] + ([] if own is None else [own])))
+    """Return the ids of the tokens that end an answer: the stop token and the end-of-sequence token."""
+    eos = renderer.tokenizer.eos_token_id
+    return tuple(dict.fromkeys([renderer.stop_id] + ([] if eos is None else [eos])))
 
 
 def generate(
@@ -125,17 +140,20 @@ def generate(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
 ) -> list[str]:
-    """Answer user messages with a model and tokenizer from `lora_kit.load`.
+    """Answer prompts with a model and tokenizer from `lora_kit.load`.
 
-    A tokenizer with a chat template gets each prompt as a user's message; one without gets it as plain text to go on
-    from.
+    If the tokenizer has a chat template, each prompt is rendered as a user message. Otherwise the model continues the
+    prompt as plain text.
 
     Args:
         model: A causal language model, with or without an adapter.
         tokenizer: Its tokenizer.
-        prompts: What to answer.
-        max_new_tokens: Where an answer is cut.
-        temperature: 0 is greedy.
+        prompts: The prompts.
+        max_new_tokens: The maximum length of an answer, in tokens.
+        temperature: The sampling temperature; 0 generates greedily.
+
+    Returns:
+        The answer to each prompt.
     """
     renderer = Renderer(tokenizer)
     ids = [prompt_ids([{"role": "user", "content": text}], renderer) for text in prompts]
@@ -143,7 +161,7 @@ def generate(
 
 
 def prompt_ids(messages: Sequence[dict[str, str]], renderer: Renderer) -> list[int]:
-    """Return what an answer to the last of some messages goes on from; without a template that message as it is."""
+    """Return the token ids of the prompt for an answer to the last message; without a template, only that message."""
     if renderer.tokenizer.chat_template is None:
         return renderer.tokenizer(messages[-1]["content"])["input_ids"]
     return prompt(Conversation((*messages, {"role": "assistant", "content": ""})), renderer).ids

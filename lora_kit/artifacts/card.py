@@ -1,7 +1,7 @@
-"""The model card: what a stranger needs to judge and load an adapter, from recorded facts alone.
+"""Write the model card (README.md) of an adapter on the Hub: how to load it, and how it was trained.
 
-Everything in it comes from the checkpoint's manifest and the run's result, so equal checkpoints have equal cards; a
-fact that is not known is left out.
+The content comes only from the checkpoint's manifest and the run's scores, so equal checkpoints have equal cards.
+Unknown values are left out.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,10 +23,10 @@ def model_card(
     """Return README.md for an adapter on the Hub.
 
     Args:
-        repo: Where it will lie, `user/name`.
-        manifest: The published one: no field of it is a path on this machine.
-        revision: The branch, None for the main one.
-        scores: `base` and `adapter` as in result.json, if this checkpoint was measured.
+        repo: The repository, `user/name`.
+        manifest: The manifest to publish, without paths of this machine.
+        revision: The branch; None for the default branch.
+        scores: The metrics of `base` and `adapter` from result.json; None if this checkpoint was not measured.
     """
     facts, recipe, commit = manifest.run, manifest.run.recipe, manifest.run.fingerprints.base.commit
     base, hub = recipe["base"]["repo"], Hub.model_validate(recipe["hub"])
@@ -49,13 +49,11 @@ def model_card(
         "## Data\n\n" + _table(("", "train", "validation"), _data_rows(facts)),
     ]
     if measured := list(_score_rows(manifest, scores)):
-        parts.append(
-            "## Held-out examples\n\n" + _table(("", "loss", "perplexity", "exact match", "examples"), measured)
-        )
+        parts.append("## Validation\n\n" + _table(("", "loss", "perplexity", "exact match", "examples"), measured))
     fields = [(f"`{name}.{key}`", value) for name in HYPERPARAMETERS for key, value in recipe[name].items()]
     fields = [(name, value) for name, value in fields if value is not None]
     parts += [
-        "## Hyper-parameters\n\nAll of them are in [recipe.yaml](recipe.yaml).\n\n"
+        "## Hyperparameters\n\n[recipe.yaml](recipe.yaml) has the complete recipe.\n\n"
         + _table(("field", "value"), fields),
         "## Versions\n\n" + _table(("package", "version"), facts.versions.items()),
     ]
@@ -66,8 +64,8 @@ def _base(base: str, commit: str | None) -> str:
     if commit:
         return f"`{base}` at revision `{commit}`"
     if base.startswith(BUILTIN):
-        return f"`{base}`, the small base that ships with lora_kit"
-    return f"a base in a local folder, `{base}`, which is not known to be on the Hub"
+        return f"`{base}`, the tiny base that ships with lora_kit"
+    return f"a base from a local folder, `{base}`, that is not on the Hub"
 
 
 def _base_rows(section: Mapping[str, Any], fingerprint: BaseFingerprint) -> Iterator[tuple[str, Any]]:
@@ -78,7 +76,7 @@ def _base_rows(section: Mapping[str, Any], fingerprint: BaseFingerprint) -> Iter
         if fingerprint.commit
         else ("none: shipped" if section["repo"].startswith(BUILTIN) else "none: a local folder"),
     )
-    yield "computed in", section["dtype"]
+    yield "dtype", section["dtype"]
     for name, digest in fingerprint.files.items():
         if name.endswith(".safetensors"):
             yield f"SHA-256 of {name}", f"`{digest}`"
@@ -96,9 +94,9 @@ def _data_rows(facts: RunFacts) -> Iterator[tuple[Any, ...]]:
 
 
 def _score_rows(manifest: Manifest, scores: Mapping[str, Any] | None) -> Iterator[tuple[Any, ...]]:
-    for name, one in (scores or {}).items():
-        match = "-" if one["exact_match"] is None else f"{one['exact_match']:.1%} of {one['answered']}"
-        yield name, f"{one['loss']:.4f}", f"{one['perplexity']:.2f}", match, one["examples"]
+    for name, score in (scores or {}).items():
+        match = "-" if score["exact_match"] is None else f"{score['exact_match']:.1%} of {score['answered']}"
+        yield name, f"{score['loss']:.4f}", f"{score['perplexity']:.2f}", match, score["examples"]
     loss, validation = manifest.progress.held_out_loss, manifest.run.data.validation
     if not scores and loss is not None and validation is not None:
         yield "adapter", f"{loss:.4f}", "-", "-", validation.examples
@@ -115,7 +113,7 @@ def _usage(repo: str, section: Mapping[str, Any], commit: str | None, revision: 
     own = "" if commit or section["repo"].startswith(BUILTIN) else ', base="path/to/the/base"'
     return f"""## How to load it
 
-With lora_kit, which checks every byte of adapter and base:
+With lora_kit, which verifies the files of adapter and base:
 
 ```python
 import lora_kit as lk

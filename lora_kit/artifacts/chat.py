@@ -1,6 +1,6 @@
-"""Talk to a trained adapter: answers come token by token, and the adapter can be switched off in mid-conversation.
+"""Chat with a trained adapter; the adapter can be switched off during the conversation.
 
-A conversation is a list of messages that is rendered anew for every answer, as in training; nothing else is kept.
+The conversation is a list of messages. The whole list is rendered for every answer, in the same way as for training.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from lora_kit.artifacts.answering import Answering, prompt_ids, stop_ids, stream
 from lora_kit.data.template import Renderer
 
-HELP = """/adapter off   go on with the base alone (/adapter on for the adapter again)
-/again         answer the last message once more, e.g. after switching
-/reset         forget the conversation
-/help          this
-/quit          leave (so does Ctrl-D; Ctrl-C cuts an answer short)"""
+HELP = """/adapter off   answer with the base alone (/adapter on switches the adapter on again)
+/again         answer the last message again, e.g. after /adapter off
+/reset         start a new conversation
+/help          show this list
+/quit          leave (also Ctrl-D; Ctrl-C stops an answer)"""
 
 
 def chat(
@@ -29,30 +29,33 @@ def chat(
     max_new_tokens: int = 512,
     temperature: float = 0.0,
 ) -> list[dict[str, str]]:
-    """Answer line after line in one conversation and return it.
+    """Answer the lines of a user in a conversation.
 
-    Without a chat template a line is text to go on from, and every line stands alone.
+    Without a chat template, the model continues each line as plain text, independently of earlier lines.
 
     Args:
-        model: From `lora_kit.load`.
-        tokenizer: Likewise.
-        lines: What the person types; `/help` names the commands.
-        write: Takes the answers, piece by piece.
-        system: What the conversation begins with.
-        max_new_tokens: Where an answer is cut.
-        temperature: 0 is greedy.
+        model: A model from `lora_kit.load`.
+        tokenizer: Its tokenizer.
+        lines: The lines that the user types: messages, or commands such as `/help`.
+        write: Called with each piece of an answer.
+        system: The system message of the conversation.
+        max_new_tokens: The maximum length of an answer, in tokens.
+        temperature: The sampling temperature; 0 generates greedily.
+
+    Returns:
+        The messages of the conversation.
     """
     renderer = Renderer(tokenizer)
     how = Answering(stop_ids(renderer), max_new_tokens, temperature)
     beginning = [{"role": "system", "content": system}] if system else []
-    messages, adapted = list(beginning), True
+    messages, use_adapter = list(beginning), True
     for line in map(str.strip, lines):
         if line == "/quit":
             break
         if line == "/reset":
             messages = list(beginning)
         elif line in ("/adapter on", "/adapter off"):
-            adapted = line.endswith("on")
+            use_adapter = line.endswith("on")
         elif line == "/again" and messages and messages[-1]["role"] == "assistant":
             messages.pop()
         elif line.startswith("/"):
@@ -62,30 +65,30 @@ def chat(
             messages.append({"role": "user", "content": line})
         if not messages or messages[-1]["role"] != "user":
             continue
-        write("" if adapted else "[base] ")
-        answer = "".join(_told(model, renderer, messages, how, adapted=adapted, write=write))
+        write("" if use_adapter else "[base] ")
+        answer = "".join(_answer(model, renderer, messages, how, use_adapter=use_adapter, write=write))
         write("\n")
         messages.append({"role": "assistant", "content": answer})
     return messages
 
 
-def _told(
+def _answer(
     model: PeftModel,
     renderer: Renderer,
     messages: list[dict[str, str]],
     how: Answering,
     *,
-    adapted: bool,
+    use_adapter: bool,
     write: Callable[[str], object],
 ) -> Iterator[str]:
-    """Yield an answer's pieces as they are written; Ctrl-C ends it early."""
-    with nullcontext() if adapted else model.disable_adapter():
+    """Write and yield the pieces of an answer. Ctrl-C ends the answer."""
+    with nullcontext() if use_adapter else model.disable_adapter():
         pieces = stream(model, renderer.tokenizer, prompt_ids(messages, renderer), how)
         try:
             for piece in pieces:
                 write(piece)
                 yield piece
         except KeyboardInterrupt:
-            write(" [cut]")
+            write(" [stopped]")
         finally:
             pieces.close()

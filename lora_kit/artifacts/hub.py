@@ -1,8 +1,8 @@
-"""The Hub: a checkpoint goes there in one commit, and comes back as a checkpoint that verifies.
+"""Publish a checkpoint on the Hugging Face Hub in a single commit.
 
-What is published is a checkpoint's folder without the optimizer, with the tokenizer, the recipe and a card, under a
-manifest of its own; so what comes back is read by the same code as any other checkpoint. Equal checkpoints make equal
-files, so a push may be repeated at any time: what is there already is not committed again.
+The published files are a checkpoint without optimizer state, plus tokenizer, recipe and model card, with a manifest of
+their own. A downloaded repository is therefore verified and loaded like any other checkpoint. The files depend only on
+the checkpoint, so a push can be repeated at any time; a push of unchanged files makes no commit.
 """
 
 import hashlib
@@ -31,20 +31,23 @@ from lora_kit.runs.run import Run
 from lora_kit.views.console import Console
 
 CARD, RECIPE = "README.md", "recipe.yaml"
-PAUSES = (2.0, 10.0)  # seconds before a push is repeated by itself
-HERE_ONLY = ("is_local", "local_files_only")  # what transformers notes about this machine in tokenizer_config.json
+RETRY_PAUSES = (2.0, 10.0)  # seconds before the first and the second retry
+LOCAL_SETTINGS = (
+    "is_local",
+    "local_files_only",
+)  # keys that transformers writes to tokenizer_config.json about this machine
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push left on the Hub.
+    """The result of a push.
 
     Attributes:
-        repo: The repository.
-        revision: The branch, None for the main one.
-        commit: Its newest commit.
-        made: Whether this push made that commit; False if everything was there already.
-        url: Where a person can look at it.
+        repo: The repository, `user/name`.
+        revision: The branch; None for the default branch.
+        commit: The newest commit of the branch.
+        made: Whether this push made the commit; False if the files were already there.
+        url: The page of the branch.
     """
 
     repo: str
@@ -54,7 +57,7 @@ class Pushed:
     url: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
+        """Return the fields as JSON values."""
         return asdict(self)
 
 
@@ -66,51 +69,57 @@ def push(
     revision: str | None = None,
     pause: Callable[[float], object] = time.sleep,
 ) -> Pushed:
-    """Publish an adapter in one commit: weights, configuration, tokenizer, template, recipe and a model card.
+    """Publish an adapter in a single commit: weights, configuration, tokenizer, template, recipe and model card.
 
-    A fault that may pass (too many requests, another commit in between, a cut connection) is met by two more tries.
+    Transient errors (too many requests, a concurrent commit, a lost connection) are retried twice.
 
     Args:
-        path: A checkpoint, or a run for its newest valid one.
-        to: `user/name`; the repository is made if there is none.
-        private: Make it private; refused if it is there and public.
-        revision: A branch, made if there is none; by default the main one.
-        pause: Waits so many seconds between two tries; a true result gives up.
+        path: A checkpoint, or a run for its newest valid checkpoint.
+        to: The repository, `user/name`; it is created if it does not exist.
+        private: Whether to create it as private. An existing public repository is then an error.
+        revision: The branch; it is created if it does not exist. None takes the default branch.
+        pause: Called with the seconds to wait before a retry. If it returns a true value, there is no retry.
 
     Raises:
-        HubError: The Hub refused or could not be reached; says how to repeat it.
+        HubError: There is no token, or the Hub refused or could not be reached; the message says how to repeat the
+            push.
         CheckpointError: There is no checkpoint that verifies.
-        InputError: `to` is no Hub name, the base's tokenizer is not here, or the repository is public.
+        InputError: `to` is not a Hub name, the base's tokenizer is missing, a file contains a token, or the repository
+            is public.
     """
     if not HUB_NAME.fullmatch(to):
-        raise InputError(f"{to!r} is no Hub name; expected user/name, e.g. me/first-adapter")
+        raise InputError(f"{to!r} is not a Hub name; expected user/name, e.g. me/first-adapter")
     files = publication(store.open_checkpoint(checkpoint_at(path)), to, revision=revision)
     options = "".join([" --private" if private else "", f" --revision {revision}" if revision else ""])
-    again = f"to repeat it: lora-kit push {path} --to {to}{options} (what is there already is not committed again)"
+    again = f"to repeat the push: lora-kit push {path} --to {to}{options}"
     token = None
-    for seconds in (*PAUSES, None):
+    for seconds in (*RETRY_PAUSES, None):
         try:
             token = token or get_token()
             if token is None:
-                raise HubError(f"{to}: no token here; log in with `hf auth login` or set HF_TOKEN; {again}")
+                raise HubError(
+                    f"{to}: no token for the Hub was found; log in with `hf auth login` or set HF_TOKEN; {again}"
+                )
             _refuse_secrets(files, token)
             return _commit(HfApi(token=token), files, to, private=private, revision=revision)
         except FAILURES as error:
-            reason, passing = reason_of(error, token)
-            if seconds is None or not passing or pause(seconds):
-                # without its cause: that names signed addresses, which let anyone write for a while
+            reason, transient = reason_of(error, token)
+            if seconds is None or not transient or pause(seconds):
+                # from None: the original error contains signed URLs, which allow anyone to write for some time
                 raise HubError(f"{to}: {reason}; {again}") from None
-    raise AssertionError("the last try returns or raises")
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _commit(api: HfApi, files: Mapping[str, bytes | Path], to: str, *, private: bool, revision: str | None) -> Pushed:
-    """Make the repository, the branch and the commit, each only if it is not there."""
+    """Create the repository and the branch if they do not exist, and commit the files if they changed."""
     api.create_repo(to, private=private or None, exist_ok=True)
     if revision is not None:
         api.create_branch(to, branch=revision, exist_ok=True)
     before = api.repo_info(to, revision=revision)
     if private and not before.private:
-        raise InputError(f"{to}: is there already and public; make it private on the Hub, or push without --private")
+        raise InputError(
+            f"{to}: the repository exists and is public; make it private on the Hub, or push without --private"
+        )
     done = api.create_commit(
         to,
         [CommitOperationAdd(name, content) for name, content in files.items()],
@@ -123,17 +132,22 @@ def _commit(api: HfApi, files: Mapping[str, bytes | Path], to: str, *, private: 
 
 
 def publication(checkpoint: store.Checkpoint, to: str, *, revision: str | None = None) -> dict[str, bytes | Path]:
-    """Return the files of a repository, by name; the weights as a path.
+    """Return the files to publish by name: their content, or for the weights the path.
+
+    Args:
+        checkpoint: The checkpoint.
+        to: The repository, for the model card.
+        revision: The branch, for the model card.
 
     Raises:
-        BaseError: The base's tokenizer is not here, or is no longer the one of the training.
+        BaseError: The base's tokenizer is missing or differs from that of the training.
     """
     manifest, facts = checkpoint.manifest, checkpoint.manifest.run
     config = json.loads((checkpoint.path / store.ADAPTER_CONFIG).read_text())
     files = tokenizer_files(checkpoint, config["base_model_name_or_path"])
     public = without_paths(Recipe.model_validate(facts.recipe))
     if facts.fingerprints.base.commit is None:
-        config["base_model_name_or_path"] = public["base"]["repo"]  # was the folder's place on this machine
+        config["base_model_name_or_path"] = public["base"]["repo"]  # it was a path on this machine
     files[store.ADAPTER_CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
     files[RECIPE] = as_yaml(public).encode()
     entries = {name: FileEntry(len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()}
@@ -145,7 +159,7 @@ def publication(checkpoint: store.Checkpoint, to: str, *, revision: str | None =
 
 
 def without_paths(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe's values, in which an absolute path is only its last name."""
+    """Return a recipe as JSON values, with absolute paths shortened to their last component."""
     public = recipe.model_dump(mode="json")
     for section, field in PATHS:
         value = public[section][field]
@@ -155,30 +169,36 @@ def without_paths(recipe: Recipe) -> dict[str, Any]:
 
 
 def tokenizer_files(checkpoint: store.Checkpoint, base_name: str) -> dict[str, bytes]:
-    """Return the tokenizer of a checkpoint's training, chat template included, as transformers saves it.
+    """Return the files of the tokenizer of a checkpoint's training, with its chat template, as transformers saves it.
+
+    Args:
+        checkpoint: The checkpoint.
+        base_name: The base's name in adapter_config.json.
 
     Raises:
-        BaseError: The base is not here, or its tokenizer has changed since the training.
+        BaseError: The base is missing, or its tokenizer changed after the training.
     """
     facts = checkpoint.manifest.run
     recipe = Recipe.model_validate(facts.recipe)
     section, folder = pinned_base(recipe, facts.fingerprints.base.commit, base_name)
-    found = base_folder(section, folder, weights=False)
+    path = base_folder(section, folder, weights=False)
     for name, digest in facts.fingerprints.base.files.items():
-        if name.startswith(("tokenizer", "chat_template")) and file_hash(found / name) != digest:
-            raise BaseError(f"{found / name}: changed since the training; push from where the base is as it was")
-    source = Source(section.repo, found, found.name, {})
+        if name.startswith(("tokenizer", "chat_template")) and file_hash(path / name) != digest:
+            raise BaseError(
+                f"{path / name}: the file changed after the training; push from a machine with the original base"
+            )
+    source = Source(section.repo, path, path.name, {})
     tokenizer = load_renderer(source, recipe, template=facts.template).tokenizer
-    with tempfile.TemporaryDirectory() as scratch:
-        set_up_tokenizer(tokenizer, recipe, facts.template).save_pretrained(scratch)
-        files = {path.name: path.read_bytes() for path in sorted(Path(scratch).iterdir())}
+    with tempfile.TemporaryDirectory() as temporary:
+        set_up_tokenizer(tokenizer, recipe, facts.template).save_pretrained(temporary)
+        files = {file.name: file.read_bytes() for file in sorted(Path(temporary).iterdir())}
     settings = json.loads(files["tokenizer_config.json"])
-    kept = {key: value for key, value in settings.items() if key not in HERE_ONLY}
+    kept = {key: value for key, value in settings.items() if key not in LOCAL_SETTINGS}
     return files | {"tokenizer_config.json": (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()}
 
 
 def _scores(checkpoint: store.Checkpoint) -> dict[str, Any] | None:
-    """Return what the run measured of this very checkpoint at its end."""
+    """Return the scores of the run's result if they are of this checkpoint, otherwise None."""
     result = Run(checkpoint.path.resolve().parents[1]).result
     return result["metrics"] if result.get("step") == checkpoint.step else None
 
@@ -186,37 +206,49 @@ def _scores(checkpoint: store.Checkpoint) -> dict[str, Any] | None:
 def _refuse_secrets(files: Mapping[str, bytes | Path], token: str) -> None:
     for name, data in files.items():
         if isinstance(data, bytes) and (token.encode() in data or TOKEN.search(data.decode(errors="replace"))):
-            raise InputError(f"{name}: a Hub token stands in it, so it is not published; take it out of the recipe")
+            raise InputError(
+                f"{name}: the file contains a Hub token, so it is not published; remove the token from the recipe"
+            )
 
 
 def unready(recipe: Recipe) -> list[str]:
-    """Return what a person should know before a run that ends with a push."""
+    """Return a note for the user if the run will end with a push and there is no token for it."""
     if recipe.hub.repo is None or get_token() is not None:
         return []
     return [
-        f"hub.repo: no token here to push to {recipe.hub.repo} at the end; log in with `hf auth login`, set HF_TOKEN, "
-        "or publish the run later with `lora-kit push`"
+        f"hub.repo: no token was found for the push to {recipe.hub.repo} after the run; log in with `hf auth login`, set "
+        "HF_TOKEN, or publish the run later with `lora-kit push`"
     ]
 
 
 def push_finished(
     recipe: Recipe, folder: Path, console: Console, *, pause: Callable[[float], object] = time.sleep
 ) -> None:
-    """Publish a finished run if its recipe says so and it is not published yet; whatever fails is noted and told."""
+    """Publish the last checkpoint of a finished run if its recipe says so and it was not published yet.
+
+    An error does not fail the run: it is written to events.jsonl and printed as a warning.
+
+    Args:
+        recipe: The recipe of the run.
+        folder: The run's folder.
+        console: Prints progress and the result.
+        pause: As for `push`.
+    """
     hub, journal, latest = recipe.hub, Journal(folder), store.find(folder).latest
     if hub.repo is None or latest is None:
         return
-    done = {"step": latest.step, "to": hub.repo, "revision": hub.revision}
-    if any(event["kind"] == "pushed" and done.items() <= event.items() for event in journal.read_events()):
+    target = {"step": latest.step, "to": hub.repo, "revision": hub.revision}
+    if any(event["kind"] == "pushed" and target.items() <= event.items() for event in journal.read_events()):
         return
     console.tick(f"hub: push to {hub.repo}")
     try:
         pushed = push(folder, hub.repo, private=hub.private, revision=hub.revision, pause=pause)
-    except Exception as error:  # the adapter is safe on disk, and the run has done its work
-        ours = isinstance(error, LoraKitError)
-        what = str(error) if ours else f"{hub.repo}: push failed: {type(error).__name__}: {scrub(str(error), None)}"
-        journal.event("fault", what=what, **done)
-        console.warn(what)
+    except Exception as error:  # the checkpoint is on disk, so the run succeeded
+        message = str(error)
+        if not isinstance(error, LoraKitError):
+            message = f"{hub.repo}: push failed: {type(error).__name__}: {scrub(message, None)}"
+        journal.event("fault", what=message, **target)
+        console.warn(message)
     else:
-        journal.event("pushed", commit=pushed.commit, made=pushed.made, **done)
+        journal.event("pushed", commit=pushed.commit, made=pushed.made, **target)
         console.say(f"pushed to {pushed.url}")

@@ -1,46 +1,53 @@
-"""What the Hub's refusals and failures mean, in words without secrets."""
+"""Describe errors of the Hub, without tokens and other secrets."""
 
 import json
 import re
 
 from huggingface_hub.errors import (
     HfHubHTTPError,
-    HTTPError,  # of whichever HTTP library huggingface_hub uses
+    HTTPError,  # of the HTTP library that huggingface_hub uses
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
 )
 
-PASSING = {408, 409, 412, 425, 429}  # statuses, beside 5xx, that the same push may not meet again
+TRANSIENT = {408, 409, 412, 425, 429}  # HTTP statuses, in addition to 5xx, after which a retry may succeed
 TOKEN = re.compile(r"hf_\w{20,}")
-FAILURES = (HTTPError, OSError, RuntimeError, ValueError, KeyError)  # what huggingface_hub raises
+FAILURES = (HTTPError, OSError, RuntimeError, ValueError, KeyError)  # errors that huggingface_hub raises
 
 
 def reason_of(error: Exception, token: str | None) -> tuple[str, bool]:
-    """Return what went wrong, in words without secrets, and whether it may pass by itself."""
+    """Return a description of an error of huggingface_hub, and whether a retry may succeed.
+
+    Args:
+        error: One of FAILURES.
+        token: The token in use, which is removed from the description.
+    """
     while isinstance(error, (RuntimeError, LocalEntryNotFoundError)) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # the upload of a large file, and a download, hide what went wrong
+        error = error.__cause__  # downloads and uploads of large files wrap the original error
     if isinstance(error, OfflineModeIsEnabled):
-        return "the Hub is switched off here by HF_HUB_OFFLINE", False
+        return "HF_HUB_OFFLINE is set, so the Hub is not used; unset it", False
     if isinstance(error, HfHubHTTPError):
-        status, said = error.response.status_code, scrub(error.server_message or "", token)
+        status, message = error.response.status_code, scrub(error.server_message or "", token)
         known = {
             401: "the Hub does not accept the token; log in with `hf auth login` or set HF_TOKEN",
-            403: "the token may not write there; make one with write access",
-            404: "the Hub has no such thing",
-            409: "another commit is being made there",
-            412: "another commit came in between",
-            429: "too many requests; wait some minutes",
+            403: "the token has no write access to the repository; create a token with write access",
+            404: "the repository or file does not exist on the Hub",
+            409: "another commit to the repository is in progress",
+            412: "the repository got another commit in the meantime",
+            429: "too many requests; wait a few minutes",
         }
-        reason = known.get(status, "the Hub has a fault" if status >= 500 else "the Hub refused")
-        return f"{reason} ({status}{': ' + said if said else ''})", status in PASSING or status >= 500
+        reason = known.get(
+            status, "the Hub reports an internal error" if status >= 500 else "the Hub refused the request"
+        )
+        return f"{reason} ({status}{': ' + message if message else ''})", status in TRANSIENT or status >= 500
     if isinstance(error, HTTPError):
         return f"the connection to the Hub failed ({type(error).__name__})", True
     return f"{type(error).__name__}: {scrub(str(error), token)}", isinstance(error, json.JSONDecodeError)
 
 
 def scrub(text: str, token: str | None) -> str:
-    """Return one short line without tokens, passwords in addresses, or signatures of addresses."""
+    """Return a text as a short line without tokens, passwords in URLs and query strings of URLs."""
     line = " ".join(text.split()).replace(token or "\0", "***")
-    for pattern, harmless in ((TOKEN, "***"), (r"://[^\s/@]+@", "://"), (r"(https?://[^\s?]+)\?\S+", r"\1")):
-        line = re.sub(pattern, harmless, line)
+    for pattern, replacement in ((TOKEN, "***"), (r"://[^\s/@]+@", "://"), (r"(https?://[^\s?]+)\?\S+", r"\1")):
+        line = re.sub(pattern, replacement, line)
     return line[:200]

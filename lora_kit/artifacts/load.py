@@ -1,4 +1,4 @@
-"""Load a trained adapter and let it answer: greedy or sampled text from prompts, batched by length."""
+"""Load a trained adapter with its base and tokenizer."""
 
 import json
 from pathlib import Path
@@ -24,19 +24,22 @@ def load(
     dtype: str | None = None,
     quantized: bool = True,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Load a checkpoint's base and adapter, ready to answer, with the tokenizer and template of its training.
+    """Load the base and adapter of a checkpoint for generation, with the tokenizer and template of its training.
 
     Args:
-        path: A checkpoint's folder, a run's for its newest, or a Hub name, `user/name` or `user/name@revision`.
-        base: The base's folder, if it is not where the training had it.
-        device: Where to put it; by default a GPU if there is one.
-        dtype: `bfloat16` or `float32`; by default as in training.
-        quantized: False loads whole weights where the training had quantised ones.
+        path: A checkpoint, a run (for its newest valid checkpoint), or a Hub name `user/name` or `user/name@revision`.
+        base: The base's folder, if it is not where it was in training.
+        device: The device; None takes a GPU if there is one.
+        dtype: `bfloat16` or `float32`; None takes the dtype of the training.
+        quantized: False loads a quantised base without quantisation.
+
+    Returns:
+        The model in evaluation mode, and its tokenizer.
 
     Raises:
-        CheckpointError: The checkpoint does not verify.
-        HubError: There is no such Hub name, or it cannot be had.
-        BaseError: Its base is not here, or is no longer the one that it was trained on.
+        CheckpointError: There is no checkpoint, or it does not verify.
+        HubError: The Hub name does not exist or cannot be downloaded.
+        BaseError: The base is missing, or its files differ from those of the training.
     """
     path = checkpoint_at(path)
     facts = store.open_checkpoint(path).manifest.run
@@ -45,10 +48,13 @@ def load(
     recorded = facts.fingerprints.base
     source = locate(*pinned_base(recipe, recorded.commit, name, base=Path(base) if base else None))
     if source.fingerprint != recorded:
-        raise BaseError(f"{path}: was trained on other bytes of {source.name} than lie in {source.folder} now")
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        raise BaseError(
+            f"{path}: the base {source.name} in {source.folder} differs from the base of the training; give the folder "
+            "of the original base: lk.load(..., base=FOLDER)"
+        )
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     changes = ({"dtype": dtype} if dtype else {}) | ({} if quantized else {"quantization": "none"})
-    wanted = recipe.base.model_copy(update=changes)
-    model = PeftModel.from_pretrained(load_base(source, wanted, where), str(path))
+    section = recipe.base.model_copy(update=changes)
+    model = PeftModel.from_pretrained(load_base(source, section, target), str(path))
     tokenizer = load_renderer(source, recipe, template=facts.template).tokenizer
     return model.eval(), set_up_tokenizer(tokenizer, recipe, facts.template)

@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a folder, the newest of a run, or a download from the Hub."""
+"""Find the checkpoint that a path names: a checkpoint's folder, a run, or a Hub repository."""
 
 from pathlib import Path
 
@@ -13,11 +13,15 @@ from lora_kit.runs.manifest import MANIFEST, read_manifest
 
 
 def checkpoint_at(path: str | Path) -> Path:
-    """Return a checkpoint's folder as it is, of a run its newest that verifies, of a Hub name its download.
+    """Return the folder of a checkpoint.
+
+    Args:
+        path: A checkpoint's folder; a run's folder, for its newest checkpoint that verifies; or a Hub name `user/name`
+            or `user/name@revision`, which is downloaded.
 
     Raises:
-        CheckpointError: No checkpoint there verifies.
-        HubError: A Hub name that is not there, or cannot be had.
+        CheckpointError: The run has no checkpoint that verifies.
+        HubError: The Hub name does not exist or cannot be downloaded.
     """
     name, _, revision = str(path).partition("@")
     if not Path(path).exists() and HUB_NAME.fullmatch(name):
@@ -26,36 +30,43 @@ def checkpoint_at(path: str | Path) -> Path:
         return Path(path)
     found = store.find(Path(path)).latest
     if found is None:
-        raise CheckpointError(f"{path}: no checkpoint here verifies; train first, or see `lora-kit verify {path}`")
+        raise CheckpointError(
+            f"{path}: it has no checkpoint that verifies; train first, or run `lora-kit verify {path}` for the reason"
+        )
     return found.path
 
 
 def fetch(name: str, *, revision: str | None = None) -> Path:
-    """Download an adapter that `push` published, or take it from the Hub's local cache; return its folder.
+    """Download an adapter that `push` published, if it is not in the Hub's local cache, and return its folder.
+
+    Args:
+        name: The repository, `user/name`.
+        revision: A branch, tag or commit; None takes the default branch.
 
     Raises:
-        HubError: It is not there, cannot be had, was not published by lora_kit, or wants to run code.
+        HubError: The repository or revision does not exist, cannot be downloaded, was not published by lora_kit, or its
+            base needs `trust_remote_code`.
     """
-    where = f"{name}: no folder here, and on the Hub"
+    where = f"{name}: not a local folder, and on the Hub"
     try:
         path = Path(hf_hub_download(name, MANIFEST, revision=revision))
         manifest = read_manifest(path)
         folder = Path(snapshot_download(name, revision=path.parent.name, allow_patterns=[MANIFEST, *manifest.files]))
-        foreign_code = manifest.run.recipe["base"]["trust_remote_code"]
+        remote_code = manifest.run.recipe["base"]["trust_remote_code"]
     except RemoteEntryNotFoundError:
         raise HubError(
-            f"{where} it has no {MANIFEST}, so lora_kit did not make it; load it with "
+            f"{where} it has no {MANIFEST}, so lora_kit did not publish it; load it with "
             f'peft.AutoPeftModelForCausalLM.from_pretrained("{name}")'
         ) from None
     except RevisionNotFoundError:
         raise HubError(f"{where} it has no revision {revision!r}") from None
     except RepositoryNotFoundError:
-        raise HubError(f"{where} not found; check the name and, if it is private, `hf auth login`") from None
+        raise HubError(f"{where} it was not found; check the name and, if it is private, `hf auth login`") from None
     except FAILURES as error:
         reason, _ = reason_of(error, get_token())
-        raise HubError(f"{where} not to be had: {reason}") from None
-    if foreign_code:
+        raise HubError(f"{where} it cannot be downloaded: {reason}") from None
+    if remote_code:
         raise HubError(
-            f"{name}: asks to run the Python files of its base's repository; if you trust them, load it from {folder}"
+            f"{name}: its base needs Python files from the base's repository; if you trust them, load it from {folder}"
         )
     return folder

@@ -1,7 +1,8 @@
-"""Fold an adapter into its base: one ordinary model, for tools that know nothing of adapters.
+"""Merge an adapter into its base: a model for tools that do not support adapters.
 
-Merging rounds: a weight has fewer digits than the sum that it holds, a quantised one as good as none, so the base is
-loaded whole. What was written is read back and compared with base and adapter apart, and the difference is told.
+Merging rounds the sum of weight and update to the dtype of the weights. Quantised weights would lose the update, so the
+base is loaded without quantisation. The written model is read back, and its logits are compared with those of base and
+adapter.
 """
 
 import json
@@ -35,15 +36,15 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Merged:
-    """A merged model, and how far it is from base and adapter apart.
+    """A merged model, compared with base and adapter.
 
     Attributes:
-        folder: Where it is.
-        dtype: Of its weights.
-        largest_difference: The largest difference of two logits.
-        largest_logit: The largest logit, to compare it with.
-        top1_agreement: The share of positions at which both find the same token likeliest.
-        positions: How many positions were compared.
+        folder: The folder of the merged model.
+        dtype: The dtype of its weights.
+        largest_difference: The largest absolute difference between two logits.
+        largest_logit: The largest absolute logit, for comparison.
+        top1_agreement: The fraction of positions with the same most likely token.
+        positions: The number of positions compared.
     """
 
     folder: str
@@ -54,7 +55,7 @@ class Merged:
     positions: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
+        """Return the fields as JSON values."""
         return asdict(self)
 
 
@@ -66,45 +67,47 @@ def merge(
     dtype: str | None = None,
     prompts: Sequence[str] = PROMPTS,
 ) -> Merged:
-    """Write base and adapter as one model, read it back and compare it with the two apart.
+    """Merge an adapter into its base, write the model, and compare it with base and adapter.
 
     Args:
-        path: As in `lora_kit.load`.
-        out: A new or empty folder; it appears when the model in it is whole.
-        base: The base's folder, if it is not where the training had it.
-        dtype: `bfloat16` or `float32`; by default as in training.
-        prompts: What both are compared on, as user messages.
+        path: A checkpoint, run or Hub name, as for `lora_kit.load`.
+        out: A new or empty folder. It is created by a rename after the model in it is complete.
+        base: The base's folder, if it is not where it was in training.
+        dtype: `bfloat16` or `float32`; None takes the dtype of the training.
+        prompts: User messages for the comparison.
 
     Raises:
-        InputError: `out` holds something.
-        CheckpointError: It could not be written; nothing half is left.
+        InputError: `out` is a file or a folder that is not empty.
+        CheckpointError: The model could not be written; the partial model was deleted.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: is there already and not empty; choose another --out")
+        raise InputError(f"{out}: it exists and is not empty; choose another --out")
     partial = out.with_name(f".{out.name}.partial")
     model, tokenizer = load(path, base=base, dtype=dtype, quantized=False)
     renderer = Renderer(tokenizer)
     ids = [prompt_ids([{"role": "user", "content": text}], renderer) for text in prompts]
-    apart = [_logits(model, one) for one in ids]
+    expected = [_logits(model, prompt) for prompt in ids]
     merged = model.merge_and_unload(safe_merge=True)
     merged.config.use_cache = True
-    merged.generation_config.eos_token_id = list(stop_ids(renderer))  # a recipe may have named another stop token
+    merged.generation_config.eos_token_id = list(stop_ids(renderer))  # the recipe may set another stop token
     device, weights = next(merged.parameters()).device, merged.dtype
     try:
         shutil.rmtree(partial, ignore_errors=True)
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        del model, merged  # the copy that is read back takes their room
+        del model, merged  # free the memory for the model that is read back
         written = AutoModelForCausalLM.from_pretrained(partial, dtype=weights).to(device).eval()
-        together = [_logits(written, one) for one in ids]
-        report = _compare(out, str(weights).removeprefix("torch."), apart, together)
+        found = [_logits(written, prompt) for prompt in ids]
+        report = _compare(out, str(weights).removeprefix("torch."), expected, found)
         (partial / REPORT).write_text(json.dumps(report.to_dict() | {"folder": out.name}, indent=2) + "\n")
         if out.exists():
             out.rmdir()
         partial.rename(out)
     except OSError as error:
-        raise CheckpointError(f"{out}: not written: {error.strerror or error}; nothing half is left there") from error
+        raise CheckpointError(
+            f"{out}: not written: {error.strerror or error}; the partial model was deleted, so try again"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return report
@@ -112,17 +115,19 @@ def merge(
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel | torch.nn.Module, ids: Sequence[int]) -> Tensor:
+    """Return the logits of a prompt, float32 [positions, vocabulary], on the CPU."""
     row = torch.tensor([list(ids)], device=next(model.parameters()).device)
     return model(input_ids=row, use_cache=False).logits[0].float().cpu()
 
 
-def _compare(out: Path, dtype: str, apart: Sequence[Tensor], together: Sequence[Tensor]) -> Merged:
-    first, second = torch.cat(list(apart)), torch.cat(list(together))
+def _compare(out: Path, dtype: str, expected: Sequence[Tensor], found: Sequence[Tensor]) -> Merged:
+    """Compare logits, each tensor [positions, vocabulary]."""
+    first, second = torch.cat(list(expected)), torch.cat(list(found))
     return Merged(
-        str(out),
-        dtype,
-        float((first - second).abs().max()),
-        float(first.abs().max()),
-        float((first.argmax(-1) == second.argmax(-1)).double().mean()),
-        len(first),
+        folder=str(out),
+        dtype=dtype,
+        largest_difference=float((first - second).abs().max()),
+        largest_logit=float(first.abs().max()),
+        top1_agreement=float((first.argmax(-1) == second.argmax(-1)).double().mean()),
+        positions=len(first),
     )

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live bar on a terminal or in a notebook, plain lines elsewhere."""
+"""Show the progress of a run: a progress bar on a terminal, a panel in a notebook, lines of text elsewhere."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -21,15 +21,19 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class Console:
-    """Prints a run's progress; a silent one, on all processes but the main one, prints nothing.
+    """Prints the progress of a run.
 
-    `began` has the Unix time at which each thing was first done that `tick` was told of.
+    Args:
+        silent: Print nothing; for all processes except the main process.
+
+    Attributes:
+        began: The Unix time at which each activity passed to `tick` first began, by its name.
     """
 
     def __init__(self, *, silent: bool) -> None:
         self._rich = RichConsole(quiet=silent, highlight=False, soft_wrap=True)
         self._in_notebook = not silent and self._rich.is_jupyter
-        if self._in_notebook:  # plain lines; Jupyter asks for colours through the environment
+        if self._in_notebook:  # without colours, which Jupyter requests by environment variables
             self._rich = RichConsole(force_jupyter=False, force_terminal=False, highlight=False, soft_wrap=True)
         self._live = not silent and self._rich.is_terminal
         self._progress: Progress | None = None
@@ -40,15 +44,15 @@ class Console:
         self.began: dict[str, float] = {}
 
     def say(self, text: str) -> None:
-        """Print a line (above the bar, if there is one)."""
+        """Print a line, above the progress bar if there is one."""
         self._rich.print(text, markup=False)
 
     def warn(self, text: str) -> None:
-        """Print a line that should not be missed."""
+        """Print a warning."""
         self._rich.print(f"warning: {text}", style="yellow", markup=False)
 
     def table(self, title: str, rows: list[tuple[str, str]], *, caption: str = "") -> None:
-        """Print a table of names and values."""
+        """Print a table of (name, value) rows."""
         if self._in_notebook:
             text = "\n".join([title, *(f"{name}: {value}" for name, value in rows), *([caption] if caption else [])])
             notebook.show(notebook.table(title, rows, caption=caption), text)
@@ -59,24 +63,35 @@ class Console:
         self._rich.print(table)
 
     def begin(self, steps: int, done: int, earlier: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Start showing the progress of `steps` steps, `done` of which are behind us, with their records."""
+        """Start to show progress.
+
+        Args:
+            steps: The number of steps of the run.
+            done: The number of steps done before this start.
+            earlier: The lines of metrics.jsonl of these steps, for the loss curve.
+        """
         if self._in_notebook:
             self._panel = notebook.Panel(steps, done, earlier)
         elif self._live:
-            whole = Column(no_wrap=True, overflow="ignore")  # a narrow terminal shortens the bar alone
+            fixed = Column(no_wrap=True, overflow="ignore")  # on a narrow terminal only the bar becomes shorter
             self._progress = Progress(
                 BarColumn(),
-                MofNCompleteColumn(table_column=whole),
-                TimeElapsedColumn(table_column=whole.copy()),
-                TimeRemainingColumn(table_column=whole.copy()),
-                TextColumn("{task.description}", table_column=whole.copy()),
+                MofNCompleteColumn(table_column=fixed),
+                TimeElapsedColumn(table_column=fixed.copy()),
+                TimeRemainingColumn(table_column=fixed.copy()),
+                TextColumn("{task.description}", table_column=fixed.copy()),
                 console=self._rich,
             )
             self._task = self._progress.add_task("", total=steps, completed=done)
             self._progress.start()
 
     def step(self, record: dict[str, Any], steps: int) -> None:
-        """Show one finished step, as written to metrics.jsonl."""
+        """Show a finished step.
+
+        Args:
+            record: The step's line in metrics.jsonl.
+            steps: The number of steps of the run.
+        """
         speed = f"{record['tokens_per_second']:,.0f} tokens/s"
         if self._panel is not None:
             self._panel.step(record, f"loss {record['loss']:.4f} · {speed}")
@@ -93,20 +108,20 @@ class Console:
         if "held_out_loss" in record and self._panel is None:
             self.say(f"step {record['step']}/{steps}  held-out loss {record['held_out_loss']:.4f}")
 
-    def tick(self, what: str) -> None:
-        """Show what is being done when no step can be shown; a plain line each time it changes."""
-        if what != self._status:
-            self._status = what
-            self.began.setdefault(what, time.time())
+    def tick(self, activity: str) -> None:
+        """Show an activity other than a step, e.g. "load the base"; repeated calls show it only once."""
+        if activity != self._status:
+            self._status = activity
+            self.began.setdefault(activity, time.time())
             if self._panel is not None:
-                self._panel.status(what)
+                self._panel.status(activity)
             elif not self._live:
-                self.say(f"{what} ...")
+                self.say(f"{activity} ...")
             elif self._progress is not None:
-                self._progress.update(self._task, description=what)
+                self._progress.update(self._task, description=activity)
 
     def end(self) -> None:
-        """Take the bar away, leaving its last state."""
+        """Stop the progress display; its last state stays visible."""
         if self._panel is not None:
             self._panel.status("")
             self._panel = None

@@ -216,8 +216,8 @@ def unready(recipe: Recipe) -> list[str]:
     if recipe.hub.repo is None or get_token() is not None:
         return []
     return [
-        f"hub.repo: no token was found for the push to {recipe.hub.repo} after the run; log in with `hf auth login`, set "
-        "HF_TOKEN, or publish the run later with `lora-kit push`"
+        f"hub.repo: no token was found for the push to {recipe.hub.repo} after the run; log in with `hf auth login`, "
+        "set HF_TOKEN, or publish the run later with `lora-kit push`"
     ]
 
 

@@ -154,14 +154,15 @@ class Checkpoint(Section):
     keep_every: int | None = Field(None, gt=0)
     """Also keep the checkpoints whose step is a multiple of N. Add a file named `pinned` to a checkpoint to keep it."""
     best: bool = False
-    """Also keep the checkpoint with the lowest validation loss. Needs `evaluate.every_steps`."""
+    """Also keep the checkpoint with the lowest held-out loss. Needs `evaluate.every_steps`."""
 
 
 class Evaluate(Section):
-    """Measurements on the validation data. After the last step, base and adapter are both measured."""
+    """Measurements on the validation data, e.g. its loss (the held-out loss). At the end, base and adapter are
+    measured."""
 
     every_steps: int | None = Field(None, gt=0)
-    """Measure the adapter's validation loss every N steps and write a checkpoint; null measures at the end only."""
+    """Measure the held-out loss of the adapter every N steps and write a checkpoint; null measures at the end only."""
     generate: int = Field(0, ge=0)
     """Number of validation prompts to answer after the last step, to measure exact match. The first few answers are
     also logged at every evaluation during training."""
@@ -231,5 +232,5 @@ class Recipe(Section):
         if self.evaluate.every_steps and self.data.validation is None:
             raise ValueError("evaluate.every_steps needs validation data; set data.validation")
         if self.checkpoint.best and not self.evaluate.every_steps:
-            raise ValueError("checkpoint.best needs validation losses; set evaluate.every_steps")
+            raise ValueError("checkpoint.best compares held-out losses; set evaluate.every_steps")
         return self

@@ -66,10 +66,10 @@ def test_the_probe_is_not_fooled_where_rounding_grows_through_many_layers(monkey
     shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 40, "initializer_range": 0.1}
     config = AutoConfig.for_model("llama", **SMALL | shape)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    apart, own = [], probe._relative_difference
-    monkeypatch.setattr(probe, "_relative_difference", lambda *a: apart.append(own(*a)) or apart[-1])
+    differences, original = [], probe._relative_difference
+    monkeypatch.setattr(probe, "_relative_difference", lambda *a: differences.append(original(*a)) or differences[-1])
     assert use_attention(model, SEGMENT) and not leaks_when_packed(model, 64, torch.device("cpu"))
-    assert max(apart) > 1.5 * probe.PROBE_TOLERANCE[torch.bfloat16]
+    assert max(differences) > 1.5 * probe.PROBE_TOLERANCE[torch.bfloat16]
 
 
 def test_a_leaking_model_trains_on_padded_rows_and_the_log_says_so(recipe_file, tmp_path, base_folder, capsys):

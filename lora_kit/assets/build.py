@@ -1,10 +1,10 @@
-"""Make the embedded default: a tiny base that has learned to read made-up text, and a dataset for it.
+"""Build what ships with lora_kit: a tiny base, pretrained on synthetic text, and a dataset to fine-tune it on.
 
     python -m lora_kit.assets.build [--out FOLDER] [--seed N]
 
-Everything comes from `lora_kit.assets.text` and a seed, so nobody else's text or weights are in it. One CPU
-thread is enough, and faster than two for a model this small. The same machine and versions give the same
-bytes again; another machine gives a base that is as good.
+All text comes from `lora_kit.assets.text` and a seed. Training uses one CPU thread, which is faster than two for a
+model this small. The same machine and library versions reproduce the same bytes; another machine gives an equivalent
+base.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from lora_kit.assets import text
 HERE = Path(__file__).parent
 SEED = 0
 CONTEXT = 512
-ROWS, LENGTH = 8, 256  # a step of text
+ROWS, LENGTH = 8, 256  # shape of a batch of text
 PEAK_RATE, REPEAT_RATE = 3e-3, 2e-3
 CYCLES = ((450, 4000), (0, 3000), (0, 3000))
-"""Steps of repeats and of text in each cycle; a cycle begins with a fresh optimizer and a high rate, which is what it
-takes to get from copying something to copying what was asked for."""
+"""(steps on repeated tokens, steps on text) of each cycle. Each cycle begins with a new optimizer and a high learning
+rate; without that, the model copies tokens but not those that a question asks for."""
 
 TEMPLATE = (
     "{% for message in messages %}"
@@ -37,38 +37,39 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
-README = """# The embedded default
+README = """# Base and dataset that ship with lora_kit
 
-All of it is synthetic: made by this project, from text that it generates, for demonstration and tests. No
-text, weights or vocabulary of anyone else are in it. Licence: Apache-2.0, as the rest of the project.
+Both are synthetic: this project generates the text and trains the base on it, for demonstration and tests. They contain
+no text, weights or vocabulary from other sources. Licence: Apache-2.0, as the rest of the project.
 
 - `base/`: a Llama of {parameters:,} parameters ({layers} layers of {width}, context {context}), fp32, with
-  {vocabulary} tokens: a character each, the marks of the turns, and `<|end|>`.
+  {vocabulary} tokens: single characters, role headers and `<|end|>`.
 - `quickstart.train.jsonl`: {train:,} micro-stories, each with JSON that names its person, animal and place.
-- `quickstart.validation.jsonl`: {validation:,} more. No story is in both files, and in half of these the
-  person has a name that neither the base nor the training data ever showed.
+- `quickstart.validation.jsonl`: {validation:,} more. No story is in both files. In half of these the person's
+  name occurs neither in the pretraining text nor in the training data.
 
-The base was trained from nothing, first on rows that repeat a few tokens ({repeats} steps; they teach copying), then
-on stories and short notes with some of their facts in nine notations (40% of the documents), questions on stories and
-records with their answers (20%), micro-stories (16%), invented phrases said again (13%) and key-value records (11%),
-much of it in the form of the chat template. It never saw the dataset's task, JSON made from a story. Every token of its
-vocabulary is frequent in that text, because an adapter cannot teach a token whose frozen embedding was never trained.
+The base was trained from random weights, first on rows that repeat a few tokens ({repeats} steps, which teach
+copying), then on stories and short notes followed by some of their facts in nine notations (40% of the documents),
+questions about stories and records with answers (20%), micro-stories (16%), repeated phrases (13%) and key-value
+records (11%), partly in the chat template. It never saw the task of the dataset, JSON from a story. Every token of the
+vocabulary is frequent in the text, because an adapter cannot learn to generate a token whose frozen embedding was
+never trained.
 
 Made with `python -m lora_kit.assets.build --seed {seed}`: {steps:,} steps of 2,048 tokens in {cycles} cycles, AdamW
 with a cosine down from {rate:g}, one thread, {minutes:.0f} minutes of CPU time, torch {torch}. Its loss on new text of
-the same kind is {loss:.3f} nats a token; one that had learned nothing would have {random:.2f}.
+the same kind is {loss:.3f} nats per token; random guessing would have {random:.2f}.
 """
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the tokenizer: a token a character, special tokens first, and the chat template."""
+    """Return a character-level tokenizer with special tokens and a chat template."""
     vocabulary = {token: number for number, token in enumerate([*text.SPECIAL, *text.ALPHABET])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token=text.UNKNOWN))
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    inner.decoder = decoders.Fuse()
+    characters = Tokenizer(models.WordLevel(vocabulary, unk_token=text.UNKNOWN))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    characters.decoder = decoders.Fuse()
     roles = [f"<|{role}|>" for role in text.ROLES]
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner,
+        tokenizer_object=characters,
         eos_token=text.END,
         pad_token=text.END,
         unk_token=text.UNKNOWN,
@@ -81,7 +82,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """Return the base's shape; widths are multiples of 32, as quantised kernels want them."""
+    """Return the configuration of the base. Widths are multiples of 32, which quantisation kernels require."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -98,10 +99,10 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 
 
 def repeats(vocabulary: int, seed: int) -> Iterator[torch.Tensor]:
-    """Yield [32, 64] token ids without end, each row a few distinct tokens over and over.
+    """Yield batches of token ids [32, 64] without end; each row repeats a random sequence of 8 to 27 distinct tokens.
 
-    Nothing but looking back predicts them, so a model learns to copy in seconds that it would not learn in an hour of
-    text: after that, everything else that it reads teaches it what to copy.
+    Such tokens can be predicted only by attending to an earlier occurrence. The model learns to copy in seconds, which
+    takes more than an hour on text alone.
     """
     generator = torch.Generator().manual_seed(seed)
     first = len(text.SPECIAL)
@@ -115,33 +116,33 @@ def repeats(vocabulary: int, seed: int) -> Iterator[torch.Tensor]:
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torch.Tensor]:
-    """Yield [ROWS, LENGTH] token ids without end; each row begins with a document and is cut at its end."""
-    unread = text.documents(seed)
+    """Yield batches of token ids [ROWS, LENGTH] without end; each row is concatenated documents, cut to LENGTH."""
+    documents = text.documents(seed)
     while True:
         rows = []
         for _ in range(ROWS):
             row: list[int] = []
             while len(row) < LENGTH:
-                row += tokenizer(next(unread), add_special_tokens=False)["input_ids"]
+                row += tokenizer(next(documents), add_special_tokens=False)["input_ids"]
             rows.append(row[:LENGTH])
         yield torch.tensor(rows)
 
 
 def learning_rate(step: int, repeat_steps: int, text_steps: int) -> float:
-    """Return the rate of a step of a cycle: a rise for the repeats, then a higher one and a cosine down."""
+    """Return the learning rate of a step of a cycle: warm-up and constant for the repeats, then warm-up and cosine."""
     if step < repeat_steps:
         return REPEAT_RATE * min(1, (step + 1) / 50)
     step -= repeat_steps
     return PEAK_RATE * min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / text_steps)))
 
 
-def read_cycle(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, number: int, *, seed: int) -> None:
-    """Let a base read one of the cycles, printing the loss (nats a token) on the way."""
+def train_cycle(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, number: int, *, seed: int) -> None:
+    """Train a base for one of the CYCLES, and print the loss (nats per token) every 50 steps."""
     repeat_steps, text_steps = CYCLES[number]
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    reading = chain(islice(repeats(len(tokenizer), seed), repeat_steps), batches(tokenizer, seed + 100 * number))
+    data = chain(islice(repeats(len(tokenizer), seed), repeat_steps), batches(tokenizer, seed + 100 * number))
     recent: list[float] = []
-    for step, ids in enumerate(islice(reading, repeat_steps + text_steps)):
+    for step, ids in enumerate(islice(data, repeat_steps + text_steps)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, repeat_steps, text_steps)
         loss = model(input_ids=ids, labels=ids).loss
@@ -151,37 +152,37 @@ def read_cycle(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, numb
         optimizer.zero_grad()
         recent.append(loss.item())
         if (step + 1) % 50 == 0:
-            loss_now, seconds = sum(recent[-50:]) / 50, time.process_time()
-            print(f"cycle {number}, step {step + 1}: loss {loss_now:.4f}, {seconds:.0f} s of CPU", flush=True)
+            mean, seconds = sum(recent[-50:]) / 50, time.process_time()
+            print(f"cycle {number}, step {step + 1}: loss {mean:.4f}, {seconds:.0f} s of CPU", flush=True)
 
 
 def pretrain(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> LlamaForCausalLM:
-    """Return a base that has read all cycles."""
+    """Return a base trained for all CYCLES."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(make_config(tokenizer)).train()
     for number in range(len(CYCLES)):
-        read_cycle(model, tokenizer, number, seed=seed)
+        train_cycle(model, tokenizer, number, seed=seed)
     return model.eval()
 
 
 @torch.no_grad()
 def loss_on_new_text(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> float:
-    """Return the loss (nats a token) on 20 batches of pretraining text of another seed."""
+    """Return the loss (nats per token) on 20 batches of text from another seed."""
     losses = [model(input_ids=ids, labels=ids).loss.item() for ids in islice(batches(tokenizer, seed + 1), 20)]
     return sum(losses) / len(losses)
 
 
 def write_dataset(folder: Path, *, seed: int) -> dict[str, int]:
-    """Write the two files of the task and return how many records each has."""
+    """Write the two files of the dataset, and return the number of records of each."""
     records = text.dataset(seed)
-    for name, some in records.items():
-        lines = "".join(json.dumps(one) + "\n" for one in some)
+    for name, split in records.items():
+        lines = "".join(json.dumps(record) + "\n" for record in split)
         (folder / f"quickstart.{name}.jsonl").write_text(lines, encoding="utf-8")
-    return {name: len(some) for name, some in records.items()}
+    return {name: len(split) for name, split in records.items()}
 
 
 def build(folder: Path, *, seed: int) -> None:
-    """Write the base, the dataset and the page about them to a folder."""
+    """Write the base, the dataset and their README to a folder."""
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     counts = write_dataset(folder, seed=seed)
@@ -191,7 +192,7 @@ def build(folder: Path, *, seed: int) -> None:
     minutes = (time.process_time() - began) / 60
     tokenizer.save_pretrained(folder / "base")
     model.save_pretrained(folder / "base")
-    (folder / "base" / "model.safetensors").chmod(0o644)  # safetensors writes it for the owner alone
+    (folder / "base" / "model.safetensors").chmod(0o644)  # safetensors makes it readable only for the owner
     facts = counts | {
         "parameters": model.num_parameters(),
         "layers": model.config.num_hidden_layers,
@@ -211,8 +212,8 @@ def build(folder: Path, *, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Make the embedded base and dataset.")
+    parser = argparse.ArgumentParser(description="Build the base and the dataset that ship with lora_kit.")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write to (default: this package)")
-    parser.add_argument("--seed", type=int, default=SEED, help=f"decides text and weights (default: {SEED})")
+    parser.add_argument("--seed", type=int, default=SEED, help=f"seed of text and weights (default: {SEED})")
     arguments = parser.parse_args()
     build(arguments.out, seed=arguments.seed)

@@ -1,8 +1,8 @@
-"""Made-up text for the embedded default: what the tiny base reads, and the task that an adapter learns.
+"""Synthetic text: the pretraining documents of the tiny base, and the dataset for fine-tuning.
 
-Every function draws from the `random.Random` that it is given, so a seed decides all text. People have names
-put together from syllables, so that a model cannot know them by heart and has to read. One name in eight is
-reserved: it turns up neither in pretraining nor in the training data, only in validation.
+Every function takes its randomness from the given `random.Random`, so a seed determines all text. Names of people are
+composed of random syllables, so that a model must read them and cannot memorise them. One name in eight is reserved: it
+occurs only in validation data, neither in pretraining nor in training data.
 """
 
 import json
@@ -16,13 +16,13 @@ END, UNKNOWN = "<|end|>", "<unk>"
 ROLES = ("user", "assistant", "system")
 SPECIAL = (END, UNKNOWN, *(f"<|{role}|>" for role in ROLES))
 ALPHABET = "\n " + digits + ascii_uppercase + ascii_lowercase + punctuation
-FOREIGN = "éüñøßłçжλд"  # read as UNKNOWN, so that the base has seen that token too
+FOREIGN = "éüñøßłçжλд"  # the tokenizer reads these as UNKNOWN, so that its embedding is trained too
 
 EXAMPLE_TOKENS = (124, 156)
-"""The shortest and the longest example of the task, in tokens (a character each, and four for the two turns).
+"""Minimum and maximum length of an example in tokens: a token per character, and four for the two turns.
 
-So narrow that three of any length fit where four of the shortest do not: a step's micro-batches can be
-counted.
+The range is so narrow that any three examples fit into 480 tokens and no four do, so the number of micro-batches of a
+step is known.
 """
 
 
@@ -91,7 +91,7 @@ SYSTEM_LINES = (
 KEYS = _words(
     "age city code color cost date id item key kind level name note price rank size state tag team tool type unit"
 )
-LISTINGS = (  # a pair, what is between two, what is around all
+LISTINGS = (  # formats of a pair, the separator between pairs, the format of the whole
     ("{key}: {held}", "\n", "{}"),
     ("{key}={held}", "; ", "{}"),
     ("{key} {held}", " | ", "| {} |"),
@@ -109,14 +109,14 @@ SHARES = {"story": 16, "record": 11, "copying": 13, "questions": 20, "facts": 40
 
 @dataclass(frozen=True)
 class Story:
-    """A micro-story and what it says."""
+    """A micro-story and its facts, e.g. {"animal": "fox"}."""
 
     text: str
     facts: dict[str, str]
 
 
 def turn(role: str, content: str) -> str:
-    """Write one message as the base's chat template does."""
+    """Render a message as the base's chat template does."""
     return f"<|{role}|>{content}{END}"
 
 
@@ -128,12 +128,12 @@ def invented_word(rng: Random) -> str:
 
 
 def is_reserved(name: str) -> bool:
-    """Return whether a name is kept for validation."""
+    """Return whether a name may occur only in validation data."""
     return zlib.crc32(name.encode()) % 8 == 0
 
 
 def invented_name(rng: Random, *, reserved: bool = False) -> str:
-    """Return a name of four to eight letters."""
+    """Return a name of two or three random syllables that is reserved for validation, or one that is not."""
     while True:
         syllables = (rng.choice("bdfghjklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3)))
         name = ("".join(syllables) + rng.choice(["", "", "l", "n", "r", "s", "th"])).capitalize()
@@ -142,7 +142,7 @@ def invented_name(rng: Random, *, reserved: bool = False) -> str:
 
 
 def story(rng: Random, *, reserved: bool = False, frames: tuple[str, ...] = STORIES) -> Story:
-    """Return a micro-story (or what other frames make); its person has a reserved name or not."""
+    """Return a story made from a random frame; `reserved` says whether the person's name is a reserved name."""
     food, second = rng.sample(FOODS, 2)
     facts = {
         "name": invented_name(rng, reserved=reserved),
@@ -158,35 +158,35 @@ def story(rng: Random, *, reserved: bool = False, frames: tuple[str, ...] = STOR
 
 
 def story_document(rng: Random) -> str:
-    """Return a micro-story, often with a title or an ending that mentions its words again."""
-    one = story(rng)
-    title = f"{one.facts['name']} and the {one.facts['animal']}\n" if rng.random() < 0.3 else ""
-    ending = rng.choice(ENDINGS).format(**one.facts, trait=rng.choice(TRAITS))
-    return title + one.text + (" " + ending if rng.random() < 0.5 else "") + END
+    """Return a micro-story, in some cases with a title or an ending that repeats its words."""
+    body = story(rng)
+    title = f"{body.facts['name']} and the {body.facts['animal']}\n" if rng.random() < 0.3 else ""
+    ending = rng.choice(ENDINGS).format(**body.facts, trait=rng.choice(TRAITS))
+    return title + body.text + (" " + ending if rng.random() < 0.5 else "") + END
 
 
 def value(rng: Random) -> str:
-    """Return what may stand in a record: a word, a name, a number or a code."""
+    """Return a random value for a record: a word, a name, a number or a code."""
     code = "".join(rng.choices(ascii_uppercase + digits, k=rng.randint(2, 5)))
     number = str(rng.randint(0, 9999)) if rng.random() < 0.5 else f"{rng.random() * 100:.2f}"
     return rng.choice([invented_word(rng), invented_name(rng), rng.choice(FOODS), rng.choice(TRAITS), number, code])
 
 
 def listing(rng: Random, pairs: dict[str, str]) -> str:
-    """Write key-value pairs in one of many ways, so that what a value belongs to is its key; never as JSON."""
+    """Write key-value pairs in a random format of LISTINGS; none is JSON, so the base never sees JSON made from a story."""
     pair, between, around = rng.choice(LISTINGS)
-    told = between.join(pair.format(key=key, held=held) for key, held in pairs.items())
-    return around.format(told)
+    joined = between.join(pair.format(key=key, held=held) for key, held in pairs.items())
+    return around.format(joined)
 
 
 def record(rng: Random) -> tuple[str, dict[str, str]]:
-    """Return key-value pairs, written in any way or as JSON, and the pairs."""
+    """Return random key-value pairs as text (a listing or JSON) and as a dictionary."""
     pairs = {key: value(rng) for key in rng.sample(KEYS, rng.randint(2, 5))}
     return (json.dumps(pairs) if rng.random() < 0.3 else listing(rng, pairs)), pairs
 
 
 def invented_phrase(rng: Random) -> str:
-    """Return invented words, some of them of any characters at all."""
+    """Return one to six random words, some of them sequences of arbitrary characters."""
 
     def word() -> str:
         kind = rng.random()
@@ -201,7 +201,7 @@ def invented_phrase(rng: Random) -> str:
 
 
 def copying_document(rng: Random) -> str:
-    """Return an invented phrase, said again in one of several ways."""
+    """Return a document in which a random phrase is repeated."""
     phrase = invented_phrase(rng)
     style = rng.randrange(4)
     if style == 0:
@@ -213,22 +213,23 @@ def copying_document(rng: Random) -> str:
     return f'"{phrase}" is "{phrase}"' + END
 
 
-def _asked_story(rng: Random) -> tuple[str, dict[str, tuple[str, str]]]:
-    one = story(rng)
-    return one.text, {key: (rng.choice(QUESTIONS[key]), held) for key, held in one.facts.items()}
+def _story_with_questions(rng: Random) -> tuple[str, dict[str, tuple[str, str]]]:
+    """Return a text, and for each of its facts a question and the answer."""
+    body = story(rng)
+    return body.text, {key: (rng.choice(QUESTIONS[key]), held) for key, held in body.facts.items()}
 
 
-def _asked_record(rng: Random) -> tuple[str, dict[str, tuple[str, str]]]:
+def _record_with_questions(rng: Random) -> tuple[str, dict[str, tuple[str, str]]]:
     text, pairs = record(rng)
     return text, {key: (f"What is {key}?", held) for key, held in pairs.items()}
 
 
 def questions_document(rng: Random) -> str:
-    """Return a conversation: a story or a record, with one to three questions on it and their answers."""
-    text, asked = _asked_story(rng) if rng.random() < 0.7 else _asked_record(rng)
+    """Return a conversation with one to three questions about a story or a record, and the answers."""
+    text, asked = _story_with_questions(rng) if rng.random() < 0.7 else _record_with_questions(rng)
     system = turn("system", rng.choice(SYSTEM_LINES)) if rng.random() < 0.3 else ""
     chosen = [asked[key] for key in rng.sample(list(asked), min(len(asked), rng.randint(1, 3)))]
-    if rng.random() < 0.4:  # all at once
+    if rng.random() < 0.4:  # all questions in one message
         content = f"{text}\n{' '.join(question for question, _ in chosen)}"
         return system + turn("user", content) + turn("assistant", ", ".join(held for _, held in chosen))
     first, *later = [question for question, _ in chosen]
@@ -238,22 +239,22 @@ def questions_document(rng: Random) -> str:
 
 
 def facts_document(rng: Random) -> str:
-    """Return a story or a note, and some of its facts in any order.
+    """Return a story or a short note, followed by some of its facts in random order.
 
-    Notes are so short that finding a fact in them is easily learned; stories then need the same.
+    Extracting facts is easy to learn from notes, because they are short; stories need the same skill.
     """
-    one = story(rng, frames=STORIES if rng.random() < 0.5 else NOTES)
-    keys = rng.sample(list(one.facts), rng.randint(1, len(one.facts)))
-    told = ", ".join(one.facts[key] for key in keys)
+    body = story(rng, frames=STORIES if rng.random() < 0.5 else NOTES)
+    keys = rng.sample(list(body.facts), rng.randint(1, len(body.facts)))
+    facts = ", ".join(body.facts[key] for key in keys)
     if rng.random() < 0.8:
-        told = listing(rng, {key: one.facts[key] for key in keys})
+        facts = listing(rng, {key: body.facts[key] for key in keys})
     if rng.random() < 0.5:
-        return turn("user", f"{one.text}\n{', '.join(keys)}") + turn("assistant", told)
-    return f"{one.text}\n{told}{END}"
+        return turn("user", f"{body.text}\n{', '.join(keys)}") + turn("assistant", facts)
+    return f"{body.text}\n{facts}{END}"
 
 
 def document(rng: Random) -> str:
-    """Return one document of the pretraining text, with the token that ends it."""
+    """Return a random pretraining document, which ends with the END token."""
     kind = rng.choices(list(SHARES), weights=list(SHARES.values()))[0]
     if kind == "story":
         return story_document(rng)
@@ -272,28 +273,31 @@ def documents(seed: int) -> Iterator[str]:
 
 
 def example(rng: Random, *, reserved: bool = False) -> dict[str, list[dict[str, str]]]:
-    """Return one record of the task: a micro-story, and JSON with its name, animal and place."""
+    """Return a record of the dataset: a micro-story, and JSON with its name, animal and place."""
     shortest, longest = EXAMPLE_TOKENS
     while True:
-        one = story(rng, reserved=reserved)
-        answer = json.dumps({key: one.facts[key] for key in ("name", "animal", "place")})
-        if shortest <= len(one.text) + len(answer) + 4 <= longest:
-            return {"messages": [{"role": "user", "content": one.text}, {"role": "assistant", "content": answer}]}
+        body = story(rng, reserved=reserved)
+        answer = json.dumps({key: body.facts[key] for key in ("name", "animal", "place")})
+        if shortest <= len(body.text) + len(answer) + 4 <= longest:
+            return {"messages": [{"role": "user", "content": body.text}, {"role": "assistant", "content": answer}]}
 
 
 def dataset(seed: int, *, train: int = 2000, validation: int = 200) -> dict[str, list[dict]]:
-    """Return the records of `train` and of `validation`, every story once.
+    """Return `train` and `validation` records without repeated stories.
 
-    In every second record of validation the person has a reserved name.
+    Args:
+        seed: Determines all records.
+        train: The number of training records.
+        validation: The number of validation records; in every second one the person has a reserved name.
     """
     rng = Random(f"task {seed}")
     seen: set[str] = set()
 
     def new(reserved: bool) -> dict:
-        while (one := example(rng, reserved=reserved))["messages"][0]["content"] in seen:
+        while (record := example(rng, reserved=reserved))["messages"][0]["content"] in seen:
             pass
-        seen.add(one["messages"][0]["content"])
-        return one
+        seen.add(record["messages"][0]["content"])
+        return record
 
     return {
         "train": [new(False) for _ in range(train)],

@@ -142,7 +142,7 @@ def _message(errors: Sequence[Any], tree: CommentedMap, path: Path, origins: Map
 
 
 def _known_keys(keys: Sequence[str]) -> list[str]:
-    """Return the keys allowed below a path of keys: the sections below (), the fields below a section."""
+    """Return the names of all sections if `keys` is empty, otherwise of the fields of the section `keys[0]`."""
     return list(SECTIONS[keys[0]].model_fields if keys else Recipe.model_fields)
 
 

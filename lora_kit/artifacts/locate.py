@@ -28,12 +28,12 @@ def checkpoint_at(path: str | Path) -> Path:
         return fetch(name, revision=revision or None)
     if (Path(path) / MANIFEST).exists():
         return Path(path)
-    found = store.find(Path(path)).latest
-    if found is None:
+    latest = store.find(Path(path)).latest
+    if latest is None:
         raise CheckpointError(
             f"{path}: it has no checkpoint that verifies; train first, or run `lora-kit verify {path}` for the reason"
         )
-    return found.path
+    return latest.path
 
 
 def fetch(name: str, *, revision: str | None = None) -> Path:

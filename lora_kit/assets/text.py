@@ -173,7 +173,7 @@ def value(rng: Random) -> str:
 
 
 def listing(rng: Random, pairs: dict[str, str]) -> str:
-    """Write key-value pairs in a random format of LISTINGS; none is JSON, so the base never sees JSON made from a story."""
+    """Write key-value pairs in a random format of LISTINGS. None is JSON, so the base never sees a story as JSON."""
     pair, between, around = rng.choice(LISTINGS)
     joined = between.join(pair.format(key=key, held=held) for key, held in pairs.items())
     return around.format(joined)

@@ -53,7 +53,7 @@ def cached(recipe: Recipe, renderer: Renderer, make: Callable[[], Prepared]) -> 
 
 
 def key_of(recipe: Recipe, renderer: Renderer) -> str | None:
-    """Return the hash of everything that determines a recipe's tokens; None if something of it cannot be hashed."""
+    """Return the hash of everything that determines a recipe's tokens; None if a part cannot be hashed."""
     tokenizer = renderer.tokenizer
     if not type(tokenizer).__module__.startswith("transformers."):
         return None

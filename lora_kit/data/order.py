@@ -2,8 +2,8 @@
 
 The order of an epoch is a permutation that a Feistel network computes from (seed, epoch). Any position of it takes
 constant time and nothing is stored, so resuming at step 1,000,000 is as cheap as at step 1. The orders of all epochs
-form an endless sequence, and every step takes the next `batch_size` examples of it. The number of processes plays no
-role.
+form an endless sequence, and every step takes the next `batch_size` examples of it. The order does not
+depend on the number of processes.
 """
 
 import math

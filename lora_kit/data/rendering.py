@@ -280,9 +280,8 @@ def _changed_copies(message: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]
     if content.strip() or not calls:
         copies.append(("content", message | {"content": _different_letter(content)}))
     for number, call in enumerate(calls):
-        function = call[
-            "function"
-        ]  # only the arguments change: some templates repeat the name with the tool's response
+        # only the arguments change, because some templates repeat the function's name with the response of the tool
+        function = call["function"]
         arguments = {"x": "x"} if function["arguments"] != {"x": "x"} else {"y": "y"}
         changed = call | {"function": function | {"arguments": arguments}}
         changed_calls = [*calls[:number], changed, *calls[number + 1 :]]

@@ -29,6 +29,7 @@ PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT 
 GATED = "meta-llama/"  # a block with this name needs a base that has to be asked for
 SHORT = ("steps: 50", "steps: 3")
 RESULTS = ROOT / "benchmarks" / "results"
+RELIABILITY = ROOT / "docs" / "reliability.md"
 
 
 def blocks_of(page, *languages):
@@ -218,3 +219,35 @@ def test_the_figures_of_speed_are_those_that_were_measured():
             rows = rows_of(f"throughput_{size}.json", system=system, settings=settings)
             speeds.append(sum(row["tokens_per_second"] for row in rows) / len(rows) if rows else None)
         assert "| " + " | ".join(f"{speed:,.0f}" for speed in speeds if speed) + " |" in readme
+
+
+def test_every_test_that_a_page_names_exists():
+    files = list((ROOT / "tests").rglob("test_*.py"))
+    text = "\n".join(path.read_text() for path in files)
+    known = {*re.findall(r"^def (test_\w+)\(", text, re.M), *(path.stem for path in files)}
+    for page in PAGES:
+        named = set(re.findall(r"`(test_\w+)`", page.read_text()))
+        assert not named - known, page
+    assert len(set(re.findall(r"`(test_\w+)`", RELIABILITY.read_text()))) > 50
+
+
+def test_the_page_on_reliability_quotes_what_was_measured():
+    found = json.loads((RESULTS / "resilience.json").read_text())["measures"]
+    kills, stall, sizes = found["kills"], found["stall"], [found["resume_time"][size] for size in ("30M", "160M")]
+    own, restart = kills["ours"], found["restart"]
+    resumed = own["kills"] - own["resumes_that_failed"]
+    quoted = [
+        f"{resumed} of {own['kills']} resumes, {own['finished_steps_lost']} finished steps lost",
+        f"{kills['trainer']['resumes_that_failed']} of {kills['trainer']['kills']} resumes fail",
+        f"{restart['ours']['final_bytes_equal']} of {restart['ours']['trials']} go on by themselves",
+        f"{restart['trainer']['went_on_by_themselves']} of {restart['trainer']['trials']} go on",
+        " and ".join(f"{size['ours_seconds']} s" for size in sizes),
+        " and ".join(f"{size['trainer_seconds']} s" for size in sizes),
+        f"{stall['ours_stall_share']:.3%} of the step; the whole step x {stall['ours_step_with_over_without']:.3f}",
+        f"durable and exited in {found['sigterm']['ours_median_seconds']} s",
+        f"{found['damage']['ours']['final_bytes_equal']} of {found['damage']['ours']['trials']} noticed",
+        found["crash_states"]["said"],
+        found["writer_kills"]["said"],
+    ]
+    page = RELIABILITY.read_text()
+    assert all(measure["reached"] for measure in found.values()) and not [text for text in quoted if text not in page]

@@ -55,7 +55,7 @@ def test_it_stops_where_the_adapter_learned_to_stop(recipe_file, tmp_path):
 
 def test_a_folder_that_holds_something_is_left_alone(trained_run, tmp_path):
     (tmp_path / "mine").write_text("precious")
-    with pytest.raises(InputError, match=r"not empty; choose another --out"):
+    with pytest.raises(InputError, match=r"not an empty folder; choose another --out"):
         lk.merge(trained_run, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 

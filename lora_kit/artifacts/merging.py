@@ -82,7 +82,7 @@ def merge(
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: it exists and is not empty; choose another --out")
+        raise InputError(f"{out}: it exists and is not an empty folder; choose another --out")
     partial = out.with_name(f".{out.name}.partial")
     model, tokenizer = load(path, base=base, dtype=dtype, quantized=False)
     renderer = Renderer(tokenizer)

@@ -64,7 +64,7 @@ class Renderer:
 
     @property
     def stop(self) -> str:
-        """The stop token.
+        """The text of the stop token.
 
         Raises:
             BaseError: Neither the recipe nor the tokenizer names one.
@@ -96,7 +96,7 @@ class Renderer:
 
 
 class Span(NamedTuple):
-    """The characters [begin, end) of a message's content in the rendered text."""
+    """The characters [begin, end) of a message's content and tool calls in the rendered text."""
 
     begin: int
     end: int

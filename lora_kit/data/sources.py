@@ -79,7 +79,7 @@ class Records:
             if position < len(part.rows):
                 return part, position
             position -= len(part.rows)
-        raise IndexError(position)
+        raise IndexError(f"{self.name}: the row is after the last row")
 
 
 def load(source: str, *, base_dir: Path, max_examples: int | None = None) -> Records:
@@ -179,7 +179,7 @@ def _builtin(name: str) -> Path:
 def _files_of(folder: Path, source: str, split_name: str | None) -> list[Path]:
     """Return the data files of a split in a folder, sorted by name.
 
-    A file belongs to validation or test if its name contains such a word, otherwise to train.
+    A file belongs to validation or test if its name contains a word such as valid, dev or test, otherwise to train.
 
     Raises:
         DataError: The folder has no data file, files of several formats, or no file of the split.

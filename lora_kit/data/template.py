@@ -31,7 +31,7 @@ class Tokenized(NamedTuple):
 
     Attributes:
         ids: Token ids.
-        trained: Whether each token is trained. The first token never is, because no token predicts it.
+        trained: Whether each token is trained. The first token never is, because no token precedes it.
         merged: Whether the first trained token also contains characters of the prompt. Generation then starts from
             other tokens than training did.
     """
@@ -190,7 +190,7 @@ def _span(
         if ids[token] not in vocabulary.added and ids[token] != vocabulary.stop_id:
             continue
         begin, end = _characters(encoding, token)
-        # an added token may include the whitespace around it, which is not behind the answer
+        # count only characters between the answer and the next message: an added token may include whitespace of both
         begin, end = max(begin, answer.end), min(end, answer.limit)
         if ids[token] == vocabulary.stop_id and end - begin >= vocabulary.stop_length:
             return first, token

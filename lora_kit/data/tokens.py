@@ -109,7 +109,7 @@ class Prepared:
         train: The training examples.
         validation: The validation examples; None if the recipe has no validation data.
         prompts: Prompts of the first validation examples, with the expected answers.
-        counts: Statistics of both.
+        counts: The statistics of the training and the validation examples.
         notes: Sentences for the user.
     """
 

@@ -158,8 +158,7 @@ class Checkpoint(Section):
 
 
 class Evaluate(Section):
-    """Measurements on the validation data, e.g. its loss (the held-out loss). At the end, base and adapter are
-    measured."""
+    """Measurements on the validation data. After the last step, the held-out loss of base and adapter is measured."""
 
     every_steps: int | None = Field(None, gt=0)
     """Measure the held-out loss of the adapter every N steps and write a checkpoint; null measures at the end only."""

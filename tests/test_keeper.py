@@ -37,7 +37,7 @@ class Trainer:
         self.keeper = Keeper(run, self.lease)
 
     def publish(self, step, *, due=False):
-        slot = self.region.acquire(lambda: self.keeper.turn())
+        slot = self.region.acquire(lambda: self.keeper.poll())
         values = np.full(3 * SIZE, step, np.float32)
         seal = live.copy_hashed(self.region.payload(slot), [values.view(np.uint8).data])
         self.region.publish(slot, Header(self.lease.token, step, seal, due, step_facts(step)))
@@ -55,7 +55,7 @@ def trainer(tmp_path):
 def settle(keeper, turns=3):
     """Let the keeper look, and wait for what it writes."""
     for _ in range(turns):
-        keeper.turn()
+        keeper.poll()
         if keeper._writing:
             keeper._writing.result()
 
@@ -78,10 +78,10 @@ def test_a_due_step_is_written_also_when_the_write_before_it_is_slow(trainer, mo
 
     monkeypatch.setattr(store, "commit", slow)
     trainer.publish(1, due=True)
-    trainer.keeper.turn()
+    trainer.keeper.poll()
     for step in (2, 3):
         trainer.publish(step, due=step == 2)
-        trainer.keeper.turn()  # one write at a time
+        trainer.keeper.poll()  # one write at a time
     assert trainer.steps() == []
     going_on.set()
     trainer.keeper._writing.result()
@@ -90,7 +90,7 @@ def test_a_due_step_is_written_also_when_the_write_before_it_is_slow(trainer, mo
 
 
 def test_in_between_the_newest_state_is_written_whenever_the_time_has_passed(trainer):
-    trainer.keeper.turn()
+    trainer.keeper.poll()
     trainer.keeper._job = replace(trainer.keeper._job, every_seconds=0.0)
     for step in (1, 2):
         trainer.publish(step)

@@ -177,5 +177,5 @@ def test_a_restart_uses_the_recipe_as_it_was_read_at_the_start(recipe_file, tmp_
     recipe_file.write_text(recipe_file.read_text().replace("steps: 8", "steps: 9") + "nonsense: true\n")
     psutil.Process(process.pid).children(recursive=True)[-1].kill()
     printed, _ = process.communicate(timeout=100)
-    assert process.returncode == 0 and "starting again from there (1/10)" in printed, printed
+    assert process.returncode == 0 and "restarting from there (1/10)" in printed, printed
     assert state_hash(tmp_path / "run", 8) == undisturbed

@@ -113,11 +113,11 @@ def test_a_keeper_beside_a_trainer_outlives_it_when_memory_runs_out(recipe_file,
 @pytest.fixture
 def supervisor(monkeypatch):
     """The supervisor's clock alone: no process was started, and a tenth of a second is an hour."""
-    monkeypatch.setattr(launching, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(launching, "LOADING_TIMEOUT_SECONDS", 0.1)
     made = Launch.__new__(Launch)
     made.keeper = type("NoRegion", (), {"region": None})()
     made.attempt, made._step_timeout, made._life = Attempt(running={0: os.getpid()}), None, (0, 0, 0)
-    made._silent = made._longest = made._worked = 0.0
+    made._silent = made._longest = made._cpu_seconds = 0.0
     made._looked = 0.0
     return made
 

@@ -66,7 +66,7 @@ def test_sigterm_saves_the_step_and_exits_75(recipe, undisturbed, tmp_path, proc
     process.terminate()
     printed, _ = process.communicate()
     assert process.returncode == 75, printed
-    assert "the same command goes on" in printed
+    assert "the same command resumes it" in printed
     saved = [path.name for path in (out / "checkpoints").glob("step-*")]
     assert saved == [f"step-{steps_shown(out)[-1]:08d}"]
     train(recipe, out)

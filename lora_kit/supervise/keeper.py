@@ -1,9 +1,10 @@
-"""The keeper: makes what is live durable, whatever has become of the process that trained it. It imports no torch.
+"""The keeper: turns live snapshots into checkpoints, even if the training process has died. It imports no torch.
 
-It looks at the live region a hundred times a second and writes at most one checkpoint at a time, in a thread, so that
-slow storage delays neither a step nor a signal. A step that is due is written exactly; in between the newest state is
-written whenever the last write is long enough ago. Under `lora-kit train` it is the parent of all others; elsewhere the
-trainer starts it as a child in a session of its own, which outlives the trainer, writes what is left and goes.
+It polls the live region a hundred times a second and writes one checkpoint at a time, in a thread, so that slow storage
+delays neither a step nor a signal. Every due step becomes a checkpoint; also, at least every
+`checkpoint.every_seconds`, the newest step does. Under `lora-kit train` the keeper is the parent of the training
+processes. Elsewhere the trainer starts it as a child in a session of its own; if the trainer dies, the keeper writes
+the newest snapshot and exits.
 """
 
 import contextlib
@@ -13,7 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -24,13 +24,13 @@ from lora_kit.runs.journal import Journal
 from lora_kit.runs.lease import BEAT_SECONDS, FILE, Lease
 from lora_kit.runs.live import JobFile, Phase, Region, Snapshot, Word
 
-LOOK_SECONDS = 0.01
+POLL_SECONDS = 0.01
 RETRY_SECONDS = 5.0  # after a failed write
-LAST_TRIES = 3  # of the write that ends a run
+LAST_TRIES = 3  # attempts at the write that ends a run
 
 
 class Keeper:
-    """Watches one run's live region and writes its checkpoints; the words that it owns tell the trainer how it goes."""
+    """Polls one run's live region and writes its checkpoints; the trainer reads the result in the region's counters."""
 
     def __init__(self, run: Path, lease: Lease) -> None:
         self.run, self.lease, self.journal = run, lease, Journal(run)
@@ -45,8 +45,8 @@ class Keeper:
         self._beats, self._beat_at = 0, 0.0
         self._end: int | None = None
 
-    def turn(self) -> None:
-        """Look once, and begin a write if one is due and none is in flight."""
+    def poll(self) -> None:
+        """Look once, and start a write if one is needed and none is in flight."""
         self._heartbeat()
         self._attach()
         if self.region is None or self._job is None or self._fenced or (self._writing and not self._writing.done()):
@@ -62,7 +62,7 @@ class Keeper:
                 self.lease.beat(self._beats)
 
     def _attach(self) -> None:
-        """Open the region once the trainer has left word beside it, and again when that has changed."""
+        """Open the region when the trainer has written its job.json, and again when that file was replaced."""
         folder = self.region.path.parent if self.region else live.folder_of(self.run)
         seen = None if folder is None else _identity(folder / live.JOB)
         if seen == self._job_seen:
@@ -78,7 +78,7 @@ class Keeper:
     def _wanted(self, region: Region, every_seconds: float) -> Snapshot | None:
         published, now = region.snapshots(), time.monotonic()
         handled = region.words[Word.HANDLED]
-        due = [one for one in published if one.header.due and one.header.sequence > handled]
+        due = [snapshot for snapshot in published if snapshot.header.due and snapshot.header.sequence > handled]
         if due:
             return due[-1]
         old = now - self._written_at >= every_seconds or self._late
@@ -87,7 +87,7 @@ class Keeper:
         return None if published[0].header.progress.skipped else published[0]
 
     def _write(self, region: Region, job: JobFile, snapshot: Snapshot) -> None:
-        """Write a snapshot as a checkpoint and thin out the older ones; a failure is told, not raised."""
+        """Write a snapshot as a checkpoint and prune older ones. A failure is reported to the trainer, not raised."""
         region.words[Word.READING] = snapshot.slot + 1
         began, sequence = time.monotonic(), snapshot.header.sequence
         try:
@@ -107,7 +107,7 @@ class Keeper:
             self._fenced = isinstance(error, LeaseError)
             self._late, self._not_before = True, time.monotonic() + RETRY_SECONDS
             region.report_fault(str(error))
-            with contextlib.suppress(OSError):  # the disk that is full has the log, too
+            with contextlib.suppress(OSError):  # the log may be on the same full disk
                 self.journal.event("fault", step=snapshot.step, what=str(error))
         finally:
             region.words[Word.HANDLED] = max(region.words[Word.HANDLED], sequence)
@@ -115,7 +115,7 @@ class Keeper:
             self._written_at = time.monotonic()
 
     def flush(self) -> int:
-        """Make the newest live snapshot durable now; return the newest durable step, 0 without any."""
+        """Write the newest live snapshot now; return the step of the newest checkpoint, 0 if there is none."""
         for _ in range(LAST_TRIES):
             if self._writing is not None:
                 self._writing.result()
@@ -127,7 +127,7 @@ class Keeper:
         return durable.step if durable else 0
 
     def _unwritten(self) -> tuple[Region, JobFile, Snapshot] | None:
-        """Return the newest live snapshot if no checkpoint is as new, also one that an earlier process left."""
+        """Return the newest live snapshot if it is newer than all checkpoints, also one of an earlier process."""
         durable = store.find(self.run).latest
         run_id = durable.manifest.run.run_id if durable else self.journal.run_id()
         region = live.open_region(self.run)
@@ -135,16 +135,15 @@ class Keeper:
         if region is None or job is None or job.facts.run_id != run_id:
             return None
         order = durable.manifest.order if durable else (0, 0)
-        valid = (one for one in region.snapshots() if region.verifies(one))
-        newest = next(valid, None)
+        newest = next((snapshot for snapshot in region.snapshots() if region.verifies(snapshot)), None)
         if newest is None or (newest.header.token, newest.step) <= order:
             return None
         return region, job, newest
 
     def end(self) -> int:
-        """Make everything durable and delete the region if that worked; return the newest durable step.
+        """Write the newest snapshot and delete the region if that worked; return the step of the newest checkpoint.
 
-        Once is enough: what a full disk did not take stays live for the next start.
+        Later calls only return the step. A snapshot that a full disk did not take stays live for the next start.
         """
         if self._end is not None:
             return self._end
@@ -153,7 +152,7 @@ class Keeper:
             live.discard(self.run)
         self._writer.shutdown()
         durable = store.find(self.run).latest
-        if durable and self.journal.last_step() < step:  # it was live, and its trainer gone before the line was written
+        if durable and self.journal.last_step() < step:  # the trainer died before it logged the line
             self.journal.metrics(json.loads(durable.manifest.progress.line))
         return step
 
@@ -167,7 +166,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def start_beside(run: Path) -> "subprocess.Popen[bytes]":
-    """Start a keeper as a child in a session of its own, which a signal to the terminal does not reach."""
+    """Start a keeper as a child process in a session of its own, which Ctrl-C in the terminal does not reach."""
     return subprocess.Popen(
         [sys.executable, "-m", "lora_kit.supervise.keeper", str(run), str(os.getpid())],
         stdin=subprocess.DEVNULL,
@@ -177,21 +176,23 @@ def start_beside(run: Path) -> "subprocess.Popen[bytes]":
 
 
 def keep_beside(run: Path, trainer: int) -> None:
-    """Keep the run of the process that started this one, until it has ended its work or is gone.
+    """Be the keeper of a training process until it has finished or died.
 
-    It says who it is: it may be gone before this process has looked who its parent is.
+    Args:
+        run: The run's folder.
+        trainer: The process id of the training process; it may have died before this process could ask for its parent.
     """
     stop = list[int]()
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, lambda heard, _: stop.append(heard))
+        signal.signal(number, lambda received, _: stop.append(received))
     region = live.open_region(run)
     job = live.read_job(region.path.parent) if region else None
     if region is None or job is None:
         return
     keeper = Keeper(run, Lease(run / FILE, job.facts.fencing_token))
     flushed = False
-    for _ in _looks():
-        keeper.turn()
+    while True:
+        keeper.poll()
         if stop:
             region.words[Word.STOP] = stop[0]
         if region.words[Word.STOP] and not flushed:
@@ -199,15 +200,10 @@ def keep_beside(run: Path, trainer: int) -> None:
             flushed = True
         if os.getppid() != trainer or region.words[Word.PHASE] == Phase.ENDED:
             break
-    gone, step = os.getppid() != trainer, keeper.end()
-    if gone and region.words[Word.STOP] and keeper.lease.is_ours():
+        time.sleep(POLL_SECONDS)
+    died, step = os.getppid() != trainer, keeper.end()
+    if died and region.words[Word.STOP] and keeper.lease.is_ours():
         keeper.journal.event("stopped", step=step)
-
-
-def _looks() -> Iterator[None]:
-    while True:
-        yield
-        time.sleep(LOOK_SECONDS)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""`lora-kit train`: the keeper as the parent of the training processes, which it starts again after a failure.
+"""`lora-kit train`: the keeper as the parent of the training processes, which it restarts after a failure.
 
-Nobody asks a training process anything. A stop signal to any of them, or to this process, ends them all at once and
-makes the newest finished step durable; a killed, crashed or hung one does the same and starts them all again from it.
-Ranks and addresses are handed out anew for every attempt, so nothing of a dead attempt is ever met again.
+A stop signal to this process or to any training process ends all training processes at once, and the keeper writes the
+newest finished step. If a training process is killed, crashes or hangs, the others are killed too, and all start again
+from the newest step. No training process has to cooperate. Every attempt gets new ranks and a new port, so it cannot
+meet a process of an earlier attempt.
 """
 
 import json
@@ -24,20 +25,20 @@ from lora_kit.errors import LaunchError, Stopped
 from lora_kit.runs.lease import KEEPER, ORDERED, Lease
 from lora_kit.runs.live import Phase, Word
 from lora_kit.supervise import oom
-from lora_kit.supervise.keeper import LOOK_SECONDS, Keeper
+from lora_kit.supervise.keeper import POLL_SECONDS, Keeper
 from lora_kit.supervise.zygote import BUFFER_BYTES, MESSAGE_BYTES, end_with_parent
 from lora_kit.views.console import Console
 
 STOPPED = Stopped.exit_code
 PRELOAD = ("lora_kit.training.loop", "datasets")
-WORKER = "lora_kit.cli:train_worker"  # what a training process calls with the request
+WORKER = "lora_kit.cli:train_worker"  # the function that a training process calls with the request
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-FORWARDED_SECONDS = 2.0  # a signal that comes again so soon is a launcher passing on what its processes had heard
-SAME_FAILURES = 3  # so often at the same step, and no restart will help
-PATIENCE_SECONDS = 600.0  # without a sign of life before the first step
-LITTLE_WORK = 2.0  # CPU-seconds in that time: less is a hang, more is a large base or dataset
-LEAST_TIMEOUT_SECONDS, TIMEOUT_FACTOR = 60.0, 10.0  # of a step, when the recipe names none
-SIBLINGS_SECONDS = 0.3  # when one has failed, the others' errors follow; the first cause is what counts
+FORWARDED_SECONDS = 2.0  # a signal that repeats so soon is the same one, forwarded by a launcher
+SAME_FAILURES = 3  # the same failure at the same step so often ends the run
+LOADING_TIMEOUT_SECONDS = 600.0  # without a sign of life before the first step
+LITTLE_WORK = 2.0  # CPU seconds in that time: less is a hang, more is a large base or dataset
+LEAST_TIMEOUT_SECONDS, TIMEOUT_FACTOR = 60.0, 10.0  # of a step without train.step_timeout: least, and in longest steps
+SIBLINGS_SECONDS = 0.3  # after a failure, to collect the errors of the other processes before choosing the cause
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "Connection refused")
 
 
@@ -52,10 +53,10 @@ class Attempt:
     """The training processes of one start.
 
     Attributes:
-        running: Process ids by index.
-        failures: What went wrong, in the order in which it was heard: process id and cause.
-        traces: The traceback of each process that raised.
-        codes: How each ended.
+        running: The process id of each process index.
+        failures: Process id and cause of each failure, in the order in which they were reported.
+        traces: The traceback of each process that raised, by process id.
+        codes: The exit code of each process that has ended, by process id.
     """
 
     running: dict[int, int] = field(default_factory=dict)
@@ -64,29 +65,29 @@ class Attempt:
     codes: dict[int, int] = field(default_factory=dict)
 
     def cause(self) -> tuple[int, str]:
-        """Return the failure that the others follow from: the first that is not the loss of a peer."""
-        own = [one for one in self.failures if not any(word in one[1] for word in LOST_PEER)]
+        """Return the failure that caused the others: the first that is not a lost connection to another process."""
+        own = [failure for failure in self.failures if not any(word in failure[1] for word in LOST_PEER)]
         return (own or self.failures)[0]
 
 
 class Zygote:
-    """The process that has imported everything, and the training processes that it forks."""
+    """The zygote process (zygote.py) and the socket to it."""
 
     def __init__(self) -> None:
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket, zygote_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
         self._socket.setblocking(False)
-        # with this check torch's import leaves CUDA untouched, and a fork can use it
+        # with this check the import of torch does not initialise CUDA, so that a forked process can use it
         environment = os.environ | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", KEEPER: str(os.getpid())}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "lora_kit.supervise.zygote", str(theirs.fileno()), *PRELOAD],
-            pass_fds=[theirs.fileno()],
+            [sys.executable, "-m", "lora_kit.supervise.zygote", str(zygote_socket.fileno()), *PRELOAD],
+            pass_fds=[zygote_socket.fileno()],
             env=environment,
         )
-        theirs.close()
+        zygote_socket.close()
 
     def start(self, request: str, environments: Sequence[Mapping[str, str]]) -> None:
-        """Ask for a training process for every environment; if the zygote was just killed, `poll` will show that.
+        """Request a training process for every environment. If the zygote was just killed, its exit code shows that.
 
         Raises:
             LaunchError: The request is too long for a message.
@@ -102,33 +103,33 @@ class Zygote:
             with suppress(BrokenPipeError, ConnectionResetError):
                 self._socket.send(message)
 
-    def news(self) -> list[dict[str, Any]]:
-        """Return what has been told since the last call."""
-        heard = list[dict[str, Any]]()
+    def messages(self) -> list[dict[str, Any]]:
+        """Return the messages that have arrived since the last call."""
+        received = list[dict[str, Any]]()
         while True:
             try:
                 message = self._socket.recv(MESSAGE_BYTES)
             except (BlockingIOError, ConnectionResetError):
-                return heard
+                return received
             if not message:
-                return heard
-            heard.append(json.loads(message))
+                return received
+            received.append(json.loads(message))
 
     def end(self) -> None:
-        """End it; its children follow at once."""
+        """Kill the zygote; the kernel then kills its children."""
         self.process.kill()
         self.process.wait()
         self._socket.close()
 
 
 def environments(processes: int) -> list[dict[str, str]]:
-    """Return what each of the training processes of an attempt finds in its environment."""
-    ordered = {ORDERED: str(time.time())}
+    """Return the environment variables of each training process of an attempt."""
+    requested = {ORDERED: str(time.time())}
     if processes == 1:
-        return [ordered]
+        return [requested]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    common = ordered | {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+    common = requested | {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
     common |= {"MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
     return [common | {"RANK": str(index), "LOCAL_RANK": str(index)} for index in range(processes)]
 
@@ -140,77 +141,79 @@ class Launch:
         self._request, self._processes, self._run = request, processes, run
         self._step_timeout = step_timeout
         self.keeper, self.console = Keeper(run, lease), Console(silent=False)
-        self._heard: list[tuple[float, int]] = []
+        self._signals: list[tuple[float, int]] = []
         self.zygote = Zygote()
         self.attempt = Attempt()
-        self._life = (0, 0, 0)
-        self._silent, self._longest, self._worked, self._looked = 0.0, 0.0, 0.0, time.monotonic()
+        self._life = (0, 0, 0)  # the counters that show signs of life, as last seen
+        self._silent, self._longest, self._cpu_seconds, self._looked = 0.0, 0.0, 0.0, time.monotonic()
 
-    def hear(self, number: int, frame: Any) -> None:
-        """Note a signal; a second that was not only forwarded ends everything at once."""
-        self._heard.append((time.monotonic(), number))
-        if self._heard[-1][0] - self._heard[0][0] > FORWARDED_SECONDS:
+    def handle_signal(self, number: int, frame: Any) -> None:
+        """Record a stop signal. A second one, unless it was only forwarded, ends everything at once."""
+        self._signals.append((time.monotonic(), number))
+        if self._signals[-1][0] - self._signals[0][0] > FORWARDED_SECONDS:
             self.zygote.process.kill()
             os._exit(128 + number)
 
     def run(self, max_restarts: int) -> int:
-        """Train, and start again after every failure, `max_restarts` times at most; return the exit code."""
+        """Train, restart after every failure but at most `max_restarts` times, and return the exit code."""
         for number in STOP_SIGNALS:
-            signal.signal(number, self.hear)
-        seen: dict[tuple[str, int], list[str]] = {}
+            signal.signal(number, self.handle_signal)
+        traces_by_failure: dict[tuple[str, int], list[str]] = {}
         try:
             for restart in range(max_restarts + 1):
                 self._begin()
                 code = self._watch()
                 if code is not None:
                     return code
-                process, what = self.attempt.cause()
-                step, trace = self._newest(), self.attempt.traces.get(process, "")
-                same = seen.setdefault((what.partition(": ")[2], step), [])  # whichever process it is in
-                same.append(trace)
-                hopeless = len(same) == SAME_FAILURES and (trace or "memory" in what)
-                last = hopeless or restart == max_restarts
-                if trace and (len(same) == 1 or last):
-                    print(same[0], file=sys.stderr, end="")
-                self.keeper.journal.event("restart" if not last else "failed", step=step, cause=what)
+                process, cause = self.attempt.cause()
+                step, trace = self._newest_step(), self.attempt.traces.get(process, "")
+                traces = traces_by_failure.setdefault((cause.partition(": ")[2], step), [])  # of any process
+                traces.append(trace)
+                repeated = len(traces) == SAME_FAILURES and (trace or "memory" in cause)
+                last = repeated or restart == max_restarts
+                if trace and (len(traces) == 1 or last):
+                    print(traces[0], file=sys.stderr, end="")
+                self.keeper.journal.event("restart" if not last else "failed", step=step, cause=cause)
                 if last:
-                    why = "the same again and again" if hopeless else f"{restart} restart(s) made"
-                    self.console.warn(f"{what} after step {step}; {why}, so the run ends; the same command goes on")
+                    why = f"the same failure {SAME_FAILURES} times" if repeated else f"{restart} restart(s) made"
+                    self.console.warn(f"{cause} after step {step}; {why}, so the run ends; the same command resumes it")
                     return self._exit_code(process)
-                self.console.warn(f"{what} after step {step}; starting again from there ({restart + 1}/{max_restarts})")
+                self.console.warn(f"{cause} after step {step}; restarting from there ({restart + 1}/{max_restarts})")
             raise AssertionError("the last attempt returns")
         finally:
             self.zygote.end()
             self._restore_cursor()
             self.keeper.end()
-            with suppress(OSError):  # a full disk; the next one sees that this process is dead
+            with suppress(OSError):  # the disk is full; the next start sees that this process is dead
                 self.keeper.lease.release()
 
     def _begin(self) -> None:
+        """Start the processes of an attempt."""
         if self.zygote.process.poll() is not None:
             self.zygote.end()
             self.zygote = Zygote()
-        self.attempt, self._silent, self._longest, self._worked = Attempt(), 0.0, 0.0, 0.0
+        self.attempt, self._silent, self._longest, self._cpu_seconds = Attempt(), 0.0, 0.0, 0.0
         self._looked = time.monotonic()
         if self.keeper.region is not None:
             self.keeper.region.words[Word.PHASE] = Phase.LOADING
         self.zygote.start(self._request, environments(self._processes))
 
     def _watch(self) -> int | None:
-        """Return the exit code of an attempt that ended the run, None for one that is to be repeated."""
+        """Wait until the attempt ends; return the run's exit code, None if the attempt must be repeated."""
         failed_at = None
         while True:
-            self.keeper.turn()
-            self._listen()
-            if self._heard:
-                return self._stop(self._heard[0][1])
+            self.keeper.poll()
+            self._receive()
+            if self._signals:
+                return self._stop(self._signals[0][1])
             if self.attempt.failures and failed_at is None:
                 failed_at = time.monotonic()
-            patience = SIBLINGS_SECONDS if self._processes > 1 else 0.0
-            waited = failed_at is not None and time.monotonic() - failed_at >= patience
-            told = [code for one, code in self.attempt.codes.items() if code > 0 and one not in self.attempt.traces]
-            if told and (waited or failed_at is None):  # it has said what is wrong itself, and would again
-                return max(told)
+            wait = SIBLINGS_SECONDS if self._processes > 1 else 0.0
+            waited = failed_at is not None and time.monotonic() - failed_at >= wait
+            codes, traces = self.attempt.codes.items(), self.attempt.traces
+            refused = [code for process, code in codes if code > 0 and process not in traces]
+            if refused and (waited or failed_at is None):  # it has printed an error that a restart would repeat
+                return max(refused)
             if waited:
                 self._kill()
                 return None
@@ -218,44 +221,45 @@ class Launch:
                 return 0
             if failed_at is None and self._hangs():
                 self.attempt.failures.append((0, f"no sign of life for {self._silent:.0f} s (a hang)"))
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
 
-    def _listen(self) -> None:
-        """Take in who has started, failed and ended."""
+    def _receive(self) -> None:
+        """Record which processes have started, failed and ended."""
         attempt = self.attempt
-        for one in self.zygote.news():
-            if "started" in one:
-                attempt.running[one["index"]] = one["started"]
-                oom.offer_to_the_oom_killer(one["started"])
-            elif "failed" in one:
-                attempt.traces[one["failed"]] = one["trace"]
-                kind = "out of memory: " if any(word in one["error"] for word in oom.WORDS) else ""
-                attempt.failures.append((one["failed"], f"process {self._index(one['failed'])}: {kind}{one['error']}"))
+        for message in self.zygote.messages():
+            if "started" in message:
+                attempt.running[message["index"]] = message["started"]
+                oom.offer_to_the_oom_killer(message["started"])
+            elif "failed" in message:
+                process, error = message["failed"], message["error"]
+                attempt.traces[process] = message["trace"]
+                kind = "out of memory: " if any(word in error for word in oom.WORDS) else ""
+                attempt.failures.append((process, f"process {self._index(process)}: {kind}{error}"))
             else:
-                self._ended(one["ended"], one["code"])
+                self._ended(message["ended"], message["code"])
         ended = self.zygote.process.poll()
         if ended is not None and len(attempt.codes) < self._processes and not attempt.failures:
             if -ended in STOP_SIGNALS:
-                self._heard.append((time.monotonic(), -ended))
-            elif ended > 0:  # it could not even import
+                self._signals.append((time.monotonic(), -ended))
+            elif ended > 0:  # an import failed
                 attempt.codes[self.zygote.process.pid] = ended
             else:
                 attempt.failures.append((self.zygote.process.pid, f"the process that starts others: {_died(-ended)}"))
 
     def _index(self, process: int) -> int:
-        return next((index for index, one in self.attempt.running.items() if one == process), -1)
+        return next((index for index, running in self.attempt.running.items() if running == process), -1)
 
     def _ended(self, process: int, code: int) -> None:
         self.attempt.codes[process] = code
         if -code in STOP_SIGNALS:
-            self._heard.append((time.monotonic(), -code))
+            self._signals.append((time.monotonic(), -code))
         elif code < 0:
             self.attempt.failures.append((process, f"process {self._index(process)}: {_died(-code)}"))
 
     def _hangs(self) -> bool:
-        """Return whether the trainer has shown no sign of life for too long, by this process's own clock."""
+        """Return whether the trainer has shown no sign of life for too long, not counting time asleep."""
         now = time.monotonic()
-        passed, self._looked = min(now - self._looked, 1.0), now  # this process may have been suspended itself
+        passed, self._looked = min(now - self._looked, 1.0), now  # this process itself may have been suspended
         words = self.keeper.region.words if self.keeper.region else None
         life = (words[Word.PHASE], words[Word.BEAT], words[Word.HANDLED]) if words else (0, 0, 0)
         if life != self._life:
@@ -264,7 +268,7 @@ class Launch:
             self._life, self._silent = life, 0.0
             return False
         self._silent += passed
-        limit = PATIENCE_SECONDS
+        limit = LOADING_TIMEOUT_SECONDS
         if life[0] == Phase.TRAINING and self._longest:
             limit = self._step_timeout or max(LEAST_TIMEOUT_SECONDS, TIMEOUT_FACTOR * self._longest)
         elif life[0] == Phase.LOADING and (self._step_timeout or LEAST_TIMEOUT_SECONDS) < self._silent <= limit:
@@ -274,27 +278,27 @@ class Launch:
         return life[0] != Phase.ENDED and self._silent > limit
 
     def _works(self) -> bool:
-        """Return whether the training processes have computed since this was last asked: loading shows no more."""
-        before, self._worked = self._worked, sum(map(_cpu_seconds, self.attempt.running.values()))
-        return self._worked - before > LITTLE_WORK
+        """Return whether the training processes have used the CPU since the last call: loading shows nothing else."""
+        before, self._cpu_seconds = self._cpu_seconds, sum(map(_cpu_seconds, self.attempt.running.values()))
+        return self._cpu_seconds - before > LITTLE_WORK
 
-    def _newest(self) -> int:
+    def _newest_step(self) -> int:
         published = self.keeper.region.snapshots() if self.keeper.region else []
         return published[0].step if published else 0
 
     def _kill(self) -> None:
-        """Kill what is left of an attempt and wait until it is gone."""
+        """Kill the processes of an attempt that are still running and wait until they have ended."""
         for process in self.attempt.running.values():
             if process not in self.attempt.codes:
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
         while len(self.attempt.codes) < len(self.attempt.running) and self.zygote.process.poll() is None:
-            self._listen()
-            time.sleep(LOOK_SECONDS / 10)
+            self._receive()
+            time.sleep(POLL_SECONDS / 10)
 
     def _stop(self, number: int) -> int:
-        """End everything, make the newest finished step durable and say so."""
-        self._listen()
+        """Kill the training processes, write the newest finished step and report it; return the exit code."""
+        self._receive()
         if len(self.attempt.codes) == self._processes and not any(self.attempt.codes.values()):
             return 0
         self.zygote.end()
@@ -302,7 +306,9 @@ class Launch:
         name = signal.Signals(number).name
         self._restore_cursor()
         self.keeper.journal.event("stopped", step=step, signal=name)
-        self.console.say(f"stopped: {self._run}: {name} after step {step}, which is durable; the same command goes on")
+        self.console.say(
+            f"stopped: {self._run}: {name} after step {step}, which is durable; the same command resumes it"
+        )
         return STOPPED
 
     def _exit_code(self, process: int) -> int:
@@ -324,15 +330,15 @@ def launch(
         request: A `TrainRequest` as JSON, the same for every process and every restart.
         processes: The number of training processes.
         run: The run's folder.
-        lease: Held by this process; released at the end.
-        max_restarts: How often failures lead to another start.
-        step_timeout: Seconds without a sign of life that are a hang; None to take it from the run's own steps.
+        lease: The lease that this process holds; it is released at the end.
+        max_restarts: The most restarts after failures.
+        step_timeout: Seconds without a sign of life that count as a hang; None to derive them from the longest step.
     """
     return Launch(request, processes, run, lease, step_timeout=step_timeout).run(max_restarts)
 
 
 def _died(number: int) -> str:
-    """Say how a process died of a signal."""
+    """Return the cause of death of a process that a signal killed."""
     name = signal.Signals(number).name
     return f"killed by {name}" + (" (out of memory?)" if number == signal.SIGKILL and oom.kernel_has_killed() else "")
 

@@ -1,23 +1,23 @@
-"""When memory runs out: the kernel takes a training process before the keeper, which saves its work, and is named."""
+"""Out of memory: make the kernel kill a training process rather than the keeper, and recognise such a kill."""
 
 from contextlib import suppress
 from pathlib import Path
 
-MORE = 200  # of the 1000 that would make a process the first to go whatever it uses
+SCORE_INCREASE = 200  # of oom_score_adj, whose maximum of 1000 makes a process the first to be killed
 WORDS = ("OutOfMemoryError", "MemoryError", "can't allocate memory", "not enough memory")
 
 
 def offer_to_the_oom_killer(process: int) -> int | None:
-    """Let the kernel take this process sooner than those that are as they were; return its score before."""
+    """Raise a process's oom_score_adj; return the score before, None where the system does not allow that."""
     with suppress(OSError, ValueError):
         before = int(_score(process).read_text())
-        set_score(process, min(1000, before + MORE))
+        set_score(process, min(1000, before + SCORE_INCREASE))
         return before
-    return None  # not Linux, or it is gone
+    return None  # not Linux, or the process has ended
 
 
 def set_score(process: int, score: int) -> None:
-    """Give a process a score that it has had before; anything lower takes a privilege."""
+    """Set a process's oom_score_adj. A score lower than it ever had needs a privilege."""
     with suppress(OSError):
         _score(process).write_text(str(score))
 
@@ -27,7 +27,7 @@ def _score(process: int) -> Path:
 
 
 def _kills() -> int:
-    """Return how many processes the kernel has killed for memory since it started; 0 where it does not say."""
+    """Return the number of out-of-memory kills since the system's start; 0 where the system does not count them."""
     try:
         lines = Path("/proc/vmstat").read_text().splitlines()
     except OSError:
@@ -39,5 +39,5 @@ _BEFORE = _kills()
 
 
 def kernel_has_killed() -> bool:
-    """Return whether the kernel has killed for memory since this process began."""
+    """Return whether the kernel has killed a process for memory since this module was imported."""
     return _kills() > _BEFORE

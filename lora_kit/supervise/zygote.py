@@ -1,7 +1,8 @@
-"""A process that has imported everything and only waits to fork: training starts and restarts without the imports.
+"""The zygote: a process that has imported everything and waits to fork, so that starts and restarts need no imports.
 
-It must own nothing that a fork would share: no CUDA context, no thread. Where importing has touched CUDA all the same,
-its children begin anew as Python processes. Messages are JSON over a socket that keeps their borders.
+It must not own anything that is unsafe to fork: no CUDA context, no threads. If the imports initialised CUDA
+nevertheless, its children exec a fresh interpreter. Messages are JSON over a SOCK_SEQPACKET socket, which keeps their
+boundaries.
 """
 
 import ctypes
@@ -23,46 +24,51 @@ TRACE_CHARACTERS = 8000
 BUFFER_BYTES = 1 << 20
 
 
-def end_with_parent(last: signal.Signals) -> None:
-    """Get this signal when the process that started this one ends, on Linux: an orphan would hold the GPU."""
+def end_with_parent(number: signal.Signals) -> None:
+    """Get this signal when the parent process ends, on Linux: an orphan would keep the GPU's memory."""
     if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, last)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def main(descriptor: int, modules: Sequence[str]) -> None:
-    """Import modules, then fork a training process for every message, and tell how each ended."""
+    """Import modules, then fork a training process for every message and report how each ends.
+
+    Args:
+        descriptor: The file descriptor of the socket to the keeper.
+        modules: The modules to import.
+    """
     end_with_parent(signal.SIGKILL)
-    orders = socket.socket(fileno=descriptor)
-    orders.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
-    wake, waker = socket.socketpair()
-    waker.setblocking(False)
+    keeper = socket.socket(fileno=descriptor)
+    keeper.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
+    wakeup, wakeup_writer = socket.socketpair()
+    wakeup_writer.setblocking(False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the keeper decides
-    for module in modules:  # what takes seconds
+    signal.set_wakeup_fd(wakeup_writer.fileno(), warn_on_full_buffer=False)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the keeper handles it
+    for module in modules:
         import_module(module)
-    gc.freeze()  # else every collection in a child walks through what was imported, and copies its pages
+    gc.freeze()  # else every garbage collection in a child visits all imported objects and copies their pages
     import torch
 
-    touched = torch.cuda.is_initialized()
+    cuda_initialized = torch.cuda.is_initialized()
     while True:
-        ready, _, _ = select.select([orders, wake], [], [])
-        if wake in ready:
-            wake.recv(4096)
-            _tell_ends(orders)
-        if orders in ready:
-            message = orders.recv(MESSAGE_BYTES)
-            if not message:  # the keeper is gone
+        ready, _, _ = select.select([keeper, wakeup], [], [])
+        if wakeup in ready:
+            wakeup.recv(4096)
+            _report_ended_children(keeper)
+        if keeper in ready:
+            message = keeper.recv(MESSAGE_BYTES)
+            if not message:  # the keeper has ended
                 os._exit(0)
-            order = json.loads(message)
+            start = json.loads(message)
             process = os.fork()
             if process == 0:
                 signal.set_wakeup_fd(-1)
-                _work(order["function"], order["argument"], order["environment"], orders, fresh=touched)
-            _send(orders, {"started": process, "index": order["index"]})
+                _work(start["function"], start["argument"], start["environment"], keeper, fresh=cuda_initialized)
+            _send(keeper, {"started": process, "index": start["index"]})
 
 
-def _tell_ends(orders: socket.socket) -> None:
+def _report_ended_children(keeper: socket.socket) -> None:
     while True:
         try:
             process, status = os.waitpid(-1, os.WNOHANG)
@@ -70,19 +76,19 @@ def _tell_ends(orders: socket.socket) -> None:
             return
         if process == 0:
             return
-        _send(orders, {"ended": process, "code": os.waitstatus_to_exitcode(status)})
+        _send(keeper, {"ended": process, "code": os.waitstatus_to_exitcode(status)})
 
 
-def _send(orders: socket.socket, message: Mapping[str, Any]) -> None:
-    orders.send(json.dumps(message).encode())
+def _send(keeper: socket.socket, message: Mapping[str, Any]) -> None:
+    keeper.send(json.dumps(message).encode())
 
 
-def _work(function: str, argument: str, environment: Mapping[str, str], orders: socket.socket, *, fresh: bool) -> None:
+def _work(function: str, argument: str, environment: Mapping[str, str], keeper: socket.socket, *, fresh: bool) -> None:
     """Call `module:function` with an argument, in this process or, after exec, in a fresh interpreter; then exit."""
     module, _, name = function.partition(":")
     end_with_parent(signal.SIGKILL)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD):
-        signal.signal(number, signal.SIG_DFL)  # a signal ends it at once, whatever it is doing; the keeper sees which
+        signal.signal(number, signal.SIG_DFL)  # a signal ends this process at once; the keeper sees which signal
     os.environ.update(environment)
     if fresh:
         code = f"import sys; from {module} import {name}; {name}(sys.argv[1])"
@@ -91,8 +97,8 @@ def _work(function: str, argument: str, environment: Mapping[str, str], orders: 
         getattr(import_module(module), name)(argument)
     except Exception as error:
         kind = f"{type(error).__name__}: {error}".splitlines()[0]
-        told = traceback.format_exc()[-TRACE_CHARACTERS:]
-        _send(orders, {"failed": os.getpid(), "error": kind[:500], "trace": told})
+        trace = traceback.format_exc()[-TRACE_CHARACTERS:]
+        _send(keeper, {"failed": os.getpid(), "error": kind[:500], "trace": trace})
         sys.exit(1)
     sys.exit(0)
 

@@ -25,7 +25,7 @@ from lora_kit.recipe.schema import Recipe
 from lora_kit.runs import store
 from lora_kit.runs.run import Run, show, write_result
 from lora_kit.runs.trackers import following, require
-from lora_kit.supervise.stopping import Stop, stop_signals
+from lora_kit.supervise.stopping import StopRequest, stop_signals
 from lora_kit.training import evaluation, optim
 from lora_kit.training.announce import announce
 from lora_kit.training.job import Job
@@ -255,11 +255,11 @@ def stopped(job: Job, done: int) -> Stopped:
     job.processes.barrier()
     return Stopped(
         f"{job.run.folder}: stopped by a signal after step {done} of {job.plan.steps}, which is durable; "
-        "the same command goes on"
+        "the same command resumes it"
     )
 
 
-def finish(job: Job, publisher: Publisher, console: Console, stop: Stop) -> None:
+def finish(job: Job, publisher: Publisher, console: Console, stop: StopRequest) -> None:
     """Evaluate base and adapter, write result.json and show the table; for a run that is finished already, say so."""
     run = Run(job.run.folder)
     if run.result.get("step") == job.plan.steps:

@@ -28,7 +28,7 @@ from lora_kit.runs.live import Header, JobFile, Phase, Region, Word
 from lora_kit.runs.manifest import StepFacts
 from lora_kit.supervise import oom
 from lora_kit.supervise.keeper import start_beside
-from lora_kit.supervise.stopping import Stop
+from lora_kit.supervise.stopping import StopRequest
 from lora_kit.training.job import Job
 
 
@@ -228,7 +228,7 @@ def _unregister(memory: memoryview) -> None:
 
 
 @contextmanager
-def publishing(job: Job, stop: Stop) -> Iterator[Publisher]:
+def publishing(job: Job, stop: StopRequest) -> Iterator[Publisher]:
     """Publish the steps of a job until the block ends.
 
     Meanwhile a thread writes stop signals to the live region, so they reach the keeper even if the main thread hangs.
@@ -238,7 +238,7 @@ def publishing(job: Job, stop: Stop) -> Iterator[Publisher]:
     publisher = Publisher(folder, job.state, job_file, resumed=job.resumed is not None)
 
     def forward_signals() -> None:
-        for number in stop.heard():
+        for number in stop.signals():
             region = live.open_region(folder)
             if region is not None:
                 region.words[Word.STOP] = number

@@ -157,7 +157,7 @@ def test_a_stop_signal_makes_the_last_finished_step_durable(recipe, undisturbed,
     (psutil.Process(process.pid) if target == "launcher" else workers[0]).send_signal(number)
     printed, _ = process.communicate()
     assert process.returncode == 75, printed
-    assert "the same command goes on" in printed
+    assert "the same command resumes it" in printed
     assert store.find(out).latest.step == steps_shown(out)[-1]
     assert gone(workers)
     go_on(recipe, out)
@@ -219,7 +219,7 @@ def test_the_same_exception_at_the_same_step_three_times_stops_with_its_tracebac
     printed = train(recipe, out, expect=1, environment=faults(plan))
     assert len(events(out, "restart")) == 2 and len(events(out, "failed")) == 1
     assert printed.count("ValueError: injected at step 5") >= 2 and "Traceback" in printed
-    assert "after step 4" in printed and "the same again and again" in printed
+    assert "after step 4" in printed and "the same failure 3 times" in printed
     assert store.find(out).latest.step == 4
 
 

@@ -72,7 +72,7 @@ def test_fields_of_a_later_version_are_ignored(tmp_path):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["run_id"], None, r"manifest\.json: not as lora_kit writes it: run_id: Input should be a valid string"),
+        (["run_id"], None, r"manifest\.json: not a manifest of this format: run_id: Input should be a valid string"),
         (["step"], "7", r"step: Input should be a valid integer"),
         (["step"], True, r"step: Input should be a valid integer"),
         (["recipe"], [], r"recipe: Input should be an object|recipe: Input should be a valid dictionary"),

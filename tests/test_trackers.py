@@ -182,7 +182,7 @@ def test_a_curve_of_other_values_gets_another_name(recipe_file, tmp_path):
     other = lk.load_recipe(recipe_file, ["optim.learning_rate=1e-3"])
 
     def claim(recipe, **steps):
-        return trackers.claim_id(tmp_path, "first", recipe=recipe, fingerprints={}, **steps)
+        return trackers.tracker_id(tmp_path, "first", recipe=recipe, fingerprints={}, **steps)
 
     assert claim(recipe, start=0, reached=0) == "first"
     assert claim(recipe, start=5, reached=7) == "first", "the same values again"
@@ -227,13 +227,13 @@ def test_a_hanging_tracker_does_not_hold_up_the_end(tmp_path, monkeypatch):
     with trackers.following(tmp_path, Console(silent=True)) as started:
         started.begin(["mlflow"], curves, Journal(tmp_path))
     (fault,) = Journal(tmp_path).read_events()
-    assert "mlflow failed: it has not taken everything 0 s after the end; the run goes on" in fault["what"]
+    assert "mlflow failed: it has not sent everything 0 s after the end; training continues" in fault["what"]
 
 
 def test_a_missing_package_is_refused_before_anything_is_made(recipe_file, tmp_path, monkeypatch):
     monkeypatch.setattr(trackers, "_installed", lambda package: package == "wandb")
     recipe = lk.load_recipe(recipe_file, ["track.names=[wandb, trackio, mlflow]"])
-    told = r"track\.names: trackio, mlflow not installed; pip install 'lora_kit\[trackers\]', or take the name out"
+    told = r"track\.names: trackio, mlflow not installed; pip install 'lora_kit\[trackers\]', or remove the name"
     with pytest.raises(LaunchError, match=told):
         lk.train(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()

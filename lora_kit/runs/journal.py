@@ -75,7 +75,8 @@ class Journal:
 
     def run_id(self) -> str | None:
         """Return the run id of the last `started` event; None if there is none."""
-        return next((one["run_id"] for one in reversed(self.read_events()) if one["kind"] == "started"), None)
+        started = [event["run_id"] for event in self.read_events() if event["kind"] == "started"]
+        return started[-1] if started else None
 
     def skipped_after(self, step: int) -> frozenset[int]:
         """Return the steps after `step` that this run skipped, and so skips again, unless it went back since then."""

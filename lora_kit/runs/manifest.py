@@ -237,5 +237,6 @@ def parse(expected: TypeAdapter[T], data: bytes | str, path: Path) -> T:
     try:
         return expected.validate_json(data, strict=True)
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'content'}: {one['msg']}" for one in error.errors())
-        raise CheckpointError(f"{path}: not as lora_kit writes it: {wrong}") from error
+        fields = [".".join(map(str, problem["loc"])) or "content" for problem in error.errors()]
+        problems = [f"{field}: {problem['msg']}" for field, problem in zip(fields, error.errors(), strict=True)]
+        raise CheckpointError(f"{path}: not a manifest of this format: {'; '.join(problems)}") from error

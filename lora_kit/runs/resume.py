@@ -72,11 +72,12 @@ def contract(recorded: RunFacts, recipe: Recipe, environment: Environment) -> li
         recipe: The recipe of this start.
         environment: The inputs, versions and machine of this start.
     """
-    found, before = list(difference(recorded.recipe, recipe)), asdict(recorded)
+    changes, before = list(difference(recorded.recipe, recipe)), asdict(recorded)
     for section, value in asdict(environment).items():
         then, now = dict(_flat(section, before[section])), dict(_flat(section, value))
-        found += [(key, then.get(key), now.get(key)) for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
-    return [Row(key, then, now, _verdict(key)) for key, then, now in found]
+        keys = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
+        changes += [(key, then.get(key), now.get(key)) for key in keys]
+    return [Row(key, then, now, _verdict(key)) for key, then, now in changes]
 
 
 def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -50,10 +50,10 @@ class Run:
         Raises:
             CheckpointError: No checkpoint verifies.
         """
-        found = store.find(self.folder).latest
-        if found is None:
+        latest = store.find(self.folder).latest
+        if latest is None:
             raise CheckpointError(f"{self.folder}: no checkpoint here verifies; train first, or see `lora-kit verify`")
-        return found.path
+        return latest.path
 
     @property
     def result(self) -> dict[str, Any]:

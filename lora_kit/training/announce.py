@@ -12,7 +12,7 @@ from lora_kit.kernels import fusing
 from lora_kit.recipe.load import dump
 from lora_kit.runs.lease import ORDERED
 from lora_kit.runs.resume import Row, table
-from lora_kit.runs.trackers import STATE, Curves, claim_id
+from lora_kit.runs.trackers import STATE, Curves, tracker_id
 from lora_kit.training.job import Job
 from lora_kit.training.micro_batches import MicroBatches
 from lora_kit.views.console import Console
@@ -33,7 +33,7 @@ def start_trackers(job: Job) -> None:
     run, settings, fingerprints = job.run, job.recipe.track, asdict(job.facts.fingerprints)
     run_id = run.run_id
     if settings.names or (run.folder / STATE).is_file():
-        run_id = claim_id(
+        run_id = tracker_id(
             run.folder, run.run_id, start=job.start, reached=run.reached, recipe=job.recipe, fingerprints=fingerprints
         )
     measured = job.resumed is not None and job.resumed.held_out_loss is not None

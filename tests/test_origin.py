@@ -51,7 +51,7 @@ def test_a_new_run_begins_with_an_earlier_adapter_and_fresh_moments(
 @pytest.mark.quick
 def test_an_adapter_that_does_not_fit_is_refused_with_every_difference(recipe_file, tmp_path, trained_run):
     recipe = load_recipe(recipe_file, ["adapter.rank=8", "adapter.alpha=3"])
-    with pytest.raises(ContractError, match=r"(?s)adapter\.rank: 4 there, 8 here.*adapter\.alpha: 8 there, 3 here"):
+    with pytest.raises(ContractError, match=r"(?s)adapter\.rank: 4 in .* 8 in .*adapter\.alpha: 8 in .* 3 in "):
         loop.train(recipe, tmp_path / "run", start_from=trained_run)
     loop.train(load_recipe(recipe_file, ["train.steps=1"]), tmp_path / "run")
     with pytest.raises(ContractError, match=r"began with a fresh adapter, not with .*leave --from out"):
@@ -62,5 +62,5 @@ def test_another_base_is_refused(recipe_file, tmp_path, trained_run, base_folder
     other = tmp_path / "other"
     shutil.copytree(base_folder, other)
     (other / "config.json").write_text((other / "config.json").read_text() + " ")
-    with pytest.raises(ContractError, match="base: other bytes there"):
+    with pytest.raises(ContractError, match="base: the checkpoint was trained on a base with other files"):
         loop.train(load_recipe(recipe_file, [f"base.repo={other}"]), tmp_path / "run", start_from=trained_run)

@@ -77,7 +77,7 @@ def by_peft(base, batch, seed, device):
 
 def by_the_fast_path(base, batch, seed, device):
     """Likewise, by this package."""
-    assert choose_attention(base.to(device), Base(repo="x"), device)["attention"] == SEGMENT
+    assert choose_attention(base.to(device), Base(repo="x"), device)[0] == SEGMENT
     model = with_adapter(base, seed, device)
     inputs = model_inputs(model, batch, device)
     assert use_kernels(model, None, inputs) == ["lora", "mlp", "norm", "rotary", "loss", "last mlp"]

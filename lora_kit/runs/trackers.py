@@ -266,7 +266,9 @@ class Trackers:
         if name in self._failed:
             return
         self._failed.add(name)
-        message = f"{name} failed: {cause}; training continues, metrics.jsonl has every step, a restart sends the rest"
+        message = (
+            f"{name} failed: {cause}; training continues, metrics.jsonl has every step, the next start sends the rest"
+        )
         journal.event("fault", what=message)
         self._console.warn(message)
 

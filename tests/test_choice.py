@@ -158,7 +158,7 @@ def test_calls_that_ask_for_no_rows_get_all_of_them(recipe_file, tmp_path, jobs)
 
 
 @pytest.mark.parametrize(
-    ("changes", "all_lent"),
+    ("changes", "all_pooled"),
     [
         ([], True),
         (["base.dtype=float32"], False),
@@ -167,12 +167,12 @@ def test_calls_that_ask_for_no_rows_get_all_of_them(recipe_file, tmp_path, jobs)
         (["train.kernels=none"], False),
     ],
 )
-def test_large_tensors_go_back_to_the_system_where_kernels_lend_nearly_all(
-    changes, all_lent, recipe_file, tmp_path, monkeypatch
+def test_large_tensors_go_back_to_the_system_where_nearly_all_memory_is_pooled(
+    changes, all_pooled, recipe_file, tmp_path, monkeypatch
 ):
-    """Each would be new memory at every step, one page fault after another."""
-    told, plain = [], ["train.steps=1", "base.dtype=bfloat16", "adapter.dropout=0"]
-    monkeypatch.setattr("lora_kit.training.choices.keep_freed_memory", lambda **below: told.append(below))
+    """Elsewhere each large tensor would be new memory at every step, one page fault after another."""
+    calls, plain = [], ["train.steps=1", "base.dtype=bfloat16", "adapter.dropout=0"]
+    monkeypatch.setattr("lora_kit.training.choices.keep_freed_memory", lambda **below: calls.append(below))
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     loop.train(load_recipe(recipe_file, [*plain, *changes]), tmp_path / "run")
-    assert told == ([{"below": LARGE}] if all_lent and not without_c() else [])
+    assert calls == ([{"below": LARGE}] if all_pooled and not without_c() else [])

@@ -25,9 +25,9 @@ SEGMENT = "segment"
 
 def segment_attention(
     module: nn.Module,
-    query: Float[Tensor, "one heads length width"],
-    key: Float[Tensor, "one key_heads length width"],
-    value: Float[Tensor, "one key_heads length value_width"],
+    query: Float[Tensor, "batch heads length width"],
+    key: Float[Tensor, "batch key_heads length width"],
+    value: Float[Tensor, "batch key_heads length value_width"],
     attention_mask: Tensor | None,
     *,
     segments: Segments | None = None,
@@ -37,7 +37,7 @@ def segment_attention(
     softcap: float | None = None,
     s_aux: Float[Tensor, "heads"] | None = None,
     **_: object,
-) -> tuple[Float[Tensor, "one length heads value_width"], None]:
+) -> tuple[Float[Tensor, "batch length heads value_width"], None]:
     """Attend causally inside each segment; the signature is that of transformers' attention functions.
 
     Args:

@@ -207,7 +207,7 @@ def _queries(
 def _views(workspace: Tensor, queries: Tensor, keys_transposed: Tensor) -> list[Tensor]:
     """Return the beginning of each row of the workspace as [key_heads, rows, keys]."""
     shape = (*queries.shape[:2], keys_transposed.shape[2])
-    return [one[: math.prod(shape)].view(shape) for one in workspace]
+    return [buffer[: math.prod(shape)].view(shape) for buffer in workspace]
 
 
 def _scores(

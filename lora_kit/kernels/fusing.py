@@ -71,7 +71,9 @@ def pools_memory(model: nn.Module, used: Sequence[str]) -> bool:
     layers, head = [module for module in model.modules() if isinstance(module, LoraLayer)], head_of(model)
     if not {"lora", "mlp", "norm", "rotary", "loss"} <= set(used) or head is None or head.cap is not None:
         return False
-    fused = all(covered(one) and not map_of(one).dropout and not quantized(one.get_base_layer()) for one in layers)
+    fused = all(
+        covered(layer) and not map_of(layer).dropout and not quantized(layer.get_base_layer()) for layer in layers
+    )
     capped = inner_of(model).config.get_text_config().to_dict().get("attn_logit_softcapping")
     return fused and not capped and dispatch.backend_of(head.weight).pools_memory
 
@@ -129,9 +131,14 @@ def _fuse_mlps(model: nn.Module) -> bool:
 
 def _fuse_norms(model: nn.Module) -> bool:
     named = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
-    norms = [one for one in named if {"variance_epsilon", "eps"} & vars(one).keys() and "weight" in one._parameters]
+    norms = [
+        module
+        for module in named
+        if {"variance_epsilon", "eps"} & vars(module).keys() and "weight" in module._parameters
+    ]
     llama, gemma = (
-        _use_where_equal(norms, partial(norm.fuse, gemma=gemma), lambda one: len(one.weight)) for gemma in (False, True)
+        _use_where_equal(norms, partial(norm.fuse, gemma=gemma), lambda module: len(module.weight))
+        for gemma in (False, True)
     )
     return llama or gemma
 
@@ -153,7 +160,7 @@ def _rotates_equally(own: rotary.Rotation, width: int, like: Tensor) -> bool:
     arguments = (heads[:, :2], heads[:, 2:], angles.cos(), angles.sin())
     try:
         pairs = zip(own(*arguments), rotary.rotated(own, *arguments), strict=True)
-        return all(_equal(*row) for pair in pairs for row in zip(*(one.unbind(2) for one in pair), strict=True))
+        return all(_equal(*row) for pair in pairs for row in zip(*(x.unbind(2) for x in pair), strict=True))
     except (TypeError, ValueError, RuntimeError):
         return False
 
@@ -191,7 +198,10 @@ def _equal(theirs: Tensor, ours: Tensor) -> bool:
 def _fuse_loss(model: nn.Module, inputs: Mapping[str, Any] | None) -> bool:
     """Apply the head only where tokens are trained, if it makes the model's logits from its hidden states."""
     inner = inner_of(model)
-    head = next((one for one in _heads(inner) if inputs is None or _makes_the_logits(one, inner, inputs)), None)
+    head = next(
+        (candidate for candidate in _heads(inner) if inputs is None or _makes_the_logits(candidate, inner, inputs)),
+        None,
+    )
     if head is not None:
         setattr(inner, HEAD, head)
     return head is not None

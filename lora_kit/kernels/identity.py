@@ -57,7 +57,7 @@ def _of_cpu() -> dict[str, str]:
     return {
         "cpu": lines.get("model name", "").strip() or platform.processor() or platform.machine(),
         "cpu_caches": _caches(Path("/sys/devices/system/cpu/cpu0/cache")),
-        "cpu_instructions": " ".join(sorted(one for one in flags if one.startswith(VECTOR_FLAGS))),
+        "cpu_instructions": " ".join(sorted(flag for flag in flags if flag.startswith(VECTOR_FLAGS))),
         "aten": torch.backends.cpu.get_cpu_capability(),
         "libraries": "; ".join(libraries),
     }
@@ -65,7 +65,7 @@ def _of_cpu() -> dict[str, str]:
 
 def _caches(folder: Path) -> str:
     """Return the sizes of one core's caches, which oneDNN and MKL cut their products by."""
-    kinds = [[_read(one / name) for name in ("level", "type", "size")] for one in sorted(folder.glob("index*"))]
+    kinds = [[_read(cache / name) for name in ("level", "type", "size")] for cache in sorted(folder.glob("index*"))]
     return ", ".join(f"L{level} {kind} {size}" for level, kind, size in kinds)
 
 

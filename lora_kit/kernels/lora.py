@@ -86,7 +86,7 @@ def map_of(module: nn.Module) -> Map:
 def adapters_of(modules: Sequence[nn.Module]) -> list[Tensor]:
     """Return the layers' A, then their B."""
     layers = cast(Sequence[Any], modules)
-    return [one.lora_A[ADAPTER].weight for one in layers] + [one.lora_B[ADAPTER].weight for one in layers]
+    return [layer.lora_A[ADAPTER].weight for layer in layers] + [layer.lora_B[ADAPTER].weight for layer in layers]
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Origin:
     """
 
     rows: Float[Tensor, "rows inputs"]
-    row_factor: Float[Tensor, "rows one"]
+    row_factor: Float[Tensor, "rows 1"]
     column_factor: Float[Tensor, "inputs"]
 
 
@@ -130,7 +130,7 @@ class Saved:
     rows: Float[Tensor, "rows inputs"]
     low: Float[Tensor, "rows ranks"]
     dropout_masks: list[Tensor | None]
-    row_factor: Float[Tensor, "rows one"] | None = None
+    row_factor: Float[Tensor, "rows 1"] | None = None
     column_factor: Float[Tensor, "inputs"] | None = None
 
     def grad_a(self, grad_low: Float[Tensor, "rows ranks"]) -> Float[Tensor, "ranks inputs"]:
@@ -159,19 +159,21 @@ def project(
         origin: What x was computed from, if it was a norm.
         add_adapters: Whether outputs contain what the adapters add.
     """
-    backend, ranks, b_matrices = dispatch.backend_of(x), [one.rank for one in maps], adapters[len(maps) :]
-    masks, scaled_a = [_draw_mask(x, one.dropout) for one in maps], _scaled_a(maps, adapters, x.dtype)
+    backend, ranks, b_matrices = dispatch.backend_of(x), [linear.rank for linear in maps], adapters[len(maps) :]
+    masks, scaled_a = [_draw_mask(x, linear.dropout) for linear in maps], _scaled_a(maps, adapters, x.dtype)
     dropped = any(mask is not None for mask in masks)
     if dropped:
         by_map = zip(maps, scaled_a.split(ranks), masks, strict=True)
-        low = torch.cat([backend.linear([(_dropped(x, mask, one), a, True)], None) for one, a, mask in by_map], dim=1)
+        low = torch.cat(
+            [backend.linear([(_dropped(x, mask, linear), a, True)], None) for linear, a, mask in by_map], dim=1
+        )
     else:
         low = backend.linear([(x, scaled_a, True)], None)
     outputs = []
-    for one, b, low_part in zip(maps, b_matrices, low.split(ranks, dim=1), strict=True):
-        bias = cast(Tensor | None, one.base.bias)
+    for linear, b, low_part in zip(maps, b_matrices, low.split(ranks, dim=1), strict=True):
+        bias = cast(Tensor | None, linear.base.bias)
         added = [(low_part, b.to(x.dtype), True)] if add_adapters else []
-        outputs.append(backend.linear([(x, one.weight(x.dtype), True), *added], bias))
+        outputs.append(backend.linear([(x, linear.weight(x.dtype), True), *added], bias))
     if origin is None or dropped:
         return outputs, Saved(x, low, masks)
     return outputs, Saved(origin.rows, low, masks, origin.row_factor, origin.column_factor)
@@ -186,8 +188,8 @@ def project_backward(
     to_input: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
     """Return the gradient of the input, if it is wanted, and of every A, then of every B, in fp32."""
-    x, ranks, b_matrices = saved.rows, [one.rank for one in maps], adapters[len(maps) :]
-    backend, grads = dispatch.backend_of(x), [one.contiguous() for one in grad_outputs]
+    x, ranks, b_matrices = saved.rows, [linear.rank for linear in maps], adapters[len(maps) :]
+    backend, grads = dispatch.backend_of(x), [grad.contiguous() for grad in grad_outputs]
     lows = saved.low.split(ranks, dim=1)
     grads_b = [backend.weight_gradient(grad, low) for grad, low in zip(grads, lows, strict=True)]
     grad_lows = [
@@ -198,17 +200,17 @@ def project_backward(
     by_map = list(zip(maps, scaled_a.split(ranks), grad_low.split(ranks, dim=1), saved.dropout_masks, strict=True))
     dropped = any(mask is not None for mask in saved.dropout_masks)
     if dropped:
-        grads_a = [backend.weight_gradient(part, _dropped(x, mask, one)) for one, _, part, mask in by_map]
+        grads_a = [backend.weight_gradient(part, _dropped(x, mask, linear)) for linear, _, part, mask in by_map]
     else:
         grads_a = list(saved.grad_a(grad_low).split(ranks))
-    grads_a = [grad.mul_(one.scale) for one, grad in zip(maps, grads_a, strict=True)]
+    grads_a = [grad.mul_(linear.scale) for linear, grad in zip(maps, grads_a, strict=True)]
     if not to_input:
         return None, grads_a + grads_b
-    through_weights = ((grad, one.weight(x.dtype), False) for one, grad in zip(maps, grads, strict=True))
+    through_weights = ((grad, linear.weight(x.dtype), False) for linear, grad in zip(maps, grads, strict=True))
     if dropped:
         grad_x = backend.linear(through_weights, None)
-        for one, a, part, mask in by_map:
-            grad_x += _dropped(backend.linear([(part, a, False)], None), mask, one)
+        for linear, a, part, mask in by_map:
+            grad_x += _dropped(backend.linear([(part, a, False)], None), mask, linear)
     else:
         grad_x = backend.linear(chain([(grad_low, scaled_a, False)], through_weights), None)
     return grad_x, grads_a + grads_b
@@ -216,10 +218,10 @@ def project_backward(
 
 def _scaled_a(maps: Sequence[Map], adapters: Sequence[Tensor], dtype: torch.dtype) -> Float[Tensor, "ranks inputs"]:
     """Return every s A; scaling these small matrices spares scaling larger ones."""
-    ranks = [one.rank for one in maps]
+    ranks = [linear.rank for linear in maps]
     scaled = adapters[0].new_empty(sum(ranks), adapters[0].shape[1], dtype=dtype)
-    for one, a, part in zip(maps, adapters[: len(maps)], scaled.split(ranks), strict=True):
-        torch.mul(a, one.scale, out=part)
+    for linear, a, part in zip(maps, adapters[: len(maps)], scaled.split(ranks), strict=True):
+        torch.mul(a, linear.scale, out=part)
     return scaled
 
 
@@ -227,9 +229,9 @@ def _draw_mask(x: Tensor, dropout: float) -> Tensor | None:
     return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
 
 
-def _dropped(x: Tensor, mask: Tensor | None, one: Map) -> Tensor:
+def _dropped(x: Tensor, mask: Tensor | None, linear: Map) -> Tensor:
     """Return x after dropout."""
-    return x if mask is None else torch.where(mask, x, 0).div_(1 - one.dropout)
+    return x if mask is None else torch.where(mask, x, 0).div_(1 - linear.dropout)
 
 
 class LoraLinear(Function):
@@ -252,7 +254,7 @@ class LoraLinear(Function):
         """Return the gradients of the input and of the adapters; None for an adapter whose output was not used."""
         rows, row_factor, column_factor, low, *rest = ctx.saved_tensors
         masks = iter(rest[: ctx.masks])
-        dropout_masks = [next(masks) if one.dropout else None for one in ctx.maps]
+        dropout_masks = [next(masks) if linear.dropout else None for linear in ctx.maps]
         saved = Saved(rows, low, dropout_masks, row_factor, column_factor)
         adapters, to_input = rest[ctx.masks :], ctx.needs_input_grad[0]
         used = [grad is not None for grad in grad_outputs]
@@ -284,7 +286,7 @@ class SharedInput:
         own_forward = self._own_forwards[index]
 
         def forward(x: Tensor, *rest: Any, **named: Any) -> Tensor:
-            if rest or named or not all(covered(one) for one in self._modules):
+            if rest or named or not all(covered(module) for module in self._modules):
                 return cast(Tensor, own_forward(x, *rest, **named))
             return self._output(x, index)
 
@@ -295,7 +297,7 @@ class SharedInput:
             maps = [map_of(module) for module in self._modules]
             outputs = LoraLinear.apply(x.reshape(-1, x.shape[-1]), origin_of(x), maps, *adapters_of(self._modules))
             self._with_grad = torch.is_grad_enabled()
-            self._x, self._ready = x, {at: one.view(*x.shape[:-1], -1) for at, one in enumerate(outputs)}
+            self._x, self._ready = x, {at: output.view(*x.shape[:-1], -1) for at, output in enumerate(outputs)}
         output = self._ready.pop(index)
         if not self._ready:
             self._x = None

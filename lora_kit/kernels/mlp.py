@@ -37,7 +37,7 @@ class GatedMlp(Function):
         """Compute the inner product again and return the gradients of the input and of the adapters."""
         rows, row_factor, column_factor, low, gate, up, inner_low, *rest = ctx.saved_tensors
         adapters, masks = rest[:6], iter(rest[6:])
-        dropout_masks = [next(masks) if one.dropout else None for one in ctx.maps]
+        dropout_masks = [next(masks) if linear.dropout else None for linear in ctx.maps]
         backend, (into, out) = dispatch.backend_of(gate), _split(adapters)
         inputs = _gated_inputs(gate, up, low, into, ctx.act)
         inner = Saved(backend.gated(inputs), inner_low, dropout_masks[2:])
@@ -53,7 +53,7 @@ class GatedMlp(Function):
 
 
 def _gated_inputs(gate: Tensor, up: Tensor, low: Tensor, into: Sequence[Tensor], act: str) -> GatedInputs:
-    b_gate, b_up = (one.to(gate.dtype) for one in into[2:])
+    b_gate, b_up = (b.to(gate.dtype) for b in into[2:])
     return GatedInputs(gate, up, low, (b_gate, b_up), act)
 
 
@@ -74,9 +74,9 @@ def fuse(mlp: nn.Module, activation: str) -> Callable[[], None]:
     def forward(x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         if not gated(mlp):
             return cast(Tensor, own_forward(x))
-        maps, rows, indices = [map_of(one) for one in linears], x.reshape(-1, x.shape[-1]), vars(mlp)[ROWS]
-        some, origin = (rows, origin_of(x)) if indices is None else (rows.index_select(0, indices), None)
-        output = cast(Tensor, GatedMlp.apply(some, origin, activation, maps, *adapters_of(linears)))
+        maps, rows, indices = [map_of(linear) for linear in linears], x.reshape(-1, x.shape[-1]), vars(mlp)[ROWS]
+        computed, origin = (rows, origin_of(x)) if indices is None else (rows.index_select(0, indices), None)
+        output = cast(Tensor, GatedMlp.apply(computed, origin, activation, maps, *adapters_of(linears)))
         if indices is not None:
             output = output.new_zeros(len(rows), output.shape[1]).index_copy(0, indices, output)
         return output.view(*x.shape[:-1], -1)

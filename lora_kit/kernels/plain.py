@@ -56,12 +56,12 @@ class Plain:
     ) -> tuple[Tensor, Tensor]:
         """Normalise in fp32; Llama rounds before it multiplies by the weight, Gemma after."""
         output, inverse_rms = torch.empty_like(rows), rows.new_empty(len(rows), 1, dtype=torch.float32)
-        for some in _in_cache(rows, ELEMENTS_IN_CACHE):
-            part = rows[some].to(torch.float32, copy=True)
+        for chunk in _in_cache(rows, ELEMENTS_IN_CACHE):
+            part = rows[chunk].to(torch.float32, copy=True)
             inverse = torch.linalg.vecdot(part, part).div_(part.shape[1]).add_(epsilon).rsqrt_()[:, None]
             part.mul_(inverse)
-            output[some] = part.mul_(1 + weight.float()) if gemma else weight * part.to(rows.dtype)
-            inverse_rms[some] = inverse
+            output[chunk] = part.mul_(1 + weight.float()) if gemma else weight * part.to(rows.dtype)
+            inverse_rms[chunk] = inverse
         return output, inverse_rms
 
     def rms_norm_backward(
@@ -69,11 +69,11 @@ class Plain:
     ) -> Float[Tensor, "rows width"]:
         """Return the gradient of the rows."""
         grad_rows, gain = torch.empty_like(rows), 1 + weight.float() if gemma else weight
-        for some in _in_cache(rows, ELEMENTS_IN_CACHE):
-            normalized = rows[some] * inverse_rms[some]
-            grad_normalized = (grad_output[some] * gain).float()
+        for chunk in _in_cache(rows, ELEMENTS_IN_CACHE):
+            normalized = rows[chunk] * inverse_rms[chunk]
+            grad_normalized = (grad_output[chunk] * gain).float()
             mean = torch.linalg.vecdot(grad_normalized, normalized)[:, None].div_(normalized.shape[1])
-            grad_rows[some] = grad_normalized.addcmul_(normalized, mean, value=-1).mul_(inverse_rms[some])
+            grad_rows[chunk] = grad_normalized.addcmul_(normalized, mean, value=-1).mul_(inverse_rms[chunk])
         return grad_rows
 
     def gated(self, inputs: GatedInputs) -> Float[Tensor, "rows width"]:
@@ -100,8 +100,8 @@ class Plain:
     ) -> Float[Tensor, ""]:
         """Return the sum of the labels' log-probabilities; replace the logits by the gradient if it is wanted."""
         total = torch.zeros((), device=logits.device)
-        for some in _in_cache(logits, LOGITS_IN_CACHE):
-            part, label = logits[some], labels[some, None]
+        for chunk in _in_cache(logits, LOGITS_IN_CACHE):
+            part, label = logits[chunk], labels[chunk, None]
             log_probs = torch.log_softmax(part, -1, dtype=torch.float32).gather(1, label)
             total += log_probs.sum()
             if to_gradient:

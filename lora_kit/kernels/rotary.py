@@ -57,7 +57,7 @@ def rotated(
     covered &= cos.shape == sin.shape == (1, query.shape[2], query.shape[3])
     if rest or named or not covered:
         return own(query, key, cos, sin, *rest, **named)
-    query, key = (Rotary.apply(one.squeeze(0), cos[0], sin[0])[None] for one in (query, key))
+    query, key = (Rotary.apply(x.squeeze(0), cos[0], sin[0])[None] for x in (query, key))
     return query, key
 
 

@@ -88,7 +88,7 @@ class Cpu:
         self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, window: int | None
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
         """Attend in tiles of 64 queries and keys, an example and a key head at a time."""
-        query, key, value = (one.transpose(0, 1).contiguous() for one in (query, key, value))
+        query, key, value = (tensor.transpose(0, 1).contiguous() for tensor in (query, key, value))
         output, logsumexp = ops.attention(query, key, value, segments.tiles(), scale, window)
         return output, (query, key, value, output, logsumexp)
 
@@ -104,5 +104,5 @@ class Cpu:
         query, key, value, output, logsumexp = saved
         inputs = (grad_output.contiguous(), query, key, value, output, logsumexp)
         gradients = ops.attention_backward(*inputs, segments.tiles(), scale, window)
-        grad_query, grad_key, grad_value = (one.transpose(0, 1) for one in gradients)
+        grad_query, grad_key, grad_value = (grad.transpose(0, 1) for grad in gradients)
         return grad_query, grad_key, grad_value

@@ -111,7 +111,7 @@ def _load(descriptor: int, source: str) -> Library:
         raise
     for result, name, parameters in re.findall(r"^EXPORT (\w+) (\w+)\(([^)]*)\)", source, re.MULTILINE):
         types: list[Any] = [
-            ctypes.c_void_p if "*" in one else C_TYPES[one.split()[-2]] for one in parameters.split(",")
+            ctypes.c_void_p if "*" in words else C_TYPES[words.split()[-2]] for words in parameters.split(",")
         ]
         function = getattr(kernels, name)
         function.argtypes, function.restype = types, C_TYPES[result]

@@ -288,7 +288,7 @@ static void attend_backward(const struct attention *all, long begin, long count,
     float *logsumexp = allocate(&workspace, rows * 4), *delta = allocate(&workspace, rows * 4);
     bf16 *probs = allocate(&workspace, TILE * TILE * 2), *grad_scores = allocate(&workspace, TILE * TILE * 2);
     bf16 *grad_scores_interleaved = allocate(&workspace, TILE * TILE * 2);
-    const float scale = all->scale * LOG2_E;
+    const floats scales = _mm512_set1_ps(all->scale * LOG2_E);
     copy_padded(keys, all->key + begin * key_stride + key_head * dim, key_stride, count, dim);
     copy_padded(values, all->value + begin * key_stride + key_head * dim, key_stride, count, dim);
     interleave_rows(grads, keys, columns, rows, columns); /* `grads` is free until the first head */
@@ -306,8 +306,8 @@ static void attend_backward(const struct attention *all, long begin, long count,
         for (long row = 0; row < rows; row++) { /* delta: the sum of output times its gradient, for each row */
             floats sum = _mm512_setzero_ps();
             for (long i = 0; i < dim && row < count; i += LANES)
-                sum += load(grads + row * columns + i, 0xffff) *
-                       load(all->output + offset + row * query_stride + i, first_lanes(dim - i));
+                sum = _mm512_fmadd_ps(load(grads + row * columns + i, 0xffff),
+                                      load(all->output + offset + row * query_stride + i, first_lanes(dim - i)), sum);
             delta[row] = _mm512_reduce_add_ps(sum);
             logsumexp[row] = row < count ? all->logsumexp[head * all->length + begin + row] : -MASKED;
         }
@@ -329,7 +329,8 @@ static void attend_backward(const struct attention *all, long begin, long count,
                             UNROLLED for (int i = 0; i < 2; i++) {
                                 long first = query + column + i * LANES;
                                 __mmask16 visible = unmasked ? 0xffff : visible_queries(first, key + row + r, all->window);
-                                floats power = exp2_floats(sums[r][i] * scale - _mm512_loadu_ps(logsumexp + first));
+                                floats row_logsumexp = _mm512_loadu_ps(logsumexp + first);
+                                floats power = exp2_floats(_mm512_fmsub_ps(sums[r][i], scales, row_logsumexp));
                                 prob[r][i] = _mm512_maskz_mov_ps(visible, power);
                                 store(probs + (row + r) * TILE + column + i * LANES, 0xffff, prob[r][i]);
                             }
@@ -365,7 +366,7 @@ static void attend_backward(const struct attention *all, long begin, long count,
     store_rows(all->grad_value + begin * key_stride + key_head * dim, key_stride, grad_value, count, dim, 1);
 }
 
-static void for_each_example(const struct attention *all,
+INLINE void for_each_example(const struct attention *all,
                              void (*compute)(const struct attention *, long, long, long, char *), const int32_t *tiles,
                              long examples, char *workspaces, long workspace, int threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
@@ -533,12 +534,12 @@ EXPORT void rms_norm_backward(const bf16 *grad_output, const bf16 *x, const bf16
             floats grad_normalized = load(grad + i, mask) * (load(weight + i, mask) + offset);
             sum = _mm512_fmadd_ps(grad_normalized, load(from + i, mask) * inverse, sum);
         }
-        float mean = _mm512_reduce_add_ps(sum) / width;
+        floats means = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
         for (long i = 0; i < width; i += LANES) {
             __mmask16 mask = first_lanes(width - i);
             floats grad_normalized = load(grad + i, mask) * (load(weight + i, mask) + offset);
             floats normalized = load(from + i, mask) * inverse;
-            store(grad_x + row * width + i, mask, (grad_normalized - normalized * mean) * inverse);
+            store(grad_x + row * width + i, mask, _mm512_fnmadd_ps(normalized, means, grad_normalized) * inverse);
         }
     }
 }
@@ -548,19 +549,22 @@ EXPORT void rms_norm_backward(const bf16 *grad_output, const bf16 *x, const bf16
 INLINE floats sigmoid(floats x) {
     floats denominator = 1.0f + exp2_floats(_mm512_min_ps(x * -LOG2_E, _mm512_set1_ps(126)));
     floats estimate = _mm512_rcp14_ps(denominator); /* exact to 14 bits; one Newton step doubles them */
-    return estimate * (2.0f - denominator * estimate);
+    return estimate * _mm512_fnmadd_ps(denominator, estimate, _mm512_set1_ps(2));
 }
 
 /* SiLU, or the approximation of GELU with tanh, and its derivative. */
 INLINE floats activation(floats x, int tanh, floats *derivative) {
+    const floats one = _mm512_set1_ps(1);
     if (!tanh) {
         floats gate = sigmoid(x);
-        *derivative = gate * (1.0f + x * (1.0f - gate));
+        *derivative = gate * _mm512_fmadd_ps(x, 1.0f - gate, one);
         return x * gate;
     }
-    floats tanh_x = 2.0f * sigmoid(2.0f * 0.7978845608028654f * (x + 0.044715f * x * x * x)) - 1.0f;
-    floats inner_derivative = 0.7978845608028654f * (1.0f + 0.134145f * x * x);
-    *derivative = 0.5f * (1.0f + tanh_x) + 0.5f * x * (1.0f - tanh_x * tanh_x) * inner_derivative;
+    floats inner = 2.0f * 0.7978845608028654f * _mm512_fmadd_ps(0.044715f * x * x, x, x);
+    floats tanh_x = _mm512_fmsub_ps(_mm512_set1_ps(2), sigmoid(inner), one);
+    floats inner_derivative = 0.7978845608028654f * _mm512_fmadd_ps(0.134145f * x, x, one);
+    floats tanh_derivative = 0.5f * x * _mm512_fnmadd_ps(tanh_x, tanh_x, one);
+    *derivative = _mm512_fmadd_ps(tanh_derivative, inner_derivative, 0.5f * (1.0f + tanh_x));
     return 0.5f * x * (1.0f + tanh_x);
 }
 

@@ -88,8 +88,8 @@ def linear(x: Sequence[Tensor], weight: Sequence[Tensor], transposed: Sequence[b
     tensors = [*x, *weight] + ([] if bias is None else [bias])
     shapes = [(*a.shape, *(b.t() if t else b).shape) for a, b, t in zip(x, weight, transposed, strict=True)]
     rows, inner, columns = shapes[0][0], sum(shape[1] for shape in shapes), shapes[0][-1]
-    if any(one.dtype != BF16 or not one.is_cpu for one in tensors):
-        kinds = [f"{one.dtype} on {one.device}" for one in tensors]
+    if any(tensor.dtype != BF16 or not tensor.is_cpu for tensor in tensors):
+        kinds = [f"{tensor.dtype} on {tensor.device}" for tensor in tensors]
         raise TypeError(f"linear: tensors are {kinds}; expected {BF16} on cpu")
     fits = all(shape == (rows, shape[1], shape[1], columns) for shape in shapes)
     if not fits or rows < LEAST_ROWS or not columns or not inner or (bias is not None and bias.shape != (columns,)):
@@ -98,17 +98,17 @@ def linear(x: Sequence[Tensor], weight: Sequence[Tensor], transposed: Sequence[b
             f"linear: x and weights of {shapes}{biased}; expected (rows, inner, inner, columns) with the same "
             f"rows (at least {LEAST_ROWS}) and columns"
         )
-    products = [_prepared(*one) for one in zip(x, weight, transposed, strict=True)]
+    products = [_prepared(*product) for product in zip(x, weight, transposed, strict=True)]
     x, weight, transposed = zip(*products, strict=True)
     bias = None if bias is None else bias.contiguous()
     count, threads, kernels = len(products), torch.get_num_threads(), library().kernels
-    size = kernels.linear_workspace(sum(one.shape[1] for one in x))
+    size = kernels.linear_workspace(sum(tensor.shape[1] for tensor in x))
     output, workspace, pointers = pool.empty(rows, columns), pool.workspace(threads * size), ctypes.c_void_p * count
     kernels.linear(
-        pointers(*[one.data_ptr() for one in x]),
-        (ctypes.c_long * count)(*[one.stride(0) for one in x]),
-        pointers(*[one.data_ptr() for one in weight]),
-        (ctypes.c_long * count)(*[one.shape[1] for one in x]),
+        pointers(*[tensor.data_ptr() for tensor in x]),
+        (ctypes.c_long * count)(*[tensor.stride(0) for tensor in x]),
+        pointers(*[tensor.data_ptr() for tensor in weight]),
+        (ctypes.c_long * count)(*[tensor.shape[1] for tensor in x]),
         (ctypes.c_int * count)(*transposed),
         count,
         None if bias is None else bias.data_ptr(),
@@ -150,7 +150,7 @@ def weight_gradient(left: Tensor, right: Tensor) -> Tensor:
         ValueError: The numbers of rows differ.
     """
     (rows, outputs), (right_rows, inputs) = (
-        _sizes("weight_gradient", name, one, 2) for name, one in (("left", left), ("right", right))
+        _sizes("weight_gradient", name, tensor, 2) for name, tensor in (("left", left), ("right", right))
     )
     if not left.dtype == right.dtype == BF16 or not (left.is_cpu and right.is_cpu):
         raise TypeError(f"weight_gradient: left is {left.dtype}, right {right.dtype}; expected {BF16} on cpu")
@@ -158,7 +158,7 @@ def weight_gradient(left: Tensor, right: Tensor) -> Tensor:
         raise ValueError(f"weight_gradient: left has {rows} rows, right {right_rows}; expected the same number")
     if outputs > inputs:
         return weight_gradient(right, left).T
-    left, right = (one if one.stride(1) == 1 else one.contiguous() for one in (left, right))
+    left, right = (tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (left, right))
     threads, kernels = torch.get_num_threads(), library().kernels
     gradient, size = left.new_empty(outputs, inputs, dtype=FP32), kernels.weight_gradient_workspace(outputs)
     workspace = pool.workspace(threads * size)
@@ -173,7 +173,7 @@ def rms_norm(rows: Tensor, weight: Tensor, epsilon: float, gemma: bool) -> tuple
     count, width = _sizes("rms_norm", "rows", rows, 2)
     _check("rms_norm", ("rows", rows, BF16, (count, width)), ("weight", weight, BF16, (width,)))
     output, inverse_rms = pool.empty(count, width), rows.new_empty(count, 1, dtype=FP32)
-    pointers = (one.data_ptr() for one in (rows, weight, output, inverse_rms))
+    pointers = (tensor.data_ptr() for tensor in (rows, weight, output, inverse_rms))
     library().kernels.rms_norm(*pointers, count, width, epsilon, gemma, torch.get_num_threads())
     return output, inverse_rms
 
@@ -190,7 +190,7 @@ def rms_norm_backward(grad_output: Tensor, rows: Tensor, weight: Tensor, inverse
         ("inverse_rms", inverse_rms, FP32, (count, 1)),
     )
     grad_rows = pool.empty(count, width)
-    pointers = (one.data_ptr() for one in (grad_output, rows, weight, inverse_rms, grad_rows))
+    pointers = (tensor.data_ptr() for tensor in (grad_output, rows, weight, inverse_rms, grad_rows))
     library().kernels.rms_norm_backward(*pointers, count, width, gemma, torch.get_num_threads())
     return grad_rows
 
@@ -201,7 +201,7 @@ def gated(gate: Tensor, up: Tensor, tanh: bool) -> Tensor:
     shape = _sizes("gated", "gate", gate, 2)
     _check("gated", ("gate", gate, BF16, shape), ("up", up, BF16, shape))
     product = pool.empty(*shape)
-    pointers = (one.data_ptr() for one in (gate, up, product))
+    pointers = (tensor.data_ptr() for tensor in (gate, up, product))
     library().kernels.gated(*pointers, gate.numel(), tanh, torch.get_num_threads())
     return product
 
@@ -213,7 +213,7 @@ def gated_backward(grad_product: Tensor, gate: Tensor, up: Tensor, tanh: bool) -
     given = (("grad_product", grad_product), ("gate", gate), ("up", up))
     _check("gated_backward", *((name, tensor, BF16, shape) for name, tensor in given))
     grad_up = pool.empty(*shape)
-    pointers = (one.data_ptr() for one in (grad_product, gate, up, grad_product, grad_up))
+    pointers = (tensor.data_ptr() for tensor in (grad_product, gate, up, grad_product, grad_up))
     library().kernels.gated_backward(*pointers, gate.numel(), tanh, torch.get_num_threads())
     return grad_up
 
@@ -230,7 +230,7 @@ def label_log_probs(logits: Tensor, labels: Tensor, to_gradient: bool) -> Tensor
     labels, (rows, vocabulary) = labels.contiguous(), _sizes("label_log_probs", "logits", logits, 2)
     _check("label_log_probs", ("logits", logits, BF16, (rows, vocabulary)), ("labels", labels, torch.int64, (rows,)))
     log_probs = logits.new_empty(rows, 1, dtype=FP32)
-    pointers = (one.data_ptr() for one in (logits, labels, log_probs))
+    pointers = (tensor.data_ptr() for tensor in (logits, labels, log_probs))
     library().kernels.label_log_probs(*pointers, rows, vocabulary, to_gradient, torch.get_num_threads())
     return log_probs
 
@@ -244,7 +244,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x, cos, sin, angles = x.contiguous(), cos.contiguous(), sin.contiguous(), (length, head_dim)
     _check("rotate", ("x", x, BF16, (length, heads, head_dim)), ("cos", cos, BF16, angles), ("sin", sin, BF16, angles))
     output = pool.empty(length, heads, head_dim)
-    pointers = (one.data_ptr() for one in (x, cos, sin, output))
+    pointers = (tensor.data_ptr() for tensor in (x, cos, sin, output))
     library().kernels.rotate(*pointers, length, heads, head_dim, torch.get_num_threads())
     return output
 
@@ -279,7 +279,7 @@ def attention(
 
 @operator(
     lambda grad_output, query, key, value, output, logsumexp, tiles, scale, window: tuple(
-        torch.empty_like(one) for one in (query, key, value)
+        torch.empty_like(tensor) for tensor in (query, key, value)
     )
 )
 def attention_backward(
@@ -339,6 +339,6 @@ def _attend(
     tiles, kernels, (_, _, key_heads, head_dim, *_) = tiles[torch.from_numpy(order)], library().kernels, rest
     threads = min(torch.get_num_threads(), len(tiles) * key_heads)
     size = kernels.attention_workspace(int((end - begin).max()), head_dim)
-    workspace, pointers = pool.workspace(threads * size), [one.data_ptr() for one in (*tensors, tiles)]
+    workspace, pointers = pool.workspace(threads * size), [tensor.data_ptr() for tensor in (*tensors, tiles)]
     kernel = kernels.attention if operator == "attention" else kernels.attention_backward
     kernel(*pointers, len(tiles), *rest, workspace.data_ptr(), size, threads)

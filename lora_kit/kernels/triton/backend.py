@@ -75,7 +75,7 @@ class Triton:
         self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, window: int | None
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
         """Attend in tiles of rows that end where their example does."""
-        query, key, value = (one.transpose(0, 1).contiguous() for one in (query, key, value))
+        query, key, value = (tensor.transpose(0, 1).contiguous() for tensor in (query, key, value))
         tiles = segments.tiles(attention.tile_rows(query.shape[-1]))
         output, logsumexp = attention.attend(query, key, value, tiles, scale, window)
         return output, (query, key, value, output, logsumexp)
@@ -93,7 +93,7 @@ class Triton:
         query, key, value, output, logsumexp = saved
         inputs = (grad_output.contiguous(), query, key, value, output, logsumexp)
         gradients = attention.attend_backward(*inputs, tiles, scale, window)
-        grad_query, grad_key, grad_value = (one.transpose(0, 1) for one in gradients)
+        grad_query, grad_key, grad_value = (grad.transpose(0, 1) for grad in gradients)
         return grad_query, grad_key, grad_value
 
 

@@ -188,7 +188,7 @@ def _gated_sizes(inputs: GatedInputs) -> tuple[int, ...]:
 
 
 def _gated_constants(inputs: GatedInputs) -> dict[str, object]:
-    rank, up_rank = (one.shape[1] for one in inputs.ups)
+    rank, up_rank = (b.shape[1] for b in inputs.ups)
     return {
         "activation": inputs.activation,
         "rank": rank,

@@ -22,14 +22,14 @@ from lora_kit.errors import CheckpointError, LaunchError, LoraKitError
 app = typer.Typer(
     name="lora-kit",
     help="LoRA fine-tuning that never loses a step.\n\n"
-    "Start with: lora-kit train recipes/quickstart.yaml --out runs/first",
+    "Start with: lora-kit check RECIPE, then lora-kit train RECIPE --out RUN. The README has a first recipe.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, e.g. recipes/quickstart.yaml.")]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file.")]
 Overrides = Annotated[
     list[str],
     typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe field, e.g. optim.learning_rate=1e-4."),

@@ -48,6 +48,11 @@ def calls_of(script, folder):
     return [call.split("\0")[:-1] for call in ended.stdout.splitlines()]
 
 
+def without_numbers(line):
+    """Return a line of output with its numbers and units replaced, and blanks collapsed."""
+    return re.sub(r"\s+", " ", re.sub(r"[\d.,]+(e[+-]\d+)?( [kMG]?B\b)?", "#", line)).strip()
+
+
 def test_the_blocks_of_the_readme_run_in_their_order(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as a launcher does: this process trains
     monkeypatch.chdir(tmp_path)
@@ -68,6 +73,10 @@ def test_the_blocks_of_the_readme_run_in_their_order(tmp_path, monkeypatch, caps
                 exec(arguments[1], {})
                 printed.append(capsys.readouterr().out)
     assert len(printed) == 6
+    shown = [line for _, text in blocks_of(README, "text") for line in text.splitlines() if "[...]" not in line]
+    screens = [line for line in shown if not re.match(r" |runs/first/$", line)]
+    lines = {without_numbers(line) for text in printed for line in text.splitlines()}
+    assert len(screens) > 8 and not [line for line in screens if without_numbers(line) not in lines]
     assert "the recipe can start" in printed[0] and "runs/first: 3 steps done" in printed[1]
     assert (tmp_path / "runs" / "first" / "checkpoints" / "step-00000003").is_dir()
     assert "merged in float32" in printed[4] and int(printed[5]) > 800_000

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import lora_kit as lk
@@ -73,3 +74,9 @@ def test_eval_prints_a_table(recipe_file, run):
 def test_the_module_is_the_command(recipe_file):
     done = subprocess.run([sys.executable, "-m", "lora_kit", "--help"], capture_output=True, text=True, check=True)
     assert "lora-kit" in done.stdout
+
+
+def test_every_argument_and_option_of_every_command_has_help():
+    for name, command in get_command(app).commands.items():
+        without = [parameter.name for parameter in command.params if not getattr(parameter, "help", None)]
+        assert command.help and not without, f"{name}: {without}"

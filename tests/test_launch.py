@@ -179,3 +179,11 @@ def test_a_restart_uses_the_recipe_as_it_was_read_at_the_start(recipe_file, tmp_
     printed, _ = process.communicate(timeout=100)
     assert process.returncode == 0 and "restarting from there (1/10)" in printed, printed
     assert state_hash(tmp_path / "run", 8) == undisturbed
+
+
+def test_a_fresh_interpreter_gets_the_same_argument():
+    argument = '{"recipe": "a \'quoted\' one"}'
+    code = "import sys; from lora_kit.supervise import zygote as z\n"
+    code += "z._work('builtins:print', sys.argv[1], {}, None, fresh=True)"
+    printed = subprocess.run([sys.executable, "-c", code, argument], capture_output=True, text=True, check=True)
+    assert printed.stdout == argument + "\n"

@@ -23,6 +23,7 @@ from lora_kit.runs import live, store
 from lora_kit.runs.journal import Journal
 from lora_kit.runs.lease import BEAT_SECONDS, FILE, Lease
 from lora_kit.runs.live import JobFile, Phase, Region, Snapshot, Word
+from lora_kit.supervise.stopping import STOP_SIGNALS
 
 POLL_SECONDS = 0.01
 RETRY_SECONDS = 5.0  # after a failed write
@@ -183,7 +184,7 @@ def keep_beside(run: Path, trainer: int) -> None:
         trainer: The process id of the training process; it may have died before this process could ask for its parent.
     """
     stop = list[int]()
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda received, _: stop.append(received))
     region = live.open_region(run)
     job = live.read_job(region.path.parent) if region else None

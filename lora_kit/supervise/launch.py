@@ -26,14 +26,13 @@ from lora_kit.runs.lease import KEEPER, ORDERED, Lease
 from lora_kit.runs.live import Phase, Word
 from lora_kit.supervise import oom
 from lora_kit.supervise.keeper import POLL_SECONDS, Keeper
+from lora_kit.supervise.stopping import FORWARDED_SECONDS, STOP_SIGNALS
 from lora_kit.supervise.zygote import BUFFER_BYTES, MESSAGE_BYTES, end_with_parent
 from lora_kit.views.console import Console
 
 STOPPED = Stopped.exit_code
 PRELOAD = ("lora_kit.training.loop", "datasets")
 WORKER = "lora_kit.cli:train_worker"  # the function that a training process calls with the request
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-FORWARDED_SECONDS = 2.0  # a signal that repeats so soon is the same one, forwarded by a launcher
 SAME_FAILURES = 3  # the same failure at the same step so often ends the run
 LOADING_TIMEOUT_SECONDS = 600.0  # without a sign of life before the first step
 LITTLE_WORK = 2.0  # CPU seconds in that time: less is a hang, more is a large base or dataset

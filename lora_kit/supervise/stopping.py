@@ -17,7 +17,7 @@ from types import FrameType
 
 from lora_kit.runs.lease import KEEPER
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 FORWARDED_SECONDS = 2.0  # a signal that repeats so soon is the same one, forwarded by a launcher
 
 
@@ -32,7 +32,7 @@ class StopRequest(threading.Event):
     def signals(self) -> Iterator[int]:
         """Yield the numbers of stop signals until `end` is called."""
         while number := self.reading.recv(1)[0]:
-            if number in SIGNALS:
+            if number in STOP_SIGNALS:
                 yield number
 
     def end(self) -> None:
@@ -61,7 +61,7 @@ def stop_signals() -> Iterator[StopRequest]:
         with request.reading, request.writing:
             yield request
         return
-    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
     wakeup = signal.set_wakeup_fd(request.writing.fileno(), warn_on_full_buffer=False)
     try:
         yield request

@@ -84,13 +84,16 @@ def stream(
 ) -> Generator[str, None, None]:
     """Yield the answer to a prompt piece by piece, while the model generates it in another thread.
 
-    Closing the generator stops the model. An error of the model is raised after the last piece.
+    Closing the generator stops the model.
 
     Args:
         model: The base with or without its adapter.
         tokenizer: Its tokenizer.
         ids: The token ids of the prompt.
         how: Settings of generation.
+
+    Raises:
+        Exception: Any error of the model, after the last piece.
     """
     pieces = TextIteratorStreamer(cast(Any, tokenizer), skip_prompt=True, skip_special_tokens=True)
     closed, errors = threading.Event(), []

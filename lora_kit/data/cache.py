@@ -38,7 +38,13 @@ VALIDATION = "validation."  # prefix of the names of the validation arrays in a 
 
 
 def cached(recipe: Recipe, renderer: Renderer, make: Callable[[], Prepared]) -> Prepared:
-    """Return the recipe's prepared data from the cache, or call `make` and cache its result."""
+    """Return a recipe's prepared data from the cache, or call `make` and cache its result.
+
+    Args:
+        recipe: The recipe.
+        renderer: Tokenizer, template and stop token, which determine the tokens with the recipe.
+        make: Prepares the data.
+    """
     key = key_of(recipe, renderer)
     if key is None:
         return make()

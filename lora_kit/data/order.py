@@ -65,7 +65,14 @@ def _scramble(values: np.ndarray) -> np.ndarray:
 
 
 def total_examples(examples: int, *, batch_size: int, steps: int | None, epochs: float | None) -> int:
-    """Return how many examples the run trains on; an example counts once per epoch."""
+    """Return how many examples the run trains on; an example counts once per epoch.
+
+    Args:
+        examples: The number of training examples.
+        batch_size: Examples per optimizer step.
+        steps: The recipe's number of steps; None if it has a number of epochs.
+        epochs: The recipe's number of epochs, which may be a fraction.
+    """
     if steps is not None:
         return steps * batch_size
     assert epochs is not None

@@ -88,7 +88,13 @@ def pack(lengths: Sequence[int], micro_batch_tokens: int, *, padded: bool = Fals
 
 
 def collate(tokens: Tokens, members: Sequence[int], *, padded: bool) -> MicroBatch:
-    """Build a micro-batch from the examples with the indices `members`."""
+    """Build a micro-batch.
+
+    Args:
+        tokens: All examples.
+        members: The indices of the examples of the micro-batch.
+        padded: Whether each example is a row that is padded to the longest; otherwise all are packed into one row.
+    """
     rows = [_row(*tokens.example(index)) for index in members]
     segments = tuple(len(ids) for ids, _, _ in rows)
     if not padded:

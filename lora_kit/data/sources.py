@@ -123,6 +123,14 @@ def files(source: str, base_dir: Path) -> list[Path] | None:
 def split(records: Records, fraction: float, seed: int) -> tuple[Records, Records]:
     """Split records at random into training and validation records.
 
+    Args:
+        records: The records.
+        fraction: The share of validation records, between 0 and 1.
+        seed: Selects the validation records.
+
+    Returns:
+        The training records and the validation records, both in the original order.
+
     Raises:
         DataError: There are fewer than two records.
     """

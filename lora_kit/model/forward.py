@@ -16,6 +16,11 @@ def model_inputs(model: nn.Module, batch: MicroBatch, device: torch.device) -> I
     Packed examples attend only to themselves because of `segments`, if the model uses attention by segments. Otherwise
     transformers separates them by position ids that restart at 0, but only without attention mask and cache; with
     either, examples would attend to each other without a warning (transformers issue 46634).
+
+    Args:
+        model: The base with or without its adapter.
+        batch: The micro-batch.
+        device: The device of the model.
     """
     arrays = {"input_ids": batch.ids, "position_ids": batch.position_ids}
     if batch.attention_mask is not None:

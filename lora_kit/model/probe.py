@@ -45,6 +45,11 @@ def leaks_when_packed(model: PreTrainedModel, vocabulary: int, device: torch.dev
     The logits of two packed examples are compared with those of each example alone, computed with the model's default
     attention. A model also counts as leaking if it accepts no position ids, or if it has sliding windows that the
     attention by segments would not know.
+
+    Args:
+        model: The base, with the attention implementation to test.
+        vocabulary: The number of token ids to choose from.
+        device: The device of the model.
     """
     examples = [np.arange(start, start + length) * 7 % vocabulary for start, length in ((3, 17), (5, 30))]
     inputs = model_inputs(model, probe_batch(examples), device)

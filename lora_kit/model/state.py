@@ -95,7 +95,7 @@ class FlatState:
         _fill(self.names, self._split(self.weights), adapter)
 
     def load(self, weights: Arrays, first: Arrays, second: Arrays) -> None:
-        """Copy saved weights and moments into the buffers.
+        """Copy saved weights, first moments and second moments into the buffers.
 
         Raises:
             CheckpointError: A name or a shape does not match this run's adapter.

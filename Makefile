@@ -8,15 +8,19 @@ BIN := .venv/bin
 OUT ?= runs/quickstart
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
-.PHONY: quickstart test quick lint notebooks clean
+.PHONY: quickstart test quick pytest-test pytest-quick lint notebooks clean
 quickstart: .venv/installed
 	$(BIN)/lora-kit train recipes/quickstart.yaml --out $(OUT)
 
-test: .venv/installed lint
+# lint beside the tests: mypy without its cache needs most of a minute on one core
+test quick: .venv/installed
+	@$(MAKE) --no-print-directory --jobs 2 lint pytest-$@
+
+pytest-test: .venv/installed
 	$(PYTEST) --durations 15
 
-quick: .venv/installed lint
-	$(PYTEST) -m quick $$(grep -rl 'mark\.quick' tests)
+pytest-quick: .venv/installed
+	$(PYTEST) -m quick $$(grep -rl 'mark\.quick' tests --include=test_*.py)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -1,15 +1,13 @@
 """A claim to the bit is for what computed the run: another compiler, processor or limit of instructions ends it."""
 
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import need_c
 from manifests import run_facts
-from runs import ENVIRONMENT, WAIT_SECONDS, go_on, state_hash, train
+from runs import go_on, started, state_hash, train
 
 from lora_kit.errors import LaunchError
 from lora_kit.kernels import fusing
@@ -104,12 +102,12 @@ def test_a_checkpoint_from_before_this_was_recorded_claims_no_bits_after_a_resum
 
 # several processes
 
-LIMIT_ONE = "import os\nif os.environ.get('RANK') == '1': os.environ['ATEN_CPU_CAPABILITY'] = 'default'\n"
-BREAK_ONE = "import os\nif os.environ.get('RANK') == '1': os.environ['CC'] = '/nonexistent/cc'\n"
+LIMIT_ONE = {"ATEN_CPU_CAPABILITY": "default"}
+BREAK_ONE = {"CC": "/nonexistent/cc"}
 
 
 @pytest.mark.parametrize(
-    ("mixture", "dtype", "found"),
+    ("of_one", "dtype", "found"),
     [
         (LIMIT_ONE, "float32", "process 1 has ATEN_CPU_CAPABILITY 'default', process 0 has 'absent'"),
         (BREAK_ONE, "bfloat16", "process 1 has backend 'plain', process 0 has 'c'"),
@@ -117,24 +115,15 @@ BREAK_ONE = "import os\nif os.environ.get('RANK') == '1': os.environ['CC'] = '/n
     ids=["instructions", "compiler"],
 )
 def test_processes_that_compute_differently_are_refused_before_the_first_step(
-    recipe_file, tmp_path, mixture, dtype, found
+    recipe_file, tmp_path, of_one, dtype, found
 ):
     if dtype == "bfloat16":
         need_c()
-    (tmp_path / "sitecustomize.py").write_text(mixture)
-    command = [sys.executable, "-m", "lora_kit", "train", str(recipe_file), "--out", str(tmp_path / "run")]
-    command += ["--set", f"base.dtype={dtype}"]
-    started = [
-        subprocess.Popen(
-            command,
-            env=ENVIRONMENT | environment | {"PYTHONPATH": f"{tmp_path}:{ENVIRONMENT.get('PYTHONPATH', '')}"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for environment in environments(2)
-    ]
-    said = [process.communicate(timeout=WAIT_SECONDS)[1] for process in started]
-    assert [process.returncode for process in started] == [2, 2], said
+    arguments = ["train", recipe_file, "--out", tmp_path / "run", "--set", f"base.dtype={dtype}"]
+    first, second = environments(2)
+    processes = [started(arguments, first), started(arguments, second | of_one)]
+    said = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], said
     assert found in said[0] and "compute with different kernels" in said[0] and found not in said[1]
     assert not (tmp_path / "run" / "metrics.jsonl").exists() and not list(tmp_path.glob("run/checkpoints/*"))
 

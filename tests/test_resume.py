@@ -12,9 +12,13 @@ from runs import start, state_hash, train, wait_for_lines
 STEPS = 8
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+BOTH = pytest.mark.parametrize("dtype", ["float32", "bfloat16"], indirect=True)
+
+
+@pytest.fixture(scope="module")
 def dtype(request):
-    return request.param
+    """The precision of the base: fp32, or what `BOTH` gives."""
+    return getattr(request, "param", "float32")
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +42,13 @@ def steps_shown(out):
 
 
 @pytest.mark.quick
+@BOTH
 def test_two_processes_end_with_the_bytes_of_one(recipe, undisturbed, tmp_path):
     train(recipe, tmp_path / "run", processes=2)
     assert state_hash(tmp_path / "run", STEPS) == undisturbed
 
 
+@BOTH
 @pytest.mark.parametrize(("first", "second"), [(1, 1), (1, 2), (2, 1)])
 def test_a_run_killed_anywhere_goes_on_to_the_same_bytes(recipe, undisturbed, tmp_path, first, second):
     out = tmp_path / "run"

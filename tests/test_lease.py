@@ -94,14 +94,14 @@ def test_of_two_that_see_the_same_dead_holder_one_gets_the_run(tmp_path, monkeyp
     content = json.loads((tmp_path / "lease.json").read_text())
     content["holder"]["boot"] = "another"
     (tmp_path / "lease.json").write_text(json.dumps(content))
-    claim = lease._claim
+    reserve = lease._reserve_token
 
     def overtaken(run, token):
-        monkeypatch.setattr(lease, "_claim", claim)
+        monkeypatch.setattr(lease, "_reserve_token", reserve)
         assert take(run).token == 2  # another sees the dead holder too, and is quicker
-        return claim(run, token)
+        return reserve(run, token)
 
-    monkeypatch.setattr(lease, "_claim", overtaken)
+    monkeypatch.setattr(lease, "_reserve_token", overtaken)
     with pytest.raises(LeaseError, match="another process has just begun to train here"):
         take(tmp_path)
     assert json.loads((tmp_path / "lease.json").read_text())["token"] == 2
@@ -109,17 +109,17 @@ def test_of_two_that_see_the_same_dead_holder_one_gets_the_run(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("written", ["", '{"pid": 1'])
-def test_a_claim_whose_maker_was_killed_is_passed_by(tmp_path, written, monkeypatch):
+def test_a_reservation_whose_owner_was_killed_is_skipped(tmp_path, written, monkeypatch):
     monkeypatch.setattr(lease, "PATIENCE_SECONDS", 0.1)
     (tmp_path / ".lease-1").write_text(written)
     assert take(tmp_path).token == 2
     assert not list(tmp_path.glob(".lease-*"))
 
 
-def test_a_living_claimant_is_respected(tmp_path, monkeypatch):
+def test_a_living_owner_of_a_reservation_is_respected(tmp_path, monkeypatch):
     monkeypatch.setattr(lease, "PATIENCE_SECONDS", 0.1)
     (tmp_path / ".lease-1").write_text(json.dumps(lease._me()))
-    with pytest.raises(LeaseError, match=r"another process is starting here at this moment \(it made "):
+    with pytest.raises(LeaseError, match=r"another process is starting here at this moment \(it created "):
         take(tmp_path)
 
 

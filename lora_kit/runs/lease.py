@@ -89,7 +89,7 @@ def take(run: Path, *, above: int = 0) -> Lease:
             f"{run}: process {holder['pid']} on {holder['host']} is training here; wait for it, stop it, or use "
             "another --out"
         )
-    token, claim = _claim(run, 1 + max(int(current.get("token", 0)), above))
+    token, reservation = _reserve_token(run, 1 + max(int(current.get("token", 0)), above))
     try:
         if _read(path) != current:
             raise LeaseError(f"{run}: another process has just begun to train here; wait for it, or use another --out")
@@ -98,43 +98,43 @@ def take(run: Path, *, above: int = 0) -> Lease:
         for leftover in run.glob(".lease-*"):  # of processes that were killed
             leftover.unlink(missing_ok=True)
     finally:
-        claim.unlink(missing_ok=True)
+        reservation.unlink(missing_ok=True)
     return Lease(path, token, taken=taken)
 
 
-def _claim(run: Path, token: int) -> tuple[int, Path]:
-    """Create the claim file of the next free token; return the token and the file.
+def _reserve_token(run: Path, token: int) -> tuple[int, Path]:
+    """Create the reservation file of the next free token; return the token and the file.
 
     Of several processes that see the same dead holder, only one can create the file. A process that is killed before it
     becomes the holder leaves its file behind; its token is then skipped.
     """
     while True:
-        claim = run / f".lease-{token}"
+        reservation = run / f".lease-{token}"
         try:
-            descriptor = os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            descriptor = os.open(reservation, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError as error:
-            if _claimant_lives(claim):
+            if _owner_is_alive(reservation):
                 raise LeaseError(
-                    f"{run}: another process is starting here at this moment (it made {claim}); try again, and delete "
-                    "that file if its machine is gone"
+                    f"{run}: another process is starting here at this moment (it created {reservation}); try again; "
+                    "delete that file if its machine no longer exists"
                 ) from error
             token += 1
             continue
         with os.fdopen(descriptor, "w") as file:
             json.dump(_me(), file)
-        return token, claim
+        return token, reservation
 
 
-def _claimant_lives(claim: Path) -> bool:
-    """Return whether the process that created a claim file is alive; if the file stays empty, it is not."""
-    patience, claimant = time.monotonic() + PATIENCE_SECONDS, dict[str, Any]()
+def _owner_is_alive(reservation: Path) -> bool:
+    """Return whether the process that created a reservation file is alive; if the file stays empty, it is not."""
+    patience, owner = time.monotonic() + PATIENCE_SECONDS, dict[str, Any]()
     while time.monotonic() < patience:
         with suppress(ValueError):
-            claimant = _read(claim)
-            if not _alive(claimant) and not _elsewhere(claimant):
+            owner = _read(reservation)
+            if not _alive(owner) and not _elsewhere(owner):
                 return False
         time.sleep(0.02)
-    return bool(claimant)
+    return bool(owner)
 
 
 def is_held(run: Path) -> bool:

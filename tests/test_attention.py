@@ -228,7 +228,7 @@ def test_a_call_that_is_not_packed_is_refused_instead_of_mixing_examples():
         segment_attention(torch.nn.Identity(), *some, None, segments=Segments(LENGTHS[:3], torch.device("cpu")))
 
 
-def test_a_model_goes_back_to_its_own_attention_for_other_calls(tmp_path):
+def test_own_attention_switches_to_the_model_s_attention_for_other_calls(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(make_base(tmp_path / "base"))
     own, ids = attention_of(model), torch.arange(20)[None]
     expected = model.generate(ids, max_new_tokens=5, do_sample=False)
@@ -241,7 +241,7 @@ def test_a_model_goes_back_to_its_own_attention_for_other_calls(tmp_path):
     assert attention_of(model) == SEGMENT
 
 
-def test_the_way_back_leaves_a_model_with_another_attention_alone(tmp_path):
+def test_own_attention_does_not_change_a_model_with_another_attention(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(make_base(tmp_path / "base"), attn_implementation="eager")
     with own_attention(model):
         assert attention_of(model) == "eager"

@@ -64,7 +64,7 @@ def test_angles_in_fp32_are_left_to_the_family_s_own_function(turn):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
 
-def test_the_fast_path_is_said_once_and_kept_at_a_resume(recipe_file, tmp_path, capsys, monkeypatch):
+def test_the_fast_path_is_printed_once_and_kept_at_a_resume(recipe_file, tmp_path, capsys, monkeypatch):
     loop.train(load_recipe(recipe_file, ["train.steps=2"]), tmp_path / "run")
     printed = capsys.readouterr()
     said = [line for line in (printed.out + printed.err).splitlines() if "fast path:" in line]

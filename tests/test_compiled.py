@@ -65,7 +65,7 @@ class By:
 
 
 def ways(dtypes, *others):
-    """Run a test by Triton in these precisions, and in other ways."""
+    """Run a test by Triton in these precisions, and by the other backends given."""
     marks = [pytest.mark.gpu] if GPU else []
     by_triton = [pytest.param(By("triton", one), marks=marks) for one in dtypes]
     return pytest.mark.parametrize("by", [*by_triton, *others], ids=str)
@@ -73,7 +73,7 @@ def ways(dtypes, *others):
 
 @pytest.fixture
 def fresh():
-    """Let the kernels be looked for again, now and after this test."""
+    """Try the kernels again, in this test and after it."""
     dispatch._triton.cache_clear()
     yield
     dispatch._triton.cache_clear()
@@ -146,7 +146,7 @@ def test_attention_inside_examples_and_its_gradients(by, width, heads, shared, w
 
 
 @ways([torch.bfloat16])
-def test_rows_of_any_number_are_computed_alike(by):
+def test_the_number_of_rows_does_not_change_the_bits_of_a_row(by):
     x, weight = by.drawn(64, 128), by.drawn(128, seed=1)
     whole, _ = by.backend.rms_norm(x, weight, 1e-5, gemma=False)
     for rows in (1, 16, 33):

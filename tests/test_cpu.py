@@ -26,14 +26,14 @@ GUARD = mmap.PAGESIZE  # bytes on either side
 
 @pytest.fixture
 def c():
-    """The kernels, where they can be."""
+    """The operators in C; skip the test where they cannot be compiled."""
     need_c()
     return ops
 
 
 @pytest.fixture
 def guarded(monkeypatch):
-    """Let all that the kernels allocate lie between guards, and be NaN before it is written; return the maker.
+    """Put all memory that the kernels allocate between guards, filled with NaN; return the function that allocates it.
 
     Reading or writing what comes after ends the process.
     """
@@ -76,7 +76,7 @@ def drawn(*shape, seed=0, size=1.0):
 
 
 def near(ours, right, *, relative, least):
-    """Hold every number: bf16 rounds it by up to 2^-8, and `least` is what its summands in fp32 are rounded by."""
+    """Check every number: bf16 rounds it by up to 2^-8, and fp32 rounds its summands by `least` together."""
     assert ours.dtype == BF16 and ours.shape == right.shape and ours.isfinite().all()
     assert ((ours.to(EXACT) - right).abs() <= relative * right.abs() + least).all()
 
@@ -104,7 +104,7 @@ def attended(given, lengths, scale, window):
 
 
 def attention_by_definition(given, lengths, scale, window):
-    """The output and the gradients of queries, keys and values, and the size of what each number is summed of.
+    """Return the output, the gradients of query, key and value, and the sum of each number's absolute summands.
 
     In float64, by all pairs of an example, and by the formulas of a gradient.
     """
@@ -135,7 +135,7 @@ def attention_by_definition(given, lengths, scale, window):
 
 
 def hold(given, lengths, scale, window):
-    """Hold every number of attention to three roundings: of what is summed, of what that is made of and of itself."""
+    """Check every number of attention against three roundings: of its factors, of its summands and of itself."""
     *ours, _ = attended(given, lengths, scale, window)
     for mine, right, size in zip(ours, *attention_by_definition(given, lengths, scale, window), strict=True):
         assert mine.dtype == BF16 and mine.shape == right.shape and mine.isfinite().all()
@@ -182,7 +182,7 @@ def test_rows_whose_scores_are_all_far_from_zero_are_right(sign, window, c):
 
 
 @pytest.mark.parametrize("window", [None, 33])
-def test_an_example_is_computed_alike_beside_any_others(window, c):
+def test_neighbours_do_not_change_the_bits_of_an_example(window, c):
     lengths = (65, 130, 33)
     given = parts(lengths, 4, 2, 24)
     alone = attended([one[65:195] for one in given], (130,), 0.3, window)
@@ -201,7 +201,7 @@ def test_what_comes_later_in_an_example_changes_nothing_before(window, c):
 
 
 @pytest.mark.parametrize("place", [0, 3, 40])
-def test_a_key_that_is_not_a_number_is_seen_in_every_row_that_sees_it(place, c):
+def test_a_nan_key_makes_every_row_that_sees_it_nan(place, c):
     given = parts((70,), 2, 1, 8)
     given[1][place, 0, 0] = torch.nan
     output, *_ = attended(given, (70,), 0.3, None)
@@ -284,7 +284,7 @@ def test_a_gate_however_far_from_zero_is_open_or_shut(far, tanh, c):
 )
 @pytest.mark.parametrize("bias", [False, True])
 def test_sums_of_products_are_right_in_every_number(rows, inner, columns, bias, c, guarded):
-    """A weight as it is and turned, also where another order of its numbers makes it so, and an odd rank's columns."""
+    """Weights in both layouts, as contiguous tensors and as transposed views, and an odd rank."""
     few = drawn(rows, 7, seed=1)
     several = [
         (drawn(rows, inner), drawn(columns, inner, seed=2), True),
@@ -304,7 +304,7 @@ def test_sums_of_products_are_right_in_every_number(rows, inner, columns, bias, 
     assert inside_guards([output])
 
 
-def test_a_row_of_a_product_is_computed_alike_beside_any_others(c):
+def test_neighbours_do_not_change_the_bits_of_a_row_of_a_product(c):
     x, weight = drawn(300, 96), drawn(200, 96, seed=1)
     whole = linear([(x, weight, True)])
     for begin, end in ((0, 8), (3, 20), (100, 229), (292, 300)):
@@ -344,7 +344,7 @@ def test_rotary_positions_of_any_number_of_heads_are_right_in_every_number(heads
 
 
 def everything():
-    """What every kernel makes of some inputs."""
+    """Return what every operator returns for some inputs."""
     lengths, x, above = (130, 1, 65, 33), drawn(229, 200), drawn(229, 200, seed=1)
     output, inverse = ops.rms_norm(x, x[0], 1e-5, False)
     made = [output, inverse, ops.rms_norm_backward(above, x, x[0], inverse, False), ops.gated(x, above, True)]
@@ -373,14 +373,14 @@ def test_log_probabilities_of_labels_and_their_gradient_are_right_in_every_numbe
     assert ((ours - gradient).abs() <= 2**-8 * gradient.abs() + 1e-30).all()
 
 
-def test_a_logit_that_is_not_a_number_is_told(c):
+def test_a_nan_logit_gives_a_nan_log_probability(c):
     for place in range(40):
         logits = drawn(1, 40)
         logits[0, place] = torch.nan
         assert c.label_log_probs(logits, torch.tensor([3]), True).isnan().all() and logits.isnan().any()
 
 
-def test_a_label_that_does_not_exist_is_told_and_leaves_its_row(c):
+def test_a_label_that_does_not_exist_gives_nan_and_leaves_its_row_unchanged(c):
     logits, labels = drawn(4, 40), torch.tensor([[3, 0], [-100, 0], [40, 0], [39, 0]])[:, 0]  # with gaps
     ours = logits.clone()
     assert c.label_log_probs(ours, labels, True).isnan().flatten().tolist() == [False, True, True, False]
@@ -418,7 +418,7 @@ def test_where_there_is_amx_products_are_left_to_torch_and_the_rest_is_in_c(c, m
 
 
 def arguments():
-    """Arguments that each operator takes."""
+    """Return valid arguments of each operator."""
     x, tiles = drawn(9, 6), torch.tensor([[0, 0, 4], [4, 4, 9]]).int()
     heads, keys, lse = drawn(9, 4, 6), drawn(9, 2, 6), torch.zeros(4, 9)
     attention = {"query": heads, "key": keys, "value": keys, "tiles": tiles, "scale": 0.3, "window": None}

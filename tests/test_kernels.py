@@ -41,7 +41,7 @@ class Layers(nn.Module):
 
 
 def adapted(model, *, targets=(*GROUP, "c_attn"), dropout=0.0, seed=0, device="cpu"):
-    """A model with adapters that matter; what it computes with is frozen."""
+    """Return a model with adapters of random weights."""
     torch.manual_seed(seed)
     config = LoraConfig(r=4, lora_alpha=12, lora_dropout=dropout, target_modules=list(targets))
     model = get_peft_model(model, config)
@@ -86,7 +86,7 @@ def same(ours, theirs, tolerance=EXACT):
 
 
 def in_bf16(model, fuse, x):
-    """How many times as far from the truth as PEFT the output and the input's gradient are; the adapters' error."""
+    """Return the errors of output and input gradient in units of PEFT's, and the error of the adapters' gradients."""
     model = model.to(torch.bfloat16)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -137,7 +137,7 @@ def test_a_sibling_that_is_called_with_another_input_computes_with_that():
     same([ours.found], [model.found])
 
 
-def test_what_was_computed_without_gradient_is_not_taken_for_training():
+def test_an_output_computed_without_gradient_is_not_used_for_training():
     inner, x = fused(layers()).base_model.model, rows(5, 24)
     with torch.no_grad():
         inner.q_proj(x)
@@ -194,7 +194,7 @@ def test_dropout_is_drawn_anew_keeps_the_mean_and_its_gradient_is_that_of_the_dr
 
 
 @pytest.mark.parametrize("how", ["nf4", "int8"])
-def test_a_base_in_few_bits_counts_as_its_dequantised_weights(how, device):
+def test_a_quantised_base_computes_with_its_dequantised_weights(how, device):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     plain = Layers()
@@ -311,7 +311,7 @@ def test_norms_in_bf16_are_as_near_the_truth(kind, device, way):
     assert in_bf16(norm_of(kind, 64, device), fused_norm, rows(32, 64, device=device))[0] < WORSE
 
 
-def test_a_norm_in_another_precision_than_its_input_keeps_its_own_way():
+def test_a_norm_in_another_precision_than_its_input_keeps_its_own_forward():
     model = norm_of(LlamaRMSNorm)
     x = rows(3, 24, dtype=torch.bfloat16)
     assert fused_norm(model)(x).dtype == model(x).dtype == torch.float32
@@ -430,7 +430,7 @@ PRODUCTS = {getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "a
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_on_a_cpu_have_few_numbers_of_rows(dtype):
-    """oneDNN keeps what it generates for each of them; where products are in C it gets none at all."""
+    """oneDNN keeps code for each number of rows; where products are in C, oneDNN computes none."""
     config = LlamaConfig(
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, vocab_size=96
     )

@@ -26,7 +26,7 @@ class GatedInputs:
         gate: [rows, width].
         up: [rows, width].
         low: [rows, ranks], the products with A of gate's and of up's adapter.
-        ups: B of gate's and of up's adapter, [width, rank].
+        ups: B of gate's and of up's adapter, [width, rank], in the adapters' dtype.
         activation: A name of `plain.ACTIVATIONS`.
     """
 

@@ -53,7 +53,7 @@ class GatedMlp(Function):
 
 
 def _gated_inputs(gate: Tensor, up: Tensor, low: Tensor, into: Sequence[Tensor], act: str) -> GatedInputs:
-    b_gate, b_up = (b.to(gate.dtype) for b in into[2:])
+    b_gate, b_up = into[2:]
     return GatedInputs(gate, up, low, (b_gate, b_up), act)
 
 

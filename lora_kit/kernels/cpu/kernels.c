@@ -529,17 +529,16 @@ EXPORT void rms_norm_backward(const bf16 *grad_output, const bf16 *x, const bf16
         const bf16 *from = x + row * width, *grad = grad_output + row * width;
         floats sum = _mm512_setzero_ps();
         const float offset = gemma ? 1 : 0, inverse = inverse_rms[row];
+        /* with the mask in a variable gcc 12 makes this function three times as slow */
         for (long i = 0; i < width; i += LANES) {
-            __mmask16 mask = first_lanes(width - i);
-            floats grad_normalized = load(grad + i, mask) * (load(weight + i, mask) + offset);
-            sum = _mm512_fmadd_ps(grad_normalized, load(from + i, mask) * inverse, sum);
+            floats grad_normalized = load(grad + i, first_lanes(width - i)) * (load(weight + i, first_lanes(width - i)) + offset);
+            sum = _mm512_fmadd_ps(grad_normalized, load(from + i, first_lanes(width - i)) * inverse, sum);
         }
         floats means = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
         for (long i = 0; i < width; i += LANES) {
-            __mmask16 mask = first_lanes(width - i);
-            floats grad_normalized = load(grad + i, mask) * (load(weight + i, mask) + offset);
-            floats normalized = load(from + i, mask) * inverse;
-            store(grad_x + row * width + i, mask, _mm512_fnmadd_ps(normalized, means, grad_normalized) * inverse);
+            floats grad_normalized = load(grad + i, first_lanes(width - i)) * (load(weight + i, first_lanes(width - i)) + offset);
+            floats normalized = load(from + i, first_lanes(width - i)) * inverse;
+            store(grad_x + row * width + i, first_lanes(width - i), _mm512_fnmadd_ps(normalized, means, grad_normalized) * inverse);
         }
     }
 }

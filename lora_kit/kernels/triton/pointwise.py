@@ -164,18 +164,22 @@ def rms_norm_backward(grad_output: Tensor, rows: Tensor, weight: Tensor, inverse
 
 def gated(inputs: GatedInputs) -> Tensor:
     """Return act(gate + low B') * (up + low B')."""
-    product, tensors = torch.empty_like(inputs.gate), (inputs.gate, inputs.up, inputs.low, *inputs.ups)
+    product, tensors = torch.empty_like(inputs.gate), _gated_tensors(inputs)
     _gated[_gated_grid(inputs)](*tensors, product, *_gated_sizes(inputs), **_gated_constants(inputs))
     return product
 
 
 def gated_backward(grad_product: Tensor, inputs: GatedInputs) -> tuple[Tensor, Tensor]:
     """Return the gradients of gate, in the memory of `grad_product`, and up."""
-    grad_up, tensors = torch.empty_like(inputs.up), (inputs.gate, inputs.up, inputs.low, *inputs.ups)
+    grad_up, tensors = torch.empty_like(inputs.up), _gated_tensors(inputs)
     _gated_backward[_gated_grid(inputs)](
         grad_product, *tensors, grad_product, grad_up, *_gated_sizes(inputs), **_gated_constants(inputs)
     )
     return grad_product, grad_up
+
+
+def _gated_tensors(inputs: GatedInputs) -> tuple[Tensor, ...]:
+    return inputs.gate, inputs.up, inputs.low, *(b.to(inputs.gate.dtype) for b in inputs.ups)
 
 
 def _gated_grid(inputs: GatedInputs) -> tuple[int, int]:

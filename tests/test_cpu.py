@@ -477,7 +477,7 @@ def test_an_operator_refuses_every_tensor_of_another_dtype_or_shape_and_names_it
                 operator(**given | {argument: with_gaps})
 
 
-@pytest.mark.parametrize("wrong", ["rows", "inner", "columns", "dtype", "bias", "few", "nothing"])
+@pytest.mark.parametrize("wrong", ["rows", "inner", "columns", "dtype", "bias", "few", "nothing", "dimensions"])
 def test_what_is_no_sum_of_products_is_refused(wrong, c):
     x, weight, other, bias = drawn(9, 6), drawn(5, 6), drawn(9, 4), drawn(5)
     given = {
@@ -487,6 +487,7 @@ def test_what_is_no_sum_of_products_is_refused(wrong, c):
         "dtype": [(x, weight.float(), True)],
         "few": [(x[:7], weight, True)],
         "nothing": [(x[:, :0], weight[:, :0], True)],
+        "dimensions": [(x[None], weight, True)],
     }
     with pytest.raises((TypeError, ValueError), match=r"^linear: "):
         linear(given.get(wrong, [(x, weight, True)]), bias[:4] if wrong == "bias" else None)

@@ -86,6 +86,9 @@ def linear(x: Sequence[Tensor], weight: Sequence[Tensor], transposed: Sequence[b
         ValueError: The shapes do not make one sum of products.
     """
     tensors = [*x, *weight] + ([] if bias is None else [bias])
+    if not 0 < len(x) == len(weight) == len(transposed) or any(tensor.dim() != 2 for tensor in (*x, *weight)):
+        dimensions = [tuple(tensor.shape) for tensor in (*x, *weight)]
+        raise ValueError(f"linear: x and weights of {dimensions}; expected as many matrices x as weights, at least 1")
     shapes = [(*a.shape, *(b.t() if t else b).shape) for a, b, t in zip(x, weight, transposed, strict=True)]
     rows, inner, columns = shapes[0][0], sum(shape[1] for shape in shapes), shapes[0][-1]
     if any(tensor.dtype != BF16 or not tensor.is_cpu for tensor in tensors):

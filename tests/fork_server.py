@@ -5,7 +5,8 @@ stdout and stderr of the new process. The other tells the process id and, later,
 what `python -m lora_kit ARGUMENTS` or `python -c CODE ARGUMENTS` would do in a session of its own. The zygote of a run,
 which lora_kit/supervise/launch.py starts with Popen, is forked here too, before the run has any state or thread.
 
-The server itself owns no thread and no CUDA context, because a fork copies neither in a usable state.
+The server itself owns no thread and no CUDA context, because a fork copies neither in a usable state. Where an import
+has made one all the same, its children begin again as fresh interpreters.
 """
 
 import gc
@@ -162,10 +163,13 @@ def main(descriptor):
     """Import everything, serve, and run what is requested in every child."""
     for module in IMPORTED:
         import_module(module)
-    assert sound_to_fork(), "an import has started a thread or touched CUDA"
+    sound = sound_to_fork()
     gc.freeze()
     request, output = serve(socket.socket(fileno=descriptor))
     become_requested(request, output)
+    if not sound:
+        program = ["-m", "lora_kit"] if request["code"] is None else ["-c", request["code"]]
+        os.execv(sys.executable, [sys.executable, *program, *request["arguments"]])
     if request["code"] is not None:
         sys.argv = ["-c", *request["arguments"]]
         exec(compile(request["code"], "<test>", "exec"), {"__name__": "__main__"})

@@ -1,7 +1,6 @@
 """What the documentation says is true: commands run as typed, links lead somewhere, figures are those measured."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from plain_loop import program_of
+from runs import ENVIRONMENT, WAIT_SECONDS
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -43,7 +43,12 @@ def calls_of(script, folder):
     record = 'record() { for one; do printf "%s\\0" "$one"; done; printf "\\n"; }\n'
     replaced = 'lora-kit() { record lora-kit "$@"; }\npython() { record python "$@"; }\n'
     ended = subprocess.run(
-        ["bash", "-euc", record + replaced + script], cwd=folder, capture_output=True, text=True, check=True
+        ["bash", "-euc", record + replaced + script],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=WAIT_SECONDS,
     )
     return [call.split("\0")[:-1] for call in ended.stdout.splitlines()]
 
@@ -105,9 +110,13 @@ def test_an_installed_wheel_trains_the_first_run_of_the_readme_outside_a_checkou
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source], check=True)
+    subprocess.run(
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source], check=True, timeout=WAIT_SECONDS
+    )
     (wheel,) = tmp_path.glob("*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--no-compile", "--target", site, wheel], check=True)
+    subprocess.run(
+        [*pip, "install", "--no-deps", "--no-compile", "--target", site, wheel], check=True, timeout=WAIT_SECONDS
+    )
     installed = {path.relative_to(site) for path in (site / "lora_kit").rglob("*") if path.is_file()}
     assert installed == {path.relative_to(source) for path in (source / "lora_kit").rglob("*") if path.is_file()}
     _, script = blocks_of(README, "sh")[0]
@@ -118,10 +127,10 @@ def test_an_installed_wheel_trains_the_first_run_of_the_readme_outside_a_checkou
     ended = subprocess.run(
         [sys.executable, "-c", code, *train[1:]],
         cwd=tmp_path / "elsewhere",
-        env={**os.environ, "PYTHONPATH": str(site)},
+        env=ENVIRONMENT | {"PYTHONPATH": str(site)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=WAIT_SECONDS,
     )
     assert ended.returncode == 0 and "runs/first: 3 steps done" in ended.stdout, ended.stdout + ended.stderr
 

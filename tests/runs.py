@@ -144,8 +144,9 @@ def kill_all():
     while STARTED:
         process = STARTED.pop()
         if process.poll() is None:
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError):  # it may not have its session yet
                 os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             process.wait(WAIT_SECONDS)
 
 

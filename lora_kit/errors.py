@@ -5,13 +5,13 @@
     │   ├── RecipeError      the recipe file or an override, or two fields that contradict each other
     │   ├── DataError        a record, a chat template, a dataset
     │   ├── BaseError        the base model or its tokenizer
-    │   ├── LaunchError      the launcher's settings, or processes that compute differently
+    │   ├── LaunchError      the launcher's settings, a missing tracker, processes that compute differently
     │   ├── ContractError    resuming would change the recipe, the base or the data of the run
     │   └── LeaseError       another process is training in this run's folder
     ├── CheckpointError      a checkpoint is damaged, or cannot be written       (exit code 1)
     ├── PoisonError          several steps in a row had to be skipped            (exit code 1)
     ├── DivergenceError      the processes no longer hold the same adapter       (exit code 1)
-    ├── HubError             the Hub refused, or cannot be reached               (exit code 1)
+    ├── HubError             a download from the Hub or an upload to it failed   (exit code 1)
     └── Stopped              a signal ended the run; the same command resumes it (exit code 75)
 
 A message reads `where: what is wrong, what was found; what to do`. A message about several problems has a line for
@@ -49,7 +49,7 @@ class BaseError(InputError):
 
 
 class LaunchError(InputError):
-    """The launcher's settings contradict the recipe, or its processes would compute different bits."""
+    """The launcher's settings contradict the recipe, a tracker is missing, or the processes compute differently."""
 
 
 class ContractError(InputError):
@@ -73,7 +73,7 @@ class DivergenceError(LoraKitError):
 
 
 class HubError(LoraKitError):
-    """The Hub refused, or cannot be reached. The same call can be repeated."""
+    """A download from the Hub or an upload to it failed. It left nothing half done, so the call can be repeated."""
 
 
 class Stopped(LoraKitError):

@@ -6,7 +6,8 @@ MASK64 = (1 << 64) - 1
 def mix(*numbers: int) -> int:
     """Hash non-negative integers to 64 pseudo-random bits, the same on every machine.
 
-    Source: the output function of SplitMix64 (Steele, Lea and Flood 2014), applied after adding each number.
+    Source: the output function of SplitMix64 (Steele, Lea and Flood 2014), applied after adding a multiple of each
+    number.
     """
     state = 0x9E3779B97F4A7C15
     for number in numbers:

@@ -152,7 +152,7 @@ def test_a_keeper_whose_trainer_is_gone_before_it_has_looked_writes_and_leaves(t
 
 
 def test_a_keeper_beside_a_trainer_leaves_when_it_has_ended(trainer):
-    beside = keeping.start_beside(trainer.run)
+    beside = keeping.start_keeper(trainer.run)
     trainer.publish(3)
     trainer.region.words[Word.PHASE] = Phase.ENDED
     assert beside.wait(timeout=WAIT_SECONDS) == 0 and trainer.steps() == [3]

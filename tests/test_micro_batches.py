@@ -163,7 +163,7 @@ def test_a_gpu_is_filled_as_far_as_the_estimate_allows_and_no_further(name, giga
         assert (tokens, twice) == (2048, True)
 
 
-def test_a_narrow_base_on_a_large_gpu_gets_more_tokens_and_long_examples_fit_whatever_the_ladder_says(recipe_file):
+def test_a_narrow_base_on_a_large_gpu_gets_more_tokens_and_long_examples_always_fit(recipe_file):
     gpu = Machine("cuda", 80 * GB)
     tiny = read_config(Path(load_recipe(recipe_file).base.repo) / "config.json")
     assert choose(load_recipe(recipe_file, LEFT_OPEN), tiny, gpu) == MicroBatches(16384, False)

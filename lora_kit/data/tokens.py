@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 BATCH = 512  # examples that are rendered and tokenised together
 MAX_SHOWN = 20  # problems listed in an error
-CONVERSATIONS = ("messages", "sharegpt", "alpaca")  # formats whose examples are always conversations
+CONVERSATIONS = ("messages", "sharegpt", "alpaca")  # formats that always need a chat template
 
 
 @dataclass(frozen=True, eq=False)

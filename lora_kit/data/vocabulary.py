@@ -1,4 +1,4 @@
-"""Check that the base has an embedding for every token of the data, and that it was trained.
+"""Check that the base has an embedding for every token of the data, and that these embeddings were trained.
 
 LoRA on the linear layers cannot teach the model to generate a token whose frozen output embedding was never trained:
 the loss falls, but the token is never generated. This is worth a check before the first step.
@@ -19,7 +19,7 @@ NEAR = 0.1  # two rows are near within this fraction of the typical distance bet
 MAX_LABELS = 512  # labels to check, the most frequent first
 MAX_DIMENSIONS = 256  # dimensions of a row to compare; the distances change by a few percent
 BATCH = 64  # labels to compare with all rows at the same time; limits the memory
-MIN_SHARE = 1 / 4  # a tokenizer with fewer tokens than this share of the embeddings is broken or another model's
+MIN_SHARE = 1 / 4  # refuse a tokenizer with fewer tokens than this share of the embeddings: it does not fit the base
 
 
 def check_tokenizer_fits(
@@ -57,21 +57,21 @@ def check_tokenizer_fits(
 
 
 def untrained_labels(tokens: Tokens, embedding: "np.ndarray | Tensor") -> list[int]:
-    """Return the trained tokens whose output embedding looks untrained, the most frequent first.
+    """Return the labels that the base has apparently not learned in pretraining, the most frequent first.
 
-    Training moves the row of a token away from all other rows. Untrained rows stay close together: in a tied embedding
-    they all receive the same gradient and end up nearly equal, in an untied embedding weight decay shrinks them to
-    zero, and rows added by `resize_token_embeddings` equal the mean row. So a row counts as untrained if zero, the mean
-    row or at least two other rows are within a tenth of the typical distance between two rows. (In a base that was not
-    trained at all, no row counts as untrained.)
+    Pretraining moves the row of a token in the output embedding away from all other rows. Rows of tokens that the
+    pretraining data lacks stay close together: in a tied embedding they all receive the same gradient and end up nearly
+    equal, in an untied embedding weight decay shrinks them to zero, and rows added by `resize_token_embeddings` equal
+    the mean row. So a row counts as untrained if the zero vector, the mean row or at least two other rows are within a
+    tenth of the typical distance between two rows. (In a base with random weights no row counts as untrained.)
 
     Args:
-        tokens: The data; its 512 most frequent trained tokens are checked.
+        tokens: The data; its 512 most frequent labels are checked.
         embedding: The base's output embedding, [vocabulary, width]. (The input embedding would be misleading: torch
             never trains the row of the padding token, which is often also the stop token.)
 
     Returns:
-        Token ids.
+        The token ids of the labels.
 
     Source: the idea follows Land and Bartolo 2024, "Fishing for Magikarp".
     """

@@ -70,7 +70,10 @@ class Backend(Protocol):
     def rms_norm(
         self, rows: Float[Tensor, "rows width"], weight: Float[Tensor, "width"], epsilon: float, *, gemma: bool
     ) -> tuple[Float[Tensor, "rows width"], Float[Tensor, "rows 1"]]:
-        """Return the normalised rows and 1 / root mean square of each row in fp32; Gemma's gain is 1 + weight."""
+        """Return the normalised rows in their dtype, and 1 / root mean square of each row in fp32.
+
+        They are multiplied by the weight, or by 1 + weight if `gemma`.
+        """
 
     def rms_norm_backward(
         self, grad_output: Tensor, rows: Tensor, weight: Tensor, inverse_rms: Tensor, *, gemma: bool

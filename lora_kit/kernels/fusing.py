@@ -21,8 +21,8 @@ from lora_kit.kernels.loss import Head
 from lora_kit.kernels.plain import ACTIVATIONS
 
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-HEAD = "_head_of_lora_kit"  # the attribute of a model that holds what `head_of` returns
-LAST_MLP = "_last_mlp_of_lora_kit"  # the attribute of a model that holds what `last_mlp_of` returns
+HEAD = "_head_of_lora_kit"  # attribute of a model: its `Head`, if the part `loss` is in use
+LAST_MLP = "_last_mlp_of_lora_kit"  # attribute of a model: the MLP of its last layer, if the part `last mlp` is in use
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative to the largest number of a row
 
 
@@ -79,13 +79,16 @@ def pools_memory(model: nn.Module, used: Sequence[str]) -> bool:
 
 
 def head_of(model: nn.Module) -> Head | None:
-    """Return the head that `loss` applies to the hidden states; None where the model computes its logits itself."""
+    """Return the head that the part `loss` applies to hidden states; None if the model computes its logits itself."""
     head: Head | None = vars(inner_of(model)).get(HEAD)
     return head
 
 
 def last_mlp_of(model: nn.Module) -> nn.Module | None:
-    """Return the MLP of the last layer, if `last mlp` is in use: rows whose loss is not computed do not need it."""
+    """Return the MLP of the last layer if the part `last mlp` is in use, otherwise None.
+
+    That part computes this MLP only at trained positions, because no later operation reads the other positions.
+    """
     last_mlp: nn.Module | None = vars(inner_of(model)).get(LAST_MLP)
     return last_mlp
 

@@ -1,7 +1,7 @@
-"""What computes a run, as text: two processes whose facts are equal compute the same bits from the same inputs.
+"""Facts that decide which kernels run: processes with equal facts compute the same bits from the same inputs.
 
-A difference does not prove that bits differ, but nothing else of a machine decides which kernels run: the backend of
-lora_kit and what built it, and for the kernels of torch's libraries the processor and the limits in the environment.
+The facts are the backend of lora_kit and the compiler that built it, and the processor and the environment variables by
+which the libraries of torch choose their kernels. With different facts the bits may still be equal.
 """
 
 import os
@@ -22,11 +22,11 @@ CPU_LIMITS = (
     "ONEDNN_MAX_CPU_ISA",
 )
 CUDA_LIMITS = ("NVIDIA_TF32_OVERRIDE",)
-VECTOR_FLAGS = ("avx", "amx", "fma", "f16c", "asimd", "sve", "bf16")  # how the names of such instructions begin
+VECTOR_FLAGS = ("avx", "amx", "fma", "f16c", "asimd", "sve", "bf16")  # prefixes of the names in /proc/cpuinfo
 
 
 def identity(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """Return what computes on a device in a precision: names and values, sorted by name, the same at every call.
+    """Return the facts that decide which kernels run on a device in a precision, sorted by name.
 
     Environment variables that limit instructions appear under their own names, where they are set.
     """
@@ -48,7 +48,10 @@ def _of_cuda(device: torch.device) -> dict[str, str]:
 
 
 def _of_cpu() -> dict[str, str]:
-    """Return the processor, its caches and instructions, and the libraries that choose kernels by them."""
+    """Return the processor, its caches and vector instructions, and the versions of oneDNN and MKL.
+
+    oneDNN, MKL and ATen choose their kernels by the processor, its caches and its instructions.
+    """
     first = _read(Path("/proc/cpuinfo")).split("\n\n")[0]
     lines = dict(line.replace("\t", "").split(":", 1) for line in first.splitlines() if ":" in line)
     flags = lines.get("flags", lines.get("Features", "")).split()
@@ -64,7 +67,7 @@ def _of_cpu() -> dict[str, str]:
 
 
 def _caches(folder: Path) -> str:
-    """Return the sizes of one core's caches, which oneDNN and MKL cut their products by."""
+    """Return the sizes of one core's caches, by which oneDNN and MKL choose the block sizes of a matrix product."""
     kinds = [[_read(cache / name) for name in ("level", "type", "size")] for cache in sorted(folder.glob("index*"))]
     return ", ".join(f"L{level} {kind} {size}" for level, kind, size in kinds)
 

@@ -6,7 +6,7 @@ This module imports nothing, so that an estimate does not have to import torch.
 GATED_MLP = ("gate_proj", "up_proj", "down_proj")  # the linear maps that kernels/mlp.py computes as one function
 LOGITS = {"cpu": 1 << 23, "cuda": 1 << 26}  # logits held at once: a GPU reads the head again for each chunk of rows
 LOGITS_IN_CACHE = 1 << 18  # logits of a softmax in fp32 on a CPU, which stay in its cache
-QUERIES = 256  # most queries of a block: fewer make small products, more compute scores that the mask then hides
+QUERIES = 256  # most queries of a block: fewer make the products small and slow, more compute more masked scores
 ROW_MULTIPLE = 32
-"""The rows of a product on a CPU are a multiple of this: oneDNN generates code for each number of rows, several MB, and
-never frees it."""
+"""On a CPU the number of rows of a product is rounded up to a multiple of this. oneDNN compiles code for every distinct
+number of rows, several MB for the products of a model, and never frees it."""

@@ -83,7 +83,7 @@ class _CrossEntropy(Function):
 
 
 def _padded(rows: Float[Tensor, "rows width"]) -> Float[Tensor, "padded width"]:
-    """Append rows of zeros up to a multiple of ROW_MULTIPLE on a CPU, where each number of rows costs memory."""
+    """On a CPU, append rows of zeros up to a multiple of ROW_MULTIPLE; on a GPU, return the rows as they are."""
     missing = -len(rows) % ROW_MULTIPLE
     return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing and not rows.is_cuda else rows
 

@@ -19,7 +19,7 @@ class RmsNorm(Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, epsilon: float, gemma: bool) -> tuple[Tensor, Tensor]:
-        """Normalise `rows` [rows, width]; return also the factor of each row, 1 / root mean square."""
+        """Return the normalised `rows` [rows, width], and 1 / root mean square of each row in fp32 [rows, 1]."""
         ctx.gemma, rows = gemma, rows.contiguous()
         output, inverse_rms = dispatch.backend_of(rows).rms_norm(rows, weight, epsilon, gemma=gemma)
         ctx.save_for_backward(rows, weight, inverse_rms)

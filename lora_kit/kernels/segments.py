@@ -29,10 +29,13 @@ class Segments:
     _tiles: dict[int | None, Tensor] = field(default_factory=dict)
 
     def tiles(self, rows: int | None = None) -> Tensor:
-        """Return int32 [tiles, 3]: the example's first row, the tile's first row and the example's end.
+        """Cut every example into tiles of consecutive positions.
 
         Args:
-            rows: Most rows of a tile; None for one tile per example.
+            rows: The largest number of positions in a tile; None makes every example one tile.
+
+        Returns:
+            int32 [tiles, 3]: the first position of the tile's example, the first of the tile, the end of the example.
         """
         if rows not in self._tiles:
             ends = np.cumsum(self.lengths, dtype=np.int32)

@@ -22,9 +22,12 @@ from lora_kit.files import write_atomically
 
 FILE = "lease.json"
 KEEPER = "LORA_KIT_KEEPER"  # environment variable of training processes: the id of the keeper that holds the lease
-ORDERED = "LORA_KIT_ORDERED"  # environment variable of training processes: the Unix time of the request to start them
+START_REQUESTED = "LORA_KIT_START_REQUESTED"
+"""Environment variable of training processes: the Unix time at which the keeper requested them. From it the start event
+in events.jsonl gets the seconds that the fork or the imports took."""
 PATIENCE_SECONDS = 0.25  # a killed process takes a moment to disappear
-BEAT_SECONDS, DEAD_SECONDS = 10.0, 60.0  # between two heartbeats; without one until a remote holder counts as dead
+BEAT_SECONDS = 10.0  # between two heartbeats
+DEAD_SECONDS = 60.0  # without a heartbeat, after which a holder on another machine counts as dead
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ class Region:
         return self._map[PAGE + SLOTS * HEADER_BYTES + slot * self.payload_bytes :][: self.payload_bytes]
 
     def snapshots(self) -> list[Snapshot]:
-        """Return the published snapshots, newest first."""
+        """Return the published snapshots, newest first; `verifies` checks the bytes of each."""
         headers = ((slot, self._read_header(slot)) for slot in range(SLOTS))
         published = (Snapshot(slot, header) for slot, header in headers if header)
         return sorted(published, key=lambda snapshot: snapshot.order, reverse=True)

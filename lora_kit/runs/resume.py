@@ -25,13 +25,13 @@ from lora_kit.runs.store import Checkpoint
 Verdict = Literal["harmless", "accept", "refused"]
 
 VERDICTS: dict[str, Verdict] = {  # the first pattern that matches a key decides
-    "base.repo": "harmless",  # the fingerprints below compare the base's files
+    "base.repo": "harmless",  # `fingerprints.base.files` compares the base's files
     "base.revision": "harmless",
     "base.trust_remote_code": "harmless",
-    "base.stop_token": "harmless",  # the fingerprints below compare the trained tokens
+    "base.stop_token": "harmless",  # `fingerprints.train` compares the tokens that result from it
     "base.attention": "accept",
     "base.*": "refused",
-    "data.*": "harmless",  # the fingerprints below compare the resulting tokens
+    "data.*": "harmless",  # `fingerprints.train` and `fingerprints.template` compare the result
     "optim.*": "accept",
     "train.steps": "accept",
     "train.epochs": "accept",
@@ -43,7 +43,7 @@ VERDICTS: dict[str, Verdict] = {  # the first pattern that matches a key decides
     "hub.*": "harmless",
     "track.*": "harmless",
     "fingerprints.validation": "harmless",
-    "fingerprints.base.commit": "harmless",  # the hashes of its files decide
+    "fingerprints.base.commit": "harmless",  # `fingerprints.base.files` compares the files of the commit
     "fingerprints.*": "refused",
     "versions.*": "harmless",
     "machine.processes": "harmless",

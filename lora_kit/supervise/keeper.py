@@ -3,8 +3,8 @@
 It polls the live region a hundred times a second and writes one checkpoint at a time, in a thread, so that slow storage
 delays neither a step nor a signal. Every due step becomes a checkpoint; also, at least every
 `checkpoint.every_seconds`, the newest step does. Under `lora-kit train` the keeper is the parent of the training
-processes. Elsewhere the trainer starts it as a child in a session of its own; if the trainer dies, the keeper writes
-the newest snapshot and exits.
+processes. Under other launchers the training process starts the keeper as its child; if the training process dies, the
+keeper writes the newest snapshot and exits.
 """
 
 import contextlib
@@ -166,8 +166,11 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_mtime_ns
 
 
-def start_beside(run: Path) -> "subprocess.Popen[bytes]":
-    """Start a keeper as a child process in a session of its own, which Ctrl-C in the terminal does not reach."""
+def start_keeper(run: Path) -> "subprocess.Popen[bytes]":
+    """Start a keeper as the child of this training process, for a run that `lora-kit train` did not start.
+
+    The keeper gets its own session, so that Ctrl-C in the terminal does not reach it.
+    """
     return subprocess.Popen(
         [sys.executable, "-m", "lora_kit.supervise.keeper", str(run), str(os.getpid())],
         stdin=subprocess.DEVNULL,
@@ -176,7 +179,7 @@ def start_beside(run: Path) -> "subprocess.Popen[bytes]":
     )
 
 
-def keep_beside(run: Path, trainer: int) -> None:
+def run_keeper(run: Path, trainer: int) -> None:
     """Be the keeper of a training process until it has finished or died.
 
     Args:
@@ -208,4 +211,4 @@ def keep_beside(run: Path, trainer: int) -> None:
 
 
 if __name__ == "__main__":
-    keep_beside(Path(sys.argv[1]), int(sys.argv[2]))
+    run_keeper(Path(sys.argv[1]), int(sys.argv[2]))

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from lora_kit.errors import LaunchError, Stopped
-from lora_kit.runs.lease import KEEPER, ORDERED, Lease
+from lora_kit.runs.lease import KEEPER, START_REQUESTED, Lease
 from lora_kit.runs.live import Phase, Word
 from lora_kit.supervise import oom
 from lora_kit.supervise.keeper import POLL_SECONDS, Keeper
@@ -35,8 +35,9 @@ PRELOAD = ("lora_kit.training.loop", "datasets")
 WORKER = "lora_kit.cli:train_worker"  # the function that a training process calls with the request
 SAME_FAILURES = 3  # the same failure at the same step so often ends the run
 LOADING_TIMEOUT_SECONDS = 600.0  # without a sign of life before the first step
-LITTLE_WORK = 2.0  # CPU seconds in that time: less is a hang, more is a large base or dataset
-LEAST_TIMEOUT_SECONDS, TIMEOUT_FACTOR = 60.0, 10.0  # of a step without train.step_timeout: least, and in longest steps
+LITTLE_WORK = 2.0  # CPU seconds in that time: less is a hang, more is the loading of a large base or dataset
+TIMEOUT_FACTOR = 10.0  # without train.step_timeout a step may take this many times the longest step so far,
+LEAST_TIMEOUT_SECONDS = 60.0  # and at least this long
 SIBLINGS_SECONDS = 0.3  # after a failure, to collect the errors of the other processes before choosing the cause
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "Connection refused")
 
@@ -86,14 +87,18 @@ class Zygote:
         zygote_socket.close()
 
     def start(self, request: str, environments: Sequence[Mapping[str, str]]) -> None:
-        """Request a training process for every environment. If the zygote was just killed, its exit code shows that.
+        """Ask the zygote to start training processes. If it is dead, nothing is raised; `process.poll()` then shows it.
+
+        Args:
+            request: A `TrainRequest` as JSON, the same for every process.
+            environments: The environment variables of each process.
 
         Raises:
             LaunchError: The request is too long for a message.
         """
         for index, environment in enumerate(environments):
-            order = {"index": index, "function": WORKER, "argument": request, "environment": dict(environment)}
-            message = json.dumps(order).encode()
+            start = {"index": index, "function": WORKER, "argument": request, "environment": dict(environment)}
+            message = json.dumps(start).encode()
             if len(message) > MESSAGE_BYTES:
                 raise LaunchError(
                     f"recipe and options: {len(message):,} bytes, more than the {MESSAGE_BYTES:,} that a training "
@@ -123,7 +128,7 @@ class Zygote:
 
 def environments(processes: int) -> list[dict[str, str]]:
     """Return the environment variables of each training process of an attempt."""
-    requested = {ORDERED: str(time.time())}
+    requested = {START_REQUESTED: str(time.time())}
     if processes == 1:
         return [requested]
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -147,7 +152,10 @@ class Launch:
         self._silent, self._longest, self._cpu_seconds, self._looked = 0.0, 0.0, 0.0, time.monotonic()
 
     def handle_signal(self, number: int, frame: Any) -> None:
-        """Record a stop signal. A second one, unless it was only forwarded, ends everything at once."""
+        """Record a stop signal; at the second, kill the training processes and exit without writing a checkpoint.
+
+        A signal within `FORWARDED_SECONDS` of the first is a launcher's copy of it and does not count as a second.
+        """
         self._signals.append((time.monotonic(), number))
         if self._signals[-1][0] - self._signals[0][0] > FORWARDED_SECONDS:
             self.zygote.process.kill()
@@ -208,12 +216,13 @@ class Launch:
             if self.attempt.failures and failed_at is None:
                 failed_at = time.monotonic()
             wait = SIBLINGS_SECONDS if self._processes > 1 else 0.0
-            waited = failed_at is not None and time.monotonic() - failed_at >= wait
+            waiting = failed_at is not None and time.monotonic() - failed_at < wait  # for errors of other processes
             codes, traces = self.attempt.codes.items(), self.attempt.traces
+            # a process that ended without a traceback has printed an error of lora_kit, which a restart would repeat
             refused = [code for process, code in codes if code > 0 and process not in traces]
-            if refused and (waited or failed_at is None):  # it has printed an error that a restart would repeat
+            if refused and not waiting:
                 return max(refused)
-            if waited:
+            if failed_at is not None and not waiting:
                 self._kill()
                 return None
             if len(self.attempt.codes) == self._processes and not self.attempt.failures:
@@ -256,7 +265,7 @@ class Launch:
             self.attempt.failures.append((process, f"process {self._index(process)}: {_died(-code)}"))
 
     def _hangs(self) -> bool:
-        """Return whether the trainer has shown no sign of life for too long, not counting time asleep."""
+        """Return whether the trainer has shown no sign of life for too long; time in suspension does not count."""
         now = time.monotonic()
         passed, self._looked = min(now - self._looked, 1.0), now  # this process itself may have been suspended
         words = self.keeper.region.words if self.keeper.region else None
@@ -277,7 +286,7 @@ class Launch:
         return life[0] != Phase.ENDED and self._silent > limit
 
     def _works(self) -> bool:
-        """Return whether the training processes have used the CPU since the last call: loading shows nothing else."""
+        """Return whether the training processes have used the CPU since the last call, the only sign of loading."""
         before, self._cpu_seconds = self._cpu_seconds, sum(map(_cpu_seconds, self.attempt.running.values()))
         return self._cpu_seconds - before > LITTLE_WORK
 

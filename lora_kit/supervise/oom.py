@@ -1,4 +1,4 @@
-"""Out of memory: make the kernel kill a training process rather than the keeper, and recognise such a kill."""
+"""Out of memory: make Linux kill a training process rather than the keeper, and notice that it has killed a process."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -39,5 +39,5 @@ _BEFORE = _kills()
 
 
 def kernel_has_killed() -> bool:
-    """Return whether the kernel has killed a process for memory since this module was imported."""
+    """Return whether Linux has killed any process of this machine for lack of memory since this module was imported."""
     return _kills() > _BEFORE

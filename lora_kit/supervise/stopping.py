@@ -18,7 +18,7 @@ from types import FrameType
 from lora_kit.runs.lease import KEEPER
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-FORWARDED_SECONDS = 2.0  # a signal that repeats so soon is the same one, forwarded by a launcher
+FORWARDED_SECONDS = 2.0  # a signal within this time of the first is a launcher's copy of it, not a second request
 
 
 class StopRequest(threading.Event):

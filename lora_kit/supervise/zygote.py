@@ -44,10 +44,10 @@ def main(descriptor: int, modules: Sequence[str]) -> None:
     wakeup_writer.setblocking(False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wakeup_writer.fileno(), warn_on_full_buffer=False)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the keeper handles it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the keeper, which ends the run
     for module in modules:
         import_module(module)
-    gc.freeze()  # else every garbage collection in a child visits all imported objects and copies their pages
+    gc.freeze()  # otherwise garbage collections in a child write to all imported objects and so copy their pages
     import torch
 
     cuda_initialized = torch.cuda.is_initialized()

@@ -10,7 +10,7 @@ from lora_kit.artifacts.hub import unready
 from lora_kit.files import write_atomically
 from lora_kit.kernels import fusing
 from lora_kit.recipe.load import dump
-from lora_kit.runs.lease import ORDERED
+from lora_kit.runs.lease import START_REQUESTED
 from lora_kit.runs.resume import Row, table
 from lora_kit.runs.trackers import STATE, Curves, tracker_id
 from lora_kit.training.job import Job
@@ -79,10 +79,10 @@ def start_seconds(began: Mapping[str, float]) -> dict[str, float]:
     """Return how long each part of the start took, in seconds.
 
     Args:
-        began: The Unix time at which each part began, in order. Under `lora-kit train` a part `start` is put before
-            them: from the keeper's order of this process, so it contains the fork or the imports.
+        began: The Unix time at which each part began, in order. Under `lora-kit train` a part `start` precedes them. It
+            begins when the keeper requests this process, so it contains the fork or the imports.
     """
-    marks = {"start": float(os.environ[ORDERED])} if ORDERED in os.environ else {}
+    marks = {"start": float(os.environ[START_REQUESTED])} if START_REQUESTED in os.environ else {}
     marks |= began
     ends = [*list(marks.values())[1:], time.time()]
     return {name: round(end - begin, 3) for (name, begin), end in zip(marks.items(), ends, strict=True)}
@@ -91,9 +91,9 @@ def start_seconds(began: Mapping[str, float]) -> dict[str, float]:
 def describe(job: Job, console: Console) -> None:
     """Show the base, the data, the processes and the choices of a run, with every warning about them."""
     resolved, counts = job.facts.resolved, job.facts.data.train
-    # the number of parameters, also of those that are packed into 4 bits
-    share = job.state.size / job.model.get_nb_trainable_parameters()[1]
-    console.say(f"base {job.recipe.base.repo}: {job.state.size:,} trainable parameters ({share:.2%})")
+    trainable, total = job.model.get_nb_trainable_parameters()  # peft counts parameters in 4 bits correctly
+    share = trainable / (total - trainable)
+    console.say(f"base {job.recipe.base.repo}: {trainable:,} trainable parameters ({share:.2%} of the base's)")
     console.say(
         f"data: {counts.examples:,} examples ({counts.format}), {counts.tokens:,} tokens, {counts.trained_share:.0%} "
         "of them trained"

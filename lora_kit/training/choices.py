@@ -89,6 +89,6 @@ def kernels(
     inputs = None if known is not None else model_inputs(model, probe_batch([ids]), processes.device)
     used = tuple(fusing.use_kernels(model, known, inputs))
     if fusing.pools_memory(model, used):
-        # few large tensors go through malloc, and their holes cost more than page faults
+        # few large tensors are left to malloc; fragmentation by them would cost more than page faults
         keep_freed_memory(below=LARGE)
     return used

@@ -1,9 +1,9 @@
 """How many tokens a process computes at once, and whether it keeps their activations or recomputes them.
 
 `auto` is settled once for a run, from the recipe, the shape of the base and the memory of the machine. On a CPU a
-micro-batch has 2,048 tokens, whose activations fit into the caches. On a GPU it is the largest size of a short ladder
-that fits with all activations kept. Where fewer than 4,096 tokens would fit, activations are recomputed in the backward
-pass, which costs a third more time, and the ladder is tried again.
+micro-batch has 2,048 tokens, whose activations fit into the caches. On a GPU it is the largest of a few sizes that fits
+with all activations kept. Where fewer than 4,096 tokens would fit, activations are recomputed in the backward pass,
+which costs a third more time, and the sizes are tried again.
 """
 
 import os
@@ -21,9 +21,9 @@ from lora_kit.recipe.schema import Recipe
 CPU_TOKENS = 2048  # at 160 M parameters 1.5 times as fast as 8,192
 GPU_TOKENS = (2048, 4096, 8192, 16384)
 SATURATING_TOKENS = 8192  # keep a GPU busy while the next kernels are launched, unless the base is narrow
-NARROW_WIDTH = 4096  # below this hidden size launching is the limit: a 1B Llama reached 30% of the GEMM rate
+NARROW_WIDTH = 4096  # below this hidden size kernel launches are the limit: a 1B Llama reached 30% of the GEMM rate
 ENOUGH_TOKENS = 4096  # recomputing activations is not worth its time to get more than these
-MEMORY_SHARE = {  # of the memory may be estimated; the rest is for libraries, fragmentation and other programs
+MEMORY_SHARE = {  # of the memory may be planned for; the rest is for libraries, fragmentation and other programs
     "cpu": 0.5,  # malloc held 1.6 times what the tensors of a step took at 160 M parameters
     "cuda": 0.85,
 }
@@ -55,15 +55,16 @@ class MicroBatches:
 
 
 def choose(recipe: Recipe, shape: Shape | None, machine: Machine) -> MicroBatches:
-    """Return the settings that the recipe names, and the fastest that fit for those that it leaves to `auto`.
+    """Return the settings of the recipe; for a setting that is `auto`, the fastest value that fits the memory.
 
     Args:
         recipe: The recipe.
-        shape: The shape of the base; None for a family whose sizes are not known. A GPU is then not filled.
-        machine: The process with the least memory.
+        shape: The dimensions of the base; None for a family whose sizes are not known. On a GPU, `auto` then takes
+            `ENOUGH_TOKENS` and recomputes activations, because nothing can be estimated.
+        machine: The device, with the memory of the process that has the least, so that all processes choose the same.
     """
     tokens, recompute = recipe.train.micro_batch_tokens, recipe.train.activation_checkpointing
-    sizes = [tokens] if isinstance(tokens, int) else _ladder(recipe, shape, machine)
+    sizes = [tokens] if isinstance(tokens, int) else _sizes_to_try(recipe, shape, machine)
     recompute_choices = [recompute] if isinstance(recompute, bool) else [False, True]
     if shape is None:
         return MicroBatches(sizes[0], recompute_choices[0 if machine.device == "cpu" else -1])
@@ -79,8 +80,11 @@ def choose(recipe: Recipe, shape: Shape | None, machine: Machine) -> MicroBatche
     return MicroBatches(sizes[0], recompute_choices[-1])
 
 
-def _ladder(recipe: Recipe, shape: Shape | None, machine: Machine) -> list[int]:
-    """Return the sizes to choose from, ascending; none is below the longest example, since examples are not split."""
+def _sizes_to_try(recipe: Recipe, shape: Shape | None, machine: Machine) -> list[int]:
+    """Return the sizes of micro-batches to choose from, ascending.
+
+    Each is at least `data.sequence_length`, because an example is not split.
+    """
     if machine.device == "cpu":
         sizes = [CPU_TOKENS]
     elif shape is None:

@@ -93,7 +93,7 @@ class QueuedStep:
 
 
 def with_held_out(facts: StepFacts, loss: float) -> StepFacts:
-    """Return the facts of a step with its held-out loss, which its line in metrics.jsonl gets too."""
+    """Return the facts of a step with its held-out loss added, also to the line for metrics.jsonl."""
     return replace(facts, held_out_loss=loss, line=json.dumps(json.loads(facts.line) | {"held_out_loss": loss}))
 
 

@@ -27,7 +27,7 @@ from lora_kit.runs.lease import inherited
 from lora_kit.runs.live import Header, JobFile, Phase, Region, Word
 from lora_kit.runs.manifest import StepFacts
 from lora_kit.supervise import oom
-from lora_kit.supervise.keeper import start_beside
+from lora_kit.supervise.keeper import start_keeper
 from lora_kit.supervise.stopping import StopRequest
 from lora_kit.training.job import Job
 
@@ -71,7 +71,7 @@ class Publisher:
         if self._state.weights.is_cuda:
             self._side_stream, self._registered = torch.cuda.Stream(), _register(region.memory)
         if self._starts_keeper:
-            self._keeper = start_beside(self._run)
+            self._keeper = start_keeper(self._run)
 
     @property
     def stop(self) -> bool:
@@ -161,7 +161,7 @@ class Publisher:
         return time.perf_counter() - began
 
     def wait_published(self) -> StepFacts | None:
-        """Wait until the last publication has ended; return its facts, or None on processes that publish nothing."""
+        """Wait until the last publication has ended; return its facts, or None if this process has made none."""
         return None if self._pending is None else self._pending.result()
 
     def wait_durable(self) -> None:
@@ -182,7 +182,7 @@ class Publisher:
             raise CheckpointError(self._region.fault)
 
     def new_fault(self) -> str:
-        """Return what the keeper failed to write since the last call; empty if nothing failed."""
+        """Return the message of the keeper's last failed write; empty if none has failed since the last call."""
         if self._region is None or self._region.words[Word.FAULTS] == self._faults:
             return ""
         self._faults = self._region.words[Word.FAULTS]
@@ -191,7 +191,7 @@ class Publisher:
     def _restart_dead_keeper(self) -> None:
         """Start another keeper if the keeper that this process started has been killed."""
         if self._keeper is not None and self._keeper.poll() is not None:
-            self._keeper = start_beside(self._run)
+            self._keeper = start_keeper(self._run)
             oom.offer_to_the_oom_killer(os.getpid())  # the new keeper has inherited the score of this process
 
     def end(self) -> None:

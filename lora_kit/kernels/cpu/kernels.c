@@ -377,8 +377,8 @@ INLINE void for_each_example(const struct attention *all,
     }
 }
 
-/* Attend inside every example; `tiles` [examples][3] are its first row, again, and its end. Each thread has `workspace`
-   bytes of `workspaces`. */
+/* Attend inside every example. A row of `tiles` [examples][3] is the first position of an example, the first position of
+   its tile (here the same), and the end of the example. Each thread has `workspace` bytes of `workspaces`. */
 EXPORT void attention(const bf16 *query, const bf16 *key, const bf16 *value, bf16 *output, float *logsumexp,
                       const int32_t *tiles, long examples, long length, long heads, long key_heads, long head_dim,
                       long window, float scale, char *workspaces, long workspace, int threads) {

@@ -146,7 +146,7 @@ def _fake_weight_gradient(left: Tensor, right: Tensor) -> Tensor:
 def weight_gradient(left: Tensor, right: Tensor) -> Tensor:
     """Return left' right [outputs, inputs] in fp32, of left [rows, outputs] and right [rows, inputs].
 
-    torch takes as long, but oneDNN would keep the code that it generates for every number of rows.
+    torch is as fast, but oneDNN would compile and keep code for every distinct number of rows.
 
     Raises:
         TypeError: A tensor is not bf16 on the CPU.
@@ -172,7 +172,7 @@ def weight_gradient(left: Tensor, right: Tensor) -> Tensor:
 
 @operator(lambda rows, weight, epsilon, gemma: (torch.empty_like(rows), rows.new_empty(len(rows), 1, dtype=FP32)))
 def rms_norm(rows: Tensor, weight: Tensor, epsilon: float, gemma: bool) -> tuple[Tensor, Tensor]:
-    """Return the normalised rows [rows, width] and 1 / root mean square of each row [rows, 1] in fp32."""
+    """Return the normalised rows in bf16 [rows, width], and 1 / root mean square of each row in fp32 [rows, 1]."""
     count, width = _sizes("rms_norm", "rows", rows, 2)
     _check("rms_norm", ("rows", rows, BF16, (count, width)), ("weight", weight, BF16, (width,)))
     output, inverse_rms = pool.empty(count, width), rows.new_empty(count, 1, dtype=FP32)
@@ -261,18 +261,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention(
     query: Tensor, key: Tensor, value: Tensor, tiles: Tensor, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Attend causally inside each example of a packed row.
+    """Attend causally inside each example of a packed micro-batch.
 
     Args:
         query: [length, heads, head_dim].
-        key: [length, key_heads, head_dim]; a group of heads shares each.
+        key: [length, key_heads, head_dim]; heads / key_heads query heads share each key head.
         value: [length, key_heads, head_dim].
-        tiles: int32 [examples, 3]: the first row of an example, again, and its end.
+        tiles: `Segments.tiles()`, int32 [examples, 3]. A tile here is a complete example, so the first two columns, the
+            first position of the example and of the tile, are equal; the third is the end of the example.
         scale: Factor of the scores.
         window: How many positions a position sees, itself included; None for all.
 
     Returns:
-        The output [length, heads, head_dim] and the base-2 logarithm of each row's softmax sum [heads, length] in fp32.
+        The output [length, heads, head_dim], and log2 of each position's softmax denominator in fp32 [heads, length].
     """
     sizes = _check_attention("attention", query, key, value, tiles, window)
     output, logsumexp = pool.empty(*query.shape), query.new_empty(query.shape[1], len(query), dtype=FP32)
@@ -313,7 +314,7 @@ def attention_backward(
 def _check_attention(
     operator: str, query: Tensor, key: Tensor, value: Tensor, tiles: Tensor, window: int | None
 ) -> tuple[int, int, int, int]:
-    """Check the inputs of attention; return the length, the heads, those of keys and the size of a head."""
+    """Check the inputs of attention; return length, heads, key_heads and head_dim."""
     length, heads, head_dim = _sizes(operator, "query", query, 3)
     key_heads = _sizes(operator, "key", key, 3)[1]
     shared = (length, key_heads, head_dim)

@@ -142,18 +142,18 @@ def _constants(query: Tensor, key: Tensor) -> dict[str, object]:
 def attend(
     query: Tensor, key: Tensor, value: Tensor, tiles: Tensor, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Attend causally inside each example of a packed row.
+    """Attend causally inside each example of a packed micro-batch.
 
     Args:
         query: [length, heads, head_dim].
         key: [length, key_heads, head_dim].
         value: [length, key_heads, head_dim].
-        tiles: int32 [tiles, 3]: the example's first row, the tile's first row, the example's end.
+        tiles: `Segments.tiles(rows)`, int32 [tiles, 3].
         scale: Factor of the scores.
         window: How many positions a position sees, itself included; None for all.
 
     Returns:
-        The output [length, heads, head_dim] and the base-2 logarithm of each row's softmax sum [heads, length] in fp32.
+        The output [length, heads, head_dim], and log2 of each position's softmax denominator in fp32 [heads, length].
     """
     length, heads, _ = query.shape
     output, logsumexp = torch.empty_like(query), query.new_empty(heads, length, dtype=torch.float32)

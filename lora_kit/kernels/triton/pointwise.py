@@ -147,7 +147,7 @@ def _tiles(rows: int, width: int) -> tuple[tuple[int], dict[str, int]]:
 
 
 def rms_norm(rows: Tensor, weight: Tensor, epsilon: float, *, gemma: bool) -> tuple[Tensor, Tensor]:
-    """Return the normalised rows [rows, width] and 1 / root mean square of each row [rows, 1] in fp32."""
+    """Return the normalised rows in their dtype [rows, width], and 1 / root mean square of each in fp32 [rows, 1]."""
     output, inverse_rms = torch.empty_like(rows), rows.new_empty(len(rows), 1, dtype=torch.float32)
     grid, sizes = _tiles(*rows.shape)
     _rms_norm[grid](rows, weight, output, inverse_rms, *rows.shape, epsilon, gemma=gemma, **sizes)

@@ -4,13 +4,13 @@ import os
 import re
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import need_c
+from runs import WAIT_SECONDS, wait_until
 
 from lora_kit.kernels import dispatch
 from lora_kit.kernels.cpu import build
@@ -112,9 +112,7 @@ def test_a_compiler_that_never_ends_is_stopped_with_all_that_it_started(fresh, m
     monkeypatch.setenv("CC", str(compiler))
     assert warned() == [PLAIN + f"{compiler} did not compile the kernels in 0 s"]
     status = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}/stat")
-    deadline = time.monotonic() + 10
-    while status.exists() and status.read_text().split()[2] != "Z":  # until its parent collects it
-        assert time.monotonic() < deadline
+    wait_until(lambda: not status.exists() or status.read_text().split()[2] == "Z")  # until its parent collects it
 
 
 def test_where_nothing_can_be_kept_there_is_one_warning_and_the_plain_way(fresh, monkeypatch, tmp_path):
@@ -160,7 +158,7 @@ def test_a_library_that_is_kept_is_used_again_and_another_source_makes_another(c
 
 def test_a_library_that_is_broken_is_made_again(c, fresh):
     code = "from lora_kit.kernels.cpu import build; build.library()"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)  # in this process it would stay open
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=WAIT_SECONDS)  # in this process it would stay open
     (made,) = fresh.rglob("*.so")
     made.write_bytes(b"half")
     assert build.library() and made.stat().st_size > 1000
@@ -232,7 +230,7 @@ def test_two_processes_that_compile_at_once_leave_one_library(c, fresh, tmp_path
     settings = dict(os.environ, CC=str(counted(tmp_path, both)), PYTHONPATH=str(Path(__file__).parents[1]))
     started = [subprocess.Popen([sys.executable, "-c", code], env=settings) for _ in range(2)]
     try:
-        assert [one.wait(timeout=120) for one in started] == [0, 0]
+        assert [one.wait(timeout=WAIT_SECONDS) for one in started] == [0, 0]
     finally:
         for one in started:
             one.kill()

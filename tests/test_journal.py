@@ -5,6 +5,7 @@ import multiprocessing
 import os
 
 import pytest
+from runs import WAIT_SECONDS
 
 from lora_kit.runs.journal import Journal
 
@@ -24,7 +25,7 @@ def test_lines_of_several_writers_stay_whole(tmp_path):
     for writer in writers:
         writer.start()
     for writer in writers:
-        writer.join()
+        writer.join(WAIT_SECONDS)
     events = Journal(tmp_path).read_events()
     assert len((tmp_path / "events.jsonl").read_text().splitlines()) == len(events) == 600
 

@@ -8,6 +8,7 @@ import sys
 import threading
 
 import pytest
+from runs import WAIT_SECONDS
 
 from lora_kit.errors import InputError, LeaseError
 from lora_kit.runs import lease
@@ -29,7 +30,7 @@ def holder(tmp_path):
     assert process.stdout.readline() == "1\n"
     yield process
     process.kill()
-    process.wait()
+    process.wait(timeout=WAIT_SECONDS)
 
 
 def test_a_second_job_is_refused_and_told_who_holds_the_run(tmp_path, holder):
@@ -39,7 +40,7 @@ def test_a_second_job_is_refused_and_told_who_holds_the_run(tmp_path, holder):
 
 def test_a_killed_jobs_lease_is_taken_over_at_once_with_a_higher_token(tmp_path, holder):
     holder.send_signal(signal.SIGKILL)
-    holder.wait()
+    holder.wait(timeout=WAIT_SECONDS)
     assert take(tmp_path).token == 2
 
 

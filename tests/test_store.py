@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from manifests import run_facts, step_facts
+from runs import WAIT_SECONDS
 
 from lora_kit.errors import CheckpointError
 from lora_kit.runs import store
@@ -174,10 +175,10 @@ def test_a_kill_at_any_moment_leaves_the_last_commit_or_a_newer_one(tmp_path):
         command = [sys.executable, "-c", WRITER, str(run)]
         writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent)
         writer.stdout.readline()
-        time.sleep(rng.uniform(0, 0.05))
+        time.sleep(rng.uniform(0, 0.05))  # so that the kill comes at any moment of a commit
         writer.send_signal(signal.SIGKILL)
         told = [1, *map(int, writer.stdout.read().split())][-1]
-        writer.wait()
+        writer.wait(timeout=WAIT_SECONDS)
         found = find(run)
         assert found.latest is not None and found.latest.step in (told, told + 1)
         assert not found.broken

@@ -263,7 +263,7 @@ def test_what_is_not_on_the_hub_is_reported(hub, tmp_path, monkeypatch):
         "me/other": r"has no manifest\.json, so lora_kit did not publish it; load it with peft",
         "me/other@gone": "has no revision 'gone'",
     }.items():
-        with pytest.raises(HubError, match=f"^{name.split('@')[0]}: not a local folder, and on the Hub .*{reason}"):
+        with pytest.raises(HubError, match=f"^{name.split('@')[0]}: not a local folder; the Hub repository .*{reason}"):
             lk.load(name)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubError, match="on the Hub it cannot be downloaded: HF_HUB_OFFLINE is set"):

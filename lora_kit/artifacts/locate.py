@@ -47,7 +47,7 @@ def fetch(name: str, *, revision: str | None = None) -> Path:
         HubError: The repository or revision does not exist, cannot be downloaded, was not published by lora_kit, or its
             base needs `trust_remote_code`.
     """
-    where = f"{name}: not a local folder, and on the Hub"
+    where = f"{name}: not a local folder; the Hub repository"
     try:
         path = Path(hf_hub_download(name, MANIFEST, revision=revision))
         manifest = read_manifest(path)
@@ -55,16 +55,16 @@ def fetch(name: str, *, revision: str | None = None) -> Path:
         remote_code = manifest.run.recipe["base"]["trust_remote_code"]
     except RemoteEntryNotFoundError:
         raise HubError(
-            f"{where} it has no {MANIFEST}, so lora_kit did not publish it; load it with "
+            f"{where} has no {MANIFEST}, so lora_kit did not publish it; load it with "
             f'peft.AutoPeftModelForCausalLM.from_pretrained("{name}")'
         ) from None
     except RevisionNotFoundError:
-        raise HubError(f"{where} it has no revision {revision!r}") from None
+        raise HubError(f"{where} has no revision {revision!r}") from None
     except RepositoryNotFoundError:
-        raise HubError(f"{where} it was not found; check the name and, if it is private, `hf auth login`") from None
+        raise HubError(f"{where} was not found; check the name and, if it is private, `hf auth login`") from None
     except FAILURES as error:
         reason, _ = reason_of(error, get_token())
-        raise HubError(f"{where} it cannot be downloaded: {reason}") from None
+        raise HubError(f"{where} cannot be downloaded: {reason}") from None
     if remote_code:
         raise HubError(
             f"{name}: its base needs Python files from the base's repository; if you trust them, load it from {folder}"

@@ -266,7 +266,7 @@ def test_what_is_not_on_the_hub_is_reported(hub, tmp_path, monkeypatch):
         with pytest.raises(HubError, match=f"^{name.split('@')[0]}: not a local folder; the Hub repository .*{reason}"):
             lk.load(name)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(HubError, match="on the Hub it cannot be downloaded: HF_HUB_OFFLINE is set"):
+    with pytest.raises(HubError, match="the Hub repository cannot be downloaded: HF_HUB_OFFLINE is set"):
         lk.load("me/never-seen")
 
 

@@ -61,6 +61,14 @@ def test_named_targets_are_counted_alone(tmp_path, recipe_file, base_folder):
     assert ours.trainable_parameters == model.get_nb_trainable_parameters()[0]
 
 
+def test_a_run_prints_the_trainable_parameters_as_a_share_of_the_base(recipe_file, tmp_path, capsys):
+    recipe = load_recipe(recipe_file, ["train.steps=1"])
+    loop.train(recipe, tmp_path / "run")
+    ours, printed = estimate(recipe), capsys.readouterr().out
+    share = ours.trainable_parameters / ours.base_parameters
+    assert f"{ours.trainable_parameters:,} trainable parameters ({share:.2%} of the base's)" in printed
+
+
 @pytest.mark.parametrize(
     ("recipe", "parameters", "trainable"),
     [

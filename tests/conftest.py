@@ -97,7 +97,7 @@ def without_c():
 
     if not torch.cpu._is_avx512_bf16_supported():
         return "the CPU does not multiply bf16 by AVX-512"
-    compiler = shlex.split(os.environ.get("CC") or "cc")
+    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
     if shutil.which(compiler[0]) is None:
         return "there is no C compiler"
     command, nothing = [*compiler, *FLAGS, "-c", "-x", "c", "-", "-o", os.devnull], "#include <immintrin.h>\n"

@@ -79,6 +79,27 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(fresh, monkeypatch, 
     assert left_in(fresh) == []
 
 
+def test_messages_of_a_compiler_that_are_not_utf_8_are_quoted_too(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", str(script(tmp_path / "old", "printf 'mauvaise entr\\351e' >&2; exit 1\n")))
+    (message,) = warned()
+    assert "does not compile the kernels: mauvaise entr\ufffde" in message
+
+
+def test_a_library_without_the_functions_is_no_crash(c, fresh, monkeypatch, tmp_path):
+    real = os.environ.get("CC", "cc")
+    compiler = script(tmp_path / "empties", f'[ -f kernels.o ] || echo "int nothing;" > kernels.c\nexec {real} "$@"\n')
+    monkeypatch.setenv("CC", str(compiler))
+    (message,) = warned()
+    assert "does not load beside torch's OpenMP: it does not export " in message
+    build.library.cache_clear(), dispatch._c.cache_clear()
+    assert warned() == [message], "a kept library without them is compiled again"
+
+
+def test_an_empty_name_of_a_compiler_is_none(c, fresh, monkeypatch):
+    monkeypatch.setenv("CC", " ")
+    assert build.library()
+
+
 def test_a_library_that_cannot_be_loaded_is_no_crash(fresh, monkeypatch, tmp_path):
     compiler = script(tmp_path / "empty", 'for one; do case $one in *.so) : > "$one";; esac; done\n')
     monkeypatch.setenv("CC", str(compiler))

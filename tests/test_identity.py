@@ -16,8 +16,8 @@ from lora_kit.kernels.identity import identity
 CPU = torch.device("cpu")
 
 
-def in_a_new_process(**environment):
-    code = "import json, torch; from lora_kit.kernels.identity import identity\n"
+def in_a_new_process(setting="", **environment):
+    code = f"import json, torch; from lora_kit.kernels.identity import identity\n{setting}\n"
     code += "print(json.dumps(identity(torch.device('cpu'), torch.float32)))"
     found = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, check=True, timeout=120
@@ -58,6 +58,17 @@ def test_the_same_compiler_makes_the_same_library(monkeypatch, tmp_path):
     assert build.library().sha256 == here
 
 
+def test_two_libraries_with_debug_information_requested_are_the_same(monkeypatch, tmp_path):
+    need_c()
+    monkeypatch.setenv("CC", os.environ.get("CC", "cc") + " -g")
+    hashes = set()
+    for number in range(2):
+        monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / str(number)))
+        build.library.cache_clear()
+        hashes.add(build.library().sha256)
+    assert len(hashes) == 1
+
+
 def test_plain_pytorch_is_named_where_nothing_is_compiled(monkeypatch):
     without_compiled(monkeypatch)
     facts = identity(CPU, torch.bfloat16)
@@ -69,6 +80,23 @@ def test_a_machine_that_does_not_describe_its_processor_has_facts_too(monkeypatc
     monkeypatch.setattr(module, "_read", lambda _: "")
     facts = identity(CPU, torch.float32)
     assert facts["cpu"] and facts["cpu_instructions"] == ""
+
+
+SETTINGS = {
+    "fp32_precision": "torch.set_float32_matmul_precision('medium')",
+    "mkldnn": "torch.backends.mkldnn.enabled = False",
+    "sdpa": "torch.backends.cuda.enable_flash_sdp(False)",
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_of_torch_that_chooses_kernels_shows(name):
+    facts = in_a_new_process(SETTINGS[name])
+    assert {key for key, value in facts.items() if value != identity(CPU, torch.float32)[key]} == {name}
+
+
+def test_the_default_precision_of_fp32_products_has_the_same_name_when_it_is_set():
+    assert in_a_new_process("torch.set_float32_matmul_precision('highest')") == identity(CPU, torch.float32)
 
 
 @pytest.mark.gpu

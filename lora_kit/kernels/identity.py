@@ -1,7 +1,8 @@
 """Facts that decide which kernels run: processes with equal facts compute the same bits from the same inputs.
 
-The facts are the backend of lora_kit and the compiler that built it, and the processor and the environment variables by
-which the libraries of torch choose their kernels. With different facts the bits may still be equal.
+The facts are the backend of lora_kit and the compiler that built it, and the processor, the environment variables and
+the settings of torch by which torch and its libraries choose their kernels. With different facts the bits may still be
+equal.
 """
 
 import os
@@ -31,10 +32,27 @@ def identity(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     Environment variables that limit instructions appear under their own names, where they are set.
     """
     machine = _of_cuda(device) if device.type == "cuda" else _of_cpu()
-    facts = dispatch.backend_for(device, dtype).identity() | machine
+    facts = dispatch.backend_for(device, dtype).identity() | machine | _settings(device)
     limits = CUDA_LIMITS if device.type == "cuda" else CPU_LIMITS
     facts |= {name: os.environ[name] for name in limits if name in os.environ}
     return dict(sorted(facts.items()))
+
+
+def _settings(device: torch.device) -> dict[str, str]:
+    """Return the settings of this process by which torch chooses kernels; a notebook may have changed them."""
+    library = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    precision = library.matmul.fp32_precision
+    sdpa = {
+        "flash": torch.backends.cuda.flash_sdp_enabled(),
+        "mem_efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
+        "math": torch.backends.cuda.math_sdp_enabled(),
+        "cudnn": torch.backends.cuda.cudnn_sdp_enabled(),
+    }
+    return {
+        "fp32_precision": "ieee" if precision == "none" else precision,  # none is the default, which is ieee
+        "mkldnn": str(torch.backends.mkldnn.enabled),
+        "sdpa": " ".join(name for name, enabled in sdpa.items() if enabled),
+    }
 
 
 def _of_cuda(device: torch.device) -> dict[str, str]:

@@ -191,7 +191,8 @@ class Processes:
             raise LaunchError(
                 "launcher: the processes compute with different kernels, so their states would drift apart:\n"
                 + "\n".join(problems)
-                + "\ngive all processes the same packages, C compiler and environment, on one kind of machine"
+                + "\ngive all processes the same packages, C compiler, environment and settings of torch, on one kind "
+                "of machine"
             )
 
     def barrier(self) -> None:

@@ -28,6 +28,7 @@ from lora_kit.files import cache_folder
 AVX512 = ("f", "bw", "dq", "vl", "bf16")
 FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-mfma", *(f"-mavx512{x}" for x in AVX512)]
 FLAGS += ["-ffp-contract=off"]  # else each compiler fuses other products with sums and rounds otherwise
+FLAGS += ["-g0"]  # debug information names the temporary folder, so no two libraries would have the same hash
 LINK = ["-shared", "-Wl,--no-as-needed", "-ltorch_cpu", "-Wl,--as-needed", "-lm"]  # torch names its OpenMP runtime
 COMPILE_SECONDS = 120.0
 C_TYPES = {"long": ctypes.c_long, "int": ctypes.c_int, "float": ctypes.c_float, "void": None}
@@ -57,7 +58,7 @@ def library() -> Library:
             change what the cache folder holds.
         ValueError: `CC` is not a command.
     """
-    compiler = shlex.split(os.environ.get("CC") or "cc")
+    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
     source = files("lora_kit.kernels.cpu").joinpath("kernels.c").read_text()
     key = hashlib.sha256(" ".join([*compiler, *FLAGS, *LINK, source]).encode()).hexdigest()[:16]
     folder, name = _open_folder(cache_folder("kernels")), f"cpu-{key}.so"
@@ -113,7 +114,10 @@ def _load(descriptor: int, source: str) -> Library:
         types: list[Any] = [
             ctypes.c_void_p if "*" in words else C_TYPES[words.split()[-2]] for words in parameters.split(",")
         ]
-        function = getattr(kernels, name)
+        try:
+            function = getattr(kernels, name)
+        except AttributeError as error:
+            raise OSError(f"it does not export {name}") from error
         function.argtypes, function.restype = types, C_TYPES[result]
     compiler = ctypes.c_char_p.in_dll(kernels, "COMPILER").value or b""
     content = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
@@ -164,4 +168,5 @@ def _run(command: Sequence[str], folder: Path) -> None:
             process.wait()
             raise OSError(f"{command[0]} did not compile the kernels in {COMPILE_SECONDS:.0f} s") from error
     if code:
-        raise OSError(f"{command[0]} does not compile the kernels: {messages.read_text().strip()[:500]}")
+        said = messages.read_text(errors="replace").strip()
+        raise OSError(f"{command[0]} does not compile the kernels: {said[:500]}")

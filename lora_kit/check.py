@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.text import Text
 
-from lora_kit.artifacts.hub import unready
+from lora_kit.artifacts.hub import push_notes
 from lora_kit.data.files import SUFFIXES
 from lora_kit.data.plan import Plan, prepare_data
 from lora_kit.data.rendering import Renderer
@@ -96,18 +96,19 @@ def _pieces(tokens: Tokens, index: int, renderer: Renderer) -> Iterator[tuple[st
             start, before = end, text
 
 
-def estimate(recipe: Recipe, *, shapes: Path | None = None, offline: bool = False) -> Estimate:
+def estimate(recipe: Recipe, *, configs: Path | None = None, offline: bool = False) -> Estimate:
     """Estimate memory and sizes of a recipe on this machine from the base's configuration.
 
     Args:
         recipe: The recipe.
-        shapes: A folder with model configurations `<owner>--<name>.json`, which are used first.
+        configs: A folder with model configurations `<owner>--<name>.json`. Other bases are looked up on the
+            Hub or in their folder.
         offline: Whether to use only local files.
 
     Raises:
         BaseError: The configuration is not available, or its model type is not supported.
     """
-    shape = read_config(_config_path(recipe, shapes, offline=offline))
+    shape = read_config(_config_path(recipe, configs, offline=offline))
     machine = this_machine()
     return _estimate(recipe, shape, choose(recipe, shape, machine), machine)
 
@@ -117,8 +118,8 @@ def _estimate(recipe: Recipe, shape: Shape, micro_batches: MicroBatches, machine
     return estimate_memory(shape, recipe, tokens=tokens, recompute=recompute, device=machine.device)
 
 
-def _config_path(recipe: Recipe, shapes: Path | None, *, offline: bool) -> Path:
-    path = shapes / f"{recipe.base.repo.replace('/', '--')}.json" if shapes else None
+def _config_path(recipe: Recipe, configs: Path | None, *, offline: bool) -> Path:
+    path = configs / f"{recipe.base.repo.replace('/', '--')}.json" if configs else None
     if path is not None and path.is_file():
         return path
     return _source_without_weights(recipe, offline=offline).folder / "config.json"
@@ -148,8 +149,8 @@ class Report:
         notes: Notes for the user.
         data: Statistics of the training and validation data.
         schedule: Steps, examples and tokens of the run.
-        portions: The size of micro-batches and whether activations are recomputed: the recipe's settings, or for `auto`
-            those that a run on this machine would choose.
+        micro_batches: The size of micro-batches and whether activations are recomputed: the recipe's settings, or for
+            `auto` the values that a run on this machine would choose.
         estimate: Sizes and memory; None if they cannot be computed.
         preview: The first training examples.
     """
@@ -160,7 +161,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
-    portions: MicroBatches | None = None
+    micro_batches: MicroBatches | None = None
     estimate: Estimate | None = None
     preview: Preview | None = None
 
@@ -196,8 +197,8 @@ class Report:
             yield Text(
                 "schedule: " + ", ".join(f"{_label(key)} {_number(value)}" for key, value in self.schedule.items())
             )
-        if self.portions is not None:
-            yield Text(description(self.portions, self.machine))
+        if self.micro_batches is not None:
+            yield Text(description(self.micro_batches, self.machine))
         if self.estimate is not None:
             yield from (Text(line) for line in self.estimate.lines())
         yield from (Text(f"note: {note}", style="yellow") for note in self.notes)
@@ -214,13 +215,13 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def check(recipe: Recipe, *, offline: bool = False, shapes: Path | None = None, processes: int = 1) -> Report:
+def check(recipe: Recipe, *, offline: bool = False, configs: Path | None = None, processes: int = 1) -> Report:
     """Check everything about a recipe that can be checked without the base's weights.
 
     Args:
         recipe: The recipe, whose fields `load_recipe` has checked.
         offline: Whether to use only local files; other parts are reported as unchecked.
-        shapes: A folder with model configurations `<owner>--<name>.json`, for sizes of bases that are not local.
+        configs: A folder with model configurations `<owner>--<name>.json`, for sizes of bases that are not local.
         processes: The number of processes that will train together on this machine.
     """
     report = Report(this_machine(processes))
@@ -230,11 +231,11 @@ def check(recipe: Recipe, *, offline: bool = False, shapes: Path | None = None, 
         report.problems.append(str(error))
     shape: Shape | None = None
     try:
-        shape = read_config(_config_path(recipe, shapes, offline=offline))
+        shape = read_config(_config_path(recipe, configs, offline=offline))
         _check_targets(shape, recipe, report)
     except InputError as error:
         report.unchecked.append(f"sizes and memory: {error}")
-    micro_batches = report.portions = choose(recipe, shape, report.machine)
+    micro_batches = report.micro_batches = choose(recipe, shape, report.machine)
     report.estimate = _estimate(recipe, shape, micro_batches, report.machine) if shape else None
     try:
         source = _source_without_weights(recipe, offline=offline)
@@ -296,7 +297,7 @@ def _check_data(plan: Plan, data: Prepared, renderer: Renderer, report: Report, 
     """Add data statistics, schedule, preview, and problems of the data with this base to the report."""
     recipe = plan.recipe
     report.data = {name: counts for name, counts in asdict(data.counts).items() if counts}
-    report.notes += [*data.notes, *unready(recipe)]
+    report.notes += [*data.notes, *push_notes(recipe)]
     report.preview = _preview(data.train, renderer, 2)
     report.schedule = {
         "steps": plan.steps,

@@ -50,7 +50,7 @@ def error_messages() -> Iterator[None]:
     try:
         yield
     except LoraKitError as error:
-        # errors with other exit codes are raised by all processes alike; process 0 prints them once
+        # all processes raise an error with another exit code, and only process 0 prints it
         if os.environ.get("RANK", "0") == "0" or error.exit_code == 1:
             lines = str(error).splitlines() or [type(error).__name__]
             label = "stopped" if error.exit_code == 75 else "error"
@@ -77,8 +77,8 @@ def train(
         list[str],
         typer.Option(
             metavar="KEY",
-            help="Resume although this key differs from the run's checkpoint, e.g. optim.learning_rate. Training "
-            "without it prints a table of all differences.",
+            help="Resume although this key differs from the run's checkpoint, e.g. optim.learning_rate. Without this "
+            "option such a resume is refused, with a table of all differences.",
         ),
     ] = [],  # noqa: B006
     start_from: Annotated[
@@ -158,7 +158,7 @@ def check(
     recipe: RecipeFile,
     set_: Overrides = [],  # noqa: B006
     offline: Annotated[bool, typer.Option(help="Do not use the network; list what could not be checked.")] = False,
-    shapes: Annotated[
+    configs: Annotated[
         Path | None, typer.Option(help="With --offline: a folder of model configs named `<owner>--<name>.json`.")
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="The number of training processes to estimate for.")] = 1,
@@ -169,7 +169,7 @@ def check(
         from lora_kit import check as checking
         from lora_kit.recipe.load import load_recipe
 
-        report = checking.check(load_recipe(recipe, set_), offline=offline, shapes=shapes, processes=processes)
+        report = checking.check(load_recipe(recipe, set_), offline=offline, configs=configs, processes=processes)
         if as_json:
             _print_json(report.to_dict())
         else:

@@ -1,4 +1,4 @@
-"""The exceptions that lora_kit raises on purpose, as one small tree: a caller catches the ones it can handle.
+"""The exceptions that lora_kit raises on purpose, as a small tree, so that a caller can catch a branch of it.
 
     LoraKitError
     ├── InputError           the user's input is wrong; nothing was changed      (exit code 2)

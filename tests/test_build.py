@@ -63,7 +63,7 @@ def left_in(folder):
     return sorted(one.relative_to(folder).as_posix() for one in folder.rglob("*") if one.is_file() or "tmp" in one.name)
 
 
-PLAIN = "the kernels for CPUs are not compiled, so attention, norms and other parts take longer: "
+PLAIN = "the kernels for CPUs could not be compiled, so attention, norms and other parts take longer: "
 
 
 def test_without_a_compiler_there_is_one_warning_and_the_plain_way(fresh, monkeypatch, tmp_path):
@@ -90,7 +90,7 @@ def test_a_library_without_the_functions_is_no_crash(c, fresh, monkeypatch, tmp_
     compiler = script(tmp_path / "empties", f'[ -f kernels.o ] || echo "int nothing;" > kernels.c\nexec {real} "$@"\n')
     monkeypatch.setenv("CC", str(compiler))
     (message,) = warned()
-    assert "does not load beside torch's OpenMP: it does not export " in message
+    assert "cannot be loaded beside torch's OpenMP: it does not export " in message
     build.library.cache_clear(), dispatch._c.cache_clear()
     assert warned() == [message], "a kept library without them is compiled again"
 
@@ -104,7 +104,7 @@ def test_a_library_that_cannot_be_loaded_is_no_crash(fresh, monkeypatch, tmp_pat
     compiler = script(tmp_path / "empty", 'for one; do case $one in *.so) : > "$one";; esac; done\n')
     monkeypatch.setenv("CC", str(compiler))
     (message,) = warned()
-    assert message.startswith(PLAIN + f"what {compiler} made does not load beside torch's OpenMP: ")
+    assert message.startswith(PLAIN + f"the library that {compiler} made cannot be loaded beside torch's OpenMP: ")
 
 
 def test_a_compiler_with_an_openmp_that_torch_does_not_have_is_refused(c, fresh, monkeypatch, tmp_path):

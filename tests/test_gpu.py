@@ -105,7 +105,7 @@ def hold_to_the_plain_loop(run, captured, job):
 
 
 def test_every_snapshot_holds_the_state_of_its_step_however_late_it_is_copied(recipe_file, tmp_path, monkeypatch):
-    states, held, begin, copy, publish = [], [], Publisher.publish, Publisher._copy_from_device, Region.publish
+    states, held, begin, copy, publish = [], [], Publisher.publish, Publisher._copy_on_cuda, Region.publish
 
     def begun(self, *arguments, **named):
         states.append(torch.cat(self._state.kept))
@@ -121,7 +121,7 @@ def test_every_snapshot_holds_the_state_of_its_step_however_late_it_is_copied(re
         publish(self, slot, header)
 
     monkeypatch.setattr(Publisher, "publish", begun)
-    monkeypatch.setattr(Publisher, "_copy_from_device", late)
+    monkeypatch.setattr(Publisher, "_copy_on_cuda", late)
     monkeypatch.setattr(Region, "publish", published)
     run = go_on(recipe_file, tmp_path / "run", "train.steps=12", "checkpoint.every_steps=4")
     assert len(states) == len(held) == 12 and not torch.equal(states[0], states[1])

@@ -211,7 +211,7 @@ def test_offline_and_without_a_token_nothing_is_asked(hub, trained, monkeypatch)
 
 def test_a_run_that_will_push_says_at_its_start_that_it_has_no_token(hub, recipe_file, tmp_path, monkeypatch, capsys):
     recipe = lk.load_recipe(recipe_file, ["train.steps=1", "hub.repo=me/run"])
-    assert door.unready(recipe) == []
+    assert door.push_notes(recipe) == []
     monkeypatch.delenv("HF_TOKEN")
     run = lk.train(recipe, tmp_path / "run")
     before, _, after = capsys.readouterr().out.partition("step 1/1")

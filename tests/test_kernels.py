@@ -149,14 +149,14 @@ def test_adapters_that_are_off_merged_or_not_plain_are_left_to_peft():
     ours = fused(model)
     with ours.disable_adapter(), model.disable_adapter():
         same([ours(x)], [model(x)])
-        assert not lora.covered(ours.base_model.model.q_proj)
+        assert not lora.fusable(ours.base_model.model.q_proj)
     ours.merge_adapter()
     same([ours(x)], [model(x)])
     ours.unmerge_adapter()
     same(outcome(ours, x), outcome(model, x))
     torch.manual_seed(0)
     dora = get_peft_model(Layers(), LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
-    assert not lora.covered(dora.base_model.model.q_proj)
+    assert not lora.fusable(dora.base_model.model.q_proj)
 
 
 def test_a_layer_that_only_looks_linear_is_left_to_peft():
@@ -165,7 +165,7 @@ def test_a_layer_that_only_looks_linear_is_left_to_peft():
             return 2 * super().forward(x)
 
     model = nn.Sequential(Doubled(24, 8))
-    assert not lora.covered(adapted(model, targets=["0"]).base_model.model[0])
+    assert not lora.fusable(adapted(model, targets=["0"]).base_model.model[0])
 
 
 def test_siblings_of_different_inputs_are_computed_apart():
@@ -209,7 +209,7 @@ def test_a_quantised_base_computes_with_its_dequantised_weights(how, device):
     plain = plain.to(device)
     ours, x = fused(adapted(few, device=device)), rows(7, 24, device=device)
     for name in GROUP:
-        one = lora.map_of(ours.base_model.model.get_submodule(name))
+        one = lora.adapted_linear(ours.base_model.model.get_submodule(name))
         plain.get_submodule(name).weight.data = one.weight(torch.float32)
         assert relative(one.weight(torch.float32), plain.get_submodule(name).weight) < 0.2
     same(outcome(ours, x), outcome(adapted(plain, device=device), x))

@@ -45,7 +45,7 @@ def test_what_was_published_last_is_the_newest_and_verifies(region):
     for step in range(1, 8):
         publish(region, step)
         newest = region.snapshots()[0]
-        assert newest.step == step and region.verifies(newest)
+        assert newest.step == step and region.is_valid(newest)
         assert np.all(np.frombuffer(region.payload(newest.slot), np.float32) == step)
     assert len(region.snapshots()) == live.SLOTS
 
@@ -61,7 +61,7 @@ def test_the_slot_that_is_being_filled_is_no_snapshot_and_the_newest_stays(regio
 def test_a_flipped_bit_is_found(region):
     slot = publish(region, 1)
     region.payload(slot)[17] ^= 4
-    assert not region.verifies(region.snapshots()[0])
+    assert not region.is_valid(region.snapshots()[0])
 
 
 def test_a_slot_that_the_keeper_reads_is_left_alone_unless_the_keeper_is_dead(region):
@@ -126,7 +126,7 @@ def test_where_memory_has_no_room_local_disk_takes_the_region(tmp_path, monkeypa
     assert live.create_region(tmp_path, 400).path.is_relative_to(tmp_path / "disk")
     monkeypatch.setattr(live, "_parent_folders", lambda: [full])
     with pytest.raises(
-        CheckpointError, match=r"0\.00 GB of shared memory or temporary disk needed, not available in /proc: "
+        CheckpointError, match=r"0\.00 GB are needed in shared memory .*, and neither has them \(/proc: .*\); free that"
     ):
         live.create_region(tmp_path / "other", 400)
 
@@ -163,7 +163,7 @@ def test_a_damaged_newest_snapshot_is_told_and_the_one_before_is_used(tmp_path, 
     write_job(region, tmp_path)
     region.payload(slot)[0] ^= 1
     found, problems = live.newest(tmp_path, "r")
-    assert found.step == 1 and "the live snapshot of step 2 does not verify" in problems[0]
+    assert found.step == 1 and "the live snapshot of step 2 is damaged" in problems[0]
 
 
 def test_a_torn_job_file_is_none(tmp_path, region):

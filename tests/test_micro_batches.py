@@ -309,7 +309,7 @@ def test_the_process_with_least_memory_decides_for_all(monkeypatch):
 def test_a_check_tells_what_a_run_would_choose(open_recipe, monkeypatch):
     monkeypatch.setattr(checking, "this_machine", lambda processes=1: Machine("cuda", 80 * GB))
     report = checking.check(load_recipe(open_recipe))
-    assert report.portions == MicroBatches(16384, False) and report.estimate.micro_batch_tokens == 16384
+    assert report.micro_batches == MicroBatches(16384, False) and report.estimate.micro_batch_tokens == 16384
     assert "micro-batches: at most 16,384 tokens, activations kept (cuda with 80 GB)" in repr(report)
-    assert json.loads(json.dumps(report.to_dict()))["portions"]["micro_batch_tokens"] == 16384
+    assert json.loads(json.dumps(report.to_dict()))["micro_batches"]["micro_batch_tokens"] == 16384
     assert checking.estimate(load_recipe(open_recipe)) == report.estimate

@@ -60,7 +60,7 @@ def test_answers_on_the_way_are_logged_once_also_after_a_kill(recipe_file, tmp_p
 
 
 def test_a_run_without_a_checkpoint_says_so(tmp_path):
-    with pytest.raises(CheckpointError, match="no checkpoint here verifies"):
+    with pytest.raises(CheckpointError, match="no valid checkpoint; train first"):
         _ = lk.Run(tmp_path).latest
     assert lk.Run(tmp_path).result == {} and lk.Run(tmp_path).best is None
 

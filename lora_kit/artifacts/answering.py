@@ -33,7 +33,7 @@ class Answering:
 
 @torch.no_grad()
 def answer(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], how: Answering
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], settings: Answering
 ) -> list[str]:
     """Return the model's answer to each prompt, without the stop token.
 
@@ -43,44 +43,45 @@ def answer(
         model: The base with or without its adapter.
         tokenizer: Its tokenizer.
         prompts: Token ids of each prompt.
-        how: Settings of generation.
+        settings: The settings of generation.
     """
     was_training = model.training
     model.eval()
     shortest_first = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers = [""] * len(prompts)
-    for start in range(0, len(prompts), how.batch_size):
-        members = shortest_first[start : start + how.batch_size]
+    for start in range(0, len(prompts), settings.batch_size):
+        members = shortest_first[start : start + settings.batch_size]
         with own_attention(model):
-            texts = _answer_batch(model, [prompts[index] for index in members], how)
+            texts = _answer_batch(model, [prompts[index] for index in members], settings)
         for index, ids in zip(members, texts, strict=True):
             answers[index] = str(tokenizer.decode(ids, skip_special_tokens=True))
     model.train(was_training)
     return answers
 
 
-def _answer_batch(model: PeftModel, prompts: list[Sequence[int]], how: Answering) -> list[list[int]]:
+def _answer_batch(model: PeftModel, prompts: list[Sequence[int]], settings: Answering) -> list[list[int]]:
     longest = max(map(len, prompts))
     device = next(model.parameters()).device
-    padding = how.stop_ids[0]
+    padding = settings.stop_ids[0]
     ids = torch.tensor([[padding] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-    output = model.generate(input_ids=ids, attention_mask=mask, **_settings(how))
-    return [_until_stop(row.tolist(), how.stop_ids) for row in output[:, longest:]]
+    output = model.generate(input_ids=ids, attention_mask=mask, **_generate_arguments(settings))
+    return [_until_stop(row.tolist(), settings.stop_ids) for row in output[:, longest:]]
 
 
-def _settings(how: Answering) -> dict[str, Any]:
-    sampling = {"do_sample": True, "temperature": how.temperature} if how.temperature > 0 else {"do_sample": False}
+def _generate_arguments(settings: Answering) -> dict[str, Any]:
+    sampling = {"temperature": settings.temperature} if settings.temperature > 0 else {}
     return sampling | {
-        "max_new_tokens": how.max_new_tokens,
-        "eos_token_id": list(how.stop_ids),
-        "pad_token_id": how.stop_ids[0],
+        "do_sample": settings.temperature > 0,
+        "max_new_tokens": settings.max_new_tokens,
+        "eos_token_id": list(settings.stop_ids),
+        "pad_token_id": settings.stop_ids[0],
         "use_cache": True,
     }
 
 
 def stream(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], how: Answering
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], settings: Answering
 ) -> Generator[str, None, None]:
     """Yield the answer to a prompt piece by piece, while the model generates it in another thread.
 
@@ -90,7 +91,7 @@ def stream(
         model: The base with or without its adapter.
         tokenizer: Its tokenizer.
         ids: The token ids of the prompt.
-        how: Settings of generation.
+        settings: The settings of generation.
 
     Raises:
         Exception: Any error of the model, after the last piece.
@@ -107,7 +108,7 @@ def stream(
                     attention_mask=torch.ones_like(row),
                     streamer=pieces,
                     stopping_criteria=[lambda *_: closed.is_set()],
-                    **_settings(how),
+                    **_generate_arguments(settings),
                 )
         except BaseException as error:  # raised again in the thread that reads the pieces
             errors.append(error)

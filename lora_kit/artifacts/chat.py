@@ -1,6 +1,6 @@
 """Chat with a trained adapter; the adapter can be switched off during the conversation.
 
-The conversation is a list of messages. The whole list is rendered for every answer, in the same way as for training.
+The conversation is a list of messages. All of its messages are rendered for every answer, as in training.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -46,7 +46,7 @@ def chat(
         The messages of the conversation.
     """
     renderer = Renderer(tokenizer)
-    how = Answering(stop_ids(renderer), max_new_tokens, temperature)
+    settings = Answering(stop_ids(renderer), max_new_tokens, temperature)
     beginning = [{"role": "system", "content": system}] if system else []
     messages, use_adapter = list(beginning), True
     for line in map(str.strip, lines):
@@ -66,7 +66,7 @@ def chat(
         if not messages or messages[-1]["role"] != "user":
             continue
         write("" if use_adapter else "[base] ")
-        answer = "".join(_answer(model, renderer, messages, how, use_adapter=use_adapter, write=write))
+        answer = "".join(_answer(model, renderer, messages, settings, use_adapter=use_adapter, write=write))
         write("\n")
         messages.append({"role": "assistant", "content": answer})
     return messages
@@ -76,14 +76,14 @@ def _answer(
     model: PeftModel,
     renderer: Renderer,
     messages: list[dict[str, str]],
-    how: Answering,
+    settings: Answering,
     *,
     use_adapter: bool,
     write: Callable[[str], object],
 ) -> Iterator[str]:
     """Write and yield the pieces of an answer. Ctrl-C ends the answer."""
     with nullcontext() if use_adapter else model.disable_adapter():
-        pieces = stream(model, renderer.tokenizer, prompt_ids(messages, renderer), how)
+        pieces = stream(model, renderer.tokenizer, prompt_ids(messages, renderer), settings)
         try:
             for piece in pieces:
                 write(piece)

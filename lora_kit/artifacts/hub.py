@@ -83,7 +83,7 @@ def push(
     Raises:
         HubError: There is no token, or the Hub refused or could not be reached; the message says how to repeat the
             push.
-        CheckpointError: There is no checkpoint that verifies.
+        CheckpointError: There is no valid checkpoint.
         InputError: `to` is not a Hub name, the base's tokenizer is missing, a file contains a token, or the repository
             is public.
     """
@@ -211,8 +211,8 @@ def _refuse_secrets(files: Mapping[str, bytes | Path], token: str) -> None:
             )
 
 
-def unready(recipe: Recipe) -> list[str]:
-    """Return a note for the user if the run will end with a push and there is no token for it."""
+def push_notes(recipe: Recipe) -> list[str]:
+    """Return a warning if the run will end with a push but no token for the Hub is found; otherwise an empty list."""
     if recipe.hub.repo is None or get_token() is not None:
         return []
     return [

@@ -37,7 +37,7 @@ def load(
         The model in evaluation mode, and its tokenizer.
 
     Raises:
-        CheckpointError: There is no checkpoint, or it does not verify.
+        CheckpointError: There is no checkpoint, or it is damaged.
         HubError: The Hub name does not exist or cannot be downloaded.
         BaseError: The base is missing, or its files differ from those of the training.
     """

@@ -16,11 +16,11 @@ def checkpoint_at(path: str | Path) -> Path:
     """Return the folder of a checkpoint.
 
     Args:
-        path: A checkpoint's folder; a run's folder, for its newest checkpoint that verifies; or a Hub name `user/name`
+        path: A checkpoint's folder; a run's folder, for its newest valid checkpoint; or a Hub name `user/name`
             or `user/name@revision`, which is downloaded.
 
     Raises:
-        CheckpointError: The run has no checkpoint that verifies.
+        CheckpointError: The run has no valid checkpoint.
         HubError: The Hub name does not exist or cannot be downloaded.
     """
     name, _, revision = str(path).partition("@")
@@ -31,7 +31,7 @@ def checkpoint_at(path: str | Path) -> Path:
     latest = store.find(Path(path)).latest
     if latest is None:
         raise CheckpointError(
-            f"{path}: it has no checkpoint that verifies; train first, or run `lora-kit verify {path}` for the reason"
+            f"{path}: it has no valid checkpoint; train first, or run `lora-kit verify {path}` for the reason"
         )
     return latest.path
 

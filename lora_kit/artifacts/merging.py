@@ -121,7 +121,14 @@ def _logits(model: PreTrainedModel | torch.nn.Module, ids: Sequence[int]) -> Ten
 
 
 def _compare(out: Path, dtype: str, expected: Sequence[Tensor], found: Sequence[Tensor]) -> Merged:
-    """Compare logits, each tensor [positions, vocabulary]."""
+    """Return how much the logits of the merged model differ from those of base and adapter.
+
+    Args:
+        out: The folder of the merged model, for the result.
+        dtype: The dtype of the merged model, for the result.
+        expected: The logits of base and adapter for each prompt, [positions, vocabulary].
+        found: The logits of the merged model for each prompt.
+    """
     first, second = torch.cat(list(expected)), torch.cat(list(found))
     return Merged(
         folder=str(out),

@@ -31,7 +31,7 @@ from lora_kit.files import cache_folder, sha256_of
 from lora_kit.recipe.schema import Recipe
 from lora_kit.version import VERSION
 
-MAX_ENTRIES, MAX_BYTES = 20, 8 << 30  # of the whole cache
+MAX_ENTRIES, MAX_BYTES = 20, 8 << 30  # the limits of the cache
 PACKAGES = ("transformers", "tokenizers", "datasets", "jinja2", "numpy", "pyarrow")
 COMMIT = re.compile("[0-9a-f]{40}")
 VALIDATION = "validation."  # prefix of the names of the validation arrays in a file
@@ -118,7 +118,7 @@ def read(path: Path) -> Prepared | None:
 
 def write(path: Path, prepared: Prepared) -> None:
     """Save prepared data atomically, and delete the least recently used entries; failures are ignored."""
-    counts = [each and asdict(each) for each in (prepared.counts.train, prepared.counts.validation)]
+    counts = [part and asdict(part) for part in (prepared.counts.train, prepared.counts.validation)]
     about = json.dumps({"prompts": prepared.prompts, "counts": counts, "notes": prepared.notes})
     arrays = dict(_arrays(prepared.train, ""))
     if prepared.validation is not None:

@@ -2,7 +2,7 @@
 
 Values are not converted. Lines of JSONL are kept as text and parsed when they are read, because inferring column types
 for a whole file changes data: a column of dates becomes datetimes, and a single odd record can alter thousands of
-others (datasets 5.2). CSV fields stay strings for the same reason.
+other records (datasets 5.2). CSV fields stay strings for the same reason.
 """
 
 import codecs
@@ -28,7 +28,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of one file, or of one split on the Hub.
+    """The rows of a file, or of a split on the Hub.
 
     Attributes:
         label: Its name in error messages.
@@ -101,14 +101,14 @@ def open_file(path: Path, label: str) -> Part:
     return Part(label, path, "jsonl", rows)
 
 
-def _reader(kind: str, path: Path, source: str, **how: Any) -> Callable[[ModuleType], Any]:
+def _reader(kind: str, path: Path, source: str, **options: Any) -> Callable[[ModuleType], Any]:
     """Return a function that reads a file with `datasets`.
 
     `datasets` caches files by path and modification time, and would return old rows after an edit that keeps the time
     (rsync, tar, a coarse clock). The hash of the content, given as the name of the configuration, prevents that.
     """
     name = sha256_of(path)
-    return lambda library: library.load_dataset(kind, name, data_files=[source], split="train", **how)
+    return lambda library: library.load_dataset(kind, name, data_files=[source], split="train", **options)
 
 
 def read_with(label: str, read: Callable[[ModuleType], Any]) -> Any:

@@ -51,7 +51,7 @@ def cost(lengths: Sequence[int]) -> int:
 
 
 class Split(Protocol):
-    """A function that groups a step's examples into micro-batches; `pack` is one."""
+    """A function that groups a step's examples into micro-batches, such as `pack`."""
 
     def __call__(self, lengths: Sequence[int], micro_batch_tokens: int, *, padded: bool = False) -> list[list[int]]:
         """Return the indices into `lengths` of each micro-batch."""

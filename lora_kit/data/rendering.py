@@ -67,7 +67,7 @@ class Renderer:
         """The text of the stop token.
 
         Raises:
-            BaseError: Neither the recipe nor the tokenizer names one.
+            BaseError: Neither the recipe nor the tokenizer names a stop token.
         """
         if not (stop := self.stop_token or self.tokenizer.eos_token):
             raise BaseError(
@@ -138,7 +138,7 @@ def check_renderer(renderer: Renderer) -> None:
     """Check tokenizer, stop token and template before any example is read.
 
     Raises:
-        BaseError: The tokenizer is not a fast tokenizer, or the stop token is not a token of it.
+        BaseError: The tokenizer is not a fast tokenizer, or does not have the stop token.
         DataError: The recipe's template is not valid Jinja.
     """
     from jinja2 import TemplateSyntaxError

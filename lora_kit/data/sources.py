@@ -35,38 +35,39 @@ class HubName(NamedTuple):
 
 @dataclass(frozen=True)
 class Records:
-    """Records with random access.
+    """The records of a source, read by their index.
 
     Attributes:
         name: The source as written in the recipe.
         parts: The files of the source.
-        positions: For each record its row, counted over the rows of all parts; ascending.
+        rows: For each record the index of its row, counted over all parts; ascending. Blank lines, and records that are
+            not selected (e.g. held out), have no entry.
     """
 
     name: str
     parts: tuple[Part, ...]
-    positions: np.ndarray
+    rows: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.positions)
+        return len(self.rows)
 
     def where(self, index: int) -> str:
         """Return the place of record `index`, e.g. `data/train.jsonl:41`."""
-        part, number = self._locate(int(self.positions[index]))
+        part, number = self._locate(int(self.rows[index]))
         return part.where(number)
 
     def read(self, start: int, stop: int) -> list[Record | DataError]:
         """Return the records [start, stop), or the error for a record that cannot be read."""
         result: list[Record | DataError] = []
-        rows = [self._locate(int(position)) for position in self.positions[start:stop]]
+        places = [self._locate(int(row)) for row in self.rows[start:stop]]
         for part in self.parts:
-            if numbers := [number for owner, number in rows if owner is part]:
+            if numbers := [number for owner, number in places if owner is part]:
                 result.extend(part.read(numbers))
         return result
 
     def select(self, indices: np.ndarray) -> "Records":
         """Return only the records of these ascending indices."""
-        return replace(self, positions=self.positions[indices])
+        return replace(self, rows=self.rows[indices])
 
     @property
     def columns(self) -> list[str]:
@@ -74,11 +75,12 @@ class Records:
         sample = self.read(0, COLUMN_SAMPLE)
         return list(dict.fromkeys(key for record in sample if isinstance(record, dict) for key in record))
 
-    def _locate(self, position: int) -> tuple[Part, int]:
+    def _locate(self, row: int) -> tuple[Part, int]:
+        """Return the part that contains a row, and the index of the row inside the part."""
         for part in self.parts:
-            if position < len(part.rows):
-                return part, position
-            position -= len(part.rows)
+            if row < len(part.rows):
+                return part, row
+            row -= len(part.rows)
         raise IndexError(f"{self.name}: the row is after the last row")
 
 
@@ -102,10 +104,10 @@ def load(source: str, *, base_dir: Path, max_examples: int | None = None) -> Rec
         parts = [open_file(file, _label(file, path, source)) for file in paths]
     before = np.cumsum([0, *(len(part.rows) for part in parts)])
     numbers = [start + part.numbers() for start, part in zip(before, parts, strict=False)]
-    positions = np.concatenate(numbers)[:max_examples]
-    if not len(positions):
+    rows = np.concatenate(numbers)[:max_examples]
+    if not len(rows):
         raise DataError(f"{source}: it contains no records")
-    return Records(source, tuple(parts), positions)
+    return Records(source, tuple(parts), rows)
 
 
 def files(source: str, base_dir: Path) -> list[Path] | None:

@@ -110,7 +110,7 @@ class Prepared:
         validation: The validation examples; None if the recipe has no validation data.
         prompts: Prompts of the first validation examples, with the expected answers.
         counts: The statistics of the training and the validation examples.
-        notes: Sentences for the user.
+        notes: Warnings for the user.
     """
 
     train: Tokens
@@ -153,7 +153,7 @@ def prepare(data: "Data", renderer: Renderer, *, base_dir: Path, seed: int, prom
 
     Raises:
         DataError: A source cannot be read, no example is left, or records have problems; the first 20 are listed.
-        BaseError: The tokenizer is not a fast tokenizer, or the stop token is not a token of it.
+        BaseError: The tokenizer is not a fast tokenizer, or does not have the stop token.
     """
     check_renderer(renderer)
     train, held_out = _open(data, base_dir, seed)

@@ -3,7 +3,7 @@
 transformers passes what a family needs beside query, key and value (window, soft cap, sinks, scaling) as keywords, and
 hands on `segments`, which `model.forward.model_inputs` adds to a call of the model. No mask function is registered for
 this attention's name: transformers then builds no mask and never waits for the device, and a caller that forgets
-`segments`, as generation does, gets an error, not leakage between examples. `own_attention` is for such calls.
+`segments`, as generation does, gets an error, not leakage between examples. Such calls are made inside `own_attention`.
 """
 
 from collections.abc import Iterator
@@ -42,19 +42,19 @@ def segment_attention(
 
     Args:
         module: Unused.
-        query: Of all examples, one after the other.
-        key: Of all examples; groups of query heads share fewer key heads.
-        value: Of all examples.
-        attention_mask: None.
+        query: The queries of all examples, one after the other.
+        key: The keys of all examples; a group of query heads shares a key head.
+        value: The values of all examples.
+        attention_mask: Must be None.
         segments: The examples of the row.
-        dropout: 0; a base's own dropouts are off.
-        scaling: Factor of the scores; by default 1 / sqrt(width).
+        dropout: Must be 0: the dropout layers of a base are switched off.
+        scaling: Factor of the scores; None for 1 / sqrt(width).
         sliding_window: How many positions a position sees, itself included; None or 0 for all.
         softcap: Scores become softcap * tanh(scores / softcap) (Gemma 2).
         s_aux: A score for each head that takes part in the softmax and has no value (sinks of gpt-oss).
 
     Raises:
-        ValueError: The call is not for packed examples alone.
+        ValueError: `segments` is missing or does not fit the row, or there is a mask or dropout.
     """
     if segments is None or attention_mask is not None or dropout:
         raise ValueError("attention by segment takes packed examples, no mask and no dropout; see `own_attention`")
@@ -104,7 +104,7 @@ def _eager(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attend inside one segment by the formula: torch's own attention has neither soft cap nor sinks."""
+    """Attend inside one segment with materialised scores: torch's own attention has neither soft cap nor sinks."""
     scores = (query @ _for_each_head(key, query).transpose(2, 3)).float() * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -121,7 +121,7 @@ def _for_each_head(key: Tensor, query: Tensor) -> Tensor:
 
 
 def visible(length: int, window: int | None, device: torch.device) -> Tensor:
-    """Return which keys (columns) a query (row) sees: itself and those before it, at most `window` in all."""
+    """Return which keys (columns) a query (row) sees: itself and the keys before it, at most `window` keys."""
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
     causal = distance >= 0
     return causal if window is None else causal & (distance < window)
@@ -136,7 +136,7 @@ def attention_of(model: nn.Module) -> str:
 
 
 def use_attention(model: nn.Module, name: str | None) -> bool:
-    """Switch a model to an attention of this name, None for its own default; return whether it can."""
+    """Switch a model to an attention implementation; return whether the model supports it. None is its default."""
     inner = inner_of(model)
     if name != attention_of(model) and inner._can_set_attn_implementation():
         inner.set_attn_implementation(inner.get_correct_attn_implementation(name))
@@ -145,11 +145,11 @@ def use_attention(model: nn.Module, name: str | None) -> bool:
 
 @contextmanager
 def own_attention(model: nn.Module, name: str | None = None) -> Iterator[None]:
-    """Let a model that attends by segment compute calls of another kind: padded rows, generation with a cache.
+    """Let a model that attends by segment compute padded rows, or generate with a cache, in this context.
 
     Args:
-        model: Any; one with another attention keeps it, unless a name is given.
-        name: Of transformers' implementation; by default the model's own choice.
+        model: The model. If it does not attend by segment and no name is given, nothing changes.
+        name: The name of an attention implementation of transformers; None for the model's default.
     """
     before = attention_of(model)
     if name or before == SEGMENT:

@@ -1,7 +1,7 @@
-"""What a backend is: an object that computes the parts of the fast path on one kind of device.
+"""The interface of a backend: an object that computes the parts of the fast path on one kind of device.
 
 There are three: `plain.Plain` (PyTorch, everywhere), `cpu.backend.Cpu` (C) and `triton.backend.Triton`.
-`dispatch.backend_of` chooses one by the device and the dtype of a tensor. Rows are the tokens of a micro-batch.
+`dispatch.backend_of` chooses a backend by the device and the dtype of a tensor. Rows are the tokens of a micro-batch.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,8 +25,8 @@ class GatedInputs:
     Attributes:
         gate: [rows, width].
         up: [rows, width].
-        low: [rows, ranks], the products with A of gate's and of up's adapter.
-        ups: B of gate's and of up's adapter, [width, rank], in the adapters' dtype.
+        low: [rows, ranks], s x A' of gate's and of up's adapter, side by side.
+        ups: B of gate's and B of up's adapter, each [width, rank], in the adapters' dtype.
         activation: A name of `plain.ACTIVATIONS`.
     """
 
@@ -42,7 +42,7 @@ class Backend(Protocol):
 
     Attributes:
         pools_memory: Whether products are written to the buffer pool.
-        adds_adapters: Whether `gated` adds low B' to gate and up itself; otherwise they are complete.
+        adds_adapters: Whether `gated` adds low B' to gate and up; if not, gate and up contain it already.
     """
 
     @property
@@ -57,9 +57,10 @@ class Backend(Protocol):
     def linear(
         self, products: Iterable[Product], bias: Float[Tensor, "columns"] | None
     ) -> Float[Tensor, "rows columns"]:
-        """Return the sum of some products and the bias.
+        """Return the sum of the products and the bias.
 
-        A backend that adds one product after the other asks for one at a time, because weights may be dequantised.
+        `products` may be a generator that dequantises each weight when its product is needed. A backend that adds the
+        products one by one then holds a single dequantised weight at a time.
         """
 
     def weight_gradient(
@@ -72,7 +73,7 @@ class Backend(Protocol):
     ) -> tuple[Float[Tensor, "rows width"], Float[Tensor, "rows 1"]]:
         """Return the normalised rows in their dtype, and 1 / root mean square of each row in fp32.
 
-        They are multiplied by the weight, or by 1 + weight if `gemma`.
+        The normalised rows are multiplied by the weight, or by 1 + weight if `gemma`.
         """
 
     def rms_norm_backward(

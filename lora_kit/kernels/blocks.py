@@ -2,8 +2,8 @@
 
 The queries of a block are adjacent and see adjacent keys, so scores, probabilities and sums are batched products that
 run at the speed of any other matrix product. Nothing quadratic in the row's length is kept; the backward pass computes
-the probabilities again. Long examples are cut into several blocks, short neighbours share one. On CPUs this takes less
-time than torch's flash attention.
+the probabilities again. Long examples are cut into several blocks, short neighbours share a block. On CPUs this takes
+less time than torch's flash attention.
 """
 
 import math
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_kit.kernels.limits import QUERIES
 
-ALIGNED = 32  # rows of scores are padded to a multiple: softmax over bf16 takes half as long again without
+ALIGNED = 32  # rows of scores are padded to a multiple of this: otherwise softmax over bf16 takes 1.5 times as long
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Block:
     Attributes:
         first: The first query, counted in the packed row.
         last: The end of the queries.
-        height: Rows that are computed; those after the queries are padding.
+        height: The number of rows that are computed; rows after the queries are padding.
         keys: The first key that any query sees, counted in the padded row.
         end: The end of the keys, which is also the padded end of the queries.
-        mask: 0 or minus infinity, added to the scores of the last keys, as many as it has columns.
+        mask: 0 or minus infinity, added to the scores of the last `masked` keys; the earlier keys need no mask.
     """
 
     first: int
@@ -48,9 +48,10 @@ class Blocks:
     oneDNN compiles a product for every shape and keeps it (0.3 MB, 0.6 MB for an odd shape), so shapes should be few.
 
     Attributes:
-        spans: Of examples that are cut together: the first row, the end, and the first row in the padded row.
+        spans: For each group of examples that is cut together, its start and end in the packed row, and its start in
+            the padded row.
         length: Length of the padded row.
-        blocks: In order.
+        blocks: The blocks, in order.
     """
 
     spans: list[tuple[int, int, int]]
@@ -92,7 +93,7 @@ def blocks_of(lengths: Sequence[int], window: int | None, *, dtype: torch.dtype,
     for start, members in _groups(lengths):
         length = sum(members)
         padded = _aligned(length)
-        mask_all = window is not None or len(members) > 1  # else only the last keys hide anything: those of the block
+        mask_all = window is not None or len(members) > 1  # otherwise only the keys of the block itself need a mask
         rows = _aligned(-(-padded // -(-padded // QUERIES)))
         for begin in range(0, padded, rows):
             end = min(padded, begin + rows)
@@ -113,7 +114,7 @@ def _aligned(count: int) -> int:
 
 
 def _groups(lengths: Sequence[int]) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """Yield the start and the lengths of examples that are cut together: a long one, or short ones that fit a block."""
+    """Yield the start and the lengths of examples that are cut together: a long example, or several short examples."""
     start, members = 0, tuple[int, ...]()
     for length in lengths:
         if members and sum(members) + length > QUERIES:
@@ -129,8 +130,8 @@ def _mask(members: Sequence[int], queries: range, columns: int, window: int | No
 
     Args:
         members: Lengths of the examples that are cut together.
-        queries: Counted from the first example's start.
-        columns: Number of keys, which end where the queries do.
+        queries: The queries, counted from the start of the first example.
+        columns: The number of keys; the last key is at the position of the last query.
         window: How many positions a position sees; None for all.
 
     Padding continues the last example: no query before it sees it, and its rows see something, so softmax has no NaN.

@@ -1,4 +1,4 @@
-"""Which backend computes a tensor: C on CPUs in bf16, Triton on GPUs, plain PyTorch for the rest."""
+"""Choose the backend that computes a tensor: C on CPUs in bf16, Triton on GPUs, otherwise plain PyTorch."""
 
 import sys
 import warnings
@@ -28,22 +28,25 @@ def backend_for(device: torch.device, dtype: torch.dtype) -> Backend:
 
 @cache
 def _triton() -> Backend:
-    """Try the kernels: Triton also needs a C compiler, a folder for what it compiles, and a GPU that it knows."""
+    """Return Triton if its kernels compile and run, otherwise plain PyTorch.
+
+    Triton also needs a C compiler, a folder for compiled kernels, and a GPU that it supports.
+    """
     if find_spec("triton") is None:
         return PLAIN
     try:
         from lora_kit.kernels.triton.backend import Triton, try_kernels
 
         try_kernels(torch.device("cuda"))
-    except Exception as error:  # from Triton, its compilers or the driver, which raise all kinds
-        _warn("Triton compiles nothing here", error)
+    except Exception as error:  # Triton, its compilers and the driver raise many kinds of errors
+        _warn("Triton cannot compile its kernels", error)
         return PLAIN
     return Triton()
 
 
 @cache
 def _c() -> Backend:
-    """Compile the kernels if this is Linux on a CPU that multiplies bf16 by AVX-512."""
+    """Return the backend in C if this is Linux, the CPU has AVX-512 bf16 and the kernels compile; else PyTorch."""
     if sys.platform != "linux" or not torch.cpu._is_avx512_bf16_supported():
         return PLAIN
     from lora_kit.kernels.cpu import build
@@ -52,7 +55,7 @@ def _c() -> Backend:
     try:
         build.library()
     except (OSError, ValueError) as error:
-        _warn("the kernels for CPUs are not compiled", error)
+        _warn("the kernels for CPUs could not be compiled", error)
         return PLAIN
     return Cpu()
 

@@ -1,7 +1,7 @@
 """The fast parts that a model computes with: each is compared with the model's own code before it is used.
 
-A part replaces the `forward` of the modules that it fits and is left out where its numbers differ. A family that nobody
-thought of therefore trains by its own code, or by as much of it as is needed.
+A part replaces the `forward` of the modules that it fits, and is left out where its results differ. A model family that
+lora_kit was not written for therefore trains with transformers' code, or with the parts that fit.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from lora_kit.kernels import dispatch, mlp, norm, rotary
 from lora_kit.kernels.attention import inner_of
-from lora_kit.kernels.lora import SharedInput, covered, map_of, quantized
+from lora_kit.kernels.lora import SharedInput, adapted_linear, fusable, quantized
 from lora_kit.kernels.loss import Head
 from lora_kit.kernels.plain import ACTIVATIONS
 
@@ -30,9 +30,9 @@ def use_kernels(model: nn.Module, wanted: Sequence[str] | None, inputs: Mapping[
     """Let a model with an adapter compute with the fast parts that fit it.
 
     Args:
-        model: On the device and in the precision that it trains in.
+        model: The model, already on its device and in the precision of training.
         wanted: The parts that the run began with; None to choose.
-        inputs: Arguments of a small call of the model, with which the choice is tested.
+        inputs: Arguments of a small call of the model, for comparing results.
 
     Returns:
         The parts in use, of `lora`, `mlp`, `norm`, `rotary`, `loss` and `last mlp`.
@@ -52,7 +52,7 @@ def use_kernels(model: nn.Module, wanted: Sequence[str] | None, inputs: Mapping[
 def about(model: nn.Module, used: Sequence[str]) -> str:
     """Describe the parts in use."""
     layers = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-    left_to_peft = [name.removesuffix(".base_layer") for name in layers if not covered(model.get_submodule(name))]
+    left_to_peft = [name.removesuffix(".base_layer") for name in layers if not fusable(model.get_submodule(name))]
     kinds = ", ".join(sorted({name.rpartition(".")[2] for name in left_to_peft}))
     by_peft = f"; {kinds} by peft" if left_to_peft else ""
     names = {
@@ -72,7 +72,8 @@ def pools_memory(model: nn.Module, used: Sequence[str]) -> bool:
     if not {"lora", "mlp", "norm", "rotary", "loss"} <= set(used) or head is None or head.cap is not None:
         return False
     fused = all(
-        covered(layer) and not map_of(layer).dropout and not quantized(layer.get_base_layer()) for layer in layers
+        fusable(layer) and not adapted_linear(layer).dropout and not quantized(layer.get_base_layer())
+        for layer in layers
     )
     capped = inner_of(model).config.get_text_config().to_dict().get("attn_logit_softcapping")
     return fused and not capped and dispatch.backend_of(head.weight).pools_memory
@@ -94,7 +95,7 @@ def last_mlp_of(model: nn.Module) -> nn.Module | None:
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Let a model's layers be computed again in the backward pass instead of keeping their activations."""
+    """Let a model recompute the activations of its layers in the backward pass instead of keeping them."""
     settings = {"use_reentrant": False, "context_fn": partial(checkpoint_contexts, model)}
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
@@ -102,22 +103,22 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 def checkpoint_contexts(
     model: nn.Module,
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Return the (forward, recompute) contexts for torch.utils.checkpoint: both compute the last MLP's same rows."""
+    """Return the (forward, recompute) contexts for torch.utils.checkpoint: the same rows of the last MLP in both."""
     last_mlp = last_mlp_of(model)
     return nullcontext(), mlp.at_rows(last_mlp, vars(last_mlp)[mlp.ROWS] if last_mlp else None)
 
 
 def _fuse_adapters(model: nn.Module) -> bool:
-    """Compute plain adapters in one function with their layer, siblings that read the same input together."""
+    """Compute each layer and its adapter in one function, and layers that read the same input together."""
     grouped = set[nn.Module]()
     for parent in list(model.modules()):
         for names in SAME_INPUT:
-            siblings = [child for name, child in parent.named_children() if name in names and covered(child)]
+            siblings = [child for name, child in parent.named_children() if name in names and fusable(child)]
             siblings = [child for child in siblings if child.in_features == siblings[0].in_features]
             grouped.update(siblings)
             if siblings:
                 SharedInput(siblings)
-    alone = [module for module in model.modules() if covered(module) and module not in grouped]
+    alone = [module for module in model.modules() if fusable(module) and module not in grouped]
     for module in alone:
         SharedInput([module])
     return bool(grouped or alone)
@@ -185,7 +186,7 @@ def _use_where_equal(
 
 
 def _test_rows(width: int, like: Tensor) -> Tensor:
-    """Return rows [1, 5, width] of very different sizes: small ones show an epsilon, large ones show clipping."""
+    """Return rows [1, 5, width] of very different sizes: small rows show an epsilon, large rows show clipping."""
     generator = torch.Generator().manual_seed(0)
     dtype = like.dtype if like.is_floating_point() else torch.float32
     sizes = torch.tensor([1e-3, 0.1, 1.0, 30.0, 1000.0])[:, None]

@@ -1,9 +1,9 @@
-"""Linear maps with adapters, y = x W' + s (x A') B', with the fewest passes over memory.
+"""Linear layers with adapters, y = x W' + s (x A') B', with the fewest passes over memory.
 
-Adapters are cast to the base's dtype, not activations to the adapter's; the product that computes an adapter's output
-accumulates it; and maps that read the same input (q, k, v; gate and up) share its reading, forward and backward. A
-frozen weight needs no gradient, so a step costs each map two large products instead of three, and only the input and
-the few columns of x A' are kept. A weight in 4 or 8 bits is dequantised where it is multiplied.
+Adapters are cast to the base's dtype, and activations are not cast to the adapter's. The product with B accumulates
+into the output of W. Layers that read the same input (q, k, v; gate and up) are computed together, forward and
+backward. A frozen weight needs no gradient, so a step costs each layer two large products instead of three, and only
+the input and the few columns of x A' are kept. A weight in 4 or 8 bits is dequantised where it is multiplied.
 """
 
 from collections.abc import Sequence
@@ -25,14 +25,14 @@ KINDS = ("Linear", "Linear4bit", "Linear8bitLt")  # class names of peft's layers
 
 
 @dataclass(frozen=True)
-class Map:
-    """A frozen linear map and the constants of its adapter.
+class AdaptedLinear:
+    """A frozen linear layer and the settings of its adapter.
 
     Attributes:
-        base: The layer that holds the frozen weight [outputs, inputs] and perhaps a bias.
+        base: The frozen layer, with a weight [outputs, inputs] and perhaps a bias.
         scale: alpha / rank.
-        rank: Rows of A.
-        dropout: Probability of zeroing an element of the adapter's input.
+        rank: The number of rows of A.
+        dropout: The probability of zeroing an element of the adapter's input; 0 outside training.
     """
 
     base: nn.Module
@@ -58,8 +58,8 @@ class Map:
         return dense
 
 
-def covered(module: nn.Module) -> bool:
-    """Return whether this file computes a layer: plain LoRA on a linear map, and nothing else on it."""
+def fusable(module: nn.Module) -> bool:
+    """Return whether this file can compute a layer: a linear layer with a single adapter that is plain LoRA."""
     if not isinstance(module, LoraLayer) or type(module).__name__ not in KINDS:
         return False
     if module.active_adapters != [ADAPTER] or module.merged or module.disable_adapters:
@@ -76,11 +76,11 @@ def quantized(base: nn.Module) -> bool:
     return isinstance(base, nn.Linear) and type(base.weight).__name__ in ("Params4bit", "Int8Params")
 
 
-def map_of(module: nn.Module) -> Map:
-    """Return the frozen map and the adapter's constants of a covered layer."""
+def adapted_linear(module: nn.Module) -> AdaptedLinear:
+    """Return the frozen layer inside a `fusable` layer of peft, and the settings of its adapter."""
     layer = cast(Any, module)
-    dropout = getattr(layer.lora_dropout[ADAPTER], "p", 0.0)  # nn.Identity has no p
-    return Map(layer.get_base_layer(), layer.scaling[ADAPTER], layer.r[ADAPTER], dropout if module.training else 0.0)
+    dropout = getattr(layer.lora_dropout[ADAPTER], "p", 0.0) if module.training else 0.0  # nn.Identity has no p
+    return AdaptedLinear(layer.get_base_layer(), layer.scaling[ADAPTER], layer.r[ADAPTER], dropout)
 
 
 def adapters_of(modules: Sequence[nn.Module]) -> list[Tensor]:
@@ -90,13 +90,14 @@ def adapters_of(modules: Sequence[nn.Module]) -> list[Tensor]:
 
 
 @dataclass(frozen=True)
-class Origin:
-    """How a norm computed a map's input: rows * row_factor * column_factor.
+class NormFactors:
+    """The factors of a fused norm's output, which is rows * row_factor * column_factor.
 
-    These exist anyway, so the input itself need not be kept for the backward pass.
+    The factors are in memory anyway, so a layer that reads the output keeps them for its backward pass instead of the
+    output.
 
     Attributes:
-        rows: Rows of the residual stream.
+        rows: The norm's input.
         row_factor: 1 / root mean square of each row, in fp32.
         column_factor: The norm's gain.
     """
@@ -106,25 +107,25 @@ class Origin:
     column_factor: Float[Tensor, "inputs"]
 
 
-ORIGIN = "_origin_in_lora_kit"  # the attribute of a norm's output that holds its origin
+NORM_FACTORS = "_norm_factors_of_lora_kit"  # the attribute of a norm's output that holds its factors
 
 
-def origin_of(x: Tensor) -> Origin | None:
-    """Return how a norm computed x, if a fused norm did."""
-    origin: Origin | None = vars(x).get(ORIGIN)
-    return origin
+def factors_of(x: Tensor) -> NormFactors | None:
+    """Return the factors of x if it is the output of a fused norm, otherwise None."""
+    factors: NormFactors | None = vars(x).get(NORM_FACTORS)
+    return factors
 
 
 @dataclass
 class Saved:
-    """What a group of maps keeps for its backward pass: its input, s x A' and the dropout masks.
+    """What layers that read the same input keep for their backward pass.
 
     Attributes:
-        rows: The input, or its origin's rows.
-        low: s x A'.
-        dropout_masks: For each map; None without dropout.
-        row_factor: The origin's; None where `rows` is the input itself.
-        column_factor: The origin's.
+        rows: The input, or `NormFactors.rows` if a fused norm computed the input.
+        low: s x A' of all layers, side by side.
+        dropout_masks: A mask for each layer; None without dropout.
+        row_factor: `NormFactors.row_factor`; None if `rows` is the input itself.
+        column_factor: `NormFactors.column_factor`; None if `rows` is the input itself.
     """
 
     rows: Float[Tensor, "rows inputs"]
@@ -134,7 +135,7 @@ class Saved:
     column_factor: Float[Tensor, "inputs"] | None = None
 
     def grad_a(self, grad_low: Float[Tensor, "rows ranks"]) -> Float[Tensor, "ranks inputs"]:
-        """Return the gradient of s A from that of s x A', in fp32."""
+        """Return the gradient of s A in fp32, from the gradient of s x A'."""
         backend = dispatch.backend_of(grad_low)
         if self.row_factor is None or self.column_factor is None:
             return backend.weight_gradient(grad_low, self.rows)
@@ -144,83 +145,87 @@ class Saved:
 
 def project(
     x: Float[Tensor, "rows inputs"],
-    maps: Sequence[Map],
+    linears: Sequence[AdaptedLinear],
     adapters: Sequence[Tensor],
     *,
-    origin: Origin | None = None,
+    factors: NormFactors | None = None,
     add_adapters: bool = True,
 ) -> tuple[list[Tensor], Saved]:
-    """Return every map's output for one input, and what the backward pass needs.
+    """Return the output of every layer that reads an input, and what the backward pass needs.
 
     Args:
         x: The input.
-        maps: The maps that read it.
-        adapters: Every A, then every B.
-        origin: What x was computed from, if it was a norm.
-        add_adapters: Whether outputs contain what the adapters add.
+        linears: The layers that read it.
+        adapters: The A of every layer, then the B of every layer.
+        factors: The factors of x, if a fused norm computed it.
+        add_adapters: Whether to add the adapters to the outputs.
     """
-    backend, ranks, b_matrices = dispatch.backend_of(x), [linear.rank for linear in maps], adapters[len(maps) :]
-    masks, scaled_a = [_draw_mask(x, linear.dropout) for linear in maps], _scaled_a(maps, adapters, x.dtype)
+    backend, ranks, b_matrices = dispatch.backend_of(x), [linear.rank for linear in linears], adapters[len(linears) :]
+    masks, scaled_a = [_draw_mask(x, linear.dropout) for linear in linears], _scaled_a(linears, adapters, x.dtype)
     dropped = any(mask is not None for mask in masks)
     if dropped:
-        by_map = zip(maps, scaled_a.split(ranks), masks, strict=True)
+        by_linear = zip(linears, scaled_a.split(ranks), masks, strict=True)
         low = torch.cat(
-            [backend.linear([(_dropped(x, mask, linear), a, True)], None) for linear, a, mask in by_map], dim=1
+            [backend.linear([(_dropped(x, mask, linear), a, True)], None) for linear, a, mask in by_linear], dim=1
         )
     else:
         low = backend.linear([(x, scaled_a, True)], None)
     outputs = []
-    for linear, b, low_part in zip(maps, b_matrices, low.split(ranks, dim=1), strict=True):
+    for linear, b, low_part in zip(linears, b_matrices, low.split(ranks, dim=1), strict=True):
         bias = cast(Tensor | None, linear.base.bias)
         added = [(low_part, b.to(x.dtype), True)] if add_adapters else []
         outputs.append(backend.linear([(x, linear.weight(x.dtype), True), *added], bias))
-    if origin is None or dropped:
+    if factors is None or dropped:
         return outputs, Saved(x, low, masks)
-    return outputs, Saved(origin.rows, low, masks, origin.row_factor, origin.column_factor)
+    return outputs, Saved(factors.rows, low, masks, factors.row_factor, factors.column_factor)
 
 
 def project_backward(
     grad_outputs: Sequence[Float[Tensor, "rows _"]],
     saved: Saved,
-    maps: Sequence[Map],
+    linears: Sequence[AdaptedLinear],
     adapters: Sequence[Tensor],
     *,
     to_input: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """Return the gradient of the input, if it is wanted, and of every A, then of every B, in fp32."""
-    x, ranks, b_matrices = saved.rows, [linear.rank for linear in maps], adapters[len(maps) :]
+    """Return the gradient of the input, None unless `to_input`, and the fp32 gradients of every A, then of every B."""
+    x, ranks, b_matrices = saved.rows, [linear.rank for linear in linears], adapters[len(linears) :]
     backend, grads = dispatch.backend_of(x), [grad.contiguous() for grad in grad_outputs]
     lows = saved.low.split(ranks, dim=1)
     grads_b = [backend.weight_gradient(grad, low) for grad, low in zip(grads, lows, strict=True)]
     grad_lows = [
         backend.linear([(grad, b.to(x.dtype), False)], None) for grad, b in zip(grads, b_matrices, strict=True)
     ]
-    grad_low = torch.cat(grad_lows, dim=1) if len(maps) > 1 else grad_lows[0]
-    scaled_a = _scaled_a(maps, adapters, x.dtype)
-    by_map = list(zip(maps, scaled_a.split(ranks), grad_low.split(ranks, dim=1), saved.dropout_masks, strict=True))
+    grad_low = torch.cat(grad_lows, dim=1) if len(linears) > 1 else grad_lows[0]
+    scaled_a = _scaled_a(linears, adapters, x.dtype)
+    by_linear = list(
+        zip(linears, scaled_a.split(ranks), grad_low.split(ranks, dim=1), saved.dropout_masks, strict=True)
+    )
     dropped = any(mask is not None for mask in saved.dropout_masks)
     if dropped:
-        grads_a = [backend.weight_gradient(part, _dropped(x, mask, linear)) for linear, _, part, mask in by_map]
+        grads_a = [backend.weight_gradient(part, _dropped(x, mask, linear)) for linear, _, part, mask in by_linear]
     else:
         grads_a = list(saved.grad_a(grad_low).split(ranks))
-    grads_a = [grad.mul_(linear.scale) for linear, grad in zip(maps, grads_a, strict=True)]
+    grads_a = [grad.mul_(linear.scale) for linear, grad in zip(linears, grads_a, strict=True)]
     if not to_input:
         return None, grads_a + grads_b
-    through_weights = ((grad, linear.weight(x.dtype), False) for linear, grad in zip(maps, grads, strict=True))
+    through_weights = ((grad, linear.weight(x.dtype), False) for linear, grad in zip(linears, grads, strict=True))
     if dropped:
         grad_x = backend.linear(through_weights, None)
-        for linear, a, part, mask in by_map:
+        for linear, a, part, mask in by_linear:
             grad_x += _dropped(backend.linear([(part, a, False)], None), mask, linear)
     else:
         grad_x = backend.linear(chain([(grad_low, scaled_a, False)], through_weights), None)
     return grad_x, grads_a + grads_b
 
 
-def _scaled_a(maps: Sequence[Map], adapters: Sequence[Tensor], dtype: torch.dtype) -> Float[Tensor, "ranks inputs"]:
-    """Return every s A; scaling these small matrices spares scaling larger ones."""
-    ranks = [linear.rank for linear in maps]
+def _scaled_a(
+    linears: Sequence[AdaptedLinear], adapters: Sequence[Tensor], dtype: torch.dtype
+) -> Float[Tensor, "ranks inputs"]:
+    """Return every s A. A is scaled because it is smaller than the activations."""
+    ranks = [linear.rank for linear in linears]
     scaled = adapters[0].new_empty(sum(ranks), adapters[0].shape[1], dtype=dtype)
-    for linear, a, part in zip(maps, adapters[: len(maps)], scaled.split(ranks), strict=True):
+    for linear, a, part in zip(linears, adapters[: len(linears)], scaled.split(ranks), strict=True):
         torch.mul(a, linear.scale, out=part)
     return scaled
 
@@ -229,23 +234,23 @@ def _draw_mask(x: Tensor, dropout: float) -> Tensor | None:
     return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
 
 
-def _dropped(x: Tensor, mask: Tensor | None, linear: Map) -> Tensor:
+def _dropped(x: Tensor, mask: Tensor | None, linear: AdaptedLinear) -> Tensor:
     """Return x after dropout."""
     return x if mask is None else torch.where(mask, x, 0).div_(1 - linear.dropout)
 
 
 class LoraLinear(Function):
-    """Several maps of one input [rows, inputs]; one output for each."""
+    """Layers that read the same input [rows, inputs]; returns the output of each."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, origin: Origin | None, maps: Sequence[Map], *adapters: Tensor
+        ctx: Any, x: Tensor, factors: NormFactors | None, linears: Sequence[AdaptedLinear], *adapters: Tensor
     ) -> tuple[Tensor, ...]:
-        """Compute every map."""
-        outputs, saved = project(x, maps, adapters, origin=origin)
+        """Compute every layer."""
+        outputs, saved = project(x, linears, adapters, factors=factors)
         masks = [mask for mask in saved.dropout_masks if mask is not None]
         ctx.save_for_backward(saved.rows, saved.row_factor, saved.column_factor, saved.low, *masks, *adapters)
-        ctx.maps, ctx.masks = maps, len(masks)
+        ctx.linears, ctx.masks = linears, len(masks)
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
@@ -254,21 +259,21 @@ class LoraLinear(Function):
         """Return the gradients of the input and of the adapters; None for an adapter whose output was not used."""
         rows, row_factor, column_factor, low, *rest = ctx.saved_tensors
         masks = iter(rest[: ctx.masks])
-        dropout_masks = [next(masks) if linear.dropout else None for linear in ctx.maps]
+        dropout_masks = [next(masks) if linear.dropout else None for linear in ctx.linears]
         saved = Saved(rows, low, dropout_masks, row_factor, column_factor)
         adapters, to_input = rest[ctx.masks :], ctx.needs_input_grad[0]
         used = [grad is not None for grad in grad_outputs]
         grads = [
             rows.new_zeros(len(rows), len(b)) if grad is None else grad
-            for grad, b in zip(grad_outputs, adapters[len(ctx.maps) :], strict=True)
+            for grad, b in zip(grad_outputs, adapters[len(ctx.linears) :], strict=True)
         ]
-        grad_x, grad_adapters = project_backward(grads, saved, ctx.maps, adapters, to_input=to_input)
+        grad_x, grad_adapters = project_backward(grads, saved, ctx.linears, adapters, to_input=to_input)
         wanted = zip(grad_adapters, used * 2, strict=True)
         return grad_x, None, None, *(grad if was_used else None for grad, was_used in wanted)
 
 
 class SharedInput:
-    """Layers that read the same input: the first call computes all of them, the others return their output.
+    """Layers that read the same input: the first call computes all layers, the other calls return their output.
 
     The input is remembered, so a layer that is called with another input is not given a wrong output.
     """
@@ -286,7 +291,7 @@ class SharedInput:
         own_forward = self._own_forwards[index]
 
         def forward(x: Tensor, *rest: Any, **named: Any) -> Tensor:
-            if rest or named or not all(covered(module) for module in self._modules):
+            if rest or named or not all(fusable(module) for module in self._modules):
                 return cast(Tensor, own_forward(x, *rest, **named))
             return self._output(x, index)
 
@@ -294,8 +299,8 @@ class SharedInput:
 
     def _output(self, x: Tensor, index: int) -> Tensor:
         if self._x is not x or self._with_grad != torch.is_grad_enabled() or index not in self._ready:
-            maps = [map_of(module) for module in self._modules]
-            outputs = LoraLinear.apply(x.reshape(-1, x.shape[-1]), origin_of(x), maps, *adapters_of(self._modules))
+            linears = [adapted_linear(module) for module in self._modules]
+            outputs = LoraLinear.apply(x.reshape(-1, x.shape[-1]), factors_of(x), linears, *adapters_of(self._modules))
             self._with_grad = torch.is_grad_enabled()
             self._x, self._ready = x, {at: output.view(*x.shape[:-1], -1) for at, output in enumerate(outputs)}
         output = self._ready.pop(index)

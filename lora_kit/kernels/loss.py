@@ -46,7 +46,7 @@ class Head:
         return logits if self.cap is None else torch.tanh(logits / self.cap)
 
     def capped(self, before: Float[Tensor, "*rows vocabulary"]) -> Float[Tensor, "*rows vocabulary"]:
-        """Return the logits from those in units of the cap."""
+        """Convert logits in units of the cap to logits."""
         return before if self.cap is None else before * self.cap
 
     def backward(self, grad_logits: Float[Tensor, "rows vocabulary"], before: Tensor) -> Float[Tensor, "rows width"]:
@@ -91,6 +91,6 @@ def _padded(rows: Float[Tensor, "rows width"]) -> Float[Tensor, "padded width"]:
 def summed_cross_entropy(
     hidden: Float[Tensor, "rows width"], head: Head, labels: Int64[Tensor, "rows"]
 ) -> Float[Tensor, ""]:
-    """Return the cross-entropy (nats) of the labels, summed, in fp32."""
+    """Return the cross-entropy (nats) summed over all rows, in fp32; every label is a token id, not IGNORE."""
     total: Tensor = _CrossEntropy.apply(hidden, head, labels, torch.is_grad_enabled() and hidden.requires_grad)
     return total

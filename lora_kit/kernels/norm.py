@@ -1,4 +1,4 @@
-"""Root mean square norms in few passes over memory.
+"""RMS norms in few passes over memory.
 
 The backward pass keeps nothing but the input, which the residual stream holds anyway, and one number for each row.
 """
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from lora_kit.kernels import dispatch
-from lora_kit.kernels.lora import ORIGIN, Origin
+from lora_kit.kernels.lora import NORM_FACTORS, NormFactors
 
 
 class RmsNorm(Function):
@@ -46,7 +46,7 @@ def fuse(norm: nn.Module, *, gemma: bool) -> Callable[[], None]:
         rows = x.reshape(-1, x.shape[-1])
         normalized, inverse_rms = RmsNorm.apply(rows, weight, epsilon, gemma)
         output = cast(Tensor, normalized).view(x.shape)
-        setattr(output, ORIGIN, Origin(rows.detach(), inverse_rms, gain))
+        setattr(output, NORM_FACTORS, NormFactors(rows.detach(), inverse_rms, gain))
         return output
 
     norm.forward = forward

@@ -1,6 +1,6 @@
 """The backend in plain PyTorch: for every device and dtype, and where nothing compiles.
 
-On a CPU, norms and the loss take some rows at a time, so that these stay in the cache; a GPU takes all rows at once.
+On a CPU, norms and the loss compute a few rows at a time, which stay in the cache; on a GPU, all rows at once.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +27,7 @@ ELEMENTS_IN_CACHE = 1 << 18  # elements of a norm that stay in a CPU's cache
 
 
 class Plain:
-    """See `Backend`; this class takes any dtype and device."""
+    """See `Backend`; this class supports every dtype and device."""
 
     pools_memory = False
     adds_adapters = False
@@ -37,7 +37,7 @@ class Plain:
         return {"backend": "plain"}
 
     def linear(self, products: Iterable[Product], bias: Tensor | None) -> Float[Tensor, "rows columns"]:
-        """Add one product after the other to the first."""
+        """Compute the first product with the bias, then add every further product to it in place."""
         products = iter(products)
         x, weight, transposed = next(products)
         output = nn.functional.linear(x, weight if transposed else weight.T, bias)
@@ -110,7 +110,7 @@ class Plain:
         return total
 
     def supports_attention(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        """Return that any dtypes and widths are computed."""
+        """Return True: all dtypes and widths are supported."""
         return True
 
     def attention(
@@ -132,6 +132,6 @@ class Plain:
 
 
 def _in_cache(rows: Float[Tensor, "rows width"], elements: int) -> list[slice]:
-    """Return slices of at most so many elements on a CPU, of all rows on a GPU."""
+    """Return slices of rows: on a CPU with at most `elements` elements each, on a GPU all rows in one slice."""
     step = max(1, len(rows) if rows.is_cuda else elements // rows.shape[1])
     return [slice(begin, begin + step) for begin in range(0, len(rows), step)]

@@ -1,7 +1,8 @@
 """Rotary positions, x cos + rotate_half(x) sin, as one function with few passes.
 
 A family's attention calls `apply_rotary_pos_emb` of its own file. A fused module runs the same code with our function
-under that name; transformers itself is not changed, and a call that ours does not cover goes to the family's function.
+under that name; transformers itself is not changed, and our function hands calls that it does not support to the
+family's function.
 """
 
 from collections.abc import Callable
@@ -53,16 +54,16 @@ def rotated(
     **named: object,
 ) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys; call `own` for several rows, angles of a part of the width, or angles in fp32."""
-    covered = cos.dtype == sin.dtype == query.dtype == key.dtype and len(query) == 1
-    covered &= cos.shape == sin.shape == (1, query.shape[2], query.shape[3])
-    if rest or named or not covered:
+    supported = cos.dtype == sin.dtype == query.dtype == key.dtype and len(query) == 1
+    supported &= cos.shape == sin.shape == (1, query.shape[2], query.shape[3])
+    if rest or named or not supported:
         return own(query, key, cos, sin, *rest, **named)
     query, key = (Rotary.apply(x.squeeze(0), cos[0], sin[0])[None] for x in (query, key))
     return query, key
 
 
 def fuse(attention: nn.Module) -> Callable[[], None]:
-    """Let an attention rotate its queries and keys by `Rotary`; return a function that undoes it."""
+    """Let an attention module rotate queries and keys with `Rotary`; return a function that restores it."""
     own_forward = cast(FunctionType, type(attention).forward)
     names = own_forward.__globals__ | {NAME: partial(rotated, own_forward.__globals__[NAME])}
     forward = FunctionType(

@@ -17,7 +17,7 @@ class Segments:
     """The examples of a packed row.
 
     Attributes:
-        lengths: Their lengths, in order, on the host: reading them never waits for the device.
+        lengths: The lengths of the examples, in order; they are on the host, so reading them never waits for the GPU.
         device: The row's device.
         windows: The window of every attention that was computed; the probe reads it.
     """

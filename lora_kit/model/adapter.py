@@ -16,7 +16,7 @@ from lora_kit.model.targets import find_targets, refuse_others
 from lora_kit.randomness import mix
 from lora_kit.recipe.schema import Adapter
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it logs at import
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports bitsandbytes, which logs at import
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 
 

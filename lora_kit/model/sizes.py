@@ -282,8 +282,7 @@ def _kept_by_layer(shape: Shape, recipe: Recipe, tokens: int) -> int:
 
 
 def _working_bytes(shape: Shape, recipe: Recipe, tokens: int, device: str) -> int:
-    """Return the peak bytes of temporary tensors: those of the loss, or of a layer's backward pass if they are
-    larger."""
+    """Return the peak bytes of temporary tensors, in the loss or in a layer's backward pass."""
     size, width, inner = BYTES[recipe.base.dtype], shape.width, shape.width_of("inner")
     longest = min(tokens, recipe.data.sequence_length)
     logits = tokens * shape.vocabulary

@@ -72,8 +72,8 @@ def _all_linear(base: PreTrainedModel, linear: list[str], experts: list[str]) ->
     selected = [path for path in body if not (mixture and ROUTER.search(path))]
     if base.config.model_type in STATE_SPACE:
         selected = [path for path in selected if not path.endswith(READ_BY_KERNELS)]
-    # peft replaces targets by their names in transformers 5, and takes e.g. `gate_proj` of a shared expert for that of
-    # an expert; let it convert the targets here, and leave out those that it replaces
+    # peft replaces targets by their names in transformers 5, and takes e.g. `gate_proj` of a shared expert for the
+    # `gate_proj` of an expert; let it convert the targets here, and leave out those that it replaces
     config = LoraConfig(target_modules=selected)
     convert_peft_config_for_transformers(config, base, None)
     kept = [path for path in selected if path in set(config.target_modules or ())]

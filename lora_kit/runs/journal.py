@@ -1,8 +1,8 @@
 """A run's two logs: metrics.jsonl has a line per step, events.jsonl a line per event.
 
 A line is appended in one write. An incomplete last line, as a machine that crashed may leave, is skipped when reading.
-A line that a full disk does not take is kept in memory and written before the next line: a log never ends a run. A
-resume cuts the metrics back to its checkpoint, so that no step appears twice.
+A line that cannot be written because the disk is full is kept in memory and written before the next line, so a log
+never ends a run. A resume cuts the metrics back to its checkpoint, so that no step appears twice.
 """
 
 import errno
@@ -27,7 +27,7 @@ class Journal:
     Attributes:
         run: The folder.
         late: Lines that could not be written yet, each with the name of its log.
-        trouble: Why they could not be written; empty if there are none.
+        trouble: The reason why late lines could not be written; empty if there are no late lines.
     """
 
     run: Path
@@ -79,7 +79,7 @@ class Journal:
         return started[-1] if started else None
 
     def skipped_after(self, step: int) -> frozenset[int]:
-        """Return the steps after `step` that this run skipped, and so skips again, unless it went back since then."""
+        """Return the skipped steps after `step`, which a resume skips again; a start or going back clears them."""
         skipped = set[int]()
         for event in self.read_events():
             if event["kind"] in ("started", "went back"):

@@ -26,8 +26,8 @@ START_REQUESTED = "LORA_KIT_START_REQUESTED"
 """Environment variable of training processes: the Unix time at which the keeper requested them. From it the start event
 in events.jsonl gets the seconds that the fork or the imports took."""
 PATIENCE_SECONDS = 0.25  # a killed process takes a moment to disappear
-BEAT_SECONDS = 10.0  # between two heartbeats
-DEAD_SECONDS = 60.0  # without a heartbeat, after which a holder on another machine counts as dead
+BEAT_SECONDS = 10.0  # the time between two heartbeats
+DEAD_SECONDS = 60.0  # a holder on another machine counts as dead after so long without a heartbeat
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Lease:
         _write(_beat_file(self.path, self.token), {"beat": count})
 
     def release(self) -> None:
-        """Remove the holder from the lease file; the token stays, so that the next one is higher."""
+        """Remove the holder from the lease file; the token stays, so that the next token is higher."""
         if self.borrowed:
             return
         if self.is_ours():
@@ -76,10 +76,11 @@ def take(run: Path, *, above: int = 0) -> Lease:
 
     Args:
         run: The run's folder.
-        above: The new token is higher than this and than every earlier token.
+        above: The newest fencing token in the run's checkpoints. The new token is higher than this token and than the
+            token in the lease file, which may have been deleted.
 
     Raises:
-        LeaseError: A living process holds the lease, on this machine or on another one.
+        LeaseError: A living process holds the lease, on this machine or on another machine.
     """
     path = run / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +99,7 @@ def take(run: Path, *, above: int = 0) -> Lease:
             raise LeaseError(f"{run}: another process has just begun to train here; wait for it, or use another --out")
         taken = round(time.time(), 3)
         _write(path, {"token": token, "taken": taken, "holder": _me()})
-        for leftover in run.glob(".lease-*"):  # of processes that were killed
+        for leftover in run.glob(".lease-*"):  # files of processes that were killed
             leftover.unlink(missing_ok=True)
     finally:
         reservation.unlink(missing_ok=True)
@@ -141,7 +142,7 @@ def _owner_is_alive(reservation: Path) -> bool:
 
 
 def is_held(run: Path) -> bool:
-    """Return whether a living process on this machine, or any process on another one, holds a run's lease."""
+    """Return whether a living process on this machine, or any process on another machine, holds a run's lease."""
     holder = _read(run / FILE).get("holder") or {}
     return _alive(holder) or _elsewhere(holder)
 

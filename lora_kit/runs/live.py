@@ -36,12 +36,13 @@ REGION, JOB = "region", "job.json"
 
 
 class Word(IntEnum):
-    """The 64-bit counters of the first page. The trainer writes those up to STOP, the keeper the others.
+    """The 64-bit counters of the first page. The trainer writes the counters up to STOP, the keeper writes the others.
 
     PAYLOAD: Bytes of a slot. TOKEN: The trainer's fencing token. PHASE: A `Phase`. BEAT: Grows with every sign of life.
     STOP: The number of a signal that asks the trainer to stop. READING: The slot that the keeper reads, plus one.
-    HANDLED: The sequence number up to which due snapshots were written, or failed to be. COMMITTED: The sequence number
-    of the last snapshot that became a checkpoint. FAULTS: The number of failed writes. KEEPER: The keeper's process id.
+    HANDLED: Due snapshots up to this sequence number were written, or their write failed. COMMITTED: The sequence
+    number of the last snapshot that became a checkpoint. FAULTS: The number of failed writes. KEEPER: The keeper's
+    process id.
     """
 
     MAGIC = 0
@@ -72,7 +73,7 @@ class Header:
     Attributes:
         token: The fencing token of the trainer.
         sequence: Grows with every publication, also after a return to an earlier step.
-        checksum: Of the slot's bytes.
+        checksum: The checksum of the slot's bytes.
         due: Whether exactly this step must become a checkpoint.
         progress: The step's part of the manifest.
     """
@@ -96,12 +97,12 @@ class Snapshot:
 
     @property
     def order(self) -> tuple[int, int]:
-        """The token and the sequence: the larger of two is the newer."""
+        """The token and the sequence number; a newer snapshot has a larger pair."""
         return self.header.token, self.header.sequence
 
     @property
     def step(self) -> int:
-        """The number of finished steps."""
+        """The step after which the snapshot was published."""
         return self.header.progress.step
 
 
@@ -128,7 +129,7 @@ class Region:
         return self._map[PAGE + SLOTS * HEADER_BYTES + slot * self.payload_bytes :][: self.payload_bytes]
 
     def snapshots(self) -> list[Snapshot]:
-        """Return the published snapshots, newest first; `verifies` checks the bytes of each."""
+        """Return the published snapshots, newest first; their bytes are not checked (see `is_valid`)."""
         headers = ((slot, self._read_header(slot)) for slot in range(SLOTS))
         published = (Snapshot(slot, header) for slot, header in headers if header)
         return sorted(published, key=lambda snapshot: snapshot.order, reverse=True)
@@ -137,13 +138,13 @@ class Region:
         text = _read_cell(self._header(slot))
         return _HEADER.validate_json(text, strict=True) if text else None
 
-    def verifies(self, snapshot: Snapshot) -> bool:
-        """Return whether a slot still holds the bytes that were published with this header."""
+    def is_valid(self, snapshot: Snapshot) -> bool:
+        """Return whether the slot still holds this header, and bytes that match its checksum."""
         unchanged = checksum(self.payload(snapshot.slot)) == snapshot.header.checksum
         return unchanged and self._read_header(snapshot.slot) == snapshot.header
 
     def acquire(self, waiting: Callable[[], None]) -> int:
-        """Return a slot to fill, after erasing its header; `waiting` is called again and again while all are in use."""
+        """Return a slot to fill, after erasing its header; call `waiting` repeatedly while all slots are in use."""
         while (slot := self._free_slot()) is None:
             waiting()
             time.sleep(0.001)
@@ -223,7 +224,7 @@ def checksum(payload: memoryview) -> int:
 
 
 def copy_hashed(target: memoryview, sources: Sequence[memoryview]) -> int:
-    """Copy buffers one after the other and return the checksum of all bytes. Other Python threads run meanwhile."""
+    """Copy buffers one after the other and return the checksum of all bytes. The GIL is released meanwhile."""
     digest, offset, copied = xxhash.xxh3_64(), 0, np.frombuffer(target, np.uint8)
     for source in sources:
         values = np.frombuffer(source, np.uint8)
@@ -264,12 +265,12 @@ def open_region(run: Path) -> Region | None:
 
 
 def create_region(run: Path, payload_bytes: int) -> Region:
-    """Return a run's region: the existing one if its size is right, else a new one in /dev/shm or on local disk.
+    """Return a run's region: the existing region if its size is right, else a new region in /dev/shm or on local disk.
 
     Every byte is written now, so that a full memory or disk shows at the start and not in the middle of a run.
 
     Raises:
-        CheckpointError: Neither has enough space.
+        CheckpointError: Neither shared memory nor the temporary folder has enough space.
     """
     region = open_region(run)
     if region is not None and region.payload_bytes == payload_bytes:
@@ -287,13 +288,13 @@ def create_region(run: Path, payload_bytes: int) -> Region:
             problems.append(f"{parent}: {error.strerror}")
     needed = SLOTS * payload_bytes / 1e9
     raise CheckpointError(
-        f"live region: {needed:.2f} GB of shared memory or temporary disk needed, not available in "
-        f"{'; '.join(problems)}"
+        f"live region: {needed:.2f} GB are needed in shared memory or in the temporary folder, and neither has them "
+        f"({'; '.join(problems)}); free that much, or set TMPDIR to a folder on a larger local disk"
     )
 
 
 def _allocate(path: Path, payload_bytes: int) -> None:
-    """Write a region of zeros; it gets its name when it is complete."""
+    """Write a region of zeros. The file gets its name when it is complete."""
     partial = path.with_suffix(".partial")
     remaining, zeros = PAGE + SLOTS * (HEADER_BYTES + payload_bytes), bytes(1 << 22)
     with partial.open("xb") as file:
@@ -306,7 +307,7 @@ def _allocate(path: Path, payload_bytes: int) -> None:
 
 
 def discard(run: Path) -> None:
-    """Delete a run's region, also an incomplete one."""
+    """Delete a run's region, even if it is incomplete."""
     for parent in _parent_folders():
         shutil.rmtree(parent / _name(run), ignore_errors=True)
 
@@ -322,7 +323,7 @@ def delete_orphans() -> None:
 
 @dataclass(frozen=True)
 class JobFile:
-    """The content of job.json beside a region: everything that turns its snapshots into checkpoints.
+    """The content of job.json beside a region: everything that is needed to turn its snapshots into checkpoints.
 
     Attributes:
         run: The absolute path of the run's folder.
@@ -331,7 +332,7 @@ class JobFile:
         facts: The part of the manifest that is the same for every step.
         every_seconds: The longest time between two checkpoints.
         keep: How many of the newest checkpoints stay.
-        keep_every: Checkpoints of every so many steps stay too.
+        keep_every: Checkpoints whose step is a multiple of this stay too.
         best: Whether the checkpoint with the lowest held-out loss stays too.
     """
 
@@ -388,7 +389,7 @@ class Live:
 
     @property
     def step(self) -> int:
-        """The number of finished steps."""
+        """The step after which the snapshot was published."""
         return self.manifest.progress.step
 
     def state(self) -> tuple[Tensors, Tensors, Tensors]:
@@ -399,14 +400,14 @@ class Live:
 
 
 def newest(run: Path, run_id: str) -> tuple[Live | None, list[str]]:
-    """Return a run's newest live snapshot that verifies, and messages about newer ones that do not."""
+    """Return a run's newest valid live snapshot, and a message about each newer snapshot that is damaged."""
     region, problems = open_region(run), list[str]()
     job = read_job(region.path.parent) if region else None
     if region is None or job is None or job.facts.run_id != run_id:
         return None, []
     for snapshot in region.snapshots():
-        if region.verifies(snapshot):
+        if region.is_valid(snapshot):
             facts = replace(job.facts, fencing_token=snapshot.header.token)
             return Live(region.path, snapshot.slot, job.shapes, Manifest(facts, snapshot.header.progress, {})), problems
-        problems.append(f"{region.path}: the live snapshot of step {snapshot.step} does not verify")
+        problems.append(f"{region.path}: the live snapshot of step {snapshot.step} is damaged, so it is not used")
     return None, problems

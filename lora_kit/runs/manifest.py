@@ -2,8 +2,8 @@
 
 On disk it is one flat JSON object with a SHA-256 of itself (docs/checkpoint-format.md). In memory it has three parts,
 because they come from three places: `RunFacts` stays the same while a process lives, `StepFacts` changes with every
-step, and `files` is known once they are written. A field that was added after format 1 has a default, so that older
-checkpoints can be read.
+step, and `files` is known once the files are written. A field that was added after format 1 has a default, so that
+older checkpoints can be read.
 """
 
 import hashlib
@@ -69,7 +69,7 @@ class Resolved:
         micro_batch_tokens: The most tokens of a micro-batch.
         activation_checkpointing: Whether activations are recomputed in the backward pass.
         attention: The attention implementation's name in the model's configuration.
-        layout: `packed` puts several examples into a row, `padded` one.
+        layout: `packed` (several examples in a row) or `padded` (one example in each row).
         kernels: The fused kernels in use; None in checkpoints from before they were recorded.
     """
 
@@ -102,7 +102,12 @@ class LineageEntry:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a checkpoint promises: the bytes of an uninterrupted run, or its values up to rounding, and for what."""
+    """What a checkpoint promises.
+
+    Attributes:
+        level: `bitwise` promises the bytes of an uninterrupted run, `rounding` its values up to rounding errors.
+        holds_for: The numbers of processes, and the versions and devices, for which this holds.
+    """
 
     level: Literal["bitwise", "rounding"]
     holds_for: str
@@ -114,7 +119,7 @@ class RunFacts:
 
     Attributes:
         run_id: 16 hexadecimal digits, chosen at the run's first start.
-        fencing_token: Grows with every start; of two writers the one with the higher token is right.
+        fencing_token: Grows with every start. Of two writers, the writer with the higher token holds the lease.
         recipe: Every field of the recipe as JSON, defaults included.
         template: The chat template, None for raw text.
         computed_by: What decides the bits besides versions: the backend of the kernels, its compiler, the processor
@@ -142,8 +147,8 @@ class StepFacts:
 
     Attributes:
         step: The number of finished steps.
-        examples_seen: The number of examples that they trained on.
-        skipped_steps: The steps that left the adapter unchanged because of a loss or gradient that is not finite.
+        examples_seen: The number of examples that these steps trained on.
+        skipped_steps: The steps that left the adapter unchanged: their loss or gradient was not finite or too large.
         held_out_loss: The loss on the validation data after this step, if it was measured.
         line: This step's line of metrics.jsonl.
     """
@@ -178,7 +183,7 @@ class Manifest:
 
     @property
     def order(self) -> tuple[int, int]:
-        """The fencing token and the step: the larger of two is the newer."""
+        """The fencing token and the step; a newer state has a larger pair."""
         return self.run.fencing_token, self.progress.step
 
     def to_dict(self) -> dict[str, Any]:
@@ -210,7 +215,7 @@ def read_manifest(path: Path) -> Manifest:
     """Read a manifest and check it against its own SHA-256.
 
     Raises:
-        CheckpointError: It is missing, damaged, of another format, or a field is missing or has another type.
+        CheckpointError: The manifest is missing, damaged or of another format, or a field is missing or of wrong type.
     """
     try:
         data = path.read_bytes()
@@ -232,7 +237,7 @@ def parse(expected: TypeAdapter[T], data: bytes | str, path: Path) -> T:
     """Return JSON as a typed value.
 
     Raises:
-        CheckpointError: Names the file and each field that is missing or has another type.
+        CheckpointError: A field is missing or has another type; the message names the file and each such field.
     """
     try:
         return expected.validate_json(data, strict=True)

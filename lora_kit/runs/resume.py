@@ -1,4 +1,4 @@
-"""Resume a run: take its folder, find the newest state and check the resume contract.
+"""Resume a run: acquire its lease, find the newest state and check the resume contract.
 
 The contract compares what the manifest recorded with the recipe, the inputs and the machine of this start. Every
 difference is a row with a verdict: harmless, needs `--accept KEY`, or refused. No difference is applied silently.
@@ -109,10 +109,10 @@ def _short(value: Any) -> str:
 
 
 def enforce(rows: Sequence[Row], accepted: Sequence[str], run: Path) -> None:
-    """Refuse a resume with differences that the run cannot have, or that need `--accept`.
+    """Refuse a resume if a difference is not permitted, or needs an `--accept` that is missing.
 
     Raises:
-        ContractError: A row is refused, or its `--accept` is missing; the message has the table of all rows.
+        ContractError: A difference is refused, or its `--accept` is missing; the message lists all differences.
     """
     refused = [row.key for row in rows if row.verdict == "refused"]
     missing = [row.key for row in rows if row.verdict == "accept" and row.key not in accepted]
@@ -123,7 +123,9 @@ def enforce(rows: Sequence[Row], accepted: Sequence[str], run: Path) -> None:
         advice.append(f"{', '.join(refused)} cannot change within a run; use another --out for a new one")
     if missing:
         advice.append("to resume with the change: " + " ".join(f"--accept {key}" for key in missing))
-    raise ContractError(f"{run}: this is a run of another recipe:\n{table(rows, accepted)}\n" + "\n".join(advice))
+    raise ContractError(
+        f"{run}: this start differs from the run's checkpoint:\n{table(rows, accepted)}\n" + "\n".join(advice)
+    )
 
 
 def still_bitwise(rows: Sequence[Row]) -> bool:
@@ -155,7 +157,7 @@ class OpenRun:
 
 
 def take_over(folder: Path, origin: Checkpoint | None = None) -> tuple[Lease, list[str]]:
-    """Acquire a run's lease; set aside damaged checkpoints and, when going back to `origin`, newer ones.
+    """Acquire a run's lease; set aside damaged checkpoints and, when going back to `origin`, newer checkpoints.
 
     Returns:
         The lease, and messages for the user.
@@ -193,17 +195,17 @@ def is_own(folder: Path, origin: Checkpoint) -> bool:
 def open_run(folder: Path, start_from: Path | None = None) -> OpenRun:
     """Acquire a run's lease, unless this process's keeper holds it already, and find the state to resume from.
 
-    Of the newest checkpoint and the newest live snapshot, the one with the higher (fencing token, step) is used. So a
+    Of the newest checkpoint and the newest live snapshot, the state with the higher (fencing token, step) is used. So a
     region that this machine kept while another machine trained on is never used.
 
     Args:
         folder: The run's folder.
-        start_from: A checkpoint of this run to go back to, or one of another run whose adapter a new run begins with.
+        start_from: A checkpoint of this run to go back to, or a checkpoint of another run, for a new run to begin with.
 
     Raises:
         InputError: The folder cannot be a run's folder.
         LeaseError: Another process is training there.
-        CheckpointError: `start_from` does not verify.
+        CheckpointError: `start_from` is damaged.
         ContractError: The run in the folder has begun with another adapter.
     """
     origin = None if start_from is None else store.open_checkpoint(start_from)
@@ -220,7 +222,7 @@ def open_run(folder: Path, start_from: Path | None = None) -> OpenRun:
     if origin is not None and latest and latest.manifest.run.origin != describe(origin):
         lease.release()
         raise ContractError(
-            f"{folder}: a run that began with {latest.manifest.run.origin or 'a fresh adapter'}, not with "
+            f"{folder}: this run began with {latest.manifest.run.origin or 'a fresh adapter'}, not with "
             f"{describe(origin)}; leave --from out to resume it, or use another --out"
         )
     new_id = latest.manifest.run.run_id if latest else secrets.token_hex(8)
@@ -229,7 +231,7 @@ def open_run(folder: Path, start_from: Path | None = None) -> OpenRun:
 
 
 def describe(checkpoint: Checkpoint) -> Origin:
-    """Return what the manifest of a run records of the checkpoint that the run began with."""
+    """Return the `Origin` that a run records in its manifest if it begins with this checkpoint."""
     manifest = checkpoint.manifest
     return Origin(manifest.run.run_id, checkpoint.step, manifest.files[store.ADAPTER].sha256)
 
@@ -251,7 +253,7 @@ def enforce_origin(origin: Checkpoint, recipe: Recipe, fingerprint: BaseFingerpr
     """Refuse to begin with an adapter that was trained on another base or has other adapter settings.
 
     Raises:
-        ContractError: Names each difference.
+        ContractError: The base or a setting differs; the message names each difference.
     """
     then, now = origin.manifest.run.recipe["adapter"], recipe.model_dump(mode="json")["adapter"]
     changed = [key for key in now if key != "dropout" and then[key] != now[key]]

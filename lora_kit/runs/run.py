@@ -45,14 +45,16 @@ class Run:
 
     @property
     def latest(self) -> Path:
-        """The newest checkpoint that verifies.
+        """The newest valid checkpoint.
 
         Raises:
-            CheckpointError: No checkpoint verifies.
+            CheckpointError: There is no valid checkpoint.
         """
         latest = store.find(self.folder).latest
         if latest is None:
-            raise CheckpointError(f"{self.folder}: no checkpoint here verifies; train first, or see `lora-kit verify`")
+            raise CheckpointError(
+                f"{self.folder}: no valid checkpoint; train first, or run `lora-kit verify` for the reason"
+            )
         return latest.path
 
     @property

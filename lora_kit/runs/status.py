@@ -31,7 +31,7 @@ class Status:
         tokens_per_second: The median over all steps.
         live: The newest snapshot in shared memory: `step`, `valid`, `behind` (the number of newer finished steps),
             `path`; None if there is none, as after the end of a run.
-        durable: The newest checkpoint that verifies: `step`, `behind`, `age_seconds` (training time of the newer
+        durable: The newest valid checkpoint: `step`, `behind`, `age_seconds` (training time of the newer
             steps); None if there is none.
         steps_lost: Finished steps that had to be repeated after an interruption.
         starts: How often training processes started or resumed the run.
@@ -69,7 +69,7 @@ class Status:
         if self.tokens_per_second is not None:
             yield "speed", f"{self.tokens_per_second:,.0f} tokens/s"
         if self.live:
-            validity = "valid" if self.live["valid"] else "does not verify"
+            validity = "valid" if self.live["valid"] else "damaged"
             yield "live snapshot", f"step {self.live['step']:,}, {self.live['behind']} behind, {validity}"
         durable = self.durable and f"step {self.durable['step']:,}, {self.durable['behind']} behind"
         yield "durable", f"{durable} ({self.durable['age_seconds']:.1f} s), valid" if self.durable else "nothing yet"
@@ -144,7 +144,7 @@ def _live(run: Path, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any] | N
     if region is None or not published:
         return None
     newest, reached = published[0], metrics[-1]["step"] if metrics else 0
-    valid = region.verifies(newest) or region.snapshots()[0].order > newest.order  # else overwritten meanwhile
+    valid = region.is_valid(newest) or region.snapshots()[0].order > newest.order  # or overwritten while it was read
     return {"step": newest.step, "valid": valid, "behind": max(0, reached - newest.step), "path": str(region.path)}
 
 

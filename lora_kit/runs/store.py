@@ -1,8 +1,8 @@
 """Checkpoints on disk: how a folder is committed, verified and pruned.
 
 A checkpoint is a folder whose manifest, written last, lists the size and SHA-256 of every file. One rename puts the
-complete folder in its place, so a crash leaves it complete or absent. The latest checkpoint is the newest that
-verifies. A damaged checkpoint is moved to quarantine with the reason, never deleted.
+complete folder in its place, so a crash leaves it complete or absent. The latest checkpoint is the newest valid
+checkpoint. A damaged checkpoint is moved to quarantine with the reason, never deleted.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """The number of finished steps."""
+        """The step after which the checkpoint was written."""
         return self.manifest.progress.step
 
     @property
@@ -69,7 +69,7 @@ def split(flat: np.ndarray, shapes: Mapping[str, Sequence[int]]) -> Tensors:
     """Split a flat buffer into the tensors that it holds one after the other.
 
     Raises:
-        CheckpointError: The buffer has another size than the tensors together.
+        CheckpointError: The buffer does not have the total size of the tensors.
     """
     ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
     if flat.shape != (ends[-1],):
@@ -125,14 +125,14 @@ def commit(
 
     Files are written and synced under `.tmp-<token>`, the manifest last. Then the folder is synced, renamed into place,
     and its parent synced; for a run's first checkpoint, the folders above it too. An existing checkpoint of this step
-    is replaced if it has the same files, else moved to quarantine.
+    is replaced if it has the same files, otherwise moved to quarantine.
 
     Args:
         run: The run's folder.
         files: The content of every file but the manifest, as pieces to be concatenated.
         facts: The run's part of the manifest.
         progress: The step's part of the manifest.
-        ours: Called just before the rename; False if another process holds the run's lease by now.
+        ours: Returns whether this process still holds the run's lease; called just before the rename.
 
     Raises:
         CheckpointError: The checkpoint could not be written; earlier checkpoints are unchanged.
@@ -156,7 +156,7 @@ def commit(
         if not ours():
             shutil.rmtree(staging, ignore_errors=True)
             raise LeaseError(f"{run}: another process has taken over this run; step {progress.step} is not written")
-        if final.exists() and _holds(final, entries):  # the same state; the new manifest has its held-out loss
+        if final.exists() and _holds(final, entries):  # the same state; only the new manifest has the held-out loss
             final.rename(final.with_name(f".tmp-old-{final.name}"))
         elif final.exists():
             set_aside(run, final, "another commit of the same step")
@@ -203,7 +203,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Verify every byte of a checkpoint and return it.
 
     Raises:
-        CheckpointError: Names each file that is missing or whose size or content differs from the manifest.
+        CheckpointError: A file is missing, or its size or content differs from the manifest; the message names it.
     """
     manifest = read_manifest(path / MANIFEST)
     problems = []
@@ -233,20 +233,20 @@ def step_of(folder: Path) -> int:
 
 @dataclass(frozen=True)
 class Found:
-    """The newest checkpoint that verifies, and the newer ones that do not, each with the reason."""
+    """The newest valid checkpoint, and each newer checkpoint that is damaged, with the reason."""
 
     latest: Checkpoint | None
     broken: dict[Path, str]
 
 
 def find(run: Path) -> Found:
-    """Find the newest checkpoint that verifies. Changes nothing on disk."""
+    """Find the newest valid checkpoint. Changes nothing on disk."""
     broken: dict[Path, str] = {}
     for path in folders(run):
         try:
             return Found(open_checkpoint(path), broken)
         except CheckpointError as error:
-            if path.is_dir():  # else the run's writer has deleted it meanwhile
+            if path.is_dir():  # otherwise the keeper has deleted it in the meantime
                 broken[path] = str(error)
     return Found(None, broken)
 
@@ -273,7 +273,7 @@ def set_aside(run: Path, path: Path, reason: str) -> Path:
 
 
 def best_of(run: Path) -> Path | None:
-    """Return the checkpoint with the lowest held-out loss, the newest of equal ones; None if no loss was measured."""
+    """Return the checkpoint with the lowest held-out loss, the newest on a tie; None if no loss was measured."""
     losses: dict[Path, float] = {}
     for path in folders(run):
         with contextlib.suppress(CheckpointError):
@@ -284,7 +284,7 @@ def best_of(run: Path) -> Path | None:
 
 
 def prune(run: Path, keep: int, *, keep_every: int | None = None, best: bool = False) -> None:
-    """Verify the newest checkpoint, then delete older ones that are neither recent, pinned nor selected.
+    """Verify the newest checkpoint, then delete older checkpoints that are neither recent, pinned nor selected.
 
     Args:
         run: The run's folder.
@@ -293,7 +293,7 @@ def prune(run: Path, keep: int, *, keep_every: int | None = None, best: bool = F
         best: Whether the checkpoint with the lowest held-out loss stays too.
 
     Raises:
-        CheckpointError: The newest checkpoint does not verify; nothing was deleted.
+        CheckpointError: The newest checkpoint is damaged; nothing was deleted.
     """
     newest_first = folders(run)
     if newest_first:

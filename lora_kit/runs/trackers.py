@@ -2,8 +2,9 @@
 
 metrics.jsonl is the reference. A tracker may be behind it (values that were not written when the process was killed) or
 ahead of the newest checkpoint. So at every start each tracker reports the newest step of each of its curves, gets the
-missing steps from the log, and then follows the run. Steps that it has are not sent again: an exact resume repeats
-their values. Each tracker has a thread of its own, so a slow or failing tracker neither delays a step nor ends a run.
+missing steps from the log, and then follows the run. Steps that a tracker has are not sent again, because an exact
+resume repeats their values. Each tracker has a thread of its own, so a slow or failing tracker neither delays a step
+nor ends a run.
 """
 
 import hashlib
@@ -32,15 +33,15 @@ from lora_kit.runs.journal import Journal
 from lora_kit.views.console import Console
 
 STATE = "trackers.json"
-PACKAGES = {  # for each tracker, the packages of which one must be installed
+PACKAGES = {  # for each tracker its packages; one of them must be installed
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
     "trackio": ("trackio",),
     "mlflow": ("mlflow", "mlflow-skinny"),
 }
-SECTIONS = {"base", "data", "adapter", "objective", "optim", "train", "evaluate"}  # of a recipe, which decide metrics
-END_SECONDS = 60.0  # the end of a run waits so long for all its trackers
-STOP_SECONDS = 20.0  # the same after a signal or an error: a scheduler may kill the process after 30 s
+SECTIONS = {"base", "data", "adapter", "objective", "optim", "train", "evaluate"}  # of a recipe: they affect metrics
+END_SECONDS = 60.0  # the longest wait for all trackers at the end of a run
+STOP_SECONDS = 20.0  # the same limit after a signal or an error: a scheduler may kill the process after 30 s
 SAMPLES = "samples"
 
 
@@ -48,7 +49,7 @@ def require(names: Sequence[str]) -> None:
     """Refuse trackers whose packages are not installed.
 
     Raises:
-        LaunchError: Names each tracker whose package is missing.
+        LaunchError: A tracker's package is missing; the message names each such tracker.
     """
     missing = [name for name in names if not any(_installed(package) for package in PACKAGES[name])]
     if missing:
@@ -115,7 +116,7 @@ class Opened:
     """A tracker that was started.
 
     Attributes:
-        newest: Returns the newest step of a curve at the tracker; 0 if it has none.
+        newest: Returns the newest step that the tracker has of a curve; 0 if it has none.
         log: Takes the values of a step and its number.
         finish: Sends the remaining values.
     """
@@ -151,7 +152,7 @@ def open_wandb(curves: Curves) -> Opened:
 
     offline = max(map(_wandb_step, curves.folder.glob(f"wandb/offline-run-*-{curves.id}/*.wandb")), default=0)
     timeouts = {"login_timeout": 10, "init_timeout": 60, "finish_timeout": END_SECONDS, "finish_timeout_raises": True}
-    settings = wandb.Settings(console="off", **timeouts)  # else it would record the progress bar
+    settings = wandb.Settings(console="off", **timeouts)  # otherwise wandb would record the progress bar
     tracker = WandBTracker(
         curves.project, name=curves.name, id=curves.id, resume="allow", dir=str(curves.folder), settings=settings
     )
@@ -279,7 +280,7 @@ class Trackers:
                 queue.put(record)
 
     def end(self, journal: Journal, seconds: float) -> None:
-        """Wait until the trackers have sent everything, at most so many seconds."""
+        """Wait until the trackers have sent everything, but at most `seconds`."""
         until = time.monotonic() + seconds
         for _, queue in self._threads:
             queue.put(None)

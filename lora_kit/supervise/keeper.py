@@ -47,7 +47,7 @@ class Keeper:
         self._end: int | None = None
 
     def poll(self) -> None:
-        """Look once, and start a write if one is needed and none is in flight."""
+        """Look at the region once, and start a write if a snapshot is wanted and no write is running."""
         self._heartbeat()
         self._attach()
         if self.region is None or self._job is None or self._fenced or (self._writing and not self._writing.done()):
@@ -88,14 +88,16 @@ class Keeper:
         return None if published[0].header.progress.skipped else published[0]
 
     def _write(self, region: Region, job: JobFile, snapshot: Snapshot) -> None:
-        """Write a snapshot as a checkpoint and prune older ones. A failure is reported to the trainer, not raised."""
+        """Write a snapshot as a checkpoint and prune older checkpoints; report a failure to the trainer."""
         region.words[Word.READING] = snapshot.slot + 1
         began, sequence = time.monotonic(), snapshot.header.sequence
         try:
             if snapshot not in region.snapshots():
                 return
-            if not region.verifies(snapshot):
-                raise CheckpointError(f"{region.path}: the live snapshot of step {snapshot.step} does not verify")
+            if not region.is_valid(snapshot):
+                raise CheckpointError(
+                    f"{region.path}: the live snapshot of step {snapshot.step} is damaged, so it is not written"
+                )
             facts = replace(job.facts, fencing_token=self.lease.token)
             files = live.files_of(job, region.payload(snapshot.slot))
             made = store.commit(self.run, files, facts, snapshot.header.progress, ours=self.lease.is_ours)
@@ -128,7 +130,7 @@ class Keeper:
         return durable.step if durable else 0
 
     def _unwritten(self) -> tuple[Region, JobFile, Snapshot] | None:
-        """Return the newest live snapshot if it is newer than all checkpoints, also one of an earlier process."""
+        """Return the newest valid live snapshot, also of an earlier process, if it is newer than all checkpoints."""
         durable = store.find(self.run).latest
         run_id = durable.manifest.run.run_id if durable else self.journal.run_id()
         region = live.open_region(self.run)
@@ -136,7 +138,7 @@ class Keeper:
         if region is None or job is None or job.facts.run_id != run_id:
             return None
         order = durable.manifest.order if durable else (0, 0)
-        newest = next((snapshot for snapshot in region.snapshots() if region.verifies(snapshot)), None)
+        newest = next((snapshot for snapshot in region.snapshots() if region.is_valid(snapshot)), None)
         if newest is None or (newest.header.token, newest.step) <= order:
             return None
         return region, job, newest
@@ -144,7 +146,7 @@ class Keeper:
     def end(self) -> int:
         """Write the newest snapshot and delete the region if that worked; return the step of the newest checkpoint.
 
-        Later calls only return the step. A snapshot that a full disk did not take stays live for the next start.
+        Later calls only return the step. If the disk is full, the snapshot stays live for the next start.
         """
         if self._end is not None:
             return self._end
@@ -184,7 +186,8 @@ def run_keeper(run: Path, trainer: int) -> None:
 
     Args:
         run: The run's folder.
-        trainer: The process id of the training process; it may have died before this process could ask for its parent.
+        trainer: The process id of the training process. This process may already have another parent, if the training
+            process has died.
     """
     stop = list[int]()
     for number in STOP_SIGNALS:

@@ -33,9 +33,9 @@ from lora_kit.views.console import Console
 STOPPED = Stopped.exit_code
 PRELOAD = ("lora_kit.training.loop", "datasets")
 WORKER = "lora_kit.cli:train_worker"  # the function that a training process calls with the request
-SAME_FAILURES = 3  # the same failure at the same step so often ends the run
+SAME_FAILURES = 3  # after so many equal failures at the same step a run ends
 LOADING_TIMEOUT_SECONDS = 600.0  # without a sign of life before the first step
-LITTLE_WORK = 2.0  # CPU seconds in that time: less is a hang, more is the loading of a large base or dataset
+LITTLE_WORK = 2.0  # CPU seconds in LOADING_TIMEOUT_SECONDS: less is a hang, more is loading a large base or dataset
 TIMEOUT_FACTOR = 10.0  # without train.step_timeout a step may take this many times the longest step so far,
 LEAST_TIMEOUT_SECONDS = 60.0  # and at least this long
 SIBLINGS_SECONDS = 0.3  # after a failure, to collect the errors of the other processes before choosing the cause
@@ -50,7 +50,7 @@ def follow_launcher() -> None:
 
 @dataclass
 class Attempt:
-    """The training processes of one start.
+    """The training processes of an attempt.
 
     Attributes:
         running: The process id of each process index.
@@ -65,7 +65,7 @@ class Attempt:
     codes: dict[int, int] = field(default_factory=dict)
 
     def cause(self) -> tuple[int, str]:
-        """Return the failure that caused the others: the first that is not a lost connection to another process."""
+        """Return the failure that caused the others: the first failure that is not a lost connection."""
         own = [failure for failure in self.failures if not any(word in failure[1] for word in LOST_PEER)]
         return (own or self.failures)[0]
 
@@ -152,9 +152,9 @@ class Launch:
         self._silent, self._longest, self._cpu_seconds, self._looked = 0.0, 0.0, 0.0, time.monotonic()
 
     def handle_signal(self, number: int, frame: Any) -> None:
-        """Record a stop signal; at the second, kill the training processes and exit without writing a checkpoint.
+        """Record a stop signal; at the second signal, kill the training processes and exit without a checkpoint.
 
-        A signal within `FORWARDED_SECONDS` of the first is a launcher's copy of it and does not count as a second.
+        A signal within `FORWARDED_SECONDS` of the first is a launcher's copy of the first and does not count.
         """
         self._signals.append((time.monotonic(), number))
         if self._signals[-1][0] - self._signals[0][0] > FORWARDED_SECONDS:
@@ -216,7 +216,8 @@ class Launch:
             if self.attempt.failures and failed_at is None:
                 failed_at = time.monotonic()
             wait = SIBLINGS_SECONDS if self._processes > 1 else 0.0
-            waiting = failed_at is not None and time.monotonic() - failed_at < wait  # for errors of other processes
+            # another process may still report the cause
+            waiting = failed_at is not None and time.monotonic() - failed_at < wait
             codes, traces = self.attempt.codes.items(), self.attempt.traces
             # a process that ended without a traceback has printed an error of lora_kit, which a restart would repeat
             refused = [code for process, code in codes if code > 0 and process not in traces]
@@ -252,7 +253,9 @@ class Launch:
             elif ended > 0:  # an import failed
                 attempt.codes[self.zygote.process.pid] = ended
             else:
-                attempt.failures.append((self.zygote.process.pid, f"the process that starts others: {_died(-ended)}"))
+                attempt.failures.append(
+                    (self.zygote.process.pid, f"the process that forks the training processes: {_died(-ended)}")
+                )
 
     def _index(self, process: int) -> int:
         return next((index for index, running in self.attempt.running.items() if running == process), -1)
@@ -304,14 +307,17 @@ class Launch:
             self._receive()
             time.sleep(POLL_SECONDS / 10)
 
-    def _stop(self, number: int) -> int:
-        """Kill the training processes, write the newest finished step and report it; return the exit code."""
+    def _stop(self, signal_number: int) -> int:
+        """End the run after a stop signal, and return the exit code.
+
+        Unless all training processes have succeeded, kill them and write the newest finished step as a checkpoint.
+        """
         self._receive()
         if len(self.attempt.codes) == self._processes and not any(self.attempt.codes.values()):
             return 0
         self.zygote.end()
         step = self.keeper.end()
-        name = signal.Signals(number).name
+        name = signal.Signals(signal_number).name
         self._restore_cursor()
         self.keeper.journal.event("stopped", step=step, signal=name)
         self.console.say(

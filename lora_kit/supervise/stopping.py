@@ -18,11 +18,14 @@ from types import FrameType
 from lora_kit.runs.lease import KEEPER
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-FORWARDED_SECONDS = 2.0  # a signal within this time of the first is a launcher's copy of it, not a second request
+FORWARDED_SECONDS = 2.0  # a signal within this time of the first signal is a launcher's copy, not a second request
 
 
 class StopRequest(threading.Event):
-    """Set by the first stop signal. `signals` yields the number of every stop signal, even if the main thread hangs."""
+    """An event that the first stop signal sets.
+
+    `signals` yields the number of every stop signal, even if the main thread hangs.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +55,7 @@ def stop_signals() -> Iterator[StopRequest]:
         nonlocal first
         if not request.is_set():
             first = time.monotonic()
-        elif time.monotonic() - first > FORWARDED_SECONDS:  # a second signal ends the process at once
+        elif time.monotonic() - first > FORWARDED_SECONDS:  # not a launcher's copy: end at once
             signal.signal(number, before[signal.Signals(number)])
             signal.raise_signal(number)
         request.set()

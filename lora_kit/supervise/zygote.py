@@ -1,8 +1,8 @@
 """The zygote: a process that has imported everything and waits to fork, so that starts and restarts need no imports.
 
 It must not own anything that is unsafe to fork: no CUDA context, no threads. If the imports initialised CUDA
-nevertheless, its children exec a fresh interpreter. Messages are JSON over a SOCK_SEQPACKET socket, which keeps their
-boundaries.
+nevertheless, its children exec a fresh interpreter. Messages are JSON over a SOCK_SEQPACKET socket, which keeps
+message boundaries.
 """
 
 import ctypes

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lora_kit.artifacts.hub import unready
+from lora_kit.artifacts.hub import push_notes
 from lora_kit.files import write_atomically
 from lora_kit.kernels import fusing
 from lora_kit.recipe.load import dump
@@ -49,7 +49,7 @@ def start_trackers(job: Job) -> None:
 
 
 def keep_recipe(job: Job) -> None:
-    """Write recipe.yaml, unless it is there with the same content: a full disk would not take it."""
+    """Write recipe.yaml, unless it exists with the same content: a resume must not fail because the disk is full."""
     path, text = job.run.folder / "recipe.yaml", dump(job.recipe)
     if not (path.is_file() and path.read_text() == text):
         write_atomically(path, text)
@@ -98,10 +98,12 @@ def describe(job: Job, console: Console) -> None:
         f"data: {counts.examples:,} examples ({counts.format}), {counts.tokens:,} tokens, {counts.trained_share:.0%} "
         "of them trained"
     )
-    for note in [*job.inputs.data.notes, *unready(job.recipe)]:
+    for note in [*job.inputs.data.notes, *push_notes(job.recipe)]:
         console.warn(note)
     if job.plan.padded:
-        console.warn("this model mixes examples that are packed into one row, so it trains on padded rows: slower")
+        console.warn(
+            "this model mixes examples that are packed into one row, so it trains on padded rows, which is slower"
+        )
     if idleness := job.plan.idleness_note(job.processes.count):
         console.warn(idleness)
     threads = f", {resolved.threads} thread(s) each" if resolved.threads else ""

@@ -47,7 +47,7 @@ class Score:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out data, and how the model is run on it; packing and objective are those of training.
+    """Held-out data and the settings for running the model on it. Packing and objective are the same as in training.
 
     Attributes:
         tokens: The validation examples.
@@ -55,7 +55,7 @@ class HeldOut:
         micro_batch_tokens: The most tokens of a micro-batch.
         padded: Whether micro-batches are padded rows instead of one packed row.
         objective: The loss.
-        how: How answers are generated.
+        answering: The settings of generation.
     """
 
     tokens: Tokens
@@ -63,17 +63,17 @@ class HeldOut:
     micro_batch_tokens: int
     padded: bool
     objective: Objective
-    how: Answering
+    answering: Answering
 
 
 def held_out_of(plan: Plan, objective: Objective, data: Prepared, renderer: Renderer) -> HeldOut | None:
     """Return the held-out data of a plan; None without validation data."""
     if data.validation is None:
         return None
-    # an answer longer than the longest expected text cannot be equal to any
-    longest = max((len(renderer.tokenizer(one.expected)["input_ids"]) for one in data.prompts), default=0)
-    how = Answering(stop_ids(renderer), max_new_tokens=longest + 8)
-    return HeldOut(data.validation, data.prompts, plan.micro_batch_tokens, plan.padded, objective, how)
+    # the limit for generation: a text that is much longer than the longest expected answer cannot match any
+    longest = max((len(renderer.tokenizer(prompt.expected)["input_ids"]) for prompt in data.prompts), default=0)
+    answering = Answering(stop_ids(renderer), max_new_tokens=longest + 8)
+    return HeldOut(data.validation, data.prompts, plan.micro_batch_tokens, plan.padded, objective, answering)
 
 
 def score(
@@ -88,10 +88,10 @@ def score(
     loss_sum, weight = _loss(model, held_out, processes, tick)
     own_prompts = held_out.prompts[processes.index :: processes.count]
     matches = 0
-    for start in range(0, len(own_prompts), held_out.how.batch_size):
+    for start in range(0, len(own_prompts), held_out.answering.batch_size):
         tick("answering")
-        batch = own_prompts[start : start + held_out.how.batch_size]
-        texts = answer(model, renderer.tokenizer, [prompt.ids for prompt in batch], held_out.how)
+        batch = own_prompts[start : start + held_out.answering.batch_size]
+        texts = answer(model, renderer.tokenizer, [prompt.ids for prompt in batch], held_out.answering)
         matches += sum(text.strip() == prompt.expected.strip() for text, prompt in zip(texts, batch, strict=True))
     totals = [sum(column) for column in zip(*processes.gather([(loss_sum, weight, matches)]), strict=True)]
     loss = totals[0] / max(1, totals[1])
@@ -132,14 +132,14 @@ def compare(
 
 def plain(scores: dict[str, Score]) -> dict[str, dict[str, float | None]]:
     """Return the scores as plain values for result.json."""
-    return {name: asdict(one) for name, one in scores.items()}
+    return {name: asdict(score) for name, score in scores.items()}
 
 
 def evaluate(recipe: Recipe, checkpoint: str | Path) -> dict[str, Score]:
     """Measure a checkpoint's base and adapter on a recipe's validation data.
 
     Args:
-        recipe: Names the validation data and the base.
+        recipe: The recipe, with the validation data and the base.
         checkpoint: A checkpoint, a run for its newest checkpoint, or a Hub name.
 
     Raises:

@@ -26,7 +26,7 @@ class Inputs:
         source: The files of the base and their hashes.
         renderer: The tokenizer with the chat template.
         data: The tokens of the training and validation examples.
-        environment: What a resume compares beside the recipe: fingerprints, versions and the machine.
+        environment: The facts that a resume compares beside the recipe: fingerprints, versions and the machine.
     """
 
     source: Source
@@ -41,7 +41,7 @@ class AdaptedModel:
 
     Attributes:
         model: The model.
-        state: Its trainable state.
+        state: The model's trainable state.
         resolved: What was chosen by looking at the machine and the model.
     """
 
@@ -64,7 +64,7 @@ class Job:
         objective: The loss.
         plan: Which examples each step trains on.
         facts: The part of every manifest that stays the same while this process lives.
-        resumed: The other part, of the step that the run resumes from; None for a new run.
+        resumed: The part of the manifest about the step that the run resumes from; None for a new run.
         replayed: Steps after `start` that were skipped before an interruption and are skipped again.
         journal: The logs of the run.
         trackers: Services that follow the metrics.

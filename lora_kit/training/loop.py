@@ -2,7 +2,7 @@
 
 A step is a function of (recipe, step, state): its examples, their micro-batches, its random numbers and its learning
 rate are computed from the step's number, never remembered. The state is the weights and two moments, in flat buffers.
-All else in this file advances the state by one step, writes it down or shows it.
+Everything else in this file advances the state by one step, records it or shows it.
 """
 
 import json
@@ -94,18 +94,19 @@ def train(
                     publisher.heartbeat()
                     loss = part("loss", objective.loss)(job.model, batch, processes.device).divided(weight)
                     part("rest of backward", loss.total.backward)()
-                    state.sums[LOSS], state.sums[STOP] = loss.total.detach(), float(stop.is_set() or publisher.stop)
+                    state.sums[LOSS] = loss.total.detach()
+                    state.sums[STOP] = float(stop.is_set() or publisher.stop_requested)
                     for place, metric in enumerate(loss.metrics, start=METRICS):
                         state.sums[place] = metric
                     part("reduction", add_to_tree)(partial_sums, state.reduced, merges)
-                # 6. the sum over processes, in the order in which one process would have added
+                # 6. the sum over processes, in the order in which a single process would add
                 part("reduction", reduce)(job, partial_sums, step)
                 if step == 0:
                     refuse_unused(state)
                 # 7. one optimizer step, once the snapshot of the step before is copied
                 stall = part("publishing", publisher.wait_copied)()
                 rate, norm, taken = part("optimizer", update)(job, step)
-                # 8. the numbers of the step before, now that this step is queued: the host does not wait for the device
+                # 8. the numbers of the step before, read after this step is queued, so that the device is never idle
                 stopping = queued is not None and log.settle(queued)
                 values = step_values(state.sums, norm, taken, objective.metrics)
                 queued = QueuedStep(step, rate, values, time.perf_counter() - began, stall)
@@ -167,7 +168,10 @@ def reduce(job: Job, partial_sums: list[Tensor], step: int) -> None:
 
 
 def update(job: Job, step: int) -> tuple[float, Tensor, Tensor]:
-    """Clip the gradient and take one optimizer step, unless loss or gradient are not finite or out of bounds.
+    """Clip the gradient and take one optimizer step, unless the step is skipped.
+
+    A step is skipped if its loss or gradient is not finite or exceeds the recipe's bounds, or if it was skipped before
+    an interruption.
 
     Returns:
         The learning rate, the norm of the gradient before clipping, and whether the step was taken.
@@ -206,7 +210,7 @@ def held_out_loss(job: Job, done: int, publisher: Publisher, console: Console) -
     loss_only, prompts = replace(held_out, prompts=()), held_out.prompts[:SAMPLES]
     score = evaluation.score(job.model, job.inputs.renderer, loss_only, processes=job.processes, tick=tick)
     if job.processes.is_main and prompts:
-        texts = answer(job.model, tokenizer, [prompt.ids for prompt in prompts], held_out.how)
+        texts = answer(job.model, tokenizer, [prompt.ids for prompt in prompts], held_out.answering)
         for prompt, text in zip(prompts, texts, strict=True):
             rendered = tokenizer.decode(prompt.ids)
             sample = {"step": done, "prompt": rendered, "expected": prompt.expected, "answer": text}
@@ -234,7 +238,7 @@ def compare_states(job: Job, done: int) -> None:
     """Compare the states of all processes every `COMPARE_EVERY` steps and before every checkpoint that is due.
 
     Raises:
-        DivergenceError: They differ; names the processes.
+        DivergenceError: The states differ; the message names the processes.
     """
     if job.processes.count == 1 or not (done % COMPARE_EVERY == 0 or due(done, job.recipe.checkpoint.every_steps)):
         return
@@ -244,7 +248,7 @@ def compare_states(job: Job, done: int) -> None:
         raise DivergenceError(
             f"{job.run.folder}: after step {done} process {names} has another adapter or other moments than the rest, "
             "though all are computed from the same gradient: memory or a device is failing there; this step is not "
-            "kept. Replace it, then go on from a checkpoint before it with --from"
+            "kept. Replace the faulty hardware, then go on from an earlier checkpoint with --from"
         )
 
 
@@ -273,7 +277,7 @@ def finish(job: Job, publisher: Publisher, console: Console, stop: StopRequest) 
         return
 
     def tick(what: str) -> None:
-        if stop.is_set() or publisher.stop:
+        if stop.is_set() or publisher.stop_requested:
             raise stopped(job, job.plan.steps)
         publisher.heartbeat()
         console.tick(what)

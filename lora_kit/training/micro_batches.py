@@ -20,10 +20,10 @@ from lora_kit.recipe.schema import Recipe
 
 CPU_TOKENS = 2048  # at 160 M parameters 1.5 times as fast as 8,192
 GPU_TOKENS = (2048, 4096, 8192, 16384)
-SATURATING_TOKENS = 8192  # keep a GPU busy while the next kernels are launched, unless the base is narrow
+SATURATING_TOKENS = 8192  # enough to keep a GPU busy while the next kernels are launched, unless the base is narrow
 NARROW_WIDTH = 4096  # below this hidden size kernel launches are the limit: a 1B Llama reached 30% of the GEMM rate
-ENOUGH_TOKENS = 4096  # recomputing activations is not worth its time to get more than these
-MEMORY_SHARE = {  # of the memory may be planned for; the rest is for libraries, fragmentation and other programs
+ENOUGH_TOKENS = 4096  # if so many fit, activations are not recomputed in order to fit more
+MEMORY_SHARE = {  # the share of the memory to plan for; the rest is for libraries, fragmentation and other programs
     "cpu": 0.5,  # malloc held 1.6 times what the tensors of a step took at 160 M parameters
     "cuda": 0.85,
 }
@@ -74,7 +74,7 @@ def choose(recipe: Recipe, shape: Shape | None, machine: Machine) -> MicroBatche
         estimates = [
             estimate_memory(shape, recipe, tokens=size, recompute=recomputed, device=machine.device) for size in sizes
         ]
-        largest = max((one.micro_batch_tokens for one in estimates if one.device_bytes <= limit), default=0)
+        largest = max((fitting.micro_batch_tokens for fitting in estimates if fitting.device_bytes <= limit), default=0)
         if largest >= enough or (largest and recomputed is recompute_choices[-1]):
             return MicroBatches(largest, recomputed)
     return MicroBatches(sizes[0], recompute_choices[-1])

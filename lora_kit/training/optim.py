@@ -1,6 +1,6 @@
 """AdamW on flat state, and the learning rate as a function of the examples seen.
 
-Neither has a counter: both are given the step. So a resume restores the two moments and nothing else.
+Neither has a counter, because the step is an argument of both. So a resume restores only the two moments.
 """
 
 import math
@@ -62,11 +62,11 @@ def adamw(
     optim: Optim,
     taken: Bool[Tensor, ""],
 ) -> None:
-    """Update weights and moments in place by one step of AdamW, or leave them if the step is not taken.
+    """Update weights and moments in place by one step of AdamW, unless the step is skipped.
 
     Args:
         weights: The fp32 master weights.
-        gradient: Their gradient; not changed.
+        gradient: The gradient of the weights; not changed.
         moments: The running averages of the gradient and of its square.
         step: The step's number from 0; the bias correction uses step + 1.
         learning_rate: The learning rate of this step.

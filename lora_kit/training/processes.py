@@ -2,7 +2,7 @@
 
 Every process computes the same optimizer step from the same gradient, so processes exchange only the gradient. It is
 summed in the tree order of `data.packing.reduction_schedule`, which makes the bits independent of the number of
-processes if that is a power of two; for other numbers the result is equal to rounding.
+processes if that number is a power of two; for other numbers the results are equal up to rounding.
 """
 
 import atexit
@@ -42,7 +42,7 @@ def refuse_contradictions(environment: dict[str, str], dtype: str) -> None:
     """Refuse launcher settings that contradict the recipe.
 
     Raises:
-        LaunchError: Names each setting, its value and what the recipe says.
+        LaunchError: Settings contradict the recipe; the message names each of them, its value and what the recipe says.
     """
     problems = []
     for name, (allowed, reason) in CONTRADICTIONS.items():
@@ -57,14 +57,14 @@ def refuse_contradictions(environment: dict[str, str], dtype: str) -> None:
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of this run, seen from one of them.
+    """The training processes of a run, from the point of view of this process.
 
     Attributes:
         accelerator: accelerate's handle on the process group.
-        guest: Whether other code in this process had set up accelerate before.
-        threads: How many threads torch had before the run; restored by `leave`.
-        determinism: The deterministic debug mode of torch before the run; restored too.
-        fills: Whether torch filled uninitialised memory in that mode; restored too.
+        guest: Whether accelerate was set up before the run; `leave` then keeps it.
+        threads: torch's number of threads before the run, which `leave` restores.
+        determinism: torch's deterministic debug mode before the run, which `leave` restores.
+        fills: `torch.utils.deterministic.fill_uninitialized_memory` before the run, which `leave` restores.
     """
 
     accelerator: Accelerator
@@ -99,7 +99,7 @@ class Processes:
     def leave(self) -> None:
         """Restore the settings of this process, so that a notebook can train again with any number of processes.
 
-        accelerate remembers that a process was the only one; its `notebook_launcher` then refuses to start others.
+        accelerate remembers that a process was alone; its `notebook_launcher` then refuses to start more processes.
         """
         torch.set_num_threads(self.threads)
         torch.set_deterministic_debug_mode(self.determinism)
@@ -129,7 +129,10 @@ class Processes:
         return self.accelerator.device
 
     def main_decides(self, decide: Callable[[], T]) -> T:
-        """Run `decide` on the main process; return its result, or raise its lora_kit error, on all processes."""
+        """Run `decide` on the main process, and return its result on all processes.
+
+        If `decide` raises a LoraKitError, all processes raise it. Any other error is raised on the main process only.
+        """
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
@@ -163,7 +166,7 @@ class Processes:
         flat.copy_(padded[:length])
 
     def different(self, buffers: Sequence[Tensor]) -> list[int]:
-        """Return the processes whose buffers differ from those of the majority; with two processes, from process 0."""
+        """Return the processes whose buffers differ from the majority's; of two processes, from process 0's."""
         own = torch.stack([buffer.view(torch.int32).sum(dtype=torch.int64) for buffer in buffers])
         gathered = [torch.empty_like(own) for _ in range(self.count)]
         dist.all_gather(gathered, own)
@@ -178,7 +181,7 @@ class Processes:
             facts: What this process computes with: versions, backend, processor.
 
         Raises:
-            LaunchError: On every process; names those whose facts are not those of process 0, and the differences.
+            LaunchError: A process differs from process 0; all processes raise it, with a list of the differences.
         """
         first, *others = self.gather([dict(facts)])
         problems = [

@@ -115,7 +115,7 @@ def times(events: Sequence[Any], *, cuda: bool) -> dict[str, float]:
 
     Args:
         events: The events of torch.profiler.
-        cuda: Count GPU time instead of CPU time; what the GPU waits for the host is part of `other`.
+        cuda: Count GPU time instead of CPU time; the time that the GPU waits for the host is part of `other`.
     """
     # an event of the CPU has the GPU time of its kernels
     events = [event for event in events if event.device_type == DeviceType.CPU]

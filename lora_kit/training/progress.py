@@ -1,6 +1,8 @@
-"""What happens to a finished step: its numbers are read one step late, recorded with its state, logged and shown.
+"""Read, record, log and show the numbers of each finished step.
 
-The line of a step in metrics.jsonl is part of its snapshot too, so a run that ends between the two loses neither.
+The host reads the numbers of a step after it has queued the next step, so a GPU is never idle while the host waits. The
+step's line of metrics.jsonl is also stored in its snapshot. If the process dies after the snapshot was published and
+before the line was written, the line is written from the snapshot.
 """
 
 import json
@@ -20,7 +22,7 @@ from lora_kit.training.job import Job
 from lora_kit.training.publisher import Publisher
 from lora_kit.views.console import Console
 
-LATE_LINES = 50  # lines that could not be written between two warnings about it
+LATE_LINES = 50  # after so many more lines that could not be written, the warning is repeated
 MOST_SKIPPED = 5  # skipped steps in a row that a run survives
 
 
@@ -78,10 +80,10 @@ class QueuedStep:
     Attributes:
         step: The step, counted from 0.
         learning_rate: Its learning rate.
-        values: Waits for what it computed.
-        seconds: How long the loop spent on it.
-        stall_seconds: How long of that the loop waited for the copy of the state before.
-        held_out_loss: The held-out loss after it, if it was measured.
+        values: Waits for the device, then returns what the step computed.
+        seconds: The time that the loop spent on the step.
+        stall_seconds: The part of this time in which the loop waited for the copy of the previous state.
+        held_out_loss: The held-out loss after the step, if it was measured.
     """
 
     step: int
@@ -93,7 +95,7 @@ class QueuedStep:
 
 
 def with_held_out(facts: StepFacts, loss: float) -> StepFacts:
-    """Return the facts of a step with its held-out loss added, also to the line for metrics.jsonl."""
+    """Return the facts of a step with its held-out loss, which is also added to their line of metrics.jsonl."""
     return replace(facts, held_out_loss=loss, line=json.dumps(json.loads(facts.line) | {"held_out_loss": loss}))
 
 
@@ -159,7 +161,7 @@ class StepLog:
         """End a run after more than `MOST_SKIPPED` skipped steps in a row, with the adapter from before them durable.
 
         Raises:
-            PoisonError: This step and the last ones were skipped.
+            PoisonError: This step and the `MOST_SKIPPED` steps before it were skipped.
         """
         job, good = self._job, queued.step - MOST_SKIPPED  # the last step before those that were skipped
         if self._skipped[-MOST_SKIPPED:] != tuple(range(good + 1, queued.step + 1)) or queued.values().taken:

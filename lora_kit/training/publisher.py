@@ -33,12 +33,12 @@ from lora_kit.training.job import Job
 
 
 class Publisher:
-    """Writes the live region of a run; without a job file, on all processes but the main one, it does nothing.
+    """Writes the live region of a run on the main process; on other processes, which have no job file, it does nothing.
 
     Args:
         run: The run's folder.
         state: The state to publish.
-        job_file: What the keeper needs to turn a snapshot into a checkpoint; None on other processes.
+        job_file: The facts that the keeper needs to turn a snapshot into a checkpoint; None outside the main process.
         resumed: Whether the snapshots that are in the region belong to this run.
     """
 
@@ -74,8 +74,8 @@ class Publisher:
             self._keeper = start_keeper(self._run)
 
     @property
-    def stop(self) -> bool:
-        """Whether the keeper, or any process of this run, has received a stop signal."""
+    def stop_requested(self) -> bool:
+        """Whether a stop signal has reached the keeper or a training process; always False outside the main process."""
         return self._region is not None and self._region.words[Word.STOP] != 0
 
     def heartbeat(self) -> None:
@@ -118,7 +118,7 @@ class Publisher:
     ) -> StepFacts:
         try:
             slot = region.acquire(self._restart_dead_keeper)
-            checksum = self._copy_to_host(slot) if updated is None else self._copy_from_device(slot, updated)
+            checksum = self._copy_on_cpu(slot) if updated is None else self._copy_on_cuda(slot, updated)
         finally:
             self._copy_queued.set()
         found = facts()
@@ -128,13 +128,17 @@ class Publisher:
         region.publish(slot, Header(self._token, sequence, checksum, due, found))
         return found
 
-    def _copy_to_host(self, slot: int) -> int:
-        """Copy weights and moments into a slot; return their checksum."""
+    def _copy_on_cpu(self, slot: int) -> int:
+        """Copy weights and moments from this process's memory into a slot, and return their checksum."""
         sources = [buffer.numpy().view(np.uint8).data for buffer in self._state.kept]
         return live.copy_hashed(self._slots[slot], sources)
 
-    def _copy_from_device(self, slot: int, updated: torch.cuda.Event) -> int:
-        """Queue the copy of weights and moments into a slot on the side stream; their checksum is not known yet."""
+    def _copy_on_cuda(self, slot: int, updated: torch.cuda.Event) -> int:
+        """Queue the copy of weights and moments from the GPU into a slot on the side stream.
+
+        Returns:
+            0: the checksum is computed after the copy has ended.
+        """
         with torch.cuda.stream(self._side_stream):
             self._side_stream.wait_event(updated)
             target = torch.frombuffer(self._slots[slot], dtype=torch.float32)
@@ -168,7 +172,8 @@ class Publisher:
         """Wait until the last snapshot that was due is a checkpoint.
 
         Raises:
-            CheckpointError: It could not be written; it stays live, and earlier checkpoints are unchanged.
+            CheckpointError: The checkpoint could not be written. The snapshot stays live, and earlier checkpoints are
+                unchanged.
         """
         if self._region is None:
             return
@@ -210,7 +215,7 @@ class Publisher:
 
 
 def _register(memory: memoryview) -> bool:
-    """Register shared memory with CUDA, so that copies go straight into it; without that they are only slower.
+    """Register shared memory with CUDA, so that copies go straight into it; without registration they are slower.
 
     A failed cudaHostRegister leaves an error that the next launch reports: launch a dummy kernel to clear it.
     """

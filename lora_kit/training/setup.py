@@ -1,10 +1,10 @@
-"""Setup: small functions that take a recipe to a job, each of which returns what the next one needs.
+"""Set up a job from a recipe, in functions that each return the arguments of the next function.
 
-    open_folder     hold the run's folder and find where to go on
+    open_folder     acquire the lease of the run's folder and find the state to resume from
     read_inputs     the files of the base, the tokenizer and the tokens
-    check_contract  compare them with the checkpoint that the run goes on from
+    check_contract  compare the inputs with the checkpoint that the run resumes from
     build_model     load the base, inject the adapter, choose what the recipe leaves open
-    make_job        put it all together with what every manifest records
+    make_job        combine all of them with the facts that every manifest records
 
 Threads, packed or padded rows, micro-batches and kernels are chosen once for a run. They go into the manifest under
 `resolved`, and a resume takes them from there.
@@ -65,7 +65,7 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers")
 def open_folder(
     processes: Processes, folder: Path, start_from: str | Path | None, console: Console
 ) -> Iterator[OpenRun]:
-    """Hold a run's folder for writing until the block ends, and leave the processes as they were."""
+    """Hold the lease of a run's folder until the block ends, then restore the settings of the processes."""
     run = processes.main_decides(lambda: open_run(folder, checkpoint_at(start_from) if start_from else None))
     try:
         for notice in run.notices:
@@ -99,7 +99,7 @@ def read_inputs(recipe: Recipe, processes: Processes, console: Console) -> Input
 def environment(
     recipe: Recipe, source: Source, renderer: Renderer, data: Prepared, processes: Processes
 ) -> Environment:
-    """Return what a resume compares beside the recipe: fingerprints, versions, the machine and what computes on it."""
+    """Return what a resume compares beside the recipe: fingerprints, versions, the machine and its backend."""
     cuda = processes.device.type == "cuda"
     template = str(renderer.template or renderer.tokenizer.chat_template or "")  # empty for raw text
     packages = [*PACKAGES, *(["bitsandbytes"] if recipe.base.quantization != "none" else [])]
@@ -122,10 +122,10 @@ def environment(
 def check_contract(
     recipe: Recipe, run: OpenRun, inputs: Inputs, processes: Processes, accept: Sequence[str]
 ) -> tuple[Row, ...]:
-    """Return what a resume changes, or what is refused as an error; nothing for a new run.
+    """Return the differences between a resume and its checkpoint, all of them permitted; empty for a new run.
 
     Raises:
-        ContractError: The run would become a different run, or cannot begin with the given adapter.
+        ContractError: A difference is not permitted, or the run cannot begin with the given adapter.
     """
     rows = contract(run.latest.manifest.run, recipe, inputs.environment) if run.latest else []
     processes.main_decides(lambda: enforce(rows, accept, run.folder))
@@ -143,11 +143,11 @@ def build_model(
     processes: Processes,
     console: Console,
 ) -> AdaptedModel:
-    """Load the base, inject the adapter and fill it from where the run goes on.
+    """Load the base, inject the adapter, and load the state that the run resumes from.
 
     Args:
         recipe: What the user asked for.
-        run: Says where the run goes on, and what it chose when it began.
+        run: The opened run, with the state that it resumes from.
         inputs: The files of the base, the tokenizer and the data.
         changed: The keys that a resume changes; what the run chose for them is chosen again.
         objective: The loss.
@@ -192,7 +192,7 @@ def check_base_fits(base: PreTrainedModel, inputs: Inputs) -> None:
     """Check that the tokenizer and the longest example fit the base.
 
     Raises:
-        InputError: Says what does not fit and what to do.
+        InputError: The tokenizer or an example does not fit.
     """
     embedding = cast(torch.Tensor, base.get_input_embeddings().weight)
     check_tokenizer_fits(inputs.renderer.tokenizer, len(embedding), used=inputs.data.train)
@@ -203,7 +203,7 @@ def check_context(data: Prepared, config: PretrainedConfig) -> None:
     """Refuse examples that are longer than the context of the base.
 
     Raises:
-        DataError: Names the longest example and the limit.
+        DataError: An example is too long; the message names the longest example and the limit.
     """
     longest = max(int(tokens.lengths.max()) for tokens in (data.train, data.validation) if tokens)
     context = config.to_dict().get("max_position_embeddings")
@@ -246,7 +246,7 @@ def make_job(
     processes: Processes,
     trackers: Trackers,
 ) -> Job:
-    """Put a job together, with what every manifest of this process records."""
+    """Combine everything into a job, with the facts that every manifest of this process records."""
     latest, data, journal, resolved = run.latest, inputs.data, Journal(run.folder), adapted.resolved
     assert resolved.micro_batch_tokens is not None
     facts = RunFacts(
@@ -298,7 +298,7 @@ def claim(run: OpenRun, rows: Sequence[Row], processes: Processes) -> Claim:
 
 
 def lineage(run: OpenRun, rows: Sequence[Row]) -> tuple[LineageEntry, ...]:
-    """Return every change that was accepted in the run's life, with the step it came at."""
+    """Return every change that was accepted in the run's life, with the step at which it was accepted."""
     if run.latest is None:
         return ()
     accepted = [row for row in rows if row.verdict == "accept"]

@@ -33,7 +33,7 @@ class Console:
     def __init__(self, *, silent: bool) -> None:
         self._rich = RichConsole(quiet=silent, highlight=False, soft_wrap=True)
         self._in_notebook = not silent and self._rich.is_jupyter
-        if self._in_notebook:  # without colours, which Jupyter requests by environment variables
+        if self._in_notebook:  # print plain text: Jupyter sets FORCE_COLOR, which rich takes for a terminal
             self._rich = RichConsole(force_jupyter=False, force_terminal=False, highlight=False, soft_wrap=True)
         self._live = not silent and self._rich.is_terminal
         self._progress: Progress | None = None

@@ -49,7 +49,7 @@ def read_one(region):
         if published[0] not in region.snapshots():
             return None
         same = numbers_in(region, published[0].slot)
-        return region.verifies(published[0]) and len(same) == 1 and same[0] == published[0].step
+        return region.is_valid(published[0]) and len(same) == 1 and same[0] == published[0].step
     finally:
         region.words[Word.READING] = 0
 
@@ -92,7 +92,7 @@ def storm(kills, seed, folder):
             torn += sum(
                 len(numbers_in(region, slot)) > 1 for slot in set(range(live.SLOTS)) - {one.slot for one in found}
             )
-            valid = next((one for one in found if region.verifies(one)), None)
+            valid = next((one for one in found if region.is_valid(one)), None)
             newest = valid.step if valid else 0
             wrong += valid is None or set(numbers_in(region, valid.slot)) != {float(newest)} or False in read
             lost += newest < acknowledged

@@ -1,7 +1,7 @@
-"""The library of the kernels in C: the system's C compiler makes it from kernels.c on first use.
+"""The library of the kernels in C, which the system's C compiler makes from kernels.c on first use.
 
-That takes two seconds, once on a machine; the library is kept in the user's cache folder. It is linked with torch and
-not with an OpenMP runtime, so its loops run on the threads of the runtime that torch itself has loaded.
+Compiling takes two seconds, once on a machine: the library is kept in the user's cache folder. It is linked with torch
+and not with an OpenMP runtime, so its loops run on the threads of the runtime that torch itself has loaded.
 """
 
 import ctypes
@@ -27,9 +27,9 @@ from lora_kit.files import cache_folder
 
 AVX512 = ("f", "bw", "dq", "vl", "bf16")
 FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-mfma", *(f"-mavx512{x}" for x in AVX512)]
-FLAGS += ["-ffp-contract=off"]  # else each compiler fuses other products with sums and rounds otherwise
+FLAGS += ["-ffp-contract=off"]  # otherwise compilers fuse different products with sums, and so round differently
 FLAGS += ["-g0"]  # debug information names the temporary folder, so no two libraries would have the same hash
-LINK = ["-shared", "-Wl,--no-as-needed", "-ltorch_cpu", "-Wl,--as-needed", "-lm"]  # torch names its OpenMP runtime
+LINK = ["-shared", "-Wl,--no-as-needed", "-ltorch_cpu", "-Wl,--as-needed", "-lm"]  # torch brings its OpenMP runtime
 COMPILE_SECONDS = 120.0
 C_TYPES = {"long": ctypes.c_long, "int": ctypes.c_int, "float": ctypes.c_float, "void": None}
 
@@ -54,8 +54,8 @@ def library() -> Library:
     """Return the compiled kernels; compile them if the cache folder does not hold them.
 
     Raises:
-        OSError: There is no C compiler, it fails or takes too long, its library cannot be loaded, or other users could
-            change what the cache folder holds.
+        OSError: There is no C compiler, it fails or takes too long, its library cannot be loaded, or other users may
+            write to the cache folder.
         ValueError: `CC` is not a command.
     """
     compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
@@ -75,11 +75,13 @@ def library() -> Library:
         return _load(compiled, source)
     except OSError as error:
         command = " ".join(compiler)
-        raise OSError(f"what {command} made does not load beside torch's OpenMP: {error}; try CC=gcc") from error
+        raise OSError(
+            f"the library that {command} made cannot be loaded beside torch's OpenMP: {error}; try CC=gcc"
+        ) from error
 
 
 def _open_folder(folder: Path) -> int:
-    """Return a descriptor of the folder; files reached through it are in a folder that no other user can change."""
+    """Return a descriptor of the folder; no other user can change the folder."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -157,7 +159,7 @@ def _compile(compiler: Sequence[str], source: str) -> bytes:
 def _run(command: Sequence[str], folder: Path) -> None:
     """Run a compiler's command in a folder; raise OSError if it fails or takes too long."""
     messages = folder / "messages.txt"
-    with messages.open("w") as file:  # not a pipe, which what the compiler started may hold open
+    with messages.open("w") as file:  # not a pipe: a process that the compiler started may keep it open
         process = subprocess.Popen(
             command, cwd=folder, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
         )

@@ -19,7 +19,7 @@ from lora_kit.kernels.cpu.build import library
 Operator = TypeVar("Operator", bound=Callable[..., Any])
 
 BF16, FP32 = torch.bfloat16, torch.float32
-LEAST_ROWS = 8  # rows of a product in registers
+LEAST_ROWS = 8  # the kernel computes this many rows at a time
 OPERATORS = torch.library.Library("lora_kit", "DEF")
 
 
@@ -73,22 +73,23 @@ def _fake_linear(
 
 @operator(_fake_linear)
 def linear(x: Sequence[Tensor], weight: Sequence[Tensor], transposed: Sequence[bool], bias: Tensor | None) -> Tensor:
-    """Return the sum of products [rows, columns], rounded once.
+    """Return the sum of products of x and weight, plus the bias, [rows, columns], rounded once.
 
     Args:
-        x: Of each product [rows, inner]; at least LEAST_ROWS rows, the same number in all.
-        weight: Of each product [columns, inner] if `transposed`, as nn.Linear keeps it, else [inner, columns].
-        transposed: Of each product.
+        x: The left matrix of each product, [rows, inner]. All have the same number of rows, at least LEAST_ROWS.
+        weight: The right matrix of each product: [columns, inner], as nn.Linear keeps it, if transposed; else [inner,
+            columns].
+        transposed: Whether each weight is transposed.
         bias: [columns].
 
     Raises:
         TypeError: A tensor is not bf16 on the CPU.
-        ValueError: The shapes do not make one sum of products.
+        ValueError: The shapes do not fit each other.
     """
     tensors = [*x, *weight] + ([] if bias is None else [bias])
     if not 0 < len(x) == len(weight) == len(transposed) or any(tensor.dim() != 2 for tensor in (*x, *weight)):
         dimensions = [tuple(tensor.shape) for tensor in (*x, *weight)]
-        raise ValueError(f"linear: x and weights of {dimensions}; expected as many matrices x as weights, at least 1")
+        raise ValueError(f"linear: x and weights have shapes {dimensions}; expected as many x as weights, all matrices")
     shapes = [(*a.shape, *(b.t() if t else b).shape) for a, b, t in zip(x, weight, transposed, strict=True)]
     rows, inner, columns = shapes[0][0], sum(shape[1] for shape in shapes), shapes[0][-1]
     if any(tensor.dtype != BF16 or not tensor.is_cpu for tensor in tensors):
@@ -96,15 +97,16 @@ def linear(x: Sequence[Tensor], weight: Sequence[Tensor], transposed: Sequence[b
         raise TypeError(f"linear: tensors are {kinds}; expected {BF16} on cpu")
     fits = all(shape == (rows, shape[1], shape[1], columns) for shape in shapes)
     if not fits or rows < LEAST_ROWS or not columns or not inner or (bias is not None and bias.shape != (columns,)):
-        biased = "" if bias is None else f" and a bias {tuple(bias.shape)}"
+        products = ", ".join(f"x {shape[:2]} times weight {shape[2:]}" for shape in shapes)
+        biased = "" if bias is None else f" plus bias {tuple(bias.shape)}"
         raise ValueError(
-            f"linear: x and weights of {shapes}{biased}; expected (rows, inner, inner, columns) with the same "
-            f"rows (at least {LEAST_ROWS}) and columns"
+            f"linear: {products}{biased}; expected x (rows, inner) times weight (inner, columns) plus bias (columns,), "
+            f"with the same rows and columns in all products, and at least {LEAST_ROWS} rows"
         )
-    products = [_prepared(*product) for product in zip(x, weight, transposed, strict=True)]
-    x, weight, transposed = zip(*products, strict=True)
+    prepared = [_prepared(*product) for product in zip(x, weight, transposed, strict=True)]
+    x, weight, transposed = zip(*prepared, strict=True)
     bias = None if bias is None else bias.contiguous()
-    count, threads, kernels = len(products), torch.get_num_threads(), library().kernels
+    count, threads, kernels = len(prepared), torch.get_num_threads(), library().kernels
     size = kernels.linear_workspace(sum(tensor.shape[1] for tensor in x))
     output, workspace, pointers = pool.empty(rows, columns), pool.workspace(threads * size), ctypes.c_void_p * count
     kernels.linear(
@@ -211,7 +213,7 @@ def gated(gate: Tensor, up: Tensor, tanh: bool) -> Tensor:
 
 @operator(lambda grad_product, gate, up, tanh: torch.empty_like(up), mutates=("grad_product",))
 def gated_backward(grad_product: Tensor, gate: Tensor, up: Tensor, tanh: bool) -> Tensor:
-    """Return the gradient of up; replace the gradient of the product by that of gate."""
+    """Return the gradient of up; replace the gradient of the product by the gradient of gate."""
     shape = _sizes("gated_backward", "gate", gate, 2)
     given = (("grad_product", grad_product), ("gate", gate), ("up", up))
     _check("gated_backward", *((name, tensor, BF16, shape) for name, tensor in given))
@@ -325,7 +327,7 @@ def _check_attention(
     if window is not None and window < 1:
         raise ValueError(f"{operator}: window is {window}; expected None or at least 1")
     begin, first, end = tiles.numpy().T
-    bounds = np.append(0, end)  # each example begins where the one before it ends
+    bounds = np.append(0, end)  # each example begins where the previous example ends
     in_order = (begin == bounds[:-1]).all() and (begin == first).all() and (begin < end).all()
     if not in_order or bounds[-1] != length:
         raise ValueError(
@@ -337,7 +339,7 @@ def _check_attention(
 def _attend(
     operator: str, tensors: Sequence[Tensor], tiles: Tensor, rest: tuple[int, int, int, int, int, float]
 ) -> None:
-    """Call the kernel of this name; a task is one key head of one example, the longest examples first."""
+    """Call the kernel of this name; a task is a key head of an example, the longest examples come first."""
     begin, _, end = tiles.numpy().T
     order = np.argsort(begin - end, kind="stable")
     tiles, kernels, (_, _, key_heads, head_dim, *_) = tiles[torch.from_numpy(order)], library().kernels, rest

@@ -1,4 +1,4 @@
-"""The backend in Triton, for GPUs; linear maps and the loss stay with torch, which calls cuBLAS."""
+"""The backend in Triton, for GPUs. Linear layers and the loss are computed by torch, which calls cuBLAS."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -28,7 +28,7 @@ class Triton:
         return {"backend": "triton", "triton": triton.__version__}
 
     def linear(self, products: Iterable[Product], bias: Tensor | None) -> Float[Tensor, "rows columns"]:
-        """Add one product after the other to the first."""
+        """Compute the first product with the bias, then add every further product to it in place."""
         return PLAIN.linear(products, bias)
 
     def weight_gradient(
@@ -98,7 +98,11 @@ class Triton:
 
 
 def try_kernels(device: torch.device) -> None:
-    """Compile and run every kernel once; raise whatever Triton raises where it cannot."""
+    """Compile and run every kernel once.
+
+    Raises:
+        Exception: Any error of Triton, its compilers or the driver.
+    """
     backend, x = Triton(), torch.ones(16, 16, dtype=torch.bfloat16, device=device)
     _, inverse_rms = backend.rms_norm(x, x[0], 1e-6, gemma=False)
     backend.rms_norm_backward(x, x, x[0], inverse_rms, gemma=False)

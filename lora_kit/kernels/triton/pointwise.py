@@ -1,4 +1,4 @@
-"""What is bound by memory on a GPU, in one pass each: norms, gated activations, rotary positions.
+"""The operations that are bound by memory on a GPU, each in one pass: norms, gated activations, rotary positions.
 
 Blocks are fixed by the model's widths, never tuned by timing, so that a replay computes the same bits. A kernel is
 compiled once for a width, in about a second, and Triton keeps it on disk.

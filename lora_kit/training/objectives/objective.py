@@ -38,11 +38,11 @@ class Objective(Protocol):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The names of what is measured beside the loss, as in metrics.jsonl."""
+        """The names of the metrics beside the loss, as in metrics.jsonl."""
 
     @property
     def split(self) -> Split:
-        """Which examples may be computed in which micro-batch: a function that groups them."""
+        """The function that groups the examples of a step into micro-batches."""
 
     def weight(self, tokens: Tokens, examples: Sequence[int]) -> int:
         """Return the weight of some examples: the sum of `LossSum.weight` over their micro-batches."""

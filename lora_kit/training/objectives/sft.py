@@ -19,7 +19,7 @@ from lora_kit.training.objectives.objective import LossSum
 
 
 class Sft:
-    """Cross-entropy of every trained token; the weight is their number, and any example may go anywhere."""
+    """Cross-entropy of every trained token; the weight is their number, and micro-batches may combine any examples."""
 
     metrics: tuple[str, ...] = ()
     split = staticmethod(pack)
@@ -29,7 +29,7 @@ class Sft:
         return sum(tokens.weight(example) for example in examples)
 
     def loss(self, model: nn.Module, batch: MicroBatch, device: torch.device) -> LossSum:
-        """Return the summed cross-entropy; apply the head to trained positions alone if it can be."""
+        """Return the summed cross-entropy; with the part `loss`, the head is applied only at trained positions."""
         on_cpu = device.type == "cpu"
         if on_cpu and attention_of(model) == SEGMENT:
             batch = _padded(batch)

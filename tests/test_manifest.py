@@ -76,6 +76,11 @@ def test_fields_of_a_later_version_are_ignored(tmp_path):
         (["step"], "7", r"step: Input should be a valid integer"),
         (["step"], True, r"step: Input should be a valid integer"),
         (["recipe"], [], r"recipe: Input should be an object|recipe: Input should be a valid dictionary"),
+        (
+            ["recipe", "optim"],
+            1,
+            r"recipe\.optim: Input should be an object|recipe\.optim: Input should be a valid dict",
+        ),
         (["fingerprints", "base"], "x", r"fingerprints\.base: "),
         (["claim", "level"], "surely", r"claim\.level: Input should be 'bitwise' or 'rounding'"),
         (["files", "adapter_model.safetensors"], {"size": 1}, r"files\.adapter_model\.safetensors\.sha256: Field requ"),

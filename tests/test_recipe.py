@@ -149,6 +149,18 @@ def test_differences_are_listed_by_key(tmp_path):
     ]
 
 
+def test_fields_that_only_the_other_version_of_a_recipe_has_are_differences(tmp_path):
+    new = load(tmp_path, MINIMAL)
+    later = new.model_dump(mode="json") | {"sharding": {"size": 2, "layout": None}}
+    later["adapter"] = later["adapter"] | {"variant": "dora"}
+    del later["optim"]["warmup"]
+    assert difference(later, new) == [
+        ("optim.warmup", None, 0.03),
+        ("adapter.variant", "dora", None),
+        ("sharding.size", 2, None),
+    ]
+
+
 def test_paths_start_from_the_recipes_folder_and_hub_names_are_not_paths(tmp_path):
     recipe = load(tmp_path, MINIMAL)
     (tmp_path / "model").mkdir()

@@ -100,6 +100,15 @@ def test_a_manifest_of_another_format_is_refused_with_both_versions(tmp_path):
         open_checkpoint(path)
 
 
+def test_a_recipe_of_another_version_is_refused_by_its_fields(tmp_path):
+    recipe = {"base": {"repo": "a/b"}, "data": {"train": "c"}, "train": {"steps": 1}}
+    assert store.commit(tmp_path, FILES, run_facts(recipe=recipe), step_facts(1)).recipe.base.repo == "a/b"
+    later = recipe | {"adapter": {"variant": "dora"}, "train": {}}
+    made = store.commit(tmp_path, FILES, run_facts(recipe=later, versions={"lora_kit": "9.0"}), step_facts(2))
+    with pytest.raises(CheckpointError, match=r"adapter\.variant: Extra inputs .*train: .*use lora_kit 9\.0, which"):
+        assert made.recipe
+
+
 def test_a_second_commit_of_the_same_state_takes_the_firsts_place(tmp_path):
     commit(tmp_path, FILES, 7)
     commit(tmp_path, FILES, 7, held_out_loss=0.5)

@@ -145,7 +145,7 @@ def publication(checkpoint: store.Checkpoint, to: str, *, revision: str | None =
     manifest, facts = checkpoint.manifest, checkpoint.manifest.run
     config = json.loads((checkpoint.path / store.ADAPTER_CONFIG).read_text())
     files = tokenizer_files(checkpoint, config["base_model_name_or_path"])
-    public = without_paths(Recipe.model_validate(facts.recipe))
+    public = without_paths(checkpoint.recipe)
     if facts.fingerprints.base.commit is None:
         config["base_model_name_or_path"] = public["base"]["repo"]  # it was a path on this machine
     files[store.ADAPTER_CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
@@ -178,8 +178,7 @@ def tokenizer_files(checkpoint: store.Checkpoint, base_name: str) -> dict[str, b
     Raises:
         BaseError: The base is missing, or its tokenizer changed after the training.
     """
-    facts = checkpoint.manifest.run
-    recipe = Recipe.model_validate(facts.recipe)
+    facts, recipe = checkpoint.manifest.run, checkpoint.recipe
     section, folder = pinned_base(recipe, facts.fingerprints.base.commit, base_name)
     path = base_folder(section, folder, weights=False)
     for name, digest in facts.fingerprints.base.files.items():

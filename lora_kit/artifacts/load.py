@@ -12,7 +12,6 @@ from lora_kit.errors import BaseError
 from lora_kit.model.base import load_base
 from lora_kit.model.source import locate, pinned_base
 from lora_kit.model.tokenizer import load_renderer, set_up_tokenizer
-from lora_kit.recipe.schema import Recipe
 from lora_kit.runs import store
 
 
@@ -37,13 +36,13 @@ def load(
         The model in evaluation mode, and its tokenizer.
 
     Raises:
-        CheckpointError: There is no checkpoint, or it is damaged.
+        CheckpointError: There is no checkpoint, it is damaged, or its recipe is not of this version.
         HubError: The Hub name does not exist or cannot be downloaded.
         BaseError: The base is missing, or its files differ from those of the training.
     """
     path = checkpoint_at(path)
-    facts = store.open_checkpoint(path).manifest.run
-    recipe = Recipe.model_validate(facts.recipe)
+    checkpoint = store.open_checkpoint(path)
+    facts, recipe = checkpoint.manifest.run, checkpoint.recipe
     name = json.loads((path / store.ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
     recorded = facts.fingerprints.base
     source = locate(*pinned_base(recipe, recorded.commit, name, base=Path(base) if base else None))

@@ -52,7 +52,7 @@ def fetch(name: str, *, revision: str | None = None) -> Path:
         path = Path(hf_hub_download(name, MANIFEST, revision=revision))
         manifest = read_manifest(path)
         folder = Path(snapshot_download(name, revision=path.parent.name, allow_patterns=[MANIFEST, *manifest.files]))
-        remote_code = manifest.run.recipe["base"]["trust_remote_code"]
+        remote_code = store.Checkpoint(folder, manifest).recipe.base.trust_remote_code
     except RemoteEntryNotFoundError:
         raise HubError(
             f"{where} has no {MANIFEST}, so lora_kit did not publish it; load it with "

@@ -217,12 +217,13 @@ def difference(old: Mapping[str, Any], new: Recipe) -> list[tuple[str, Any, Any]
     """Return (section.field, old value, new value) for every field whose value differs.
 
     Args:
-        old: A recipe from `model_dump(mode="json")`; a field that it lacks counts as None.
-        new: The recipe to compare with it.
+        old: A recipe from `model_dump(mode="json")`, perhaps of another version of lora_kit.
+        new: The recipe to compare with it. A field that only one of the two has counts as None in the other.
     """
-    return [
-        (f"{section}.{field}", old.get(section, {}).get(field), value)
-        for section, fields in new.model_dump(mode="json").items()
-        for field, value in fields.items()
-        if old.get(section, {}).get(field) != value
-    ]
+    before, after = _fields(old), _fields(new.model_dump(mode="json"))
+    keys = dict.fromkeys([*after, *before])
+    return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
+
+
+def _fields(recipe: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {f"{section}.{field}": value for section, fields in recipe.items() for field, value in fields.items()}

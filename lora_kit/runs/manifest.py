@@ -128,7 +128,7 @@ class RunFacts:
 
     run_id: str
     fencing_token: int
-    recipe: dict[str, Any]
+    recipe: dict[str, dict[str, Any]]
     template: str | None
     fingerprints: Fingerprints
     data: DataCounts

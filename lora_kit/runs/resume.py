@@ -254,8 +254,9 @@ def enforce_origin(origin: Checkpoint, recipe: Recipe, fingerprint: BaseFingerpr
 
     Raises:
         ContractError: The base or a setting differs; the message names each difference.
+        CheckpointError: The recipe of the checkpoint is not of this version.
     """
-    then, now = origin.manifest.run.recipe["adapter"], recipe.model_dump(mode="json")["adapter"]
+    then, now = origin.recipe.model_dump(mode="json")["adapter"], recipe.model_dump(mode="json")["adapter"]
     changed = [key for key in now if key != "dropout" and then[key] != now[key]]
     problems = [f"adapter.{key}: {then[key]} in the checkpoint, {now[key]} in the recipe" for key in changed]
     if origin.manifest.run.fingerprints.base != fingerprint:

@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from lora_kit.errors import CheckpointError, LeaseError
 from lora_kit.files import sha256_of
+from lora_kit.recipe.schema import Recipe
 from lora_kit.runs.manifest import MANIFEST, FileEntry, Manifest, RunFacts, StepFacts, manifest_bytes, read_manifest
+from lora_kit.version import VERSION
 
 ADAPTER, ADAPTER_CONFIG, OPTIMIZER = (
     "adapter_model.safetensors",
@@ -52,6 +55,24 @@ class Checkpoint:
     def size(self) -> int:
         """Bytes of all files but the manifest."""
         return sum(entry.size for entry in self.manifest.files.values())
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the run.
+
+        Raises:
+            CheckpointError: A field is unknown to this version of lora_kit, missing or of another type; the message
+                names each field.
+        """
+        try:
+            return Recipe.model_validate(self.manifest.run.recipe)
+        except ValidationError as error:
+            problems = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
+            trained_with = self.manifest.run.versions.get("lora_kit", "another version")
+            raise CheckpointError(
+                f"{self.path}: its recipe is not one of lora_kit {VERSION}: {'; '.join(problems)}; use lora_kit "
+                f"{trained_with}, which trained it"
+            ) from error
 
     def state(self) -> "tuple[Tensors, Tensors, Tensors]":
         """Return the weights and the two moments, by PEFT's names."""

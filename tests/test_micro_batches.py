@@ -306,6 +306,20 @@ def test_the_process_with_least_memory_decides_for_all(monkeypatch):
     assert choices.smallest_machine(Two) == Machine("cpu", 3 * GB)
 
 
+def test_the_machine_with_the_fewest_cores_decides_the_threads_of_all(monkeypatch, tmp_path):
+    class Two:
+        device, count = torch.device("cpu"), 2
+        gather = staticmethod(lambda mine: [*mine, 4])
+
+    class Large:
+        folder = tmp_path
+
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(choices.TINY_BASE_BYTES)
+    monkeypatch.setattr(choices.psutil, "cpu_count", lambda logical: 16)
+    assert choices.threads(Large, Two) == 2
+
+
 def test_a_check_tells_what_a_run_would_choose(open_recipe, monkeypatch):
     monkeypatch.setattr(checking, "this_machine", lambda processes=1: Machine("cuda", 80 * GB))
     report = checking.check(load_recipe(open_recipe))

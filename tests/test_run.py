@@ -25,6 +25,12 @@ def test_evaluating_on_the_way_changes_no_bit(recipe_file, tmp_path, watched):
     assert measured[8] == pytest.approx(run.result["metrics"]["adapter"]["loss"], rel=1e-6)
 
 
+def test_the_commands_that_a_run_shows_quote_a_folder_with_blanks(recipe_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lk.train(lk.load_recipe(recipe_file, ["train.steps=1"]), "my run")
+    assert "lora-kit status 'my run'" in capsys.readouterr().out
+
+
 def test_a_measured_loss_is_that_of_its_checkpoint(recipe_file, tmp_path, watched):
     recipe = lk.load_recipe(recipe_file, [*watched, "checkpoint.keep=9"])
     run = lk.train(recipe, tmp_path / "run")

@@ -63,7 +63,7 @@ def about(model: nn.Module, used: Sequence[str]) -> str:
         "loss": "loss at trained positions",
         "last mlp": "last MLP at trained positions",
     }
-    return ", ".join(names[part] for part in used) or "no fused part fits"
+    return ", ".join(names[part] for part in used) or "none"
 
 
 def pools_memory(model: nn.Module, used: Sequence[str]) -> bool:

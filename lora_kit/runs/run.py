@@ -1,6 +1,7 @@
 """A run's folder as an object: metrics, events, checkpoints and result, and the table shown at the end."""
 
 import json
+import shlex
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,12 +132,12 @@ def scores(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 def show(run: Run, recipe: Recipe, console: Console) -> None:
     """Show the scores, the adapter's folder and the next commands to type."""
-    result = run.result
+    result, folder = run.result, shlex.quote(str(run.folder))
     rows = [
         *scores(result),
         ("adapter", str(run.folder / result["adapter"])),
-        ("try it", f'lora-kit generate {run.folder} "your prompt"'),
-        ("look closer", f"lora-kit status {run.folder}"),
+        ("try it", f'lora-kit generate {folder} "your prompt"'),
+        ("look closer", f"lora-kit status {folder}"),
     ]
     if result["best"] and result["best"] != result["adapter"]:
         rows.insert(-2, ("lowest held-out loss", str(run.folder / result["best"])))

@@ -61,11 +61,15 @@ def smallest_machine(processes: Processes) -> Machine:
 
 
 def threads(source: Source, processes: Processes) -> int | None:
-    """Return how many threads a process computes with on a CPU: one for a tiny base, else its share of the cores."""
+    """Return how many threads each process computes with on a CPU: one for a tiny base, else its share of the cores.
+
+    All processes use the same number, which the manifest records; on several machines the one with the fewest cores
+    decides.
+    """
     if processes.device.type != "cpu":
         return None
     weights = sum(path.stat().st_size for path in source.folder.glob("*.safetensors"))
-    cores = psutil.cpu_count(logical=False) or 1
+    cores = min(processes.gather([psutil.cpu_count(logical=False) or 1]))
     return 1 if weights < TINY_BASE_BYTES else max(1, cores // processes.count)
 
 

@@ -32,6 +32,7 @@ def test_the_facts_are_text_sorted_by_name_and_the_same_at_every_call(dtype):
     assert list(facts) == sorted(facts) and all(type(one) is str for pair in facts.items() for one in pair)
     assert facts == identity(CPU, dtype)
     assert facts["cpu"] and facts["aten"] == torch.backends.cpu.get_cpu_capability()
+    assert facts["libc"] == os.confstr("CS_GNU_LIBC_VERSION")
 
 
 def test_another_process_has_the_same_facts_and_a_limit_of_its_environment_shows():

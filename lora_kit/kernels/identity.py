@@ -66,7 +66,7 @@ def _of_cuda(device: torch.device) -> dict[str, str]:
 
 
 def _of_cpu() -> dict[str, str]:
-    """Return the processor, its caches and vector instructions, and the versions of oneDNN and MKL.
+    """Return the processor, its caches and vector instructions, and the versions of oneDNN, MKL and the C library.
 
     oneDNN, MKL and ATen choose their kernels by the processor, its caches and its instructions.
     """
@@ -81,6 +81,7 @@ def _of_cpu() -> dict[str, str]:
         "cpu_instructions": " ".join(sorted(flag for flag in flags if flag.startswith(VECTOR_FLAGS))),
         "aten": torch.backends.cpu.get_cpu_capability(),
         "libraries": "; ".join(libraries),
+        "libc": " ".join(platform.libc_ver()).strip(),  # its exp, log and cos round as its version does
     }
 
 

@@ -96,19 +96,19 @@ def _pieces(tokens: Tokens, index: int, renderer: Renderer) -> Iterator[tuple[st
             start, before = end, text
 
 
-def estimate(recipe: Recipe, *, configs: Path | None = None, offline: bool = False) -> Estimate:
+def estimate(recipe: Recipe, *, shapes: Path | None = None, offline: bool = False) -> Estimate:
     """Estimate memory and sizes of a recipe on this machine from the base's configuration.
 
     Args:
         recipe: The recipe.
-        configs: A folder with model configurations `<owner>--<name>.json`. Other bases are looked up on the
+        shapes: A folder with model configurations `<owner>--<name>.json`. Other bases are looked up on the
             Hub or in their folder.
         offline: Whether to use only local files.
 
     Raises:
         BaseError: The configuration is not available, or its model type is not supported.
     """
-    shape = read_config(_config_path(recipe, configs, offline=offline))
+    shape = read_config(_config_path(recipe, shapes, offline=offline))
     machine = this_machine()
     return _estimate(recipe, shape, choose(recipe, shape, machine), machine)
 
@@ -118,8 +118,8 @@ def _estimate(recipe: Recipe, shape: Shape, micro_batches: MicroBatches, machine
     return estimate_memory(shape, recipe, tokens=tokens, recompute=recompute, device=machine.device)
 
 
-def _config_path(recipe: Recipe, configs: Path | None, *, offline: bool) -> Path:
-    path = configs / f"{recipe.base.repo.replace('/', '--')}.json" if configs else None
+def _config_path(recipe: Recipe, shapes: Path | None, *, offline: bool) -> Path:
+    path = shapes / f"{recipe.base.repo.replace('/', '--')}.json" if shapes else None
     if path is not None and path.is_file():
         return path
     return _source_without_weights(recipe, offline=offline).folder / "config.json"
@@ -215,13 +215,13 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def check(recipe: Recipe, *, offline: bool = False, configs: Path | None = None, processes: int = 1) -> Report:
+def check(recipe: Recipe, *, offline: bool = False, shapes: Path | None = None, processes: int = 1) -> Report:
     """Check everything about a recipe that can be checked without the base's weights.
 
     Args:
         recipe: The recipe, whose fields `load_recipe` has checked.
         offline: Whether to use only local files; other parts are reported as unchecked.
-        configs: A folder with model configurations `<owner>--<name>.json`, for sizes of bases that are not local.
+        shapes: A folder with model configurations `<owner>--<name>.json`, for sizes of bases that are not local.
         processes: The number of processes that will train together on this machine.
     """
     report = Report(this_machine(processes))
@@ -231,7 +231,7 @@ def check(recipe: Recipe, *, offline: bool = False, configs: Path | None = None,
         report.problems.append(str(error))
     shape: Shape | None = None
     try:
-        shape = read_config(_config_path(recipe, configs, offline=offline))
+        shape = read_config(_config_path(recipe, shapes, offline=offline))
         _check_targets(shape, recipe, report)
     except InputError as error:
         report.unchecked.append(f"sizes and memory: {error}")

@@ -158,7 +158,7 @@ def check(
     recipe: RecipeFile,
     set_: Overrides = [],  # noqa: B006
     offline: Annotated[bool, typer.Option(help="Do not use the network; list what could not be checked.")] = False,
-    configs: Annotated[
+    shapes: Annotated[
         Path | None, typer.Option(help="With --offline: a folder of model configs named `<owner>--<name>.json`.")
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="The number of training processes to estimate for.")] = 1,
@@ -169,7 +169,7 @@ def check(
         from lora_kit import check as checking
         from lora_kit.recipe.load import load_recipe
 
-        report = checking.check(load_recipe(recipe, set_), offline=offline, configs=configs, processes=processes)
+        report = checking.check(load_recipe(recipe, set_), offline=offline, shapes=shapes, processes=processes)
         if as_json:
             _print_json(report.to_dict())
         else:

@@ -77,7 +77,7 @@ def test_a_run_prints_the_trainable_parameters_as_a_share_of_the_base(recipe_fil
     ],
 )
 def test_the_large_recipes_pass_offline_with_the_known_counts(recipe, parameters, trainable):
-    report = check(load_recipe(ROOT / "recipes" / f"{recipe}.yaml"), offline=True, configs=ROOT / "tests" / "shapes")
+    report = check(load_recipe(ROOT / "recipes" / f"{recipe}.yaml"), offline=True, shapes=ROOT / "tests" / "shapes")
     assert not report.problems
     assert (report.estimate.base_parameters, report.estimate.trainable_parameters) == (parameters, trainable)
     assert any("tokenizer" in part for part in report.unchecked)

@@ -90,7 +90,7 @@ def test_a_library_without_the_functions_is_no_crash(c, fresh, monkeypatch, tmp_
     compiler = script(tmp_path / "empties", f'[ -f kernels.o ] || echo "int nothing;" > kernels.c\nexec {real} "$@"\n')
     monkeypatch.setenv("CC", str(compiler))
     (message,) = warned()
-    assert "cannot be loaded beside torch's OpenMP: it does not export " in message
+    assert "cannot be loaded together with torch's OpenMP: it does not export " in message
     build.library.cache_clear(), dispatch._c.cache_clear()
     assert warned() == [message], "a kept library without them is compiled again"
 
@@ -104,7 +104,9 @@ def test_a_library_that_cannot_be_loaded_is_no_crash(fresh, monkeypatch, tmp_pat
     compiler = script(tmp_path / "empty", 'for one; do case $one in *.so) : > "$one";; esac; done\n')
     monkeypatch.setenv("CC", str(compiler))
     (message,) = warned()
-    assert message.startswith(PLAIN + f"the library that {compiler} made cannot be loaded beside torch's OpenMP: ")
+    assert message.startswith(
+        PLAIN + f"the library compiled by {compiler} cannot be loaded together with torch's OpenMP: "
+    )
 
 
 def test_a_compiler_with_an_openmp_that_torch_does_not_have_is_refused(c, fresh, monkeypatch, tmp_path):

@@ -22,7 +22,7 @@ def changes(tmp_path):
 
 
 def plain_loss(base_folder, tokenizer, records):
-    """The loss of the base by transformers alone, one example at a time, assistant turns trained."""
+    """The loss of the base by transformers alone, one example at a time, assistant messages trained."""
     model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     total, weight = 0.0, 0
     for record in records:

@@ -127,7 +127,7 @@ def test_a_rename_of_no_format_s_column_is_refused():
     [
         ("alpaca", {"instruction": "x"}, "output is missing; found instruction; the format alpaca needs"),
         ("alpaca", {"instruction": "x", "output": 5}, "output is a number; expected a string"),
-        ("alpaca", {"instruction": "x", "output": ""}, "output is an assistant turn without content"),
+        ("alpaca", {"instruction": "x", "output": ""}, "output is an assistant message without content"),
         ("alpaca", {"instruction": "x", "output": "y", "history": [["a"]]}, "history[0] has 1 items"),
         ("text", {"text": ["a"]}, "text is a list; expected a string"),
         ("text", {"text": "\n"}, "text is empty"),

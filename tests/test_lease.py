@@ -120,7 +120,7 @@ def test_a_reservation_whose_owner_was_killed_is_skipped(tmp_path, written, monk
 def test_a_living_owner_of_a_reservation_is_respected(tmp_path, monkeypatch):
     monkeypatch.setattr(lease, "PATIENCE_SECONDS", 0.1)
     (tmp_path / ".lease-1").write_text(json.dumps(lease._me()))
-    with pytest.raises(LeaseError, match=r"another process is starting here at this moment \(it created "):
+    with pytest.raises(LeaseError, match=r"another process is just starting to train in this folder \(it created "):
         take(tmp_path)
 
 

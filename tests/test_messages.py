@@ -86,11 +86,11 @@ def test_empty_tools_become_none(nothing):
     ("messages", "expected"),
     [
         ([], "the record has no messages"),
-        ([USER], "no assistant turn to train on; the roles are user"),
-        ([USER, ASSISTANT | {"weight": 0}], "no assistant turn to train on"),
+        ([USER], "no assistant message to train on; the roles are user"),
+        ([USER, ASSISTANT | {"weight": 0}], "no assistant message to train on"),
         (
             [ASSISTANT, USER],
-            "messages[0] is an assistant turn; a message to answer must come before it",
+            "messages[0] is an assistant message; a message to answer must come before it",
         ),
         (["hi"], "messages[0] is a string; expected an object with role and content"),
         (
@@ -108,18 +108,18 @@ def test_empty_tools_become_none(nothing):
         ),
         ([USER | {"content": ["x"]}], "messages[0].content[0] is a string; expected a part of type 'text'"),
         ([USER | {"content": [{"type": "text"}]}], "messages[0].content[0].text is null; expected a string"),
-        ([USER, ASSISTANT | {"content": " \n"}], "messages[1] is an assistant turn without content"),
+        ([USER, ASSISTANT | {"content": " \n"}], "messages[1] is an assistant message without content"),
         (
             [USER, ASSISTANT | {"weight": 0.5}],
             "messages[1].weight is 0.5; expected 0 (context) or 1 (trained)",
         ),
         (
             [USER | {"weight": 1}, ASSISTANT],
-            "messages[0].weight is 1 for the role 'user'; only assistant turns",
+            "messages[0].weight is 1 for the role 'user'; only assistant messages",
         ),
         (
             [USER | {"tool_calls": [CALL]}],
-            "messages[0].tool_calls: only an assistant turn may call tools; the role is 'user'",
+            "messages[0].tool_calls: only an assistant message may call tools; the role is 'user'",
         ),
         (
             [USER, ASSISTANT | {"tool_calls": [{}]}],

@@ -175,7 +175,7 @@ def test_problems_of_every_kind_and_both_files_are_told_at_once(refusal, tmp_pat
     (tmp_path / "held.jsonl").write_text(json.dumps(good) + "\n\nnot json\n")
     found = refusal([good, system_only, {"other": 1}, unrendered], validation="held.jsonl")
     assert [line.partition(": ")[0] for line in found] == [*(f"train.jsonl:{n}" for n in (2, 3, 4)), "held.jsonl:3"]
-    assert "no assistant turn to train on" in found[0] and "messages is missing; found other" in found[1]
+    assert "no assistant message to train on" in found[0] and "messages is missing; found other" in found[1]
     assert "leaves out messages[1].tool_calls[0]" in found[2] and "not JSON" in found[3]
 
 

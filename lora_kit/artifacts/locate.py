@@ -44,8 +44,8 @@ def fetch(name: str, *, revision: str | None = None) -> Path:
         revision: A branch, tag or commit; None takes the default branch.
 
     Raises:
-        HubError: The repository or revision does not exist, cannot be downloaded, was not published by lora_kit, or its
-            base needs `trust_remote_code`.
+        HubError: The repository or revision does not exist, the download fails, or lora_kit did not publish it. Also if
+            the adapter's base needs `trust_remote_code`: then only its downloaded folder can be loaded.
     """
     where = f"{name}: not a local folder; the Hub repository"
     try:

@@ -1,4 +1,4 @@
-"""Statistics of the examples that a dataset gave."""
+"""Statistics of the examples that were made from the records of a dataset."""
 
 from dataclasses import dataclass
 

@@ -14,7 +14,7 @@ from lora_kit.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
-WEIGHTS = ("weight", "loss_weight")  # keys of a message: 1 trains an assistant turn, 0 makes it context only
+WEIGHTS = ("weight", "loss_weight")  # keys of a message: 1 trains an assistant message, 0 makes it context only
 
 Labelled = tuple[str, Any]
 """The name of a value for error messages, e.g. `messages[2]`, and the value."""
@@ -45,7 +45,7 @@ def conversation(parts: Sequence[Sequence[Labelled]], tools: Any) -> Conversatio
     """Build a conversation from a record's messages and tools, and check them.
 
     Args:
-        parts: Lists of messages with their names, to be joined. Only assistant turns of the last part are trained.
+        parts: Lists of messages with their names, to be joined. Only assistant messages of the last part are trained.
         tools: The record's tool schemas: a list, a list as JSON, or None.
 
     Raises:
@@ -63,10 +63,10 @@ def conversation(parts: Sequence[Sequence[Labelled]], tools: Any) -> Conversatio
     context = frozenset(index for index in untrained if roles[index] == "assistant")
     result = Conversation(tuple(messages), _tools(tools), context)
     if not result.answers:
-        raise DataError(f"no assistant turn to train on; the roles are {', '.join(roles)}")
+        raise DataError(f"no assistant message to train on; the roles are {', '.join(roles)}")
     if result.answers[0] == 0:
         label = next(label for part in parts for label, _ in part)
-        raise DataError(f"{label} is an assistant turn; a message to answer must come before it")
+        raise DataError(f"{label} is an assistant message; a message to answer must come before it")
     return result
 
 
@@ -83,13 +83,13 @@ def _message(raw: Any, label: str) -> dict[str, Any]:
     if calls:
         if message["role"] != "assistant":
             raise DataError(
-                f"{label}.tool_calls: only an assistant turn may call tools; the role is {message['role']!r}"
+                f"{label}.tool_calls: only an assistant message may call tools; the role is {message['role']!r}"
             )
         named = labelled(items(calls, f"{label}.tool_calls"), f"{label}.tool_calls")
         message["tool_calls"] = [_tool_call(call, name) for name, call in named]
     message["content"] = "" if calls and raw.get("content") is None else _content(raw.get("content"), label)
     if message["role"] == "assistant" and not calls and not message["content"].strip():
-        raise DataError(f"{label} is an assistant turn without content; add an answer or remove the record")
+        raise DataError(f"{label} is an assistant message without content; add an answer or remove the record")
     return message
 
 
@@ -119,7 +119,7 @@ def _is_trained(raw: Mapping[str, Any], label: str) -> bool:
         if value not in (0, 1):
             raise DataError(f"{label}.{key} is {value!r}; expected 0 (context) or 1 (trained)")
         if value == 1 and raw["role"] != "assistant":
-            raise DataError(f"{label}.{key} is 1 for the role {raw['role']!r}; only assistant turns are trained")
+            raise DataError(f"{label}.{key} is 1 for the role {raw['role']!r}; only assistant messages are trained")
     return 0 not in values.values()
 
 

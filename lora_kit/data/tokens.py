@@ -296,7 +296,11 @@ def _prompts(records: Records, result: _Tokenised, data: "Data", renderer: Rende
 
 
 def _notes(results: Sequence[_Tokenised], renderer: Renderer) -> list[str]:
-    """Return notes for the user about training data and, if there is any, validation data."""
+    """Describe what may surprise the user in the training data and, if there is any, the validation data.
+
+    There are three such notes: answers whose first token contains the end of the prompt, validation examples that are
+    also in the training data, and a chat template that prints the date.
+    """
     notes = []
     if merged := sum(result.counts.merged for result in results):
         notes.append(

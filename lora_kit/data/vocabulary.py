@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-NEAR = 0.1  # two rows are near within this fraction of the typical distance between rows
+NEAR = 0.1  # two rows are near if they are closer than this fraction of the typical distance
 MAX_LABELS = 512  # labels to check, the most frequent first
 MAX_DIMENSIONS = 256  # dimensions of a row to compare; the distances change by a few percent
 BATCH = 64  # labels to compare with all rows at the same time; limits the memory
@@ -62,8 +62,9 @@ def untrained_labels(tokens: Tokens, embedding: "np.ndarray | Tensor") -> list[i
     Pretraining moves the row of a token in the output embedding away from all other rows. Rows of tokens that the
     pretraining data lacks stay close together: in a tied embedding they all receive the same gradient and end up nearly
     equal, in an untied embedding weight decay shrinks them to zero, and rows added by `resize_token_embeddings` equal
-    the mean row. So a row counts as untrained if the zero vector, the mean row or at least two other rows are within a
-    tenth of the typical distance between two rows. (In a base with random weights no row counts as untrained.)
+    the mean row. So a row counts as untrained if it is near the zero vector, the mean row or at least two other rows.
+    Two rows are near if they are closer than `NEAR` times the typical distance between rows. (In a base with random
+    weights no row counts as untrained.)
 
     Args:
         tokens: The data; its 512 most frequent labels are checked.

@@ -25,7 +25,7 @@ class GatedInputs:
     Attributes:
         gate: [rows, width].
         up: [rows, width].
-        low: [rows, ranks], s x A' of gate's and of up's adapter, side by side.
+        low: [rows, ranks], s * x @ A.T of gate's and of up's adapter, side by side.
         ups: B of gate's and B of up's adapter, each [width, rank], in the adapters' dtype.
         activation: A name of `plain.ACTIVATIONS`.
     """
@@ -42,7 +42,7 @@ class Backend(Protocol):
 
     Attributes:
         pools_memory: Whether products are written to the buffer pool.
-        adds_adapters: Whether `gated` adds low B' to gate and up; if not, gate and up contain it already.
+        adds_adapters: Whether `gated` adds low @ B.T to gate and up; if not, gate and up contain it already.
     """
 
     @property
@@ -66,7 +66,7 @@ class Backend(Protocol):
     def weight_gradient(
         self, left: Float[Tensor, "rows outputs"], right: Float[Tensor, "rows inputs"]
     ) -> Float[Tensor, "outputs inputs"]:
-        """Return left' right in fp32."""
+        """Return left.T @ right in fp32."""
 
     def rms_norm(
         self, rows: Float[Tensor, "rows width"], weight: Float[Tensor, "width"], epsilon: float, *, gemma: bool

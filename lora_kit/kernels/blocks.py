@@ -22,15 +22,19 @@ ALIGNED = 32  # rows of scores are padded to a multiple of this: otherwise softm
 
 @dataclass(frozen=True)
 class Block:
-    """Queries that are computed together, and the keys that they see.
+    """A range of queries that are computed together, and the range of keys that they see.
+
+    Queries are indexed in the packed row. Keys are indexed in the padded row of `Blocks`: the packed row with zeros
+    inserted, so that ranges of keys begin and end at multiples of ALIGNED.
 
     Attributes:
-        first: The first query, counted in the packed row.
-        last: The end of the queries.
-        height: The number of rows that are computed; rows after the queries are padding.
-        keys: The first key that any query sees, counted in the padded row.
-        end: The end of the keys, which is also the padded end of the queries.
-        mask: 0 or minus infinity, added to the scores of the last `masked` keys; the earlier keys need no mask.
+        first: Index of the first query, in the packed row.
+        last: Index after the last query, in the packed row.
+        height: The number of rows of scores: one for each query, then padding up to a multiple of ALIGNED.
+        keys: Index of the first key, in the padded row; no query of the block sees an earlier key.
+        end: Index after the last key, in the padded row.
+        mask: Added to the scores of the last `masked` keys: 0 where a query sees a key, minus infinity elsewhere. Every
+            query sees all earlier keys, so they need no mask.
     """
 
     first: int
@@ -45,7 +49,8 @@ class Block:
 class Blocks:
     """A packed row, padded so that blocks begin and end at multiples of ALIGNED, and its blocks.
 
-    oneDNN compiles a product for every shape and keeps it (0.3 MB, 0.6 MB for an odd shape), so shapes should be few.
+    oneDNN compiles code for every shape of a product and keeps it (0.3 MB, 0.6 MB for an odd shape), so few shapes are
+    better.
 
     Attributes:
         spans: For each group of examples that is cut together, its start and end in the packed row, and its start in
@@ -59,7 +64,7 @@ class Blocks:
     blocks: list[Block]
 
     def pad(self, rows: Float[Tensor, "heads length width"]) -> Float[Tensor, "heads padded width"]:
-        """Copy a packed row with zeros as padding."""
+        """Copy a packed row into a padded row; the padding is zeros."""
         padded = rows.new_zeros(len(rows), self.length, rows.shape[2])
         for first, last, offset in self.spans:
             padded[:, offset : offset + last - first] = rows[:, first:last]
@@ -134,7 +139,8 @@ def _mask(members: Sequence[int], queries: range, columns: int, window: int | No
         columns: The number of keys; the last key is at the position of the last query.
         window: How many positions a position sees; None for all.
 
-    Padding continues the last example: no query before it sees it, and its rows see something, so softmax has no NaN.
+    Padding counts as part of the last example: attention is causal, so no query before the padding sees it. Each padded
+    row sees at least one key, so softmax gives no NaN.
     """
     ends = torch.tensor(members).cumsum(0)[:-1]
     query, key = torch.arange(queries.start, queries.stop)[:, None], torch.arange(queries.stop - columns, queries.stop)
@@ -197,7 +203,7 @@ def attend_blocks_backward(
 def _queries(
     heads: Float[Tensor, "heads length width"], block: Block, key_heads: int
 ) -> Float[Tensor, "key_heads rows width"]:
-    """Return a block's rows, padded with zeros; heads that share a key head follow one another."""
+    """Return a block's rows, padded with zeros; the query heads that share a key head are adjacent."""
     count, width = block.last - block.first, heads.shape[2]
     rows = heads.new_empty(len(heads), block.height, width)
     rows[:, :count] = heads[:, block.first : block.last]
@@ -217,7 +223,8 @@ def _scores(
     """Fill `scores` with a block's scores, minus each row's highest score if that is given.
 
     Softmax does not change when a constant is subtracted from a row, but bf16 rounds a score of 30 by up to 0.06.
-    Subtracted inside the product, before it is rounded, the highest score leaves those that matter near zero.
+    `baddbmm` subtracts the highest score before it rounds, so the scores that matter are near zero, where bf16 is exact
+    enough.
     """
     key_heads, _, keys = scores.shape
     rows, columns = block.mask.shape

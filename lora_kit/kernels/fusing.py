@@ -1,4 +1,4 @@
-"""The fast parts that a model computes with: each is compared with the model's own code before it is used.
+"""Fast implementations of parts of a model. Each is compared with the model's own code before it is used.
 
 A part replaces the `forward` of the modules that it fits, and is left out where its results differ. A model family that
 lora_kit was not written for therefore trains with transformers' code, or with the parts that fit.
@@ -67,7 +67,7 @@ def about(model: nn.Module, used: Sequence[str]) -> str:
 
 
 def pools_memory(model: nn.Module, used: Sequence[str]) -> bool:
-    """Return whether nearly all that a micro-batch computes is in memory of the kernels' buffer pool."""
+    """Return whether nearly all activations of a micro-batch are in the kernels' buffer pool."""
     layers, head = [module for module in model.modules() if isinstance(module, LoraLayer)], head_of(model)
     if not {"lora", "mlp", "norm", "rotary", "loss"} <= set(used) or head is None or head.cap is not None:
         return False
@@ -103,7 +103,11 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 def checkpoint_contexts(
     model: nn.Module,
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Return the (forward, recompute) contexts for torch.utils.checkpoint: the same rows of the last MLP in both."""
+    """Return the (forward, recompute) contexts for torch.utils.checkpoint.
+
+    With the part `last mlp`, forward computes the last layer's MLP only at the rows that `mlp.at_rows` has set. The
+    recompute context sets the same rows again, because `at_rows` may have ended before the backward pass.
+    """
     last_mlp = last_mlp_of(model)
     return nullcontext(), mlp.at_rows(last_mlp, vars(last_mlp)[mlp.ROWS] if last_mlp else None)
 
@@ -173,7 +177,16 @@ def _rotates_equally(own: rotary.Rotation, width: int, like: Tensor) -> bool:
 def _use_where_equal(
     modules: Sequence[nn.Module], fuse: Callable[[Any], Callable[[], None]], width: Callable[[Any], int]
 ) -> bool:
-    """Fuse the modules whose outputs stay the same; return whether there are any."""
+    """Fuse each module whose output for test rows stays the same up to `TOLERANCE`.
+
+    Args:
+        modules: The modules to try.
+        fuse: Replaces a module's forward; returns a function that restores it.
+        width: Returns the width of a module's input.
+
+    Returns:
+        Whether any module is fused now.
+    """
     used = False
     for module in modules:
         x = _test_rows(width(module), next(module.parameters()))
@@ -186,7 +199,7 @@ def _use_where_equal(
 
 
 def _test_rows(width: int, like: Tensor) -> Tensor:
-    """Return rows [1, 5, width] of very different sizes: small rows show an epsilon, large rows show clipping."""
+    """Return rows [1, 5, width] of very different sizes: small rows reveal another epsilon, large rows clipping."""
     generator = torch.Generator().manual_seed(0)
     dtype = like.dtype if like.is_floating_point() else torch.float32
     sizes = torch.tensor([1e-3, 0.1, 1.0, 30.0, 1000.0])[:, None]
@@ -200,7 +213,7 @@ def _equal(theirs: Tensor, ours: Tensor) -> bool:
 
 
 def _fuse_loss(model: nn.Module, inputs: Mapping[str, Any] | None) -> bool:
-    """Apply the head only where tokens are trained, if it makes the model's logits from its hidden states."""
+    """Compute logits only at trained positions, if a `Head` reproduces the model's logits."""
     inner = inner_of(model)
     head = next(
         (candidate for candidate in _heads(inner) if inputs is None or _makes_the_logits(candidate, inner, inputs)),
@@ -230,7 +243,7 @@ def _makes_the_logits(head: Head, inner: PreTrainedModel, inputs: Mapping[str, A
 
 @torch.no_grad()
 def _narrow_last_mlp(model: nn.Module, inputs: Mapping[str, Any] | None) -> bool:
-    """Compute the last layer's MLP only where tokens are trained: nothing after it mixes rows."""
+    """Compute the last layer's MLP only at trained positions: no later operation mixes positions."""
     inner = inner_of(model)
     layers = getattr(inner.base_model, "layers", None)
     last = [module for module in layers[-1].children() if mlp.fused(module)] if layers else []

@@ -1,9 +1,9 @@
-"""Linear layers with adapters, y = x W' + s (x A') B', with the fewest passes over memory.
+"""Linear layers with adapters, y = x @ W.T + s * (x @ A.T) @ B.T, with the fewest passes over memory.
 
 Adapters are cast to the base's dtype, and activations are not cast to the adapter's. The product with B accumulates
 into the output of W. Layers that read the same input (q, k, v; gate and up) are computed together, forward and
 backward. A frozen weight needs no gradient, so a step costs each layer two large products instead of three, and only
-the input and the few columns of x A' are kept. A weight in 4 or 8 bits is dequantised where it is multiplied.
+the input and the few columns of x @ A.T are kept. A weight in 4 or 8 bits is dequantised where it is multiplied.
 """
 
 from collections.abc import Sequence
@@ -121,11 +121,12 @@ class Saved:
     """What layers that read the same input keep for their backward pass.
 
     Attributes:
-        rows: The input, or `NormFactors.rows` if a fused norm computed the input.
-        low: s x A' of all layers, side by side.
+        rows: The input; if a fused norm computed the input, the input of that norm (see `NormFactors`).
+        low: The product s * x @ A.T of every layer, side by side; x is the input and s the layer's scaling.
         dropout_masks: A mask for each layer; None without dropout.
-        row_factor: `NormFactors.row_factor`; None if `rows` is the input itself.
-        column_factor: `NormFactors.column_factor`; None if `rows` is the input itself.
+        row_factor: `NormFactors.row_factor`, so that input = rows * row_factor * column_factor; None if `rows` is the
+            input.
+        column_factor: `NormFactors.column_factor`; None if `rows` is the input.
     """
 
     rows: Float[Tensor, "rows inputs"]
@@ -135,7 +136,7 @@ class Saved:
     column_factor: Float[Tensor, "inputs"] | None = None
 
     def grad_a(self, grad_low: Float[Tensor, "rows ranks"]) -> Float[Tensor, "ranks inputs"]:
-        """Return the gradient of s A in fp32, from the gradient of s x A'."""
+        """Return the gradient of s * A in fp32, from the gradient of s * x @ A.T."""
         backend = dispatch.backend_of(grad_low)
         if self.row_factor is None or self.column_factor is None:
             return backend.weight_gradient(grad_low, self.rows)

@@ -1,6 +1,6 @@
 """RMS norms in few passes over memory.
 
-The backward pass keeps nothing but the input, which the residual stream holds anyway, and one number for each row.
+For the backward pass only the input is saved, which is in memory anyway as the residual stream, and one number per row.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,10 @@ from lora_kit.kernels.lora import NORM_FACTORS, NormFactors
 
 
 class RmsNorm(Function):
-    """weight * x / sqrt(mean(x^2) + epsilon), in fp32; the weight is frozen, and Gemma's gain is 1 + weight."""
+    """weight * x / sqrt(mean(x^2) + epsilon), computed in fp32. The weight is frozen.
+
+    Gemma multiplies by 1 + weight instead of weight.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, epsilon: float, gemma: bool) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tenso
     ),
 }
 """The activations by their names in configurations, each with its backward function."""
-ELEMENTS_IN_CACHE = 1 << 18  # elements of a norm that stay in a CPU's cache
+ELEMENTS_IN_CACHE = 1 << 18  # on a CPU a norm is computed in chunks of so many elements, which stay in its cache
 
 
 class Plain:
@@ -48,7 +48,7 @@ class Plain:
     def weight_gradient(
         self, left: Float[Tensor, "rows outputs"], right: Float[Tensor, "rows inputs"]
     ) -> Float[Tensor, "outputs inputs"]:
-        """Return left' right in fp32, rounded to the inputs' dtype."""
+        """Return left.T @ right, rounded to the inputs' dtype and cast to fp32."""
         return (left.T @ right).float()
 
     def rms_norm(

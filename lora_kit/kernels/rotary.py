@@ -1,8 +1,8 @@
-"""Rotary positions, x cos + rotate_half(x) sin, as one function with few passes.
+"""Rotary position embeddings, x cos + rotate_half(x) sin, in few passes over memory.
 
-A family's attention calls `apply_rotary_pos_emb` of its own file. A fused module runs the same code with our function
-under that name; transformers itself is not changed, and our function hands calls that it does not support to the
-family's function.
+The attention of a model family calls `apply_rotary_pos_emb` from its own modeling file. A fused module runs a copy of
+its forward in which this name refers to `rotated`; transformers itself is not changed. `rotated` passes calls that it
+does not support on to the family's function.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Rotation = Callable[..., tuple[Tensor, Tensor]]
 
 
 class Rotary(Function):
-    """`x` [heads, length, width] rotated by the angles of its positions, [length, width], which are not trained."""
+    """`x` [heads, length, width], rotated by an angle per position; cos and sin [length, width] get no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -31,14 +31,17 @@ class Rotary(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """Rotate back: the transposed rotation swaps the halves of sin and negates it."""
+        """Apply the transposed rotation to the gradient: the same cos, and sin negated with its halves swapped."""
         cos, sin = ctx.saved_tensors
         transposed_sin = -sin.roll(sin.shape[-1] // 2, -1)
         return dispatch.backend_of(grad_output).rotate(grad_output, cos, transposed_sin), None, None
 
 
 def rotation_of(attention: nn.Module) -> Rotation | None:
-    """Return the function that a module's own forward rotates queries and keys with."""
+    """Return the `apply_rotary_pos_emb` that a module's own forward calls.
+
+    None if its class's forward calls no function of this name, or if the module's forward has already been replaced.
+    """
     forward = type(attention).forward
     uses = isinstance(forward, FunctionType) and NAME in forward.__code__.co_names and "forward" not in vars(attention)
     return cast(Rotation | None, forward.__globals__.get(NAME)) if uses else None
@@ -53,7 +56,11 @@ def rotated(
     *rest: object,
     **named: object,
 ) -> tuple[Tensor, Tensor]:
-    """Rotate queries and keys; call `own` for several rows, angles of a part of the width, or angles in fp32."""
+    """Rotate queries and keys with `Rotary`.
+
+    Call `own` instead for a batch of several rows, for angles of only a part of the width, and for cos and sin in
+    another dtype than queries and keys.
+    """
     supported = cos.dtype == sin.dtype == query.dtype == key.dtype and len(query) == 1
     supported &= cos.shape == sin.shape == (1, query.shape[2], query.shape[3])
     if rest or named or not supported:

@@ -119,8 +119,8 @@ def _reserve_token(run: Path, token: int) -> tuple[int, Path]:
         except FileExistsError as error:
             if _owner_is_alive(reservation):
                 raise LeaseError(
-                    f"{run}: another process is starting here at this moment (it created {reservation}); try again; "
-                    "delete that file if its machine no longer exists"
+                    f"{run}: another process is just starting to train in this folder (it created {reservation}); "
+                    "try again, or delete that file if the machine of that process no longer exists"
                 ) from error
             token += 1
             continue

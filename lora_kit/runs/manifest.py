@@ -122,8 +122,9 @@ class RunFacts:
         fencing_token: Grows with every start. Of two writers, the writer with the higher token holds the lease.
         recipe: Every field of the recipe as JSON, defaults included.
         template: The chat template, None for raw text.
-        computed_by: What decides the bits besides versions: the backend of the kernels, its compiler, the processor
-            and the limits of its instructions, as `kernels.identity` names them. Empty in older checkpoints.
+        computed_by: Facts besides the versions that decide which kernels run, and so the exact bits: the backend, its
+            compiler, the processor, and environment variables that restrict its instructions, under the names of
+            `kernels.identity`. Empty in older checkpoints.
     """
 
     run_id: str

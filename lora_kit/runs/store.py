@@ -267,7 +267,7 @@ def find(run: Path) -> Found:
         try:
             return Found(open_checkpoint(path), broken)
         except CheckpointError as error:
-            if path.is_dir():  # otherwise the keeper has deleted it in the meantime
+            if path.is_dir():  # if not, the keeper has deleted it since `folders` listed it
                 broken[path] = str(error)
     return Found(None, broken)
 

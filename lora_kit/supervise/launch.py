@@ -154,7 +154,8 @@ class Launch:
     def handle_signal(self, number: int, frame: Any) -> None:
         """Record a stop signal; at the second signal, kill the training processes and exit without a checkpoint.
 
-        A signal within `FORWARDED_SECONDS` of the first is a launcher's copy of the first and does not count.
+        A signal within `FORWARDED_SECONDS` of the first does not count as the second: a launcher such as srun may
+        forward a signal that this process has also received directly.
         """
         self._signals.append((time.monotonic(), number))
         if self._signals[-1][0] - self._signals[0][0] > FORWARDED_SECONDS:
@@ -268,7 +269,10 @@ class Launch:
             self.attempt.failures.append((process, f"process {self._index(process)}: {_died(-code)}"))
 
     def _hangs(self) -> bool:
-        """Return whether the trainer has shown no sign of life for too long; time in suspension does not count."""
+        """Return whether the trainer has shown no sign of life for too long.
+
+        Time in which this process itself was suspended (SIGSTOP, or sleep of the machine) does not count.
+        """
         now = time.monotonic()
         passed, self._looked = min(now - self._looked, 1.0), now  # this process itself may have been suspended
         words = self.keeper.region.words if self.keeper.region else None

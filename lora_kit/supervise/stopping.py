@@ -18,7 +18,7 @@ from types import FrameType
 from lora_kit.runs.lease import KEEPER
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-FORWARDED_SECONDS = 2.0  # a signal within this time of the first signal is a launcher's copy, not a second request
+FORWARDED_SECONDS = 2.0  # a signal so soon after the first was forwarded by a launcher; it is no second request
 
 
 class StopRequest(threading.Event):

@@ -67,7 +67,10 @@ def log_start(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Con
     }
     if run.latest is not None:
         job.journal.event("resumed", **facts, reached=run.reached, run_id=run.run_id)
-        console.say(f"resuming {run.folder} after step {job.start} of {job.plan.steps}; compared with its checkpoint:")
+        console.say(
+            f"resuming {run.folder} after step {job.start} of {job.plan.steps}; "
+            "comparison with the checkpoint of that step:"
+        )
         console.say(table(rows, accept))
         return
     job.journal.event("started", **facts, run_id=run.run_id, origin=origin and asdict(origin))

@@ -1,4 +1,4 @@
-"""The job: everything that a run needs between its first and its last step."""
+"""The job: what setup prepares for the training loop, e.g. the model, the data, the plan of the steps and the logs."""
 
 from dataclasses import dataclass
 

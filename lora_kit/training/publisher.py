@@ -234,9 +234,10 @@ def _unregister(memory: memoryview) -> None:
 
 @contextmanager
 def publishing(job: Job, stop: StopRequest) -> Iterator[Publisher]:
-    """Publish the steps of a job until the block ends.
+    """Open the publisher that writes a snapshot of each finished step to the live region; close it after the block.
 
-    Meanwhile a thread writes stop signals to the live region, so they reach the keeper even if the main thread hangs.
+    During the block a thread also writes stop signals to the live region, so the keeper sees them even if the main
+    thread hangs.
     """
     folder = job.run.folder
     job_file = job_file_of(job) if job.processes.is_main else None

@@ -44,7 +44,7 @@ class Cpu:
     def weight_gradient(
         self, left: Float[Tensor, "rows outputs"], right: Float[Tensor, "rows inputs"]
     ) -> Float[Tensor, "outputs inputs"]:
-        """Return left' right in fp32."""
+        """Return left.T @ right in fp32."""
         return (ops if self._multiplies(left, right) else PLAIN).weight_gradient(left, right)
 
     def _multiplies(self, x: Tensor, other: Tensor) -> bool:

@@ -76,7 +76,7 @@ def library() -> Library:
     except OSError as error:
         command = " ".join(compiler)
         raise OSError(
-            f"the library that {command} made cannot be loaded beside torch's OpenMP: {error}; try CC=gcc"
+            f"the library compiled by {command} cannot be loaded together with torch's OpenMP: {error}; try CC=gcc"
         ) from error
 
 

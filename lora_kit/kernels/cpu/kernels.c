@@ -132,8 +132,9 @@ static void interleave_rows(bf16 *target, const bf16 *source, long stride, long 
         }
 }
 
-/* Transpose 32-bit words, [rows][columns] to [columns][rows]; both are multiples of 16 and strides count words. Words
-   hold pairs of bf16, so transposed rows are interleaved in pairs along the former columns. */
+/* Transpose a matrix of 32-bit words from [rows][columns] to [columns][rows]. Both sizes are multiples of 16; strides
+   count words. A word is two adjacent bf16 of a row, which stay together: bf16 [rows][2 * columns] become
+   [columns][rows][2], the VNNI layout that `multiply` needs for its right operand. */
 static void transpose(void *target, long stride, const void *source, long source_stride, long rows, long columns) {
     for (long row = 0; row < rows; row += LANES)
         for (long column = 0; column < columns; column += LANES) {
@@ -177,13 +178,13 @@ struct attention {
     bf16 *grad_query, *grad_key, *grad_value;
 };
 
-/* Mask of the keys from `key` on that a query sees. */
+/* A mask of 16 keys, `key` and the following: its bit is set if the query sees the key. */
 INLINE __mmask16 visible_keys(long query, long key, long window) {
     __mmask16 causal = first_lanes(query - key + 1);
     return window ? causal & ~first_lanes(query - key - window + 1) : causal;
 }
 
-/* Mask of the queries from `query` on that see a key. */
+/* A mask of 16 queries, `query` and the following: its bit is set if the query sees the key. */
 INLINE __mmask16 visible_queries(long query, long key, long window) {
     __mmask16 causal = ~first_lanes(key - query);
     return window ? causal & first_lanes(key + window - query) : causal;
@@ -251,7 +252,7 @@ static void attend(const struct attention *all, long begin, long count, long key
                         sum += part[i];
                         store(probs + row * TILE + i * LANES, 0xffff, part[i]);
                     }
-                    if (new_max > row_max[row]) { /* what was summed so far is relative to the old maximum */
+                    if (new_max > row_max[row]) { /* rescale the sums so far: they are relative to the old maximum */
                         floats rescale = exp2_floats(_mm512_set1_ps(row_max[row] - new_max));
                         row_sum[row] *= rescale;
                         for (float *at = outputs + row * columns; at < outputs + (row + 1) * columns; at += LANES)
@@ -399,10 +400,10 @@ EXPORT void attention_backward(const bf16 *grad_output, const bf16 *query, const
 /* ---- linear maps ---- */
 
 enum { PANEL_BYTES = 1 << 19, CHUNK = 64 }; /* bytes of packed weight and rows of x that stay in the L2 cache */
-enum { SPLIT_ROWS = 128 }; /* fewest rows of a task that shares its panel: packing a panel again has to pay */
+enum { SPLIT_ROWS = 128 }; /* fewest rows per task when several tasks pack the same panel: packing must pay */
 
-/* Pack the panel of 32 columns of a weight from `column` on in pairs, [inner / 2][32][2], padded with zeros. The weight
-   is [columns][inner] if `transposed`, as nn.Linear keeps it, else [inner][columns]. */
+/* Copy a panel, 32 columns of a weight from `column` on, in the VNNI layout [inner / 2][32][2], padded with zeros. The
+   weight is [columns][inner] if `transposed`, as nn.Linear keeps it, else [inner][columns]. */
 static void pack(bf16 *target, const bf16 *weight, long inner, int transposed, long column, long columns) {
     long panel_columns = minimum(STEP, columns - column);
     if (!transposed) {
@@ -418,7 +419,7 @@ static void pack(bf16 *target, const bf16 *weight, long inner, int transposed, l
                 target[(pair * STEP + i) * 2 + k] = i < panel_columns ? from[i * inner + 2 * pair + k] : 0;
 }
 
-/* Return the bytes of workspace that a thread needs for products that sum over `inner` numbers together. */
+/* Return the bytes of workspace that a thread needs for products whose inner sizes add up to `inner`. */
 EXPORT long linear_workspace(long inner) { return maximum(PANEL_BYTES, inner * STEP * sizeof(bf16)) + 64; }
 
 /* output [rows][columns] = the sum of `count` products x [rows][inner] times weight, plus the bias unless it is NULL.
@@ -469,14 +470,14 @@ EXPORT void linear(const bf16 *const *x, const long *x_stride, const bf16 *const
     }
 }
 
-enum { BLOCK_COLUMNS = 4 * STEP, BLOCK_ROWS = 2 * CHUNK }; /* what `weight_gradient` takes together, at most */
+enum { BLOCK_COLUMNS = 4 * STEP, BLOCK_ROWS = 2 * CHUNK }; /* most columns and rows that a task multiplies at once */
 
 /* Return the bytes of workspace that a thread needs for a gradient of `outputs` rows. */
 EXPORT long weight_gradient_workspace(long outputs) {
     return BLOCK_ROWS * (BLOCK_COLUMNS + padded(outputs)) * sizeof(bf16) + padded(outputs) * BLOCK_COLUMNS * sizeof(float);
 }
 
-/* gradient [outputs][inputs] = left' right, of left [rows][outputs] and right [rows][inputs]. */
+/* gradient [outputs][inputs] = transposed left times right, for left [rows][outputs] and right [rows][inputs]. */
 EXPORT void weight_gradient(const bf16 *left, long left_stride, const bf16 *right, long right_stride, float *gradient,
                             long rows, long outputs, long inputs, char *workspaces, long workspace, int threads) {
     long padded_outputs = padded(outputs), block = minimum(BLOCK_COLUMNS, padded((inputs + threads - 1) / threads));
@@ -577,7 +578,7 @@ EXPORT void gated(const bf16 *gate, const bf16 *up, bf16 *output, long count, in
     }
 }
 
-/* The gradients of gate and up; `grad_gate` may be where `grad_output` is. */
+/* The gradients of gate and up; `grad_gate` may be the memory of `grad_output`. */
 EXPORT void gated_backward(const bf16 *grad_output, const bf16 *gate, const bf16 *up, bf16 *grad_gate, bf16 *grad_up,
                            long count, int tanh, int threads) {
 #pragma omp parallel for num_threads(threads)

@@ -146,7 +146,7 @@ def _fake_weight_gradient(left: Tensor, right: Tensor) -> Tensor:
 
 @operator(_fake_weight_gradient)
 def weight_gradient(left: Tensor, right: Tensor) -> Tensor:
-    """Return left' right [outputs, inputs] in fp32, of left [rows, outputs] and right [rows, inputs].
+    """Return left.T @ right [outputs, inputs] in fp32, for left [rows, outputs] and right [rows, inputs].
 
     torch is as fast, but oneDNN would compile and keep code for every distinct number of rows.
 
@@ -339,7 +339,17 @@ def _check_attention(
 def _attend(
     operator: str, tensors: Sequence[Tensor], tiles: Tensor, rest: tuple[int, int, int, int, int, float]
 ) -> None:
-    """Call the kernel of this name; a task is a key head of an example, the longest examples come first."""
+    """Call an attention kernel of kernels.c.
+
+    Each task of the kernel computes one example for one key head. The longest examples come first, so that no thread
+    begins a long task when the others are almost done.
+
+    Args:
+        operator: `attention` or `attention_backward`.
+        tensors: The tensors that the kernel takes before `tiles`, in its order.
+        tiles: `Segments.tiles()`, one row for each example.
+        rest: Length, heads, key_heads, head_dim, window (0 for none) and scale.
+    """
     begin, _, end = tiles.numpy().T
     order = np.argsort(begin - end, kind="stable")
     tiles, kernels, (_, _, key_heads, head_dim, *_) = tiles[torch.from_numpy(order)], library().kernels, rest

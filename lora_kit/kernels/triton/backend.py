@@ -34,7 +34,7 @@ class Triton:
     def weight_gradient(
         self, left: Float[Tensor, "rows outputs"], right: Float[Tensor, "rows inputs"]
     ) -> Float[Tensor, "outputs inputs"]:
-        """Return left' right in fp32."""
+        """Return left.T @ right in fp32."""
         return PLAIN.weight_gradient(left, right)
 
     def rms_norm(
@@ -50,11 +50,14 @@ class Triton:
         return pointwise.rms_norm_backward(grad_output, rows, weight, inverse_rms, gemma=gemma)
 
     def gated(self, inputs: GatedInputs) -> Float[Tensor, "rows width"]:
-        """Return act(gate + low B') * (up + low B')."""
+        """Return act(gate + low_gate @ B_gate.T) * (up + low_up @ B_up.T).
+
+        `inputs.low` holds low_gate and low_up side by side.
+        """
         return pointwise.gated(inputs)
 
     def gated_backward(self, grad_product: Tensor, inputs: GatedInputs) -> tuple[Tensor, Tensor]:
-        """Return the gradients of gate, in the memory of `grad_product`, and up."""
+        """Return the gradients of gate and up; the gradient of gate overwrites `grad_product`."""
         return pointwise.gated_backward(grad_product, inputs)
 
     def rotate(self, x: Float[Tensor, "heads length width"], cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The operations that are bound by memory on a GPU, each in one pass: norms, gated activations, rotary positions.
 
-Blocks are fixed by the model's widths, never tuned by timing, so that a replay computes the same bits. A kernel is
-compiled once for a width, in about a second, and Triton keeps it on disk.
+Tile sizes depend only on the model's widths and are never tuned by timing, so a replay computes the same bits. A kernel
+is compiled once for a width, in about a second, and Triton keeps it on disk.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_kit.kernels.backend import GatedInputs
 
 TILE = 4096  # elements that a program holds, in complete rows
-GATED_ROWS, GATED_COLUMNS = 16, 128  # tile of a gated activation, whose rows are cut
+GATED_ROWS, GATED_COLUMNS = 16, 128  # tile of a gated activation; a tile holds a part of each row
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -64,7 +64,7 @@ def _activation(x, activation: tl.constexpr):
 
 @triton.jit
 def _with_adapter(x, low, up, row, column, rows, width, ranks, rank: tl.constexpr, step: tl.constexpr):
-    """Return a tile of x + low up' in fp32, of low [rows, ranks] and up [width, rank]."""
+    """Return a tile of x + low @ up.T in fp32, for low [rows, ranks] and up [width, rank]."""
     mask = (row < rows)[:, None] & (column < width)[None, :]
     complete = tl.load(x + row[:, None] * width + column[None, :], mask, 0.0).to(tl.float32)
     added = tl.zeros_like(complete)
@@ -84,7 +84,10 @@ def _gate_and_up(
     rank: tl.constexpr, up_rank: tl.constexpr, step: tl.constexpr,
     tile_rows: tl.constexpr, tile_columns: tl.constexpr,
 ):  # fmt: skip
-    """Return this program's tile of gate and of up with their adapters, its offsets and the mask of what exists."""
+    """Return the tile of gate and up that this Triton program computes, with their adapters added.
+
+    Also return the offsets of the tile's elements in the matrix, and the mask of the elements that lie inside it.
+    """
     row = tl.program_id(1).to(tl.int64) * tile_rows + tl.arange(0, tile_rows)
     column = tl.program_id(0) * tile_columns + tl.arange(0, tile_columns)
     g = _with_adapter(gate, low, b_gate, row, column, rows, width, ranks, rank, step)
@@ -163,14 +166,17 @@ def rms_norm_backward(grad_output: Tensor, rows: Tensor, weight: Tensor, inverse
 
 
 def gated(inputs: GatedInputs) -> Tensor:
-    """Return act(gate + low B') * (up + low B')."""
+    """Return act(gate + low_gate @ B_gate.T) * (up + low_up @ B_up.T).
+
+    `inputs.low` holds low_gate and low_up side by side.
+    """
     product, tensors = torch.empty_like(inputs.gate), _gated_tensors(inputs)
     _gated[_gated_grid(inputs)](*tensors, product, *_gated_sizes(inputs), **_gated_constants(inputs))
     return product
 
 
 def gated_backward(grad_product: Tensor, inputs: GatedInputs) -> tuple[Tensor, Tensor]:
-    """Return the gradients of gate, in the memory of `grad_product`, and up."""
+    """Return the gradients of gate and up; the gradient of gate overwrites `grad_product`."""
     grad_up, tensors = torch.empty_like(inputs.up), _gated_tensors(inputs)
     _gated_backward[_gated_grid(inputs)](
         grad_product, *tensors, grad_product, grad_up, *_gated_sizes(inputs), **_gated_constants(inputs)

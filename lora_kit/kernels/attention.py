@@ -1,6 +1,6 @@
 """Attention inside each packed example: the result of a block-diagonal causal mask, without its L x L scores.
 
-transformers passes what a family needs beside query, key and value (window, soft cap, sinks, scaling) as keywords, and
+transformers passes what a family needs besides query, key and value (window, soft cap, sinks, scaling) as keywords, and
 hands on `segments`, which `model.forward.model_inputs` adds to a call of the model. No mask function is registered for
 this attention's name: transformers then builds no mask and never waits for the device, and a caller that forgets
 `segments`, as generation does, gets an error, not leakage between examples. Such calls are made inside `own_attention`.

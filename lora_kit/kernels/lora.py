@@ -84,7 +84,7 @@ def adapted_linear(module: nn.Module) -> AdaptedLinear:
 
 
 def adapters_of(modules: Sequence[nn.Module]) -> list[Tensor]:
-    """Return the layers' A, then their B."""
+    """Return the A of every layer, then the B of every layer."""
     layers = cast(Sequence[Any], modules)
     return [layer.lora_A[ADAPTER].weight for layer in layers] + [layer.lora_B[ADAPTER].weight for layer in layers]
 

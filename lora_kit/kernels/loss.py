@@ -18,7 +18,7 @@ from lora_kit.kernels.limits import LOGITS, ROW_MULTIPLE
 
 @dataclass(frozen=True)
 class Head:
-    """The output layer: logits = cap * tanh(scale * (x W' + bias) / cap).
+    """The output layer: logits = cap * tanh(scale * (x @ W.T + bias) / cap).
 
     Attributes:
         weight: [vocabulary, width].
@@ -33,7 +33,7 @@ class Head:
     cap: float | None = None
 
     def logits(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocabulary"]:
-        """Return the logits of hidden states."""
+        """Return the logits of hidden states, with bias, scale and cap."""
         return self.capped(self.before_cap(hidden))
 
     def before_cap(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocabulary"]:

@@ -24,7 +24,7 @@ HEAD_SIZES = {  # the default of transformers, if the configuration has no head_
     "qwen3": 128,
 }
 BYTES = {"bfloat16": 2, "float32": 4}
-HEADER_BYTES = 320  # per tensor in the header of a safetensors file
+HEADER_BYTES = 320  # estimate of what a tensor takes in the header of a safetensors file
 MANIFEST_BYTES = 8_000
 READERS = {  # the linear layers that read each activation of a decoder layer
     "attention": ("q_proj", "k_proj", "v_proj", "qkv_proj"),

@@ -64,7 +64,10 @@ class Lease:
 
 
 def inherited(run: Path) -> Lease | None:
-    """Return the lease that the keeper of this process holds; None if this process has no keeper."""
+    """Return the lease that the keeper of this process holds.
+
+    The keeper announces itself in the environment variable `KEEPER`. None if this process has no keeper.
+    """
     keeper, current = os.environ.get(KEEPER), _read(run / FILE)
     if keeper and (current.get("holder") or {}).get("pid") == int(keeper):
         return Lease(run / FILE, current["token"], borrowed=True, taken=current["taken"])

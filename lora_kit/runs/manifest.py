@@ -52,7 +52,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Environment:
-    """Everything beside the recipe that a resume compares with the checkpoint; see `RunFacts`."""
+    """Everything except the recipe that a resume compares with the checkpoint; see `RunFacts`."""
 
     fingerprints: Fingerprints
     versions: dict[str, str]

@@ -58,7 +58,7 @@ class Checkpoint:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe of the run.
+        """The recipe of the run, read from this checkpoint's manifest.
 
         Raises:
             CheckpointError: A field is unknown to this version of lora_kit, missing or of another type; the message

@@ -8,7 +8,10 @@ WORDS = ("OutOfMemoryError", "MemoryError", "can't allocate memory", "not enough
 
 
 def offer_to_the_oom_killer(process: int) -> int | None:
-    """Raise a process's oom_score_adj; return the score before, None where the system does not allow that."""
+    """Raise a process's oom_score_adj, so that Linux kills this process rather than the keeper.
+
+    Return the previous value; None if the system does not allow the change.
+    """
     with suppress(OSError, ValueError):
         before = int(_score(process).read_text())
         set_score(process, min(1000, before + SCORE_INCREASE))

@@ -26,7 +26,7 @@ class Inputs:
         source: The files of the base and their hashes.
         renderer: The tokenizer with the chat template.
         data: The tokens of the training and validation examples.
-        environment: The facts that a resume compares beside the recipe: fingerprints, versions and the machine.
+        environment: What a resume compares in addition to the recipe: fingerprints, versions and the machine.
     """
 
     source: Source

@@ -99,7 +99,7 @@ def read_inputs(recipe: Recipe, processes: Processes, console: Console) -> Input
 def environment(
     recipe: Recipe, source: Source, renderer: Renderer, data: Prepared, processes: Processes
 ) -> Environment:
-    """Return what a resume compares beside the recipe: fingerprints, versions, the machine and its backend."""
+    """Return what a resume compares in addition to the recipe: fingerprints, versions, the machine and its backend."""
     cuda = processes.device.type == "cuda"
     template = str(renderer.template or renderer.tokenizer.chat_template or "")  # empty for raw text
     packages = [*PACKAGES, *(["bitsandbytes"] if recipe.base.quantization != "none" else [])]

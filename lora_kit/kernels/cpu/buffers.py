@@ -39,7 +39,7 @@ class BufferPool:
         return self._borrow(rows * row_bytes, self._rows * row_bytes).view(torch.bfloat16).view(rows, *shape)
 
     def workspace(self, size: int) -> Tensor:
-        """Return `size` uninitialised bytes."""
+        """Return `size` uninitialised bytes in borrowed memory."""
         return self._borrow(size, 1 << (size - 1).bit_length())
 
     def _borrow(self, size: int, capacity: int) -> Tensor:

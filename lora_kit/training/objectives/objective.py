@@ -38,7 +38,7 @@ class Objective(Protocol):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The names of the metrics beside the loss, as in metrics.jsonl."""
+        """The names of the metrics other than the loss, as in metrics.jsonl."""
 
     @property
     def split(self) -> Split:

@@ -121,7 +121,11 @@ def test_the_output_folder_of_another_recipe_is_left_as_it_is(recipe_file, tmp_p
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != "lease.json"}
     arguments = ["train", str(recipe_file), "--out", str(out), "--set", "adapter.rank=8"]
     result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 2 and "another recipe" in result.stderr and "adapter.rank: 4 -> 8" in result.stderr
+    assert (
+        result.exit_code == 2
+        and "this start differs from the run's checkpoint" in result.stderr
+        and "adapter.rank: 4 -> 8" in result.stderr
+    )
     assert before == {
         path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != "lease.json"
     }

@@ -24,7 +24,7 @@ from lora_kit.runs.manifest import Resolved
 from lora_kit.training.micro_batches import Machine, MicroBatches, choose, host_memory
 from lora_kit.training.processes import Processes
 
-TINY_BASE_BYTES = 20_000_000  # for a smaller base, threads wait for each other longer than they compute
+TINY_BASE_BYTES = 20_000_000  # a smaller base gets one thread; docs/design/0009 says what that costs
 
 
 def micro_batches(

@@ -554,16 +554,16 @@ INLINE floats sigmoid(floats x) {
 
 /* SiLU, or the approximation of GELU with tanh, and its derivative. */
 INLINE floats activation(floats x, int tanh, floats *derivative) {
-    const floats one = _mm512_set1_ps(1);
+    const floats ones = _mm512_set1_ps(1);
     if (!tanh) {
         floats gate = sigmoid(x);
-        *derivative = gate * _mm512_fmadd_ps(x, 1.0f - gate, one);
+        *derivative = gate * _mm512_fmadd_ps(x, 1.0f - gate, ones);
         return x * gate;
     }
     floats inner = 2.0f * 0.7978845608028654f * _mm512_fmadd_ps(0.044715f * x * x, x, x);
-    floats tanh_x = _mm512_fmsub_ps(_mm512_set1_ps(2), sigmoid(inner), one);
-    floats inner_derivative = 0.7978845608028654f * _mm512_fmadd_ps(0.134145f * x, x, one);
-    floats tanh_derivative = 0.5f * x * _mm512_fnmadd_ps(tanh_x, tanh_x, one);
+    floats tanh_x = _mm512_fmsub_ps(_mm512_set1_ps(2), sigmoid(inner), ones);
+    floats inner_derivative = 0.7978845608028654f * _mm512_fmadd_ps(0.134145f * x, x, ones);
+    floats tanh_derivative = 0.5f * x * _mm512_fnmadd_ps(tanh_x, tanh_x, ones);
     *derivative = _mm512_fmadd_ps(tanh_derivative, inner_derivative, 0.5f * (1.0f + tanh_x));
     return 0.5f * x * (1.0f + tanh_x);
 }

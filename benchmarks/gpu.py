@@ -3,9 +3,9 @@
     benchmarks/gpu.sh                     # within 10 minutes on a card of 80 GB or more, offline; then `pytest -m gpu`
     benchmarks/gpu.sh --cpu --size tiny   # the same code on a CPU, in a minute
 
-Random weights, made on the spot. MFU counts 4 FLOPs a weight and trained or read token (6 where a setting computes
-activations twice), against the rate of the model's own matmuls, measured in the same process. The base lies in /dev/shm
-where that is large enough. What no longer fits the time is left out, and said.
+The weights are random. The share of the GEMM rate counts 4 FLOPs per weight and token (6 where activations are
+recomputed) against the rate of the model's own GEMMs, measured in the same process. The base lies in /dev/shm if that is
+large enough. A system that no longer fits into the time is left out, with a message.
 """
 
 import argparse
@@ -113,7 +113,16 @@ def _measure(work: Work, systems: list[str], end: float, facts: dict, console: C
 
 
 def _table(name: str, rows: list[Row]) -> Table:
-    columns = ("system", "settings", "tokens/s", "MFU", "share of floor", "GB above base", "save stall", "loss")
+    columns = (
+        "system",
+        "settings",
+        "tokens/s",
+        "of GEMM rate",
+        "of upper bound",
+        "peak GB - weights",
+        "save stall",
+        "loss",
+    )
     shown = Table(*columns, title=f"{name} {SIZES[name].note}")
     for row in rows:
         stalls, steps = row["stall_seconds"], row["step_seconds"][WARM_UP_STEPS:]

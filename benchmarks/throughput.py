@@ -1,4 +1,4 @@
-"""Tokens per second, memory and distance from the floor: lora_kit, transformers' Trainer with peft, TRL's SFTTrainer.
+"""Tokens per second, memory and share of the upper bound: lora_kit, transformers' Trainer with peft, TRL's SFTTrainer.
 
     python benchmarks/throughput.py --size 30m --rounds 2        # about 6 minutes on two cores
     python benchmarks/throughput.py --size 160m --rounds 2       # about 15
@@ -7,7 +7,7 @@
 
 The same base (bf16, random weights), examples, adapter and optimizer for all, each system in a process of its own, in
 turns, by default and with the best settings that are known. Two short steps warm up and are not timed; a first step
-that compiles is told apart. Only real tokens count, no padding. The floor is the time of the matmuls alone
+that compiles is listed separately. Only real tokens count, no padding. The upper bound is the speed of the GEMMs alone
 (benchmarks/speed/floor.py), measured in the same process. Leave the machine alone meanwhile.
 """
 
@@ -164,9 +164,18 @@ def _is_number(value: object) -> bool:
 
 def table(rows: list[Row]) -> Table:
     """Return the medians as a table."""
-    columns = ("system", "settings", "tokens/s", "supervised/s", "share of floor", "MB above base", "loss", "threads")
+    columns = (
+        "system",
+        "settings",
+        "tokens/s",
+        "supervised/s",
+        "of upper bound",
+        "peak MB - weights",
+        "loss",
+        "threads",
+    )
     floor, shown = max(row["floor_tokens_per_second"] for row in rows), Table(*columns)
-    shown.caption = f"the floor is {floor:,.0f} tokens/s, the fastest that was measured"
+    shown.caption = f"the upper bound (GEMMs only) is {floor:,.0f} tokens/s, the fastest that was measured"
     for (system, name), row in _medians(rows).items():
         cells = (
             f"{row['tokens_per_second']:,.0f}",

@@ -145,8 +145,10 @@ def train_worker(request: str) -> None:
         from lora_kit.training import loop
         from lora_kit.training.request import TrainRequest
 
-        asked = TrainRequest.from_json(request)
-        loop.train(asked.recipe, asked.out, accept=asked.accept, start_from=asked.start_from, profile=asked.profile)
+        parsed = TrainRequest.from_json(request)
+        loop.train(
+            parsed.recipe, parsed.out, accept=parsed.accept, start_from=parsed.start_from, profile=parsed.profile
+        )
 
 
 def _gpus() -> int:

@@ -60,7 +60,8 @@ def train(
         profile: Profile a few steps and write the result to the folder `profile` of the run.
 
     Raises:
-        InputError: Recipe, data, base, launcher or folder cannot work; nothing was changed.
+        InputError: Recipe, data, base, launcher or folder cannot work; nothing was trained. With `start_from`, newer
+            checkpoints of this run may have been moved aside already.
         Stopped: A stop signal came; the last finished step is durable and the same call resumes.
         CheckpointError: The final checkpoint could not be written.
     """

@@ -4,8 +4,8 @@
     benchmarks/gpu.sh --cpu --size tiny   # the same code on a CPU, in a minute
 
 The weights are random. The share of the GEMM rate counts 4 FLOPs per weight and token (6 where activations are
-recomputed) against the rate of the model's own GEMMs, measured in the same process. The base lies in /dev/shm if that is
-large enough. A system that no longer fits into the time is left out, with a message.
+recomputed) against the rate of the model's own GEMMs, measured in the same process. The base lies in /dev/shm if
+that is large enough. A system that no longer fits into the time is left out, with a message.
 """
 
 import argparse

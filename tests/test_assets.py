@@ -18,6 +18,7 @@ from lora_kit.recipe.load import load_recipe
 ROOT = Path(__file__).parents[1]
 ASSETS = ROOT / "lora_kit" / "assets"
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
+SOURCES = {".py", ".pyc", ".toml"}  # what builds the assets
 
 
 def read(name):
@@ -57,7 +58,7 @@ def loss_of(model, tokenizer, texts):
 
 
 def test_all_of_it_is_there_and_small():
-    files = [path for path in ASSETS.rglob("*") if path.is_file() and path.suffix not in {".py", ".pyc"}]
+    files = [path for path in ASSETS.rglob("*") if path.is_file() and path.suffix not in SOURCES]
     names = {str(path.relative_to(ASSETS)) for path in files}
     base = {
         "config.json",
@@ -216,7 +217,7 @@ def test_the_script_builds_all_files_from_a_few_steps(tmp_path, monkeypatch):
     build.build(tmp_path, seed=5)
     made = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     shipped = {str(path.relative_to(ASSETS)) for path in ASSETS.rglob("*") if path.is_file()}
-    assert made == {name for name in shipped if not name.endswith((".py", ".pyc"))}
+    assert made == {name for name in shipped if Path(name).suffix not in SOURCES}
     again = AutoTokenizer.from_pretrained(tmp_path / "base")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "base").config.vocab_size == len(again)
     assert "3 steps of 2,048 tokens in 2 cycles" in (tmp_path / "README.md").read_text()

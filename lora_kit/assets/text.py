@@ -1,14 +1,17 @@
 """Synthetic text: the pretraining documents of the tiny base, and the dataset for fine-tuning.
 
-Every function takes its randomness from the given `random.Random`, so a seed determines all text. Names of people are
-composed of random syllables, so that a model must read them and cannot memorise them. One name in eight is reserved: it
-occurs only in validation data, neither in pretraining nor in training data.
+The words and sentences are in text.toml. Every function takes its randomness from the given `random.Random`, so a seed
+determines all text. Names of people are composed of random syllables, so that a model must read them and cannot
+memorise them. One name in eight is reserved: it occurs only in validation data, neither in pretraining nor in training
+data.
 """
 
 import json
+import tomllib
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from string import ascii_lowercase, ascii_uppercase, digits, punctuation
 
@@ -25,84 +28,11 @@ The range is so narrow that any three examples fit into 480 tokens and no four d
 step is known.
 """
 
-
-def _words(line: str) -> tuple[str, ...]:
-    return tuple(line.split())
-
-
-ANIMALS = _words(
-    "bear bird cat cow crab deer dog duck fish fox frog goat goose hare hen horse lamb lion mole mouse mule "
-    "pig pony rabbit raven sheep snake spider swan tiger toad turtle whale wolf"
-)
-PLACES = _words(
-    "bakery barn beach bridge castle cave church city dock farm forest garden harbor hill hotel kitchen lake "
-    "library market meadow mill museum park pond port river school shop station stable temple tower valley "
-    "village well yard"
-)
-FOODS = _words(
-    "apples beans berries bread butter cake carrots cheese corn honey jam milk nuts pears pie plums rice soup"
-)
-TRAITS = _words(
-    "big black brown calm clever cold fast fat gentle hungry kind lazy loud lost proud quiet shy small wet white"
-)
-JOBS = _words("baker clerk cook doctor driver farmer fisher guard judge miller nurse painter pilot poet sailor teacher")
-TIMES = _words("day evening morning night spring summer sunday week winter year")
-STORIES = (
-    "{name} the {job} found a {trait} {animal} near the {place}. It ate {food} and slept all {time}.",
-    "One {time}, {name} saw a {trait} {animal} at the {place}. It was {feeling} and liked {food}.",
-    "At the {place}, a {trait} {animal} ran up to {name}. They shared some {food} that {time}.",
-    "A {trait} {animal} lived by the {place}, and {name} fed it. It liked {food}, but not {second}.",
-    "{name} went to the {place} to look for a lost {animal}. The {job} there brought {food}.",
-    "{name} had a {trait} {animal} that liked {food}. Every {time} they walked to the {place}.",
-    "{name} worked at the {place}. One {time} a {trait} {animal} came in and ate the {food}.",
-    "The {place} was {feeling}. {name} sat there with a {trait} {animal} and {food} all {time}.",
-    "{name} was a {feeling} {job} at the {place}. A {trait} {animal} ate {food} there.",
-    "In the {place}, {name} sold {food}. A {trait} {animal} watched it all every {time}.",
-)
-NOTES = (
-    "{name} ran.",
-    "{name} likes {food}.",
-    "{name} has a {animal}.",
-    "{name} is at the {place}.",
-    "A {animal} and {name}.",
-    "A {trait} {animal} ate {food}.",
-    "At the {place}: {name}, {food}.",
-    "The {animal} is in the {place}.",
-)
-ENDINGS = (
-    "{name} was glad.",
-    "{name} and the {animal} went home.",
-    "The {animal} of the {place} was {trait}.",
-    "{name} still thinks of the {place}.",
-)
-QUESTIONS = {
-    "name": ("Who is it about?", "Who is first?", "What is the name?"),
-    "animal": ("Which animal is it?", "What animal is there?", "And the animal?"),
-    "place": ("Where is it?", "Which place is it?", "And the place?"),
-    "food": ("What food is there?", "What is eaten?"),
-}
-SYSTEM_LINES = (
-    "Answer with one word.",
-    "Be brief.",
-    "You read stories.",
-    "Answer exactly.",
-    "Use the words of the text.",
-)
-KEYS = _words(
-    "age city code color cost date id item key kind level name note price rank size state tag team tool type unit"
-)
-LISTINGS = (  # formats of a pair, the separator between pairs, the format of the whole
-    ("{key}: {held}", "\n", "{}"),
-    ("{key}={held}", "; ", "{}"),
-    ("{key} {held}", " | ", "| {} |"),
-    ('{key}: "{held}"', ", ", "{}"),
-    ('{key}="{held}"', " ", "<{}>"),
-    ("{key} -> {held}", ", ", "[{}]"),
-    ("'{key}': '{held}'", ", ", "({})"),
-    ('({key} "{held}")', " ", "{}"),
-    ("{key}>{held}", "\n", "{}"),
-)
-ONSETS = _words("b br c d dr f g gl h j k l m n p pl qu r s st t th tr v w x y z")
+_TABLES = tomllib.loads(Path(__file__).with_name("text.toml").read_text(encoding="utf-8"))
+WORDS: dict[str, list[str]] = {name: words.split() for name, words in _TABLES["words"].items()}
+SENTENCES: dict[str, list[str]] = _TABLES["sentences"]
+QUESTIONS: dict[str, list[str]] = _TABLES["questions"]
+LISTINGS: list[dict[str, str]] = _TABLES["listings"]
 CODAS = ("", "", "l", "n", "r", "s")
 SHARES = {"story": 16, "record": 11, "copying": 13, "questions": 20, "facts": 40}  # percent of the documents
 
@@ -123,7 +53,7 @@ def turn(role: str, content: str) -> str:
 def invented_word(rng: Random) -> str:
     """Return a word of one to three random syllables, in lower case."""
     count = rng.randint(1, 3)
-    syllables = (rng.choice(ONSETS) + rng.choice("aeiou") + rng.choice(CODAS) for _ in range(count))
+    syllables = (rng.choice(WORDS["onsets"]) + rng.choice("aeiou") + rng.choice(CODAS) for _ in range(count))
     return "".join(syllables)
 
 
@@ -141,19 +71,25 @@ def invented_name(rng: Random, *, reserved: bool = False) -> str:
             return name
 
 
-def story(rng: Random, *, reserved: bool = False, frames: tuple[str, ...] = STORIES) -> Story:
-    """Return a story made from a random frame; `reserved` says whether the person's name is a reserved name."""
-    food, second = rng.sample(FOODS, 2)
+def story(rng: Random, *, reserved: bool = False, kind: str = "stories") -> Story:
+    """Return a story made from a random frame.
+
+    Args:
+        rng: The source of randomness.
+        reserved: Whether the person's name is a reserved name.
+        kind: "stories", or "notes" for a short note.
+    """
+    food, second = rng.sample(WORDS["foods"], 2)
     facts = {
         "name": invented_name(rng, reserved=reserved),
-        "animal": rng.choice(ANIMALS),
-        "place": rng.choice(PLACES),
+        "animal": rng.choice(WORDS["animals"]),
+        "place": rng.choice(WORDS["places"]),
         "food": food,
     }
-    trait, feeling = rng.sample(TRAITS, 2)
+    trait, feeling = rng.sample(WORDS["traits"], 2)
     words = facts | {"second": second, "trait": trait, "feeling": feeling}
-    words |= {"job": rng.choice(JOBS), "time": rng.choice(TIMES)}
-    frame = rng.choice(frames)
+    words |= {"job": rng.choice(WORDS["jobs"]), "time": rng.choice(WORDS["times"])}
+    frame = rng.choice(SENTENCES[kind])
     return Story(frame.format(**words), {key: value for key, value in facts.items() if f"{{{key}}}" in frame})
 
 
@@ -161,7 +97,7 @@ def story_document(rng: Random) -> str:
     """Return a micro-story, in some cases with a title or an ending that repeats its words."""
     body = story(rng)
     title = f"{body.facts['name']} and the {body.facts['animal']}\n" if rng.random() < 0.3 else ""
-    ending = rng.choice(ENDINGS).format(**body.facts, trait=rng.choice(TRAITS))
+    ending = rng.choice(SENTENCES["endings"]).format(**body.facts, trait=rng.choice(WORDS["traits"]))
     return title + body.text + (" " + ending if rng.random() < 0.5 else "") + END
 
 
@@ -169,19 +105,21 @@ def value(rng: Random) -> str:
     """Return a random value for a record: a word, a name, a number or a code."""
     code = "".join(rng.choices(ascii_uppercase + digits, k=rng.randint(2, 5)))
     number = str(rng.randint(0, 9999)) if rng.random() < 0.5 else f"{rng.random() * 100:.2f}"
-    return rng.choice([invented_word(rng), invented_name(rng), rng.choice(FOODS), rng.choice(TRAITS), number, code])
+    return rng.choice(
+        [invented_word(rng), invented_name(rng), rng.choice(WORDS["foods"]), rng.choice(WORDS["traits"]), number, code]
+    )
 
 
 def listing(rng: Random, pairs: dict[str, str]) -> str:
     """Write key-value pairs in a random format of LISTINGS. None is JSON, so the base never sees a story as JSON."""
-    pair, between, around = rng.choice(LISTINGS)
-    joined = between.join(pair.format(key=key, held=held) for key, held in pairs.items())
-    return around.format(joined)
+    form = rng.choice(LISTINGS)
+    joined = form["between"].join(form["pair"].format(key=key, held=held) for key, held in pairs.items())
+    return form["around"].format(joined)
 
 
 def record(rng: Random) -> tuple[str, dict[str, str]]:
     """Return random key-value pairs as text (a listing or JSON) and as a dictionary."""
-    pairs = {key: value(rng) for key in rng.sample(KEYS, rng.randint(2, 5))}
+    pairs = {key: value(rng) for key in rng.sample(WORDS["keys"], rng.randint(2, 5))}
     return (json.dumps(pairs) if rng.random() < 0.3 else listing(rng, pairs)), pairs
 
 
@@ -227,7 +165,7 @@ def _record_with_questions(rng: Random) -> tuple[str, dict[str, tuple[str, str]]
 def questions_document(rng: Random) -> str:
     """Return a conversation with one to three questions about a story or a record, and the answers."""
     text, asked = _story_with_questions(rng) if rng.random() < 0.7 else _record_with_questions(rng)
-    system = turn("system", rng.choice(SYSTEM_LINES)) if rng.random() < 0.3 else ""
+    system = turn("system", rng.choice(SENTENCES["instructions"])) if rng.random() < 0.3 else ""
     chosen = [asked[key] for key in rng.sample(list(asked), min(len(asked), rng.randint(1, 3)))]
     if rng.random() < 0.4:  # all questions in one message
         content = f"{text}\n{' '.join(question for question, _ in chosen)}"
@@ -243,7 +181,7 @@ def facts_document(rng: Random) -> str:
 
     Extracting facts is easy to learn from notes, because they are short; stories need the same skill.
     """
-    body = story(rng, frames=STORIES if rng.random() < 0.5 else NOTES)
+    body = story(rng, kind="stories" if rng.random() < 0.5 else "notes")
     keys = rng.sample(list(body.facts), rng.randint(1, len(body.facts)))
     facts = ", ".join(body.facts[key] for key in keys)
     if rng.random() < 0.8:

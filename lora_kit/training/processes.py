@@ -8,6 +8,7 @@ processes if that number is a power of two; for other numbers the results are eq
 import atexit
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, wait_for_everyone
 from jaxtyping import Float32
 from torch import Tensor
 
@@ -60,18 +61,16 @@ class Processes:
     """The training processes of a run, from the point of view of this process.
 
     Attributes:
-        accelerator: accelerate's handle on the process group.
-        guest: Whether accelerate was set up before the run; `leave` then keeps it.
-        threads: torch's number of threads before the run, which `leave` restores.
-        determinism: torch's deterministic debug mode before the run, which `leave` restores.
-        fills: `torch.utils.deterministic.fill_uninitialized_memory` before the run, which `leave` restores.
+        index: The index of this process, from 0.
+        count: How many processes train together.
+        device: Where this process computes.
+        undo: Restores the settings of this process from before the run.
     """
 
-    accelerator: Accelerator
-    guest: bool
-    threads: int
-    determinism: int
-    fills: bool
+    index: int
+    count: int
+    device: torch.device
+    undo: ExitStack
 
     @classmethod
     def start(cls, dtype: str) -> "Processes":
@@ -86,47 +85,31 @@ class Processes:
         else:
             os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRODUCTS_KEPT)
             keep_freed_memory()
-        guest, threads, determinism = is_initialized(), torch.get_num_threads(), torch.get_deterministic_debug_mode()
-        fills: bool = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+        was_initialized, undo = is_initialized(), ExitStack()
+        memory: Any = torch.utils.deterministic  # torch's annotations lack the setting
+        undo.callback(torch.set_num_threads, torch.get_num_threads())
+        undo.callback(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode())
+        undo.callback(setattr, memory, "fill_uninitialized_memory", memory.fill_uninitialized_memory)
+        undo.callback(pool.release)
         accelerator = Accelerator(cpu=not torch.cuda.is_available())
         if accelerator.device.type == "cuda":
             torch.set_deterministic_debug_mode("warn")
-            _fill_new_memory(False)  # filling every new buffer would cost a pass over memory
+            memory.fill_uninitialized_memory = False  # filling every new buffer would cost a pass over memory
+        if accelerator.num_processes == 1 and not was_initialized:
+            # accelerate remembers that a process was alone; its `notebook_launcher` then refuses to start more
+            undo.callback(AcceleratorState._reset_state, reset_partial_state=True)
         atexit.unregister(_end_group)  # registered by an earlier call
         atexit.register(_end_group)
-        return cls(accelerator, guest, threads, determinism, fills)
+        return cls(accelerator.process_index, accelerator.num_processes, accelerator.device, undo)
 
     def leave(self) -> None:
-        """Restore the settings of this process, so that a notebook can train again with any number of processes.
-
-        accelerate remembers that a process was alone; its `notebook_launcher` then refuses to start more processes.
-        """
-        torch.set_num_threads(self.threads)
-        torch.set_deterministic_debug_mode(self.determinism)
-        _fill_new_memory(self.fills)
-        pool.release()
-        if self.count == 1 and not self.guest:
-            AcceleratorState._reset_state(reset_partial_state=True)  # as transformers does between two trainers
-
-    @property
-    def index(self) -> int:
-        """The index of this process, from 0."""
-        return self.accelerator.process_index
-
-    @property
-    def count(self) -> int:
-        """How many processes train together."""
-        return self.accelerator.num_processes
+        """Restore the settings of this process, so that a notebook can train again with any number of processes."""
+        self.undo.close()
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes the run's files."""
-        return self.accelerator.is_main_process
-
-    @property
-    def device(self) -> torch.device:
-        """Where this process computes."""
-        return self.accelerator.device
+        return self.index == 0
 
     def main_decides(self, decide: Callable[[], T]) -> T:
         """Run `decide` on the main process, and return its result on all processes.
@@ -200,11 +183,7 @@ class Processes:
 
     def barrier(self) -> None:
         """Wait for all processes."""
-        self.accelerator.wait_for_everyone()
-
-
-def _fill_new_memory(wanted: bool) -> None:
-    torch.utils.deterministic.fill_uninitialized_memory = wanted  # type: ignore[attr-defined]
+        wait_for_everyone()
 
 
 def _end_group() -> None:

@@ -1,11 +1,13 @@
-"""Tiny real bases, tokenizers and datasets for the tests; one thread, no network."""
+"""Tiny real bases, tokenizers and datasets for the tests; no network."""
 
 import os
 import tempfile
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # else it shares the cache of the process that has started it
     os.environ.update(LORA_KIT_CACHE=tempfile.mkdtemp(prefix="lora-kit-cache-"))
-os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
+# a run computes with all cores; its idle threads must not spin while other tests compute on the same cores
+os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
 
 import torch
 

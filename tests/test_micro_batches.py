@@ -4,6 +4,7 @@ import json
 import shutil
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -287,7 +288,7 @@ def test_a_resume_on_another_number_of_processes_keeps_the_choice_and_the_bits(o
     for name, processes in {"one": 1, "two": 2}.items():
         train(open_recipe, tmp_path / name, processes=processes)
     first, second = (manifest_of(tmp_path / name)["resolved"] for name in ("one", "two"))
-    assert first == second and first["micro_batch_tokens"] == 2048
+    assert first | {"threads": second["threads"]} == second and first["micro_batch_tokens"] == 2048
     expected = state_hash(tmp_path / "one", 6)
     assert state_hash(tmp_path / "two", 6) == expected
     shutil.rmtree(store.checkpoint_folder(tmp_path / "one", 6))
@@ -306,18 +307,35 @@ def test_the_process_with_least_memory_decides_for_all(monkeypatch):
     assert choices.smallest_machine(Two) == Machine("cpu", 3 * GB)
 
 
-def test_the_machine_with_the_fewest_cores_decides_the_threads_of_all(monkeypatch, tmp_path):
-    class Two:
-        device, count = torch.device("cpu"), 2
-        gather = staticmethod(lambda mine: [*mine, 4])
+class Two:
+    """Two processes; the other process runs on a machine with 12 cores."""
 
-    class Large:
-        folder = tmp_path
+    device, count = torch.device("cpu"), 2
+    gather = staticmethod(lambda mine: [*mine, 12])
 
+
+@pytest.mark.parametrize(
+    ("megabytes", "cores", "expected"),
+    [(1000, 16, 6), (1000, 4, 2), (1000, 2, 1), (12, 16, 3), (0.1, 16, 2), (0.1, 2, 1)],
+    ids=["the fewest cores decide", "shared", "one core each", "small base", "tiny base", "tiny base, one core each"],
+)
+def test_threads_follow_from_the_base_and_the_cores(monkeypatch, tmp_path, megabytes, cores, expected):
     with (tmp_path / "model.safetensors").open("wb") as file:
-        file.truncate(choices.TINY_BASE_BYTES)
-    monkeypatch.setattr(choices.psutil, "cpu_count", lambda logical: 16)
-    assert choices.threads(Large, Two) == 2
+        file.truncate(int(megabytes * 1e6))
+    monkeypatch.setattr(choices, "host_cores", lambda: cores)
+    assert choices.threads(SimpleNamespace(folder=tmp_path), Two) == expected
+
+
+def test_cores_outside_the_affinity_mask_or_the_limit_of_a_container_do_not_count(monkeypatch):
+    monkeypatch.setattr(choices.psutil, "cpu_count", lambda logical: 64)
+    monkeypatch.setattr(choices.os, "sched_getaffinity", lambda process: set(range(16)))
+    limit = "max 100000\n"
+    monkeypatch.setattr(choices, "Path", lambda path: SimpleNamespace(read_text=lambda: limit))
+    assert choices.host_cores() == 16
+    limit = "250000 100000\n"
+    assert choices.host_cores() == 2
+    limit = "50000 100000\n"
+    assert choices.host_cores() == 1
 
 
 def test_a_check_tells_what_a_run_would_choose(open_recipe, monkeypatch):

@@ -1,7 +1,6 @@
 """The embedded default shows a large, honest difference, and a control shows that the base matters."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -29,10 +28,7 @@ def test_an_adapter_learns_the_task_on_the_embedded_base_and_not_on_a_random_one
     recipe = ROOT / "recipes" / "quickstart.yaml"
     few = ["--set", "evaluate.generate=40"]  # whoever learns nothing writes every answer to the longest length
     others = {"learned": [], "control": ["--set", f"base.repo={random_base}", *few]}
-    one_core = {"OMP_NUM_THREADS": "1"} | ({"MKL_NUM_THREADS": "1"} if (os.cpu_count() or 1) < 4 else {})
-    runs = {
-        name: start(recipe, tmp_path / name, *more, environment=one_core, fresh=True) for name, more in others.items()
-    }
+    runs = {name: start(recipe, tmp_path / name, *more, fresh=True) for name, more in others.items()}
     printed = {name: process.communicate(timeout=850)[0] for name, process in runs.items()}
     assert {process.returncode for process in runs.values()} == {0}, printed
     scores = {name: json.loads((tmp_path / name / "result.json").read_text())["metrics"] for name in runs}

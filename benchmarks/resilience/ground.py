@@ -28,7 +28,7 @@ optim: {{learning_rate: 1e-3, warmup: 0}}
 train: {{steps: {steps}, batch_size: {batch}, micro_batch_tokens: {tokens}, seed: 0}}
 checkpoint: {{every_steps: {every}, every_seconds: {seconds}, keep: 2}}
 """
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def make_base(folder: Path, shape: str) -> Path:

@@ -3,7 +3,10 @@
 Each choice can change bits, so it is made once for a run, kept in the manifest, and used again at every resume.
 """
 
+import os
 from collections.abc import Set
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -24,7 +27,8 @@ from lora_kit.runs.manifest import Resolved
 from lora_kit.training.micro_batches import Machine, MicroBatches, choose, host_memory
 from lora_kit.training.processes import Processes
 
-TINY_BASE_BYTES = 20_000_000  # a smaller base gets one thread; docs/design/0009 says what that costs
+BYTES_PER_THREAD = 4_000_000  # weights; docs/design/0009 says what was measured
+FEWEST_THREADS = 2  # pay for every base on idle cores
 
 
 def micro_batches(
@@ -61,7 +65,7 @@ def smallest_machine(processes: Processes) -> Machine:
 
 
 def threads(source: Source, processes: Processes) -> int | None:
-    """Return how many threads each process computes with on a CPU: one for a tiny base, else its share of the cores.
+    """Return how many threads each process computes with on a CPU: its share of the cores, fewer for a small base.
 
     All processes use the same number, which the manifest records; on several machines the one with the fewest cores
     decides.
@@ -69,8 +73,17 @@ def threads(source: Source, processes: Processes) -> int | None:
     if processes.device.type != "cpu":
         return None
     weights = sum(path.stat().st_size for path in source.folder.glob("*.safetensors"))
-    cores = min(processes.gather([psutil.cpu_count(logical=False) or 1]))
-    return 1 if weights < TINY_BASE_BYTES else max(1, cores // processes.count)
+    share = min(processes.gather([host_cores()])) // processes.count
+    return max(1, min(share, max(FEWEST_THREADS, weights // BYTES_PER_THREAD)))
+
+
+def host_cores() -> int:
+    """Return how many cores this process may use; the affinity mask and the CPU limit of a container count."""
+    cores = min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
+    with suppress(OSError, ValueError):  # no such limit
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
 
 
 def attention(

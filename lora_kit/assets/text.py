@@ -10,10 +10,10 @@ import json
 import tomllib
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from string import ascii_lowercase, ascii_uppercase, digits, punctuation
+from typing import NamedTuple
 
 END, UNKNOWN = "<|end|>", "<unk>"
 ROLES = ("user", "assistant", "system")
@@ -34,12 +34,10 @@ SENTENCES: dict[str, list[str]] = _TABLES["sentences"]
 QUESTIONS: dict[str, list[str]] = _TABLES["questions"]
 LISTINGS: list[dict[str, str]] = _TABLES["listings"]
 CODAS = ("", "", "l", "n", "r", "s")
-SHARES = {"story": 16, "record": 11, "copying": 13, "questions": 20, "facts": 40}  # percent of the documents
 
 
-@dataclass(frozen=True)
-class Story:
-    """A micro-story and its facts, e.g. {"animal": "fox"}."""
+class Passage(NamedTuple):
+    """A micro-story, a note or a record, and its facts, e.g. {"animal": "fox"}."""
 
     text: str
     facts: dict[str, str]
@@ -71,7 +69,7 @@ def invented_name(rng: Random, *, reserved: bool = False) -> str:
             return name
 
 
-def story(rng: Random, *, reserved: bool = False, kind: str = "stories") -> Story:
+def story(rng: Random, *, reserved: bool = False, kind: str = "stories") -> Passage:
     """Return a story made from a random frame.
 
     Args:
@@ -87,10 +85,10 @@ def story(rng: Random, *, reserved: bool = False, kind: str = "stories") -> Stor
         "food": food,
     }
     trait, feeling = rng.sample(WORDS["traits"], 2)
-    words = facts | {"second": second, "trait": trait, "feeling": feeling}
-    words |= {"job": rng.choice(WORDS["jobs"]), "time": rng.choice(WORDS["times"])}
+    job, time = rng.choice(WORDS["jobs"]), rng.choice(WORDS["times"])
     frame = rng.choice(SENTENCES[kind])
-    return Story(frame.format(**words), {key: value for key, value in facts.items() if f"{{{key}}}" in frame})
+    text = frame.format(**facts, second=second, trait=trait, feeling=feeling, job=job, time=time)
+    return Passage(text, {key: value for key, value in facts.items() if f"{{{key}}}" in frame})
 
 
 def story_document(rng: Random) -> str:
@@ -117,10 +115,15 @@ def listing(rng: Random, pairs: dict[str, str]) -> str:
     return form["around"].format(joined)
 
 
-def record(rng: Random) -> tuple[str, dict[str, str]]:
-    """Return random key-value pairs as text (a listing or JSON) and as a dictionary."""
+def record(rng: Random) -> Passage:
+    """Return random key-value pairs, written as a listing or as JSON."""
     pairs = {key: value(rng) for key in rng.sample(WORDS["keys"], rng.randint(2, 5))}
-    return (json.dumps(pairs) if rng.random() < 0.3 else listing(rng, pairs)), pairs
+    return Passage(json.dumps(pairs) if rng.random() < 0.3 else listing(rng, pairs), pairs)
+
+
+def record_document(rng: Random) -> str:
+    """Return a record."""
+    return record(rng).text + END
 
 
 def invented_phrase(rng: Random) -> str:
@@ -151,29 +154,22 @@ def copying_document(rng: Random) -> str:
     return f'"{phrase}" is "{phrase}"' + END
 
 
-def _story_with_questions(rng: Random) -> tuple[str, dict[str, tuple[str, str]]]:
-    """Return a text, and for each of its facts a question and the answer."""
-    body = story(rng)
-    return body.text, {key: (rng.choice(QUESTIONS[key]), held) for key, held in body.facts.items()}
-
-
-def _record_with_questions(rng: Random) -> tuple[str, dict[str, tuple[str, str]]]:
-    text, pairs = record(rng)
-    return text, {key: (f"What is {key}?", held) for key, held in pairs.items()}
-
-
 def questions_document(rng: Random) -> str:
     """Return a conversation with one to three questions about a story or a record, and the answers."""
-    text, asked = _story_with_questions(rng) if rng.random() < 0.7 else _record_with_questions(rng)
+    if rng.random() < 0.7:
+        text, facts = story(rng)
+        questions = {key: rng.choice(QUESTIONS[key]) for key in facts}
+    else:
+        text, facts = record(rng)
+        questions = {key: f"What is {key}?" for key in facts}
     system = turn("system", rng.choice(SENTENCES["instructions"])) if rng.random() < 0.3 else ""
-    chosen = [asked[key] for key in rng.sample(list(asked), min(len(asked), rng.randint(1, 3)))]
+    keys = rng.sample(list(facts), min(len(facts), rng.randint(1, 3)))
     if rng.random() < 0.4:  # all questions in one message
-        content = f"{text}\n{' '.join(question for question, _ in chosen)}"
-        return system + turn("user", content) + turn("assistant", ", ".join(held for _, held in chosen))
-    first, *later = [question for question, _ in chosen]
-    asking = [rng.choice([f"{text}\n{first}", f"{first}\n{text}"]), *later]
-    turns = zip(asking, (held for _, held in chosen), strict=True)
-    return system + "".join(turn("user", question) + turn("assistant", held) for question, held in turns)
+        content = f"{text}\n{' '.join(questions[key] for key in keys)}"
+        return system + turn("user", content) + turn("assistant", ", ".join(facts[key] for key in keys))
+    first = questions[keys[0]]
+    questions[keys[0]] = rng.choice([f"{text}\n{first}", f"{first}\n{text}"])
+    return system + "".join(turn("user", questions[key]) + turn("assistant", facts[key]) for key in keys)
 
 
 def facts_document(rng: Random) -> str:
@@ -191,22 +187,20 @@ def facts_document(rng: Random) -> str:
     return f"{body.text}\n{facts}{END}"
 
 
-def document(rng: Random) -> str:
-    """Return a random pretraining document, which ends with the END token."""
-    kind = rng.choices(list(SHARES), weights=list(SHARES.values()))[0]
-    if kind == "story":
-        return story_document(rng)
-    if kind == "record":
-        return record(rng)[0] + END
-    if kind == "facts":
-        return facts_document(rng)
-    return copying_document(rng) if kind == "copying" else questions_document(rng)
+SHARES = {  # percent of the documents
+    story_document: 16,
+    record_document: 11,
+    copying_document: 13,
+    questions_document: 20,
+    facts_document: 40,
+}
 
 
 def documents(seed: int) -> Iterator[str]:
-    """Yield pretraining documents without end."""
+    """Yield pretraining documents without end; each ends with the END token."""
     rng = Random(f"pretraining {seed}")
     while True:
+        (document,) = rng.choices(list(SHARES), weights=list(SHARES.values()))
         yield document(rng)
 
 

@@ -18,7 +18,7 @@ from lora_kit.recipe.load import load_recipe
 ROOT = Path(__file__).parents[1]
 ASSETS = ROOT / "lora_kit" / "assets"
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
-SOURCES = {".py", ".pyc", ".toml"}  # what builds the assets
+SOURCES = {".py", ".pyc", ".toml", ".template"}  # what builds the assets
 
 
 def read(name):

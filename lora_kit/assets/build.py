@@ -37,29 +37,6 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
-README = """# Base and dataset that ship with lora_kit
-
-Both are synthetic: this project generates the text and trains the base on it, for demonstration and tests. They contain
-no text, weights or vocabulary from other sources. Licence: Apache-2.0, as the rest of the project.
-
-- `base/`: a Llama of {parameters:,} parameters ({layers} layers of {width}, context {context}), fp32, with
-  {vocabulary} tokens: single characters, role headers and `<|end|>`.
-- `quickstart.train.jsonl`: {train:,} micro-stories, each with JSON that names its person, animal and place.
-- `quickstart.validation.jsonl`: {validation:,} more. No story is in both files. In half of these the person's
-  name occurs neither in the pretraining text nor in the training data.
-
-The base was trained from random weights, first on rows that repeat a few tokens ({repeats} steps, which teach
-copying), then on stories and short notes followed by some of their facts in nine notations (40% of the documents),
-questions about stories and records with answers (20%), micro-stories (16%), repeated phrases (13%) and key-value
-records (11%), partly in the chat template. It never saw the task of the dataset, JSON from a story. Every token of the
-vocabulary is frequent in the text, because an adapter cannot learn to generate a token whose frozen embedding was
-never trained.
-
-Made with `python -m lora_kit.assets.build --seed {seed}`: {steps:,} steps of 2,048 tokens in {cycles} cycles, AdamW
-with a cosine down from {rate:g}, one thread, {minutes:.0f} minutes of CPU time, torch {torch}. Its loss on new text of
-the same kind is {loss:.3f} nats per token; random guessing would have {random:.2f}.
-"""
-
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Return a character-level tokenizer with special tokens and a chat template."""
@@ -207,7 +184,7 @@ def build(folder: Path, *, seed: int) -> None:
         "random": math.log(len(tokenizer)),
         "torch": torch.__version__.split("+")[0],
     }
-    page = README.format(**facts, seed=seed, minutes=minutes)
+    page = (HERE / "README.template").read_text(encoding="utf-8").format(**facts, seed=seed, minutes=minutes)
     (folder / "README.md").write_text(page, encoding="utf-8")
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from transformers import AutoTokenizer
 
 from lora_kit.data.formats import Conversation
-from lora_kit.data.template import Renderer
+from lora_kit.data.rendering import Renderer
 
 
 def chatml(conversation, *, head="", thought=""):

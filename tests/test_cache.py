@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from lora_kit.data import cache, plan
 from lora_kit.data.plan import prepare_data
-from lora_kit.data.template import Renderer
+from lora_kit.data.rendering import Renderer
 from lora_kit.errors import DataError
 from lora_kit.recipe.load import load_recipe
 

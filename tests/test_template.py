@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 
 from lora_kit.data import rendering
 from lora_kit.data.formats import Completion, Conversation
-from lora_kit.data.template import Renderer, prompt, tokenize, tokenize_all
+from lora_kit.data.rendering import Renderer
+from lora_kit.data.template import prompt, tokenize, tokenize_all
 from lora_kit.errors import DataError
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}

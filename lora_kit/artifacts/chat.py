@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from lora_kit.artifacts.answering import Answering, prompt_ids, stop_ids, stream
-from lora_kit.data.template import Renderer
+from lora_kit.data.rendering import Renderer
 
 HELP = """/adapter off   answer with the base alone (/adapter on switches the adapter on again)
 /again         answer the last message again, e.g. after /adapter off

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lora_kit.artifacts.answering import prompt_ids, stop_ids
 from lora_kit.artifacts.load import load
-from lora_kit.data.template import Renderer
+from lora_kit.data.rendering import Renderer
 from lora_kit.errors import CheckpointError, InputError
 
 REPORT = "merge.json"

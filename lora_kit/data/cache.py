@@ -24,7 +24,8 @@ from safetensors.numpy import save_file
 from lora_kit import randomness
 from lora_kit.data import sources
 from lora_kit.data.counts import Counts, DataCounts
-from lora_kit.data.template import Prompt, Renderer
+from lora_kit.data.rendering import Renderer
+from lora_kit.data.template import Prompt
 from lora_kit.data.tokens import Prepared, Tokens
 from lora_kit.errors import LoraKitError
 from lora_kit.files import cache_folder, sha256_of

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from lora_kit.data.cache import cached
 from lora_kit.data.order import examples_of_step, total_examples, total_steps
 from lora_kit.data.packing import Split, pack
-from lora_kit.data.template import Renderer
+from lora_kit.data.rendering import Renderer
 from lora_kit.data.tokens import Prepared, Tokens, prepare
 from lora_kit.recipe.schema import Recipe
 

@@ -7,6 +7,7 @@ position of an answer stays ambiguous is an error.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_kit.data.formats import Completion, Conversation, Example
@@ -31,7 +32,7 @@ FIXED_DATE = (
 
 @dataclass(frozen=True)
 class Renderer:
-    """The settings that determine how examples become tokens.
+    """The settings that determine how examples become tokens. Properties that are slow to query are cached.
 
     Attributes:
         tokenizer: The base's tokenizer.
@@ -75,7 +76,7 @@ class Renderer:
             )
         return str(stop)
 
-    @property
+    @cached_property
     def stop_id(self) -> int:
         """The stop token's id.
 
@@ -89,10 +90,26 @@ class Renderer:
         ids = self.tokenizer.encode(self.stop, add_special_tokens=False)
         if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id:  # e.g. "\n", which vocabularies write as "Ċ"
             return int(ids[0])
-        added = ", ".join(repr(token.content) for token in self.tokenizer.added_tokens_decoder.values())
+        added = ", ".join(map(repr, self.added.values()))
         raise BaseError(
             f"base.stop_token: {self.stop!r} is not a single token of the tokenizer; its added tokens: {added[:1000]}"
         )
+
+    @cached_property
+    def stop_length(self) -> int:
+        """The number of characters of the stop token."""
+        return len(self.tokenizer.decode([self.stop_id]))
+
+    @cached_property
+    def added(self) -> dict[int, str]:
+        """The contents of the tokens added to the vocabulary, by id, e.g. role headers and ends of turns."""
+        return {number: token.content for number, token in self.tokenizer.added_tokens_decoder.items()}
+
+    @cached_property
+    def bos(self) -> list[int]:
+        """The ids that the tokenizer puts before raw text: its BOS token, or none."""
+        first: list[int] = self.tokenizer("").input_ids[:1]
+        return first if first == [self.tokenizer.bos_token_id] else []
 
 
 class Span(NamedTuple):

@@ -5,25 +5,15 @@ tokens map these positions to tokens. The trained tokens are those of an answer 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from lora_kit.data.formats import Conversation, Example
-from lora_kit.data.rendering import Answer, Rendered, Renderer, apply, check_renderer, render
+from lora_kit.data.rendering import Answer, Rendered, Renderer, apply, render
 from lora_kit.errors import DataError
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
-
-__all__ = [
-    "Prompt",
-    "Renderer",
-    "Tokenized",
-    "check_renderer",
-    "prompt",
-    "tokenize",
-    "tokenize_all",
-]
 
 
 class Tokenized(NamedTuple):
@@ -48,23 +38,6 @@ class Prompt(NamedTuple):
     expected: str
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """Properties of the tokenizer that are slow to query, queried once per batch.
-
-    Attributes:
-        stop_id: The id of the stop token.
-        stop_length: The number of characters of the stop token.
-        added: The contents of the tokens added to the vocabulary, by id, e.g. role headers and ends of turns.
-        bos: The ids that the tokenizer puts before raw text: its BOS token, or none.
-    """
-
-    stop_id: int
-    stop_length: int
-    added: dict[int, str]
-    bos: list[int]
-
-
 def tokenize(example: Example, renderer: Renderer) -> Tokenized:
     """Return an example's token ids and loss mask.
 
@@ -86,11 +59,10 @@ def tokenize_all(examples: Sequence[Example], renderer: Renderer) -> list[Tokeni
         except DataError as error:
             rendered.append(error)
     encodings = iter(_encode([item.text for item in rendered if isinstance(item, Rendered)], renderer))
-    vocabulary = _vocabulary(renderer)
     results: list[Tokenized | DataError] = []
     for item in rendered:
         try:
-            results.append(_mask(item, next(encodings), renderer, vocabulary) if isinstance(item, Rendered) else item)
+            results.append(_mask(item, next(encodings), renderer) if isinstance(item, Rendered) else item)
         except DataError as error:
             results.append(error)
     return results
@@ -105,7 +77,6 @@ def prompt(example: Example, renderer: Renderer) -> Prompt:
     Raises:
         DataError: As for `tokenize`; or the prompt is empty and the tokenizer has no BOS token to start from.
     """
-    vocabulary = _vocabulary(renderer)
     if isinstance(example, Conversation):
         last = example.answers[-1] if example.answers else len(example.messages)
         start = apply(replace(example, messages=example.messages[:last]), renderer, prompting=True)
@@ -114,16 +85,16 @@ def prompt(example: Example, renderer: Renderer) -> Prompt:
             return Prompt(ids, "")
     else:
         ids = _encode([example.prompt], renderer)[0].ids
-        ids = _missing_bos(ids, vocabulary) + ids
+        ids = _missing_bos(ids, renderer) + ids
         if not ids:
             raise DataError("text without a prompt cannot be answered: the tokenizer has no BOS token to start from")
     rendered = render(example, replace(renderer, train_on="assistant"))
     encoding = _encode([rendered.text], renderer)[0]
     if rendered.boundary is None:
-        first, end = _span(rendered.answers[-1], rendered.text, encoding, renderer, vocabulary)
+        first, end = _span(rendered.answers[-1], rendered.text, encoding, renderer)
     else:
-        first, end = _first_token(encoding, rendered.boundary, rendered.text, vocabulary), len(encoding.ids)
-        end -= encoding.ids[-1:] == [vocabulary.stop_id]
+        first, end = _first_token(encoding, rendered.boundary, rendered.text, renderer), len(encoding.ids)
+        end -= encoding.ids[-1:] == [renderer.stop_id]
     return Prompt(ids, str(renderer.tokenizer.decode(encoding.ids[first:end], skip_special_tokens=True)))
 
 
@@ -132,22 +103,11 @@ def _encode(texts: list[str], renderer: Renderer) -> "list[Encoding]":
     return renderer.tokenizer(texts, add_special_tokens=False, verbose=False).encodings if texts else []
 
 
-def _vocabulary(renderer: Renderer) -> Vocabulary:
-    tokenizer, stop_id = renderer.tokenizer, renderer.stop_id
-    first = tokenizer("").input_ids[:1]
-    return Vocabulary(
-        stop_id=stop_id,
-        stop_length=len(tokenizer.decode([stop_id])),
-        added={number: token.content for number, token in tokenizer.added_tokens_decoder.items()},
-        bos=first if first == [tokenizer.bos_token_id] else [],
-    )
+def _missing_bos(ids: list[int], renderer: Renderer) -> list[int]:
+    return [] if ids[:1] == renderer.bos else renderer.bos
 
 
-def _missing_bos(ids: list[int], vocabulary: Vocabulary) -> list[int]:
-    return [] if ids[:1] == vocabulary.bos else vocabulary.bos
-
-
-def _mask(rendered: Rendered, encoding: "Encoding", renderer: Renderer, vocabulary: Vocabulary) -> Tokenized:
+def _mask(rendered: Rendered, encoding: "Encoding", renderer: Renderer) -> Tokenized:
     """Compute the loss mask of a tokenised text.
 
     Raises:
@@ -156,16 +116,16 @@ def _mask(rendered: Rendered, encoding: "Encoding", renderer: Renderer, vocabula
     ids, text, merged = encoding.ids, rendered.text, False
     trained = [False] * len(ids)
     for answer in rendered.answers:
-        first, stop = _span(answer, text, encoding, renderer, vocabulary)
+        first, stop = _span(answer, text, encoding, renderer)
         marked = rendered.marked[first : stop + 1] if rendered.marked else [True] * (stop + 1 - first)
         if any(marked):
             trained[first : stop + 1] = [*marked[:-1], True]
         merged = merged or _begins_before(encoding, first, answer.start)
     if rendered.boundary is not None:
-        first = _first_token(encoding, rendered.boundary, text, vocabulary)
+        first = _first_token(encoding, rendered.boundary, text, renderer)
         merged = _begins_before(encoding, first, rendered.boundary)
-        bos = _missing_bos(ids, vocabulary)
-        end = [] if ids[-1:] == [vocabulary.stop_id] else [vocabulary.stop_id]
+        bos = _missing_bos(ids, renderer)
+        end = [] if ids[-1:] == [renderer.stop_id] else [renderer.stop_id]
         trained = [False] * (len(bos) + first) + [True] * (len(ids) - first + len(end))
         ids = bos + ids + end
     if renderer.train_on == "all":
@@ -176,25 +136,23 @@ def _mask(rendered: Rendered, encoding: "Encoding", renderer: Renderer, vocabula
     return Tokenized(ids, trained, merged)
 
 
-def _span(
-    answer: Answer, text: str, encoding: "Encoding", renderer: Renderer, vocabulary: Vocabulary
-) -> tuple[int, int]:
+def _span(answer: Answer, text: str, encoding: "Encoding", renderer: Renderer) -> tuple[int, int]:
     """Return the indices of an answer's first token and of the stop token that ends it.
 
     Raises:
         DataError: The template puts no stop token after the answer.
     """
     ids, endings = encoding.ids, []
-    first = _first_token(encoding, answer.start, text, vocabulary)
+    first = _first_token(encoding, answer.start, text, renderer)
     for token in range(first, len(ids)):
-        if ids[token] not in vocabulary.added and ids[token] != vocabulary.stop_id:
+        if ids[token] not in renderer.added and ids[token] != renderer.stop_id:
             continue
         begin, end = _characters(encoding, token)
         # count only characters between the answer and the next message: an added token may include whitespace of both
         begin, end = max(begin, answer.end), min(end, answer.limit)
-        if ids[token] == vocabulary.stop_id and end - begin >= vocabulary.stop_length:
+        if ids[token] == renderer.stop_id and end - begin >= renderer.stop_length:
             return first, token
-        name = vocabulary.added.get(ids[token], renderer.stop)
+        name = renderer.added.get(ids[token], renderer.stop)
         if end - begin >= len(name):
             endings.append(name)
     remedy = (
@@ -208,7 +166,7 @@ def _span(
     )
 
 
-def _first_token(encoding: "Encoding", start: int, text: str, vocabulary: Vocabulary) -> int:
+def _first_token(encoding: "Encoding", start: int, text: str, renderer: Renderer) -> int:
     """Return the index of the first token of an answer that begins at character `start`.
 
     A token that begins before `start` is the first token if it is text, because it contains the answer's first
@@ -217,7 +175,7 @@ def _first_token(encoding: "Encoding", start: int, text: str, vocabulary: Vocabu
     for character in range(start, len(text)):
         token = encoding.char_to_token(character)
         if token is not None:
-            is_header = encoding.ids[token] in vocabulary.added and _characters(encoding, token)[0] < start
+            is_header = encoding.ids[token] in renderer.added and _characters(encoding, token)[0] < start
             return token + is_header
     return len(encoding.ids)
 

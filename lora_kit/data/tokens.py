@@ -15,9 +15,9 @@ import numpy as np
 from lora_kit.data import sources
 from lora_kit.data.counts import Counts, DataCounts
 from lora_kit.data.formats import Example, detect, to_example
-from lora_kit.data.rendering import RENDERED_DATE
+from lora_kit.data.rendering import RENDERED_DATE, Renderer, check_renderer
 from lora_kit.data.sources import Records
-from lora_kit.data.template import Prompt, Renderer, Tokenized, check_renderer, prompt, tokenize_all
+from lora_kit.data.template import Prompt, Tokenized, prompt, tokenize_all
 from lora_kit.errors import DataError
 
 if TYPE_CHECKING:

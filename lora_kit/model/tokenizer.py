@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lora_kit.data.template import Renderer
+from lora_kit.data.rendering import Renderer
 from lora_kit.errors import BaseError, DataError
 from lora_kit.model.source import Source
 from lora_kit.recipe.load import resolve_path

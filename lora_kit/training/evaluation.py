@@ -13,7 +13,8 @@ from lora_kit.artifacts.load import load
 from lora_kit.artifacts.locate import checkpoint_at
 from lora_kit.data.packing import collate
 from lora_kit.data.plan import Plan, prepare_data
-from lora_kit.data.template import Prompt, Renderer
+from lora_kit.data.rendering import Renderer
+from lora_kit.data.template import Prompt
 from lora_kit.data.tokens import Prepared, Tokens
 from lora_kit.errors import DataError
 from lora_kit.kernels.attention import use_attention

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from peft import PeftModel
 
 from lora_kit.data.plan import Plan
-from lora_kit.data.template import Renderer
+from lora_kit.data.rendering import Renderer
 from lora_kit.data.tokens import Prepared
 from lora_kit.model.source import Source
 from lora_kit.model.state import FlatState

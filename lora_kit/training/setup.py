@@ -23,7 +23,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lora_kit.artifacts.locate import checkpoint_at
 from lora_kit.data.plan import Plan, prepare_data
-from lora_kit.data.template import Renderer
+from lora_kit.data.rendering import Renderer
 from lora_kit.data.tokens import Prepared
 from lora_kit.data.vocabulary import check_tokenizer_fits, untrained_labels
 from lora_kit.errors import DataError

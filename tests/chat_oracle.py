@@ -8,6 +8,16 @@ from transformers import AutoTokenizer
 
 from lora_kit.data.formats import Conversation
 from lora_kit.data.rendering import Renderer
+from lora_kit.data.template import tokenize_all
+from lora_kit.errors import DataError
+
+
+def tokenize(example, renderer):
+    """Return the tokens of a single example, or raise its error."""
+    (made,) = tokenize_all([example], renderer)
+    if isinstance(made, DataError):
+        raise made
+    return made
 
 
 def chatml(conversation, *, head="", thought=""):

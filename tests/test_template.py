@@ -7,14 +7,14 @@ import random
 from dataclasses import replace
 
 import pytest
-from chat_oracle import FAMILIES, expected, load_family, runs
+from chat_oracle import FAMILIES, expected, load_family, runs, tokenize
 from conftest import make_tokenizer
 from transformers import AutoTokenizer
 
 from lora_kit.data import rendering
 from lora_kit.data.formats import Completion, Conversation
 from lora_kit.data.rendering import Renderer
-from lora_kit.data.template import prompt, tokenize, tokenize_all
+from lora_kit.data.template import prompt, tokenize_all
 from lora_kit.errors import DataError
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}

@@ -5,12 +5,13 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from chat_oracle import tokenize
 from conftest import make_records, make_tokenizer, write_jsonl
 from transformers import AutoTokenizer
 
 from lora_kit.data.formats import to_example
 from lora_kit.data.rendering import Renderer
-from lora_kit.data.template import prompt, tokenize
+from lora_kit.data.template import prompt
 from lora_kit.data.tokens import Tokens, prepare
 from lora_kit.errors import BaseError, DataError
 from lora_kit.recipe.schema import Data

@@ -4,9 +4,9 @@
 tokens map these positions to tokens. The trained tokens are those of an answer up to and including its stop token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from lora_kit.data.formats import Conversation, Example
 from lora_kit.data.rendering import Answer, Rendered, Renderer, apply, render
@@ -14,6 +14,9 @@ from lora_kit.errors import DataError
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
+
+Value = TypeVar("Value")
+Result = TypeVar("Result")
 
 
 class Tokenized(NamedTuple):
@@ -38,34 +41,24 @@ class Prompt(NamedTuple):
     expected: str
 
 
-def tokenize(example: Example, renderer: Renderer) -> Tokenized:
-    """Return an example's token ids and loss mask.
+def attempt(function: Callable[[Value], Result], value: Value | DataError) -> Result | DataError:
+    """Return the function's result for a value, or the error if it raises one; an error as the value is returned."""
+    if isinstance(value, DataError):
+        return value
+    try:
+        return function(value)
+    except DataError as error:
+        return error
 
-    Raises:
-        DataError: The template cannot render the example, or the positions of the answers are ambiguous.
+
+def tokenize_all(examples: Sequence[Example | DataError], renderer: Renderer) -> list[Tokenized | DataError]:
+    """Return the token ids and loss mask of each example, or the error for it.
+
+    The error of an example is that the template cannot render it, or that the positions of its answers are ambiguous.
     """
-    result = tokenize_all([example], renderer)[0]
-    if isinstance(result, DataError):
-        raise result
-    return result
-
-
-def tokenize_all(examples: Sequence[Example], renderer: Renderer) -> list[Tokenized | DataError]:
-    """Return the token ids and loss mask of each example, or the error for it; faster than many calls of `tokenize`."""
-    rendered: list[Rendered | DataError] = []
-    for example in examples:
-        try:
-            rendered.append(render(example, renderer))
-        except DataError as error:
-            rendered.append(error)
+    rendered = [attempt(lambda example: render(example, renderer), example) for example in examples]
     encodings = iter(_encode([item.text for item in rendered if isinstance(item, Rendered)], renderer))
-    results: list[Tokenized | DataError] = []
-    for item in rendered:
-        try:
-            results.append(_mask(item, next(encodings), renderer) if isinstance(item, Rendered) else item)
-        except DataError as error:
-            results.append(error)
-    return results
+    return [attempt(lambda item: _mask(item, next(encodings), renderer), item) for item in rendered]
 
 
 def prompt(example: Example, renderer: Renderer) -> Prompt:
@@ -75,7 +68,8 @@ def prompt(example: Example, renderer: Renderer) -> Prompt:
     prompt, and its expected answer is empty.
 
     Raises:
-        DataError: As for `tokenize`; or the prompt is empty and the tokenizer has no BOS token to start from.
+        DataError: The template cannot render the example, the position of its answer is ambiguous, or the prompt is
+            empty and the tokenizer has no BOS token to start from.
     """
     if isinstance(example, Conversation):
         last = example.answers[-1] if example.answers else len(example.messages)

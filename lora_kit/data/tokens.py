@@ -14,10 +14,10 @@ import numpy as np
 
 from lora_kit.data import sources
 from lora_kit.data.counts import Counts, DataCounts
-from lora_kit.data.formats import Example, detect, to_example
+from lora_kit.data.formats import detect, to_example
 from lora_kit.data.rendering import RENDERED_DATE, Renderer, check_renderer
 from lora_kit.data.sources import Records
-from lora_kit.data.template import Prompt, Tokenized, prompt, tokenize_all
+from lora_kit.data.template import Prompt, Tokenized, attempt, prompt, tokenize_all
 from lora_kit.errors import DataError
 
 if TYPE_CHECKING:
@@ -241,14 +241,10 @@ def _tokenized(
     records: Records, start: int, format: str, data: "Data", renderer: Renderer
 ) -> list[Tokenized | DataError]:
     """Return the next BATCH examples from record `start` on, or the error for a record."""
-    examples: list[Example | DataError] = []
-    for record in records.read(start, start + BATCH):
-        try:
-            examples.append(record if isinstance(record, DataError) else to_example(record, format, data.columns))
-        except DataError as error:
-            examples.append(error)
-    results = iter(tokenize_all([example for example in examples if not isinstance(example, DataError)], renderer))
-    return [example if isinstance(example, DataError) else next(results) for example in examples]
+    batch = records.read(start, start + BATCH)
+    return tokenize_all(
+        [attempt(lambda item: to_example(item, format, data.columns), record) for record in batch], renderer
+    )
 
 
 def _fit(result: Tokenized | DataError, data: "Data") -> tuple[str, Tokenized | str | None]:

@@ -6,6 +6,7 @@ tokens map these positions to tokens. The trained tokens are those of an answer 
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from lora_kit.data.formats import Conversation, Example
@@ -56,7 +57,7 @@ def tokenize_all(examples: Sequence[Example | DataError], renderer: Renderer) ->
 
     The error of an example is that the template cannot render it, or that the positions of its answers are ambiguous.
     """
-    rendered = [attempt(lambda example: render(example, renderer), example) for example in examples]
+    rendered = [attempt(partial(render, renderer=renderer), example) for example in examples]
     encodings = iter(_encode([item.text for item in rendered if isinstance(item, Rendered)], renderer))
     return [attempt(lambda item: _mask(item, next(encodings), renderer), item) for item in rendered]
 

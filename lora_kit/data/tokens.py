@@ -7,6 +7,7 @@ of examples, which determines their order, is known.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from lora_kit.data.counts import Counts, DataCounts
 from lora_kit.data.formats import detect, to_example
 from lora_kit.data.rendering import RENDERED_DATE, Renderer, check_renderer
 from lora_kit.data.sources import Records
-from lora_kit.data.template import Prompt, Tokenized, attempt, prompt, tokenize_all
+from lora_kit.data.template import Prompt, attempt, prompt, tokenize_all
 from lora_kit.errors import DataError
 
 if TYPE_CHECKING:
@@ -120,22 +121,15 @@ class Prepared:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """A problem of a record. Its file and line are looked up only if the problem is shown."""
-
-    records: Records
-    index: int
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.records.where(self.index)}: {self.message}"
+Problem = tuple[Records, int, str]
+"""The records, the index of one of them, and what is wrong with it. Its file and line are looked up only if shown."""
 
 
 @dataclass(frozen=True)
 class _Tokenised:
     """The tokenised examples of a source, and the index of the record of each example."""
 
+    records: Records
     tokens: Tokens
     kept: list[int]
     counts: Counts
@@ -156,40 +150,44 @@ def prepare(data: "Data", renderer: Renderer, *, base_dir: Path, seed: int, prom
         BaseError: The tokenizer is not a fast tokenizer, or does not have the stop token.
     """
     check_renderer(renderer)
-    train, held_out = _open(data, base_dir, seed)
-    if prompts and held_out is None:
+    opened = _open(data, base_dir, seed)
+    if prompts and len(opened) == 1:
         raise DataError(
             f"evaluate.generate is {prompts}, but there is no validation data to answer; set data.validation"
         )
-    problems: list[_Problem] = []
-    results = [_tokenise(records, data, renderer, problems) for records in (train, held_out) if records is not None]
+    problems: list[Problem] = []
+    results = [_tokenise(records, data, renderer, problems) for records in opened]
     if problems:
-        raise DataError(_report(problems))
-    for records, result in zip((train, held_out), results, strict=False):
-        if not result.kept and records is not None:
+        lines = [f"{records.where(index)}: {message}" for records, index, message in problems[:MAX_SHOWN]]
+        if len(problems) > MAX_SHOWN:
+            lines.append(f"and {len(problems) - MAX_SHOWN:,} more problems of {len(problems):,}")
+        raise DataError("\n".join(lines))
+    for result in results:
+        if not result.kept:
             raise DataError(
-                f"{records.name}: all {len(records)} records are longer than data.sequence_length "
+                f"{result.records.name}: all {len(result.records)} records are longer than data.sequence_length "
                 f"({data.sequence_length}); raise it"
             )
-    validation = results[1] if len(results) > 1 else None
-    expected: tuple[Prompt, ...] = ()
-    if held_out is not None and validation is not None:
-        expected = _prompts(held_out, validation, data, renderer, prompts)
-    counts = DataCounts(results[0].counts, validation.counts if validation else None)
     notes = tuple(_notes(results, renderer))
-    return Prepared(results[0].tokens, validation.tokens if validation else None, expected, counts, notes)
+    train = results[0]
+    if len(results) == 1:
+        return Prepared(train.tokens, None, (), DataCounts(train.counts, None), notes)
+    validation = results[1]
+    counts = DataCounts(train.counts, validation.counts)
+    return Prepared(train.tokens, validation.tokens, _prompts(validation, data, renderer, prompts), counts, notes)
 
 
-def _open(data: "Data", base_dir: Path, seed: int) -> tuple[Records, Records | None]:
+def _open(data: "Data", base_dir: Path, seed: int) -> tuple[Records, ...]:
+    """Open the training data and, if the recipe has any, the validation data."""
     train = sources.load(data.train, base_dir=base_dir, max_examples=data.max_examples)
     if data.validation is None:
-        return train, None
+        return (train,)
     if isinstance(data.validation, str):
         return train, sources.load(data.validation, base_dir=base_dir)
     return sources.split(train, data.validation, seed)
 
 
-def _tokenise(records: Records, data: "Data", renderer: Renderer, problems: list[_Problem]) -> _Tokenised:
+def _tokenise(records: Records, data: "Data", renderer: Renderer, problems: list[Problem]) -> _Tokenised:
     """Tokenise records, and append the problems of records to `problems`.
 
     Raises:
@@ -198,20 +196,27 @@ def _tokenise(records: Records, data: "Data", renderer: Renderer, problems: list
     format = _format(records, data)
     if format in CONVERSATIONS:
         _ = renderer.chat_template  # if there is none, raise once and not for every record
+    read, limit = partial(to_example, format=format, columns=data.columns), data.sequence_length
     kept: list[int] = []
     examples: list[tuple[np.ndarray, np.ndarray]] = []  # arrays, because lists take ten times the memory
     tallies = {"dropped": 0, "truncated": 0, "emptied": 0, "merged": 0}
     for start in range(0, len(records), BATCH):
-        for index, result in enumerate(_tokenized(records, start, format, data, renderer), start):
-            tally, example = _fit(result, data)
-            if isinstance(example, str):
-                problems.append(_Problem(records, index, example))
-            elif example is not None:
+        batch = [attempt(read, record) for record in records.read(start, start + BATCH)]
+        for index, example in enumerate(tokenize_all(batch, renderer), start):
+            if isinstance(example, DataError):
+                problems.append((records, index, str(example)))
+            elif len(example.ids) > limit and data.overlong == "error":
+                found = f"{len(example.ids):,} tokens are more than data.sequence_length ({limit:,})"
+                problems.append((records, index, f"{found}; raise it, or set data.overlong to drop or truncate"))
+            elif len(example.ids) > limit and data.overlong == "drop":
+                tallies["dropped"] += 1
+            elif not any(example.trained[:limit]):
+                tallies["emptied"] += 1
+            else:
                 kept.append(index)
-                examples.append((np.array(example.ids, np.int32), np.array(example.trained, np.bool_)))
+                examples.append((np.array(example.ids[:limit], np.int32), np.array(example.trained[:limit], np.bool_)))
+                tallies["truncated"] += len(example.ids) > limit
                 tallies["merged"] += example.merged
-            if tally:
-                tallies[tally] += 1
     tokens = Tokens.of(examples)
     labels, total = len(tokens.labels), len(tokens.ids)
     counts = Counts(
@@ -224,7 +229,7 @@ def _tokenise(records: Records, data: "Data", renderer: Renderer, problems: list
         duplicates=len(tokens) - len(_distinct(tokens)),
         **tallies,
     )
-    return _Tokenised(tokens, kept, counts)
+    return _Tokenised(records, tokens, kept, counts)
 
 
 def _format(records: Records, data: "Data") -> str:
@@ -237,55 +242,20 @@ def _format(records: Records, data: "Data") -> str:
         raise DataError(f"{records.name}: {error}") from error
 
 
-def _tokenized(
-    records: Records, start: int, format: str, data: "Data", renderer: Renderer
-) -> list[Tokenized | DataError]:
-    """Return the next BATCH examples from record `start` on, or the error for a record."""
-    batch = records.read(start, start + BATCH)
-    return tokenize_all(
-        [attempt(lambda item: to_example(item, format, data.columns), record) for record in batch], renderer
-    )
-
-
-def _fit(result: Tokenized | DataError, data: "Data") -> tuple[str, Tokenized | str | None]:
-    """Apply `data.overlong` to an example.
-
-    Returns:
-        The tally to increment ("" for none), and the example, or its problem, or None if it is left out.
-    """
-    if isinstance(result, DataError):
-        return "", str(result)
-    length, limit = len(result.ids), data.sequence_length
-    if length <= limit:
-        return "", result
-    if data.overlong == "error":
-        problem = f"{length:,} tokens are more than data.sequence_length ({limit:,})"
-        return "", f"{problem}; raise it, or set data.overlong to drop or truncate"
-    if data.overlong == "drop":
-        return "dropped", None
-    cut = result._replace(ids=result.ids[:limit], trained=result.trained[:limit])
-    return ("truncated", cut) if any(cut.trained) else ("emptied", None)
-
-
-def _report(problems: Sequence[_Problem]) -> str:
-    lines = [str(problem) for problem in problems[:MAX_SHOWN]]
-    if len(problems) > MAX_SHOWN:
-        lines.append(f"and {len(problems) - MAX_SHOWN:,} more problems of {len(problems):,}")
-    return "\n".join(lines)
-
-
 def _distinct(tokens: Tokens) -> set[bytes]:
     """Return the hashes of the examples; duplicates count once."""
     examples = (tokens.example(index) for index in range(len(tokens)))
     return {hashlib.blake2b(ids.tobytes() + trained.tobytes()).digest() for ids, trained in examples}
 
 
-def _prompts(records: Records, result: _Tokenised, data: "Data", renderer: Renderer, count: int) -> tuple[Prompt, ...]:
+def _prompts(result: _Tokenised, data: "Data", renderer: Renderer, count: int) -> tuple[Prompt, ...]:
     if count and result.counts.format == "text":
-        raise DataError(f"evaluate.generate is {count}, but {records.name} is plain text without prompts; set it to 0")
+        raise DataError(
+            f"evaluate.generate is {count}, but {result.records.name} is plain text without prompts; set it to 0"
+        )
     prompts = []
     for index in result.kept[:count]:
-        (record,) = records.read(index, index + 1)
+        (record,) = result.records.read(index, index + 1)
         assert isinstance(record, dict)
         prompts.append(prompt(to_example(record, result.counts.format, data.columns), renderer))
     return tuple(prompts)

@@ -3,8 +3,8 @@
 The conversation is a list of messages. All of its messages are rendered for every answer, as in training.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import closing, nullcontext
 
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
@@ -31,7 +31,8 @@ def chat(
 ) -> list[dict[str, str]]:
     """Answer the lines of a user in a conversation.
 
-    Without a chat template, the model continues each line as plain text, independently of earlier lines.
+    Without a chat template, the model continues each line as plain text, independently of earlier lines. Ctrl-C ends
+    the answer, not the conversation.
 
     Args:
         model: A model from `lora_kit.load`.
@@ -66,29 +67,14 @@ def chat(
         if not messages or messages[-1]["role"] != "user":
             continue
         write("" if use_adapter else "[base] ")
-        answer = "".join(_answer(model, renderer, messages, settings, use_adapter=use_adapter, write=write))
+        answer, pieces = "", stream(model, tokenizer, prompt_ids(messages, renderer), settings)
+        with nullcontext() if use_adapter else model.disable_adapter(), closing(pieces):
+            try:
+                for piece in pieces:
+                    write(piece)
+                    answer += piece
+            except KeyboardInterrupt:
+                write(" [stopped]")
         write("\n")
         messages.append({"role": "assistant", "content": answer})
     return messages
-
-
-def _answer(
-    model: PeftModel,
-    renderer: Renderer,
-    messages: list[dict[str, str]],
-    settings: Answering,
-    *,
-    use_adapter: bool,
-    write: Callable[[str], object],
-) -> Iterator[str]:
-    """Write and yield the pieces of an answer. Ctrl-C ends the answer."""
-    with nullcontext() if use_adapter else model.disable_adapter():
-        pieces = stream(model, renderer.tokenizer, prompt_ids(messages, renderer), settings)
-        try:
-            for piece in pieces:
-                write(piece)
-                yield piece
-        except KeyboardInterrupt:
-            write(" [stopped]")
-        finally:
-            pieces.close()

@@ -9,9 +9,8 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console as RichConsole
@@ -35,13 +34,6 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe field, e.g. optim.learning_rate=1e-4."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-
-
-class Precision(StrEnum):
-    """The precision of a merged model's weights."""
-
-    bfloat16 = "bfloat16"
-    float32 = "float32"
 
 
 @contextmanager
@@ -121,7 +113,11 @@ def train(
 
             loop.train(loaded, out, accept=accept, start_from=start_from, profile=profile)
             return
-        origin = store.open_checkpoint(newest(start_from)) if start_from else None
+        origin = None
+        if start_from:
+            from lora_kit.artifacts.locate import checkpoint_at  # slow to import, and most starts do not need it
+
+            origin = store.open_checkpoint(checkpoint_at(start_from))
         lease, notices = take_over(out, origin)
         for notice in notices:
             print(f"warning: {notice}", file=sys.stderr)
@@ -245,7 +241,7 @@ def generate(
         from lora_kit.artifacts import answering
         from lora_kit.artifacts.load import load
 
-        model, tokenizer = load(newest(path))
+        model, tokenizer = load(path)
         with model.disable_adapter() if base else nullcontext():
             answers = answering.generate(
                 model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature
@@ -254,13 +250,6 @@ def generate(
             _print_json([{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)])
         else:
             print("\n\n".join(answers))
-
-
-def newest(path: str | Path) -> Path:
-    """Return the folder of a checkpoint, of a run's newest valid checkpoint, or of a download from the Hub."""
-    from lora_kit.artifacts.locate import checkpoint_at
-
-    return checkpoint_at(path)
 
 
 @app.command()
@@ -275,7 +264,7 @@ def chat(
         from lora_kit.artifacts import chat as chatting
         from lora_kit.artifacts.load import load
 
-        model, tokenizer = load(newest(path))
+        model, tokenizer = load(path)
         print("/help for the commands, Ctrl-D to leave", file=sys.stderr)
         chatting.chat(
             model,
@@ -304,14 +293,16 @@ def _typed() -> Iterator[str]:
 def merge(
     path: Weights,
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="A new folder, for the merged model.")],
-    dtype: Annotated[Precision | None, typer.Option(help="Precision of the weights. [default: as in training]")] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float32"] | None, typer.Option(help="Precision of the weights. [default: as in training]")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Merge an adapter into its base model and report how much the merged model's logits differ."""
     with error_messages():
         from lora_kit.artifacts import merging
 
-        merged = merging.merge(newest(path), out, dtype=dtype and dtype.value)
+        merged = merging.merge(path, out, dtype=dtype)
         if as_json:
             _print_json(merged.to_dict())
             return
@@ -334,7 +325,7 @@ def evaluate(
         from lora_kit.recipe.load import load_recipe
         from lora_kit.training import evaluation
 
-        scores = evaluation.evaluate(load_recipe(recipe, set_), newest(path))
+        scores = evaluation.evaluate(load_recipe(recipe, set_), path)
         if as_json:
             _print_json(evaluation.plain(scores))
             return

@@ -7,7 +7,7 @@ refused input, 75 stopped by a signal and resumable.
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -51,7 +51,12 @@ def error_messages() -> Iterator[None]:
         raise SystemExit(error.exit_code) from None
 
 
-@app.command()
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a function as the command of its name, with `error_messages`."""
+    return app.command()(error_messages()(function))
+
+
+@command
 def train(
     recipe: RecipeFile,
     out: Annotated[
@@ -95,63 +100,58 @@ def train(
     ] = 10,
 ) -> None:
     """Train a recipe. The same command starts a run, resumes it and, when it is finished, shows the result."""
-    with error_messages():
-        from lora_kit.recipe.load import load_recipe
-        from lora_kit.runs import store
-        from lora_kit.runs.resume import is_own, take_over
-        from lora_kit.supervise.launch import follow_launcher, launch
-        from lora_kit.training.request import TrainRequest
+    from lora_kit.recipe.load import load_recipe
+    from lora_kit.runs import store
+    from lora_kit.runs.resume import is_own, take_over
+    from lora_kit.supervise.launch import follow_launcher, launch
+    from lora_kit.training.request import TrainRequest
 
-        loaded = load_recipe(recipe, set_)
-        if "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
-            if processes is not None:
-                raise LaunchError(
-                    f"--processes {processes}: another launcher already started this process; leave one out"
-                )
-            follow_launcher()
-            from lora_kit.training import loop
+    loaded = load_recipe(recipe, set_)
+    if "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
+        if processes is not None:
+            raise LaunchError(f"--processes {processes}: another launcher already started this process; leave one out")
+        follow_launcher()
+        from lora_kit.training import loop
 
-            loop.train(loaded, out, accept=accept, start_from=start_from, profile=profile)
-            return
-        origin = None
-        if start_from:
-            from lora_kit.artifacts.locate import checkpoint_at  # slow to import, and most starts do not need it
+        loop.train(loaded, out, accept=accept, start_from=start_from, profile=profile)
+        return
+    origin = None
+    if start_from:
+        from lora_kit.artifacts.locate import checkpoint_at  # slow to import, and most starts do not need it
 
-            origin = store.open_checkpoint(checkpoint_at(start_from))
-        lease, notices = take_over(out, origin)
-        for notice in notices:
-            print(f"warning: {notice}", file=sys.stderr)
-        begins_with = origin.path if origin and not is_own(out, origin) else None
-        request = TrainRequest(loaded, out, accept=tuple(accept), start_from=begins_with, profile=profile)
-        raise typer.Exit(
-            launch(
-                request.to_json(),
-                processes=processes or _gpus(),
-                run=out,
-                lease=lease,
-                max_restarts=max_restarts,
-                step_timeout=loaded.train.step_timeout,
-            )
+        origin = store.open_checkpoint(checkpoint_at(start_from))
+    lease, notices = take_over(out, origin)
+    for notice in notices:
+        print(f"warning: {notice}", file=sys.stderr)
+    begins_with = origin.path if origin and not is_own(out, origin) else None
+    request = TrainRequest(loaded, out, accept=tuple(accept), start_from=begins_with, profile=profile)
+    raise typer.Exit(
+        launch(
+            request.to_json(),
+            processes=processes or _gpus(),
+            run=out,
+            lease=lease,
+            max_restarts=max_restarts,
+            step_timeout=loaded.train.step_timeout,
         )
+    )
 
 
+@error_messages()
 def train_worker(request: str) -> None:
     """Train as one of the processes that `launch` starts; `request` is a `TrainRequest` as JSON."""
-    with error_messages():
-        from lora_kit.training import loop
-        from lora_kit.training.request import TrainRequest
+    from lora_kit.training import loop
+    from lora_kit.training.request import TrainRequest
 
-        parsed = TrainRequest.from_json(request)
-        loop.train(
-            parsed.recipe, parsed.out, accept=parsed.accept, start_from=parsed.start_from, profile=parsed.profile
-        )
+    parsed = TrainRequest.from_json(request)
+    loop.train(parsed.recipe, parsed.out, accept=parsed.accept, start_from=parsed.start_from, profile=parsed.profile)
 
 
 def _gpus() -> int:
     return max(1, len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
 
 
-@app.command()
+@command
 def check(
     recipe: RecipeFile,
     set_: Overrides = [],  # noqa: B006
@@ -163,62 +163,59 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Validate a recipe, show examples with the trained tokens marked, and estimate memory and checkpoint size."""
-    with error_messages():
-        from lora_kit import check as checking
-        from lora_kit.recipe.load import load_recipe
+    from lora_kit import check as checking
+    from lora_kit.recipe.load import load_recipe
 
-        report = checking.check(load_recipe(recipe, set_), offline=offline, shapes=shapes, processes=processes)
-        if as_json:
-            _print_json(report.to_dict())
-        else:
-            RichConsole(highlight=False, soft_wrap=True).print(report)
-        if report.problems:
-            raise typer.Exit(2)
+    report = checking.check(load_recipe(recipe, set_), offline=offline, shapes=shapes, processes=processes)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        RichConsole(highlight=False, soft_wrap=True).print(report)
+    if report.problems:
+        raise typer.Exit(2)
 
 
-@app.command()
+@command
 def status(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
     as_json: AsJson = False,
 ) -> None:
     """Show a run's progress, its newest safe step, and every interruption with its cost. Changes nothing."""
-    with error_messages():
-        from lora_kit.runs import status as run_status
+    from lora_kit.runs import status as run_status
 
-        state, checkpoints = run_status.status(run), run_status.checkpoints(run)
-        if as_json:
-            _print_json(state.to_dict() | {"checkpoints": checkpoints})
-            return
-        table = Table(title=str(run), show_header=False, title_justify="left")
-        for name, value in state.rows():
-            table.add_row(name, value)
-        for entry in checkpoints:
-            table.add_row(entry["path"], "valid" if entry["valid"] else entry["problem"])
-        RichConsole(highlight=False).print(table)
+    state, checkpoints = run_status.status(run), run_status.checkpoints(run)
+    if as_json:
+        _print_json(state.to_dict() | {"checkpoints": checkpoints})
+        return
+    table = Table(title=str(run), show_header=False, title_justify="left")
+    for name, value in state.rows():
+        table.add_row(name, value)
+    for entry in checkpoints:
+        table.add_row(entry["path"], "valid" if entry["valid"] else entry["problem"])
+    RichConsole(highlight=False).print(table)
 
 
-@app.command()
+@command
 def verify(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, or a run: all its checkpoints.")],
     as_json: AsJson = False,
 ) -> None:
     """Compare every byte of a checkpoint, or of all checkpoints of a run, with its manifest. Changes nothing."""
-    with error_messages():
-        from lora_kit.runs import status as run_status
-        from lora_kit.runs import store
-        from lora_kit.runs.manifest import MANIFEST
+    from lora_kit.runs import status as run_status
+    from lora_kit.runs import store
+    from lora_kit.runs.manifest import MANIFEST
 
-        folders = [path] if (path / MANIFEST).exists() else store.folders(path)
-        if not folders:
-            raise CheckpointError(f"{path}: no checkpoint here; give a run's folder or one of its checkpoints")
-        results = [run_status.validity(folder) for folder in folders]
-        if as_json:
-            _print_json(results)
-        else:
-            for result in results:
-                print(f"{result['path']}: {'valid' if result['valid'] else 'BROKEN: ' + result['problem']}")
-        if not all(result["valid"] for result in results):
-            raise typer.Exit(1)
+    folders = [path] if (path / MANIFEST).exists() else store.folders(path)
+    if not folders:
+        raise CheckpointError(f"{path}: no checkpoint here; give a run's folder or one of its checkpoints")
+    results = [run_status.validity(folder) for folder in folders]
+    if as_json:
+        _print_json(results)
+    else:
+        for result in results:
+            print(f"{result['path']}: {'valid' if result['valid'] else 'BROKEN: ' + result['problem']}")
+    if not all(result["valid"] for result in results):
+        raise typer.Exit(1)
 
 
 Weights = Annotated[
@@ -227,7 +224,7 @@ Weights = Annotated[
 ]
 
 
-@app.command()
+@command
 def generate(
     path: Weights,
     prompts: Annotated[list[str], typer.Argument(help="Prompts; each is answered as one user message.")],
@@ -237,22 +234,19 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Answer prompts with a trained adapter."""
-    with error_messages():
-        from lora_kit.artifacts import answering
-        from lora_kit.artifacts.load import load
+    from lora_kit.artifacts import answering
+    from lora_kit.artifacts.load import load
 
-        model, tokenizer = load(path)
-        with model.disable_adapter() if base else nullcontext():
-            answers = answering.generate(
-                model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature
-            )
-        if as_json:
-            _print_json([{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)])
-        else:
-            print("\n\n".join(answers))
+    model, tokenizer = load(path)
+    with model.disable_adapter() if base else nullcontext():
+        answers = answering.generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature)
+    if as_json:
+        _print_json([{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)])
+    else:
+        print("\n\n".join(answers))
 
 
-@app.command()
+@command
 def chat(
     path: Weights,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
@@ -260,21 +254,20 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy decoding.")] = 0.0,
 ) -> None:
     """Chat with a trained adapter. `/adapter off` switches to the base model, `/help` lists the commands."""
-    with error_messages():
-        from lora_kit.artifacts import chat as chatting
-        from lora_kit.artifacts.load import load
+    from lora_kit.artifacts import chat as chatting
+    from lora_kit.artifacts.load import load
 
-        model, tokenizer = load(path)
-        print("/help for the commands, Ctrl-D to leave", file=sys.stderr)
-        chatting.chat(
-            model,
-            tokenizer,
-            _typed(),
-            lambda piece: print(piece, end="", flush=True),
-            system=system,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-        )
+    model, tokenizer = load(path)
+    print("/help for the commands, Ctrl-D to leave", file=sys.stderr)
+    chatting.chat(
+        model,
+        tokenizer,
+        _typed(),
+        lambda piece: print(piece, end="", flush=True),
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+    )
 
 
 def _typed() -> Iterator[str]:
@@ -289,7 +282,7 @@ def _typed() -> Iterator[str]:
             yield input("> ")
 
 
-@app.command()
+@command
 def merge(
     path: Weights,
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="A new folder, for the merged model.")],
@@ -299,21 +292,21 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Merge an adapter into its base model and report how much the merged model's logits differ."""
-    with error_messages():
-        from lora_kit.artifacts import merging
+    from lora_kit.artifacts import merging
 
-        merged = merging.merge(path, out, dtype=dtype)
-        if as_json:
-            _print_json(merged.to_dict())
-            return
-        print(
-            f"{merged.folder}: merged in {merged.dtype}; compared with base and adapter at {merged.positions} "
-            f"positions: logits differ by at most {merged.largest_difference:.3g} (the largest logit is "
-            f"{merged.largest_logit:.3g}), the most likely token is the same at {merged.top1_agreement:.2%}"
-        )
+    merged = merging.merge(path, out, dtype=dtype)
+    if as_json:
+        _print_json(merged.to_dict())
+        return
+    print(
+        f"{merged.folder}: merged in {merged.dtype}; compared with base and adapter at {merged.positions} "
+        f"positions: logits differ by at most {merged.largest_difference:.3g} (the largest logit is "
+        f"{merged.largest_logit:.3g}), the most likely token is the same at {merged.top1_agreement:.2%}"
+    )
 
 
 @app.command("eval")
+@error_messages()
 def evaluate(
     recipe: RecipeFile,
     path: Weights,
@@ -321,22 +314,21 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Evaluate the base and the adapter on the recipe's validation data: loss, perplexity, exact match."""
-    with error_messages():
-        from lora_kit.recipe.load import load_recipe
-        from lora_kit.training import evaluation
+    from lora_kit.recipe.load import load_recipe
+    from lora_kit.training import evaluation
 
-        scores = evaluation.evaluate(load_recipe(recipe, set_), path)
-        if as_json:
-            _print_json(evaluation.plain(scores))
-            return
-        table = Table("", "loss", "perplexity", "exact match", "examples")
-        for name, score in scores.items():
-            match = "-" if score.exact_match is None else f"{score.exact_match:.1%}"
-            table.add_row(name, f"{score.loss:.4f}", f"{score.perplexity:.2f}", match, str(score.examples))
-        RichConsole(highlight=False).print(table)
+    scores = evaluation.evaluate(load_recipe(recipe, set_), path)
+    if as_json:
+        _print_json(evaluation.plain(scores))
+        return
+    table = Table("", "loss", "perplexity", "exact match", "examples")
+    for name, score in scores.items():
+        match = "-" if score.exact_match is None else f"{score.exact_match:.1%}"
+        table.add_row(name, f"{score.loss:.4f}", f"{score.perplexity:.2f}", match, str(score.examples))
+    RichConsole(highlight=False).print(table)
 
 
-@app.command()
+@command
 def push(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, or a run (its newest valid checkpoint).")],
     to: Annotated[
@@ -351,14 +343,13 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Publish an adapter on the Hub in one commit: weights, tokenizer, chat template, recipe and model card."""
-    with error_messages():
-        from lora_kit.artifacts import hub
+    from lora_kit.artifacts import hub
 
-        pushed = hub.push(path, to, private=private, revision=revision)
-        if as_json:
-            _print_json(pushed.to_dict())
-        else:
-            print(f"{'pushed to' if pushed.made else 'already at'} {pushed.url} (commit {pushed.commit})")
+    pushed = hub.push(path, to, private=private, revision=revision)
+    if as_json:
+        _print_json(pushed.to_dict())
+    else:
+        print(f"{'pushed to' if pushed.made else 'already at'} {pushed.url} (commit {pushed.commit})")
 
 
 def _print_json(value: Any) -> None:

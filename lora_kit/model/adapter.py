@@ -2,7 +2,6 @@
 
 import logging
 import math
-from enum import Enum
 from typing import Any
 
 import torch
@@ -69,10 +68,4 @@ def initial_a(like: Tensor, seed: int) -> Float32[Tensor, "rank inputs"]:
 def saved_config(model: PeftModel) -> dict[str, Any]:
     """Return the content of adapter_config.json. Sets are sorted, so the file is the same in every process."""
     config = model.peft_config["default"].to_dict() | {"inference_mode": True}
-    return {key: _plain(value) for key, value in sorted(config.items())}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    return value.value if isinstance(value, Enum) else value
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(config.items())}

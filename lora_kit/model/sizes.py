@@ -26,20 +26,24 @@ HEAD_SIZES = {  # the default of transformers, if the configuration has no head_
 BYTES = {"bfloat16": 2, "float32": 4}
 HEADER_BYTES = 320  # estimate of what a tensor takes in the header of a safetensors file
 MANIFEST_BYTES = 8_000
-READERS = {  # the linear layers that read each activation of a decoder layer
-    "attention": ("q_proj", "k_proj", "v_proj", "qkv_proj"),
-    "attended": ("o_proj",),
-    "mlp": ("gate_proj", "up_proj", "gate_up_proj"),
-    "inner": ("down_proj",),
-}
 NORMED = ("attention", "mlp")  # activations that are outputs of a norm, recomputed from its input in backward
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer of a decoder layer, with its input and output width."""
+    """A linear layer of a decoder layer.
+
+    Attributes:
+        name: Its name.
+        reads: The activation that it reads: the input of attention or of the MLP (`attention`, `mlp`), or of their last
+            layer (`attended`, `inner`). Layers that read the same activation have the same input.
+        inputs: The width of its input.
+        outputs: The width of its output.
+        bias: Whether it has a bias.
+    """
 
     name: str
+    reads: str
     inputs: int
     outputs: int
     bias: bool = False
@@ -52,6 +56,7 @@ class Shape:
     Attributes:
         layers: The number of decoder layers.
         width: The width of the residual stream (hidden_size).
+        inner: The width inside the MLP (intermediate_size).
         vocabulary: The number of rows of the embedding.
         context: The maximum number of positions.
         tied: Whether input and output embedding share their weights.
@@ -64,6 +69,7 @@ class Shape:
 
     layers: int
     width: int
+    inner: int
     vocabulary: int
     context: int
     tied: bool
@@ -83,17 +89,6 @@ class Shape:
     def adapted(self, targets: str | tuple[str, ...]) -> list[Linear]:
         """Return the linear layers of a decoder layer that get an adapter, for the recipe's `adapter.targets`."""
         return [layer for layer in self.linears if targets == "all-linear" or layer.name in targets]
-
-    def width_of(self, activation: str) -> int:
-        """Return the width of an activation in READERS."""
-        return self._readers(activation)[0].inputs
-
-    def output_width_of(self, activation: str) -> int:
-        """Return the total output width of the linear layers that read an activation in READERS."""
-        return sum(layer.outputs for layer in self._readers(activation))
-
-    def _readers(self, activation: str) -> list[Linear]:
-        return [layer for layer in self.linears if layer.name in READERS[activation]]
 
 
 def read_config(path: Path) -> Shape:
@@ -125,6 +120,7 @@ def _shape_of(config: Mapping[str, Any]) -> Shape:
     return Shape(
         layers=config["num_hidden_layers"],
         width=width,
+        inner=config["intermediate_size"],
         vocabulary=config["vocab_size"],
         context=config["max_position_embeddings"],
         tied=config.get("tie_word_embeddings", family in TIED),
@@ -140,18 +136,18 @@ def _linears(config: Mapping[str, Any], family: str, head: int) -> Iterator[Line
     width, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     queries, keys = heads * head, (config.get("num_key_value_heads") or heads) * head
     if family == "phi3":
-        yield Linear("qkv_proj", width, queries + 2 * keys)
-        yield Linear("o_proj", queries, width)
-        yield Linear("gate_up_proj", width, 2 * inner)
-        yield Linear("down_proj", inner, width)
+        yield Linear("qkv_proj", "attention", width, queries + 2 * keys)
+        yield Linear("o_proj", "attended", queries, width)
+        yield Linear("gate_up_proj", "mlp", width, 2 * inner)
+        yield Linear("down_proj", "inner", inner, width)
         return
     bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
     for name, outputs in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
-        yield Linear(name, width, outputs, bias or family == "qwen2")
-    yield Linear("o_proj", queries, width, bias)
-    yield Linear("gate_proj", width, inner, mlp_bias)
-    yield Linear("up_proj", width, inner, mlp_bias)
-    yield Linear("down_proj", inner, width, mlp_bias)
+        yield Linear(name, "attention", width, outputs, bias or family == "qwen2")
+    yield Linear("o_proj", "attended", queries, width, bias)
+    yield Linear("gate_proj", "mlp", width, inner, mlp_bias)
+    yield Linear("up_proj", "mlp", width, inner, mlp_bias)
+    yield Linear("down_proj", "inner", inner, width, mlp_bias)
 
 
 @dataclass(frozen=True)
@@ -192,13 +188,11 @@ class Estimate:
     def lines(self) -> list[str]:
         """Return the estimate as lines of text."""
         share = self.trainable_parameters / self.base_parameters
-        parts = (
-            f"weights {format_bytes(self.base_bytes)}, adapter state {format_bytes(self.state_bytes)}, "
-            f"activations {format_bytes(self.activation_bytes)}, temporary {format_bytes(self.working_bytes)}"
-        )
         return [
             f"base: {self.base_parameters:,} parameters; trainable: {self.trainable_parameters:,} ({share:.2%})",
-            f"estimated memory per device: {format_bytes(self.device_bytes)} ({parts})",
+            f"estimated memory per device: {format_bytes(self.device_bytes)} "
+            f"(weights {format_bytes(self.base_bytes)}, adapter state {format_bytes(self.state_bytes)}, "
+            f"activations {format_bytes(self.activation_bytes)}, temporary {format_bytes(self.working_bytes)})",
             f"checkpoint size: {format_bytes(self.checkpoint_bytes)}",
         ]
 
@@ -265,16 +259,15 @@ def _kept_by_layer(shape: Shape, recipe: Recipe, tokens: int) -> int:
     """
     size, rank, fused = BYTES[recipe.base.dtype], recipe.adapter.rank, recipe.train.kernels == "auto"
     adapted = shape.adapted(recipe.adapter.targets)
-    names, inner = {layer.name for layer in adapted}, shape.width_of("inner")
-    fused_mlp = fused and names.issuperset(GATED_MLP)
+    fused_mlp = fused and {layer.name for layer in adapted}.issuperset(GATED_MLP)
     if fused:
-        kept = [activation for activation in READERS if recipe.adapter.dropout or activation not in NORMED]
-        inputs = sum(shape.width_of(activation) for activation in kept if names.intersection(READERS[activation]))
-        adapters = size * (shape.normed + inputs - fused_mlp * inner + rank * len(adapted))
+        kept = {layer.reads: layer.inputs for layer in adapted if recipe.adapter.dropout or layer.reads not in NORMED}
+        adapters = size * (shape.normed + sum(kept.values()) - fused_mlp * shape.inner + rank * len(adapted))
     else:  # transformers computes norms in fp32, and peft casts the input of every adapter to fp32
         adapters = 4 * (shape.normed + sum(layer.inputs for layer in adapted) + rank * len(adapted))
-    gate = size * inner * (2 if fused_mlp else 3)
-    attention = size * shape.output_width_of("attention") + 4 * shape.heads
+    gate = size * shape.inner * (2 if fused_mlp else 3)
+    queries_keys_values = sum(layer.outputs for layer in shape.linears if layer.reads == "attention")
+    attention = size * queries_keys_values + 4 * shape.heads
     masks = sum(layer.inputs for layer in adapted) * (1 if fused else 4) if recipe.adapter.dropout else 0
     norm_scales = 4 * (shape.normed // shape.width + 1)  # the root mean square that each norm divides by
     weights = _attention_weights(shape, recipe, tokens, size + (8 if shape.soft_cap else 4))
@@ -283,7 +276,7 @@ def _kept_by_layer(shape: Shape, recipe: Recipe, tokens: int) -> int:
 
 def _working_bytes(shape: Shape, recipe: Recipe, tokens: int, device: str) -> int:
     """Return the peak bytes of temporary tensors, in the loss or in a layer's backward pass."""
-    size, width, inner = BYTES[recipe.base.dtype], shape.width, shape.width_of("inner")
+    size, width = BYTES[recipe.base.dtype], shape.width
     longest = min(tokens, recipe.data.sequence_length)
     logits = tokens * shape.vocabulary
     if recipe.train.kernels == "auto":
@@ -295,7 +288,7 @@ def _working_bytes(shape: Shape, recipe: Recipe, tokens: int, device: str) -> in
     loss += 2 * tokens * width * size
     blocks = shape.heads * min(QUERIES, longest) * longest * 3 * size
     attention = tokens * _attention_weights(shape, recipe, tokens, 4) or blocks
-    mlp = tokens * 5 * inner * size
+    mlp = tokens * 5 * shape.inner * size
     layer = max(attention, mlp) + 6 * tokens * width * size
     dequantised = max(linear.inputs * linear.outputs for linear in shape.linears) * (4 + size)
     return max(loss, layer) + (0 if recipe.base.quantization == "none" else dequantised)

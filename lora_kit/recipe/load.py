@@ -5,8 +5,9 @@ resolves paths and compares recipes.
 """
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from io import StringIO
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        for field_errors in _by_field(error.errors(include_url=False)):
-            problems.append(_message(field_errors, tree, path, origins))
+        # for a field with a union pydantic reports an error for each type of the union
+        for _, errors in groupby(error.errors(include_url=False), key=lambda each: each["loc"][:2]):
+            problems.append(_message(list(errors), tree, path, origins))
     if problems:
         raise RecipeError("\n".join(dict.fromkeys(problems)))
     recipe._folder = path.resolve().parent
@@ -104,14 +106,6 @@ def _plain(value: Any) -> Any:
         if isinstance(value, kind):
             return kind(value)
     return value
-
-
-def _by_field(errors: Sequence[Any]) -> list[list[Any]]:
-    """Group pydantic's errors by field: for a union it reports an error for each type of the union."""
-    groups: dict[tuple[str, ...], list[Any]] = {}
-    for error in errors:
-        groups.setdefault(tuple(map(str, error["loc"][:2])), []).append(error)
-    return list(groups.values())
 
 
 def _message(errors: Sequence[Any], tree: CommentedMap, path: Path, origins: Mapping[str, str]) -> str:
@@ -172,7 +166,9 @@ def resolve_path(recipe: Recipe, text: str) -> Path | None:
     if text.startswith(BUILTIN):
         path = ASSETS / text.removeprefix(BUILTIN)
         if not path.exists():
-            raise RecipeError(f"{text}: not shipped with lora_kit; choose one of {', '.join(sorted(_shipped()))}")
+            files = [*ASSETS.glob("base"), *ASSETS.glob("*.jsonl")]
+            shipped = sorted(f"{BUILTIN}{file.name}" for file in files)
+            raise RecipeError(f"{text}: not shipped with lora_kit; choose one of {', '.join(shipped)}")
         return path
     path = recipe.folder / Path(text).expanduser()
     if path.exists():
@@ -180,10 +176,6 @@ def resolve_path(recipe: Recipe, text: str) -> Path | None:
     if text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise RecipeError(f"{text}: {path} does not exist; relative paths start in the recipe's folder")
     return None
-
-
-def _shipped() -> Iterator[str]:
-    return (f"{BUILTIN}{path.name}" for path in ASSETS.iterdir() if path.suffix == ".jsonl" or path.name == "base")
 
 
 def dump(recipe: Recipe) -> str:

@@ -17,32 +17,26 @@ def json_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema()
     for section in schema["$defs"].values():
         for described in (section, *section["properties"].values()):
-            described["description"] = _one_line(described["description"])
+            described["description"] = " ".join(described["description"].split())
     return schema
 
 
 def reference() -> str:
     """Return the content of docs/recipes.md: every field with its type, default and description."""
-    lines, definitions = [HEADER], json_schema()["$defs"]
+    schema = json_schema()
+    lines = [
+        f"# Recipes\n\n{schema['description']}\n",
+        "Generated from lora_kit/recipe/schema.py by `python -m lora_kit.recipe.reference`.\n",
+    ]
     for name, section in SECTIONS.items():
-        lines += [
-            f"## {name}",
-            "",
-            _one_line(section.__doc__),
-            "",
-            "| field | type | default | meaning |",
-            "|---|---|---|---|",
-        ]
-        for field, info in section.model_fields.items():
-            schema = definitions[section.__name__]["properties"][field]
-            default = "required" if info.is_required() else f"`{json.dumps(info.default)}`"
-            lines.append(f"| `{field}` | {_type_name(schema)} | {default} | {schema['description']} |")
+        definition = schema["$defs"][section.__name__]
+        lines.append(f"## {name}\n\n{definition['description']}\n")
+        lines.append("| field | type | default | meaning |\n|---|---|---|---|")
+        for field, described in definition["properties"].items():
+            default = f"`{json.dumps(described['default'])}`" if "default" in described else "required"
+            lines.append(f"| `{field}` | {_type_name(described)} | {default} | {described['description']} |")
         lines.append("")
     return "\n".join(lines)
-
-
-def _one_line(text: str | None) -> str:
-    return " ".join(str(text).split())
 
 
 def _type_name(schema: Mapping[str, Any]) -> str:
@@ -58,21 +52,6 @@ def _type_name(schema: Mapping[str, Any]) -> str:
     return " ".join(
         [schema["type"].replace("array", "list").replace("object", "mapping"), " and ".join(limits)]
     ).strip()
-
-
-HEADER = """# Recipes
-
-A recipe is a YAML 1.2 file (so `1e-4` is a number and `no` is a string). An unknown key, a repeated key or a value of
-the wrong type is an error; all errors are reported at once. `--set SECTION.FIELD=VALUE` overrides a field.
-
-Relative paths start in the recipe's folder. `builtin:NAME` names a file or model that ships with lora_kit. A Hub
-dataset is written `name:config@revision[split]`; config, revision and split are optional.
-
-For completion and checks in an editor, put this on the first line of a recipe:
-`# yaml-language-server: $schema=../docs/recipe.schema.json`
-
-Generated from lora_kit/recipe/schema.py by `python -m lora_kit.recipe.reference`.
-"""
 
 
 if __name__ == "__main__":

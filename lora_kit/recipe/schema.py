@@ -200,7 +200,15 @@ class Track(Section):
 
 
 class Recipe(Section):
-    """A recipe: all sections together."""
+    """A recipe is a YAML 1.2 file (so `1e-4` is a number and `no` is a string). An unknown key, a repeated key or a
+    value of the wrong type is an error; all errors are reported at once. `--set SECTION.FIELD=VALUE` overrides a field.
+
+    Relative paths start in the recipe's folder. `builtin:NAME` names a file or model that ships with lora_kit. A Hub
+    dataset is written `name:config@revision[split]`; config, revision and split are optional.
+
+    For completion and checks in an editor, put this on the first line of a recipe:
+    `# yaml-language-server: $schema=../docs/recipe.schema.json`
+    """
 
     base: Base
     data: Data

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float32
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from lora_kit.artifacts.answering import prompt_ids, stop_ids
 from lora_kit.artifacts.load import load
@@ -87,7 +88,7 @@ def merge(
     model, tokenizer = load(path, base=base, dtype=dtype, quantized=False)
     renderer = Renderer(tokenizer)
     ids = [prompt_ids([{"role": "user", "content": text}], renderer) for text in prompts]
-    expected = [_logits(model, prompt) for prompt in ids]
+    expected = _logits(model, ids)
     merged = model.merge_and_unload(safe_merge=True)
     merged.config.use_cache = True
     merged.generation_config.eos_token_id = list(stop_ids(renderer))  # the recipe may set another stop token
@@ -98,8 +99,15 @@ def merge(
         tokenizer.save_pretrained(partial)
         del model, merged  # free the memory for the model that is read back
         written = AutoModelForCausalLM.from_pretrained(partial, dtype=weights).to(device).eval()
-        found = [_logits(written, prompt) for prompt in ids]
-        report = _compare(out, str(weights).removeprefix("torch."), expected, found)
+        found = _logits(written, ids)
+        report = Merged(
+            folder=str(out),
+            dtype=str(weights).removeprefix("torch."),
+            largest_difference=float((expected - found).abs().max()),
+            largest_logit=float(expected.abs().max()),
+            top1_agreement=float((expected.argmax(-1) == found.argmax(-1)).double().mean()),
+            positions=len(expected),
+        )
         (partial / REPORT).write_text(json.dumps(report.to_dict() | {"folder": out.name}, indent=2) + "\n")
         if out.exists():
             out.rmdir()
@@ -114,27 +122,8 @@ def merge(
 
 
 @torch.no_grad()
-def _logits(model: PreTrainedModel | torch.nn.Module, ids: Sequence[int]) -> Tensor:
-    """Return the logits of a prompt, float32 [positions, vocabulary], on the CPU."""
-    row = torch.tensor([list(ids)], device=next(model.parameters()).device)
-    return model(input_ids=row, use_cache=False).logits[0].float().cpu()
-
-
-def _compare(out: Path, dtype: str, expected: Sequence[Tensor], found: Sequence[Tensor]) -> Merged:
-    """Return how much the logits of the merged model differ from those of base and adapter.
-
-    Args:
-        out: The folder of the merged model, for the result.
-        dtype: The dtype of the merged model, for the result.
-        expected: The logits of base and adapter for each prompt, [positions, vocabulary].
-        found: The logits of the merged model for each prompt.
-    """
-    first, second = torch.cat(list(expected)), torch.cat(list(found))
-    return Merged(
-        folder=str(out),
-        dtype=dtype,
-        largest_difference=float((first - second).abs().max()),
-        largest_logit=float(first.abs().max()),
-        top1_agreement=float((first.argmax(-1) == second.argmax(-1)).double().mean()),
-        positions=len(first),
-    )
+def _logits(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> Float32[Tensor, "positions vocabulary"]:
+    """Return the logits at all positions of the prompts, one prompt after the other, on the CPU."""
+    device = next(model.parameters()).device
+    rows = (torch.tensor([list(ids)], device=device) for ids in prompts)
+    return torch.cat([model(input_ids=row, use_cache=False).logits[0].float().cpu() for row in rows])

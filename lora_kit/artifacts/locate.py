@@ -6,10 +6,11 @@ from huggingface_hub import get_token, hf_hub_download, snapshot_download
 from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
 from lora_kit.artifacts.hub_errors import FAILURES, reason_of
-from lora_kit.errors import CheckpointError, HubError
+from lora_kit.errors import HubError
 from lora_kit.recipe.schema import HUB_NAME
 from lora_kit.runs import store
 from lora_kit.runs.manifest import MANIFEST, read_manifest
+from lora_kit.runs.run import Run
 
 
 def checkpoint_at(path: str | Path) -> Path:
@@ -28,12 +29,7 @@ def checkpoint_at(path: str | Path) -> Path:
         return fetch(name, revision=revision or None)
     if (Path(path) / MANIFEST).exists():
         return Path(path)
-    latest = store.find(Path(path)).latest
-    if latest is None:
-        raise CheckpointError(
-            f"{path}: it has no valid checkpoint; train first, or run `lora-kit verify {path}` for the reason"
-        )
-    return latest.path
+    return Run(Path(path)).latest
 
 
 def fetch(name: str, *, revision: str | None = None) -> Path:

@@ -54,7 +54,8 @@ class Run:
         latest = store.find(self.folder).latest
         if latest is None:
             raise CheckpointError(
-                f"{self.folder}: no valid checkpoint; train first, or run `lora-kit verify` for the reason"
+                f"{self.folder}: it has no valid checkpoint; train first, or run `lora-kit verify {self.folder}` for "
+                "the reason"
             )
         return latest.path
 

@@ -182,17 +182,14 @@ def status(
 ) -> None:
     """Show a run's progress, its newest safe step, and every interruption with its cost. Changes nothing."""
     from lora_kit.runs import status as run_status
+    from lora_kit.views.console import Console
 
     state, checkpoints = run_status.status(run), run_status.checkpoints(run)
     if as_json:
         _print_json(state.to_dict() | {"checkpoints": checkpoints})
         return
-    table = Table(title=str(run), show_header=False, title_justify="left")
-    for name, value in state.rows():
-        table.add_row(name, value)
-    for entry in checkpoints:
-        table.add_row(entry["path"], "valid" if entry["valid"] else entry["problem"])
-    RichConsole(highlight=False).print(table)
+    validity = [(entry["path"], "valid" if entry["valid"] else entry["problem"]) for entry in checkpoints]
+    Console(silent=False).table(str(run), [*state.rows(), *validity])
 
 
 @command

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, cast
 
 import torch
@@ -67,7 +68,7 @@ def _answer_batch(model: PeftModel, prompts: list[Sequence[int]], settings: Answ
     ids = torch.tensor([[padding] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
     output = model.generate(input_ids=ids, attention_mask=mask, **_generate_arguments(settings))
-    return [_until_stop(row.tolist(), settings.stop_ids) for row in output[:, longest:]]
+    return [list(takewhile(lambda token: token not in settings.stop_ids, row)) for row in output[:, longest:].tolist()]
 
 
 def _generate_arguments(settings: Answering) -> dict[str, Any]:
@@ -124,11 +125,6 @@ def stream(
         thread.join()
     if errors:
         raise errors[0]
-
-
-def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
-    end = next((index for index, token in enumerate(ids) if token in stop_ids), len(ids))
-    return ids[:end]
 
 
 def stop_ids(renderer: Renderer) -> tuple[int, ...]:

@@ -199,13 +199,11 @@ def verify(
 ) -> None:
     """Compare every byte of a checkpoint, or of all checkpoints of a run, with its manifest. Changes nothing."""
     from lora_kit.runs import status as run_status
-    from lora_kit.runs import store
     from lora_kit.runs.manifest import MANIFEST
 
-    folders = [path] if (path / MANIFEST).exists() else store.folders(path)
-    if not folders:
+    results = [run_status.validity(path)] if (path / MANIFEST).exists() else run_status.checkpoints(path)
+    if not results:
         raise CheckpointError(f"{path}: no checkpoint here; give a run's folder or one of its checkpoints")
-    results = [run_status.validity(folder) for folder in folders]
     if as_json:
         _print_json(results)
     else:

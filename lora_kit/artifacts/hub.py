@@ -32,10 +32,7 @@ from lora_kit.views.console import Console
 
 CARD, RECIPE = "README.md", "recipe.yaml"
 RETRY_PAUSES = (2.0, 10.0)  # seconds before the first and the second retry
-LOCAL_SETTINGS = (
-    "is_local",
-    "local_files_only",
-)  # keys that transformers writes to tokenizer_config.json about this machine
+LOCAL_SETTINGS = ("is_local", "local_files_only")  # of this machine; transformers writes them to tokenizer_config.json
 
 
 @dataclass(frozen=True)

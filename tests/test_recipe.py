@@ -71,6 +71,8 @@ def test_all_problems_are_reported_at_once_with_their_lines(problems_of):
             "r.yaml:2: data.validation: found 1.5, expected",
         ),
         (MINIMAL + "adapter: {rank: no}\n", "r.yaml:4: adapter.rank: found 'no', expected integer"),
+        (MINIMAL + "1: 2\n", "r.yaml:1: 1: unknown key; expected one of base, data, adapter, objective"),
+        (MINIMAL + "adapter: {targets: !own a}\n", "r.yaml:4: not YAML: could not determine a constructor for the tag"),
         (MINIMAL + "adapter: {targets: []}\n", "r.yaml:4: adapter.targets: found [], expected"),
         (
             MINIMAL + "quantization: nf4\n",

@@ -37,8 +37,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: All problems, each on a line: file:line, field, value found, value expected.
     """
     path = Path(path)
-    tree = _read(path)
-    content, problems = _plain(tree), []
+    tree, content = _read(path)
+    problems = []
     origins: dict[str, str] = {}  # the option that set a section or field, for messages
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -50,7 +50,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if section not in content:
             origins[section] = origins[key]
         try:
-            value = _plain(YAML().load(text))
+            value = _plain(text)
         except YAMLError:
             problems.append(f"--set {override}: {text!r} is not a YAML value")
             continue
@@ -69,14 +69,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def _read(path: Path) -> CommentedMap:
-    """Parse a YAML file, keeping the line of every key.
+def _read(path: Path) -> tuple[CommentedMap, dict[str, Any]]:
+    """Parse a YAML file twice: as a tree with the line of every key, and as values of Python's built-in types.
 
     Raises:
         RecipeError: The file is missing, unreadable, not YAML, or not a mapping.
     """
     try:
-        tree = YAML().load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        tree, content = YAML().load(text), _plain(text)
     except FileNotFoundError as error:
         similar = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.yaml")])
         hint = f"; did you mean {path.with_name(similar[0])}?" if similar else ""
@@ -93,19 +94,12 @@ def _read(path: Path) -> CommentedMap:
         raise RecipeError(
             f"{path}: a recipe is a mapping of sections ({', '.join(Recipe.model_fields)}), found {tree!r}"
         )
-    return tree
+    return tree, content
 
 
-def _plain(value: Any) -> Any:
-    """Convert ruamel's types, which remember comments and positions, to Python's built-in types."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
-    for kind in (bool, int, float, str):
-        if isinstance(value, kind):
-            return kind(value)
-    return value
+def _plain(text: str) -> Any:
+    """Parse YAML into Python's built-in types."""
+    return YAML(typ="safe", pure=True).load(text)
 
 
 def _message(errors: Sequence[Any], tree: CommentedMap, path: Path, origins: Mapping[str, str]) -> str:
@@ -123,7 +117,7 @@ def _message(errors: Sequence[Any], tree: CommentedMap, path: Path, origins: Map
     where = origins.get(key) or f"{path}:{_line(tree, keys)}"
     if error["type"] == "value_error":
         return f"{where}: {key + ': ' if key else ''}{error['ctx']['error']}"
-    if error["type"] == "extra_forbidden":
+    if error["type"] in ("extra_forbidden", "invalid_key"):
         known = _known_keys(keys[:-1])
         similar = difflib.get_close_matches(keys[-1], known, n=1)
         hint = f"did you mean {similar[0]!r}?" if similar else f"expected one of {', '.join(known)}"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lora_kit.data.files import open_file, read_with
+from lora_kit.data.files import load_rows, open_file
 from lora_kit.errors import DataError
 
 ODD = [
@@ -111,6 +111,11 @@ def test_a_csv_row_with_too_many_fields_is_named_by_line(write):
     ]
 
 
+def test_a_csv_file_with_only_a_header_has_no_records(write):
+    part = open_file(write("a.csv", "text,n\n"), "a.csv")
+    assert not len(part.rows) and not part.numbers().tolist()
+
+
 def test_a_csv_header_with_a_repeated_name_is_refused(write):
     assert (
         refusal(write("a.csv", "text,text\na,b\n")) == "a.csv:1: the header has an empty or repeated name: text, text"
@@ -166,9 +171,12 @@ def test_a_broken_parquet_file_is_told_by_name(write):
     assert refusal(write("a.parquet", "not parquet")).startswith("a.parquet: cannot be read: ")
 
 
-def test_a_reader_that_fails_says_why_in_one_line():
-    def fail(library):
+def test_a_reader_that_fails_says_why_in_one_line(monkeypatch):
+    import datasets
+
+    def fail(name):
         raise OSError("disk\ngone")
 
+    monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(DataError, match=r"^x: cannot be read: disk$"):
-        read_with("x", fail)
+        load_rows("x", "name")

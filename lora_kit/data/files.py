@@ -9,10 +9,9 @@ import codecs
 import csv
 import glob
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -34,7 +33,7 @@ class Part:
         label: Its name in error messages.
         path: The file; None for a split on the Hub.
         format: "jsonl", "json", "csv", "parquet" or "hub".
-        rows: A `datasets.Dataset`, or the list in a JSON file.
+        rows: A `datasets.Dataset`, the list in a JSON file, or an empty list for a CSV file with only a header.
     """
 
     label: str
@@ -87,42 +86,43 @@ def open_file(path: Path, label: str) -> Part:
         raise DataError(f"{label}: the file {found}; expected one of {', '.join(SUFFIXES)}")
     if not path.stat().st_size:
         raise DataError(f"{label}: the file is empty")
-    source = glob.escape(str(path))
     if SUFFIXES[path.suffix] == "parquet":
-        rows = read_with(label, _reader("parquet", path, source))
-        return Part(label, path, "parquet", rows)
+        return Part(label, path, "parquet", _read("parquet", path, label))
     _check_utf8(path, label)
     if SUFFIXES[path.suffix] == "csv":
-        return Part(label, path, "csv", _open_csv(path, label, source))
+        return Part(label, path, "csv", _open_csv(path, label))
     values = _json_list(path, label)
     if values is not None:
         return Part(label, path, "json", values)
-    rows = read_with(label, _reader("text", path, source))
-    return Part(label, path, "jsonl", rows)
+    return Part(label, path, "jsonl", _read("text", path, label))
 
 
-def _reader(kind: str, path: Path, source: str, **options: Any) -> Callable[[ModuleType], Any]:
-    """Return a function that reads a file with `datasets`.
+def _read(builder: str, path: Path, label: str, **options: Any) -> Any:
+    """Read a file with a builder of `datasets`, e.g. "csv".
 
     `datasets` caches files by path and modification time, and would return old rows after an edit that keeps the time
     (rsync, tar, a coarse clock). The hash of the content, given as the name of the configuration, prevents that.
     """
-    name = sha256_of(path)
-    return lambda library: library.load_dataset(kind, name, data_files=[source], split="train", **options)
+    return load_rows(label, builder, sha256_of(path), data_files=[glob.escape(str(path))], split="train", **options)
 
 
-def read_with(label: str, read: Callable[[ModuleType], Any]) -> Any:
-    """Call a function with the `datasets` module, with its progress bars and log messages switched off.
+def load_rows(label: str, *arguments: Any, **options: Any) -> Any:
+    """Call `datasets.load_dataset`, with its progress bars and log messages switched off.
+
+    Args:
+        label: The name of the source in the error message.
+        arguments: Positional arguments of `load_dataset`.
+        options: Keyword arguments of `load_dataset`.
 
     Raises:
-        DataError: The function raised an error.
+        DataError: `load_dataset` raised an error.
     """
     import datasets
 
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity_error()
     try:
-        return read(datasets)
+        return datasets.load_dataset(*arguments, **options)
     except Exception as error:  # readers of many kinds are called here, each with its own errors
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise DataError(f"{label}: cannot be read: {reason[0]}") from error
@@ -189,26 +189,24 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _open_csv(path: Path, label: str, source: str) -> Any:
+def _open_csv(path: Path, label: str) -> Any:
     """Return the rows of a CSV file, all values as strings.
 
     Raises:
         DataError: The header has an empty or repeated name, or a row has more fields than the header.
     """
+    import datasets
+
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(file)
         header, has_rows = next(rows, []), any(rows)
     if len(set(header)) < len(header) or not all(header):
         raise DataError(f"{label}:1: the header has an empty or repeated name: {', '.join(header)}")
-
-    def read(library: ModuleType) -> Any:
-        if not has_rows:  # the reader of datasets refuses a file with only a header
-            return library.Dataset.from_dict({name: [] for name in header})
-        strings = library.Features(dict.fromkeys(header, library.Value("string")))
-        return _reader("csv", path, source, features=strings, keep_default_na=False)(library)
-
+    if not has_rows:  # the reader of datasets refuses a file with only a header
+        return []
+    strings = datasets.Features(dict.fromkeys(header, datasets.Value("string")))
     try:
-        return read_with(label, read)
+        return _read("csv", path, label, features=strings, keep_default_na=False)
     except DataError as error:
         problems = [
             f"{label}:{line}: {len(row)} fields, the header has {len(header)}; quote fields that contain commas"

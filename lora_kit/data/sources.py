@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lora_kit.data.files import SUFFIXES, Part, Record, open_file, read_with
+from lora_kit.data.files import SUFFIXES, Part, Record, load_rows, open_file
 from lora_kit.data.order import permute
 from lora_kit.errors import DataError
 from lora_kit.randomness import mix
@@ -218,10 +218,7 @@ def _from_hub(source: str) -> Part:
     assert parts is not None
     name, config, revision, split_name = parts
     try:
-        rows = read_with(
-            source,
-            lambda library: library.load_dataset(name, config, revision=revision, split=split_name or "train"),
-        )
+        rows = load_rows(source, name, config, revision=revision, split=split_name or "train")
     except DataError as error:
         raise DataError(
             f"{error}; the recipe's folder has no such file either. For a Hub dataset check the network, the "

@@ -89,7 +89,7 @@ def _contents(source: str, base_dir: Path) -> list[str] | None:
     """Return the suffixes and hashes of a source's files, or its name if it names a commit; None if it may change."""
     files = sources.files(source, base_dir)
     if files is not None:
-        return [part for file in files for part in (file.suffix, sha256_of(file))]
+        return [part for file in files.values() for part in (file.suffix, sha256_of(file))]
     name = sources.parse_hub_name(source)
     return [source] if name and COMMIT.fullmatch(name.revision or "") else None
 

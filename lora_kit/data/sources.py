@@ -95,13 +95,8 @@ def load(source: str, *, base_dir: Path, max_examples: int | None = None) -> Rec
     Raises:
         DataError: The source does not exist, cannot be read, or is empty.
     """
-    paths = files(source, base_dir)
-    if paths is None:
-        parts = [_from_hub(source)]
-    else:
-        path, _ = _local(source, base_dir)
-        assert path is not None
-        parts = [open_file(file, _label(file, path, source)) for file in paths]
+    found = files(source, base_dir)
+    parts = [_from_hub(source)] if found is None else [open_file(path, label) for label, path in found.items()]
     before = np.cumsum([0, *(len(part.rows) for part in parts)])
     numbers = [start + part.numbers() for start, part in zip(before, parts, strict=False)]
     rows = np.concatenate(numbers)[:max_examples]
@@ -110,8 +105,8 @@ def load(source: str, *, base_dir: Path, max_examples: int | None = None) -> Rec
     return Records(source, tuple(parts), rows)
 
 
-def files(source: str, base_dir: Path) -> list[Path] | None:
-    """Return the files of a source, in the order of reading; None for a Hub dataset.
+def files(source: str, base_dir: Path) -> dict[str, Path] | None:
+    """Return the files of a source by their names in messages, in the order of reading; None for a Hub dataset.
 
     Raises:
         DataError: The source does not exist, or is a folder without data files or with files of several formats.
@@ -119,7 +114,10 @@ def files(source: str, base_dir: Path) -> list[Path] | None:
     path, split_name = _local(source, base_dir)
     if path is None:
         return None
-    return _files_of(path, source, split_name) if path.is_dir() else [path]
+    if not path.is_dir():
+        return {source: path}
+    folder = source.partition("[")[0].rstrip("/")
+    return {f"{folder}/{file.relative_to(path)}": file for file in _files_of(path, source, split_name)}
 
 
 def split(records: Records, fraction: float, seed: int) -> tuple[Records, Records]:
@@ -207,10 +205,6 @@ def _files_of(folder: Path, source: str, split_name: str | None) -> list[Path]:
     if chosen not in groups:
         raise DataError(f"{source}: no file name contains the split {chosen}; found files for {', '.join(groups)}")
     return groups[chosen]
-
-
-def _label(file: Path, path: Path, source: str) -> str:
-    return source if file == path else f"{source.partition('[')[0].rstrip('/')}/{file.relative_to(path)}"
 
 
 def _from_hub(source: str) -> Part:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import AutoTokenizer
 
-from lora_kit.data.formats import Conversation
+from lora_kit.data.messages import Conversation
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.template import tokenize_all
 from lora_kit.errors import DataError

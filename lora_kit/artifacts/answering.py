@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 
-from lora_kit.data.formats import Conversation
+from lora_kit.data.messages import Conversation
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.template import prompt
 from lora_kit.kernels.attention import own_attention

@@ -11,8 +11,6 @@ from typing import Any
 from lora_kit.data.messages import Conversation, conversation, items, kind, labelled, parsed
 from lora_kit.errors import DataError
 
-__all__ = ["FORMATS", "Completion", "Conversation", "Example", "detect", "to_example"]
-
 SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -38,23 +36,21 @@ Example = Conversation | Completion
 
 
 @dataclass(frozen=True)
-class Columns:
-    """The columns that a format requires, and those that it also reads."""
+class Format:
+    """A format of records.
 
+    Attributes:
+        read: Returns the example in the values of its columns; a column that a record lacks is None.
+        required: The columns that every record has.
+        optional: The other columns that are read.
+    """
+
+    read: Callable[[Mapping[str, Any]], Example]
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return ", ".join([*self.required, *(f"[{name}]" for name in self.optional)])
-
-
-FORMATS = {
-    "messages": Columns(("messages",), ("tools",)),
-    "sharegpt": Columns(("conversations",), ("system", "tools")),
-    "prompt-completion": Columns(("prompt", "completion"), ("tools",)),
-    "alpaca": Columns(("instruction", "output"), ("input", "system", "history")),
-    "text": Columns(("text",)),
-}
 
 
 def detect(columns: Collection[str], renames: Mapping[str, str], *, named: str | None = None) -> str:
@@ -122,7 +118,7 @@ def to_example(record: Mapping[str, Any], format: str, columns: Mapping[str, str
                 f"{columns.get(name, name)} is missing; found {', '.join(map(str, record)) or 'nothing'}; "
                 f"the format {format} needs {' and '.join(columns.get(column, column) for column in expected.required)}"
             )
-    return _READERS[format](fields)
+    return expected.read(fields)
 
 
 def _from_messages(fields: Mapping[str, Any]) -> Example:
@@ -197,10 +193,10 @@ def _sharegpt_message(turn: Any, label: str) -> dict[str, Any]:
     return message | {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
 
 
-_READERS: dict[str, Callable[[Mapping[str, Any]], Example]] = {
-    "messages": _from_messages,
-    "sharegpt": _from_sharegpt,
-    "prompt-completion": _from_prompt_completion,
-    "alpaca": _from_alpaca,
-    "text": _from_text,
+FORMATS = {
+    "messages": Format(_from_messages, ("messages",), ("tools",)),
+    "sharegpt": Format(_from_sharegpt, ("conversations",), ("system", "tools")),
+    "prompt-completion": Format(_from_prompt_completion, ("prompt", "completion"), ("tools",)),
+    "alpaca": Format(_from_alpaca, ("instruction", "output"), ("input", "system", "history")),
+    "text": Format(_from_text, ("text",)),
 }

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lora_kit.data.formats import Completion, Conversation, Example
+from lora_kit.data.formats import Completion, Example
+from lora_kit.data.messages import Conversation
 from lora_kit.errors import BaseError, DataError
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from lora_kit.data.formats import Conversation, Example
+from lora_kit.data.formats import Example
+from lora_kit.data.messages import Conversation
 from lora_kit.data.rendering import Answer, Rendered, Renderer, apply, render
 from lora_kit.errors import DataError
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_kit.data.messages import Conversation, conversation, items, kind, labelled, parsed
+from lora_kit.data.messages import Conversation, conversation, kind, labelled, parsed
 from lora_kit.errors import DataError
 
 SHAREGPT_ROLES = {
@@ -122,7 +122,7 @@ def to_example(record: Mapping[str, Any], format: str, columns: Mapping[str, str
 
 
 def _from_messages(fields: Mapping[str, Any]) -> Example:
-    return conversation([labelled(items(fields["messages"], "messages"), "messages")], fields["tools"])
+    return conversation([labelled(fields["messages"], "messages")], fields["tools"])
 
 
 def _from_prompt_completion(fields: Mapping[str, Any]) -> Example:
@@ -136,7 +136,7 @@ def _from_prompt_completion(fields: Mapping[str, Any]) -> Example:
             f"prompt is {kind(prompt)} and completion is {kind(completion)}; expected both to be strings or "
             "both to be lists of messages"
         )
-    parts = [labelled(items(fields[name], name), name) for name in ("prompt", "completion")]
+    parts = [labelled(fields[name], name) for name in ("prompt", "completion")]
     return conversation(parts, fields["tools"])
 
 
@@ -145,8 +145,8 @@ def _from_alpaca(fields: Mapping[str, Any]) -> Example:
         if not isinstance(fields[name], str | None):
             raise DataError(f"{name} is {kind(fields[name])}; expected a string")
     turns = _system(fields["system"])
-    for label, pair in labelled(items(fields["history"] or [], "history"), "history"):
-        if len(items(pair, label)) != 2:
+    for label, pair in labelled(fields["history"] or [], "history"):
+        if len(labelled(pair, label)) != 2:
             raise DataError(f"{label} has {len(pair)} items; expected two: instruction and answer")
         turns.append((f"{label}[0]", {"role": "user", "content": pair[0]}))
         turns.append((f"{label}[1]", {"role": "assistant", "content": pair[1]}))
@@ -166,7 +166,7 @@ def _from_text(fields: Mapping[str, Any]) -> Example:
 
 def _from_sharegpt(fields: Mapping[str, Any]) -> Example:
     turns = _system(fields["system"])
-    for label, turn in labelled(items(fields["conversations"], "conversations"), "conversations"):
+    for label, turn in labelled(fields["conversations"], "conversations"):
         turns.append((label, _sharegpt_message(turn, label)))
     return conversation([turns], fields["tools"])
 

@@ -85,8 +85,7 @@ def _message(raw: Any, label: str) -> dict[str, Any]:
             raise DataError(
                 f"{label}.tool_calls: only an assistant message may call tools; the role is {message['role']!r}"
             )
-        named = labelled(items(calls, f"{label}.tool_calls"), f"{label}.tool_calls")
-        message["tool_calls"] = [_tool_call(call, name) for name, call in named]
+        message["tool_calls"] = [_tool_call(call, name) for name, call in labelled(calls, f"{label}.tool_calls")]
     message["content"] = "" if calls and raw.get("content") is None else _content(raw.get("content"), label)
     if message["role"] == "assistant" and not calls and not message["content"].strip():
         raise DataError(f"{label} is an assistant message without content; add an answer or remove the record")
@@ -124,19 +123,14 @@ def _is_trained(raw: Mapping[str, Any], label: str) -> bool:
 
 
 def _tool_call(call: Any, label: str) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise DataError(f"{label} is {kind(call)}; expected an object with a function's name and arguments")
+    function = _function(call, label, "arguments")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         arguments = parsed(arguments, f"{label}.function.arguments", "an object")
     if not isinstance(arguments, Mapping | None):
         raise DataError(f"{label}.function.arguments is {kind(arguments)}; expected an object")
     identity = {"id": call["id"]} if call.get("id") is not None else {}
-    return identity | {
-        "type": "function",
-        "function": {"name": function["name"], "arguments": arguments or {}},
-    }
+    return identity | {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
 
 
 def _tools(value: Any) -> tuple[dict[str, Any], ...] | None:
@@ -144,12 +138,22 @@ def _tools(value: Any) -> tuple[dict[str, Any], ...] | None:
         return None
     tools = parsed(value, "tools", "a list of tool schemas") if isinstance(value, str) else value
     checked = []
-    for label, tool in labelled(items(tools, "tools"), "tools"):
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise DataError(f"{label} is {kind(tool)}; expected an object with a function's name and parameters")
+    for label, tool in labelled(tools, "tools"):
+        _function(tool, label, "parameters")
         checked.append(dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)})
     return tuple(checked) or None
+
+
+def _function(value: Any, label: str, other: str) -> Mapping[str, Any]:
+    """Return the function that a tool or a call describes, in its field `function` or directly.
+
+    Raises:
+        DataError: The value is not an object with a function's name.
+    """
+    function = value.get("function", value) if isinstance(value, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise DataError(f"{label} is {kind(value)}; expected an object with a function's name and {other}")
+    return function
 
 
 def parsed(text: str, label: str, expected: str) -> Any:
@@ -169,19 +173,14 @@ def parsed(text: str, label: str, expected: str) -> Any:
         raise DataError(f"{label} is not JSON ({error}): {text[:60]!r}; expected {expected}") from error
 
 
-def items(value: Any, label: str) -> list[Any]:
-    """Return the value if it is a list.
+def labelled(values: Any, name: str) -> list[Labelled]:
+    """Pair each value of a list with its name for error messages: `name[0]`, `name[1]`, ...
 
     Raises:
-        DataError: The value is not a list.
+        DataError: The values are not a list.
     """
-    if not isinstance(value, list):
-        raise DataError(f"{label} is {kind(value)}; expected a list")
-    return value
-
-
-def labelled(values: Sequence[Any], name: str) -> list[Labelled]:
-    """Pair each value with its name for error messages: `name[0]`, `name[1]`, ..."""
+    if not isinstance(values, list):
+        raise DataError(f"{name} is {kind(values)}; expected a list")
     return [(f"{name}[{number}]", value) for number, value in enumerate(values)]
 
 

@@ -6,6 +6,7 @@ where the content of that message begins and ends, and whether the template leav
 position of an answer stays ambiguous is an error.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -355,8 +356,5 @@ def _find(
 
 def _common_prefix(first: str, second: str) -> int:
     """Return the length of the common prefix of two texts, by bisection, since comparing slices is fast."""
-    low, high = 0, min(len(first), len(second))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if first[low:middle] == second[low:middle] else (low, middle - 1)
-    return low
+    lengths = range(1, min(len(first), len(second)) + 1)
+    return bisect_left(lengths, True, key=lambda length: first[:length] != second[:length])

@@ -5,8 +5,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from lora_kit.data.order import examples_of_step, micro_batch_seed, permute, total_examples, total_steps
+from lora_kit.data.order import examples_of_step, micro_batch_seed, permute
+from lora_kit.data.plan import Plan
+from lora_kit.data.tokens import Tokens
 from lora_kit.randomness import mix
+from lora_kit.recipe.schema import Recipe
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 17, 64, 1000, 4097])
@@ -46,28 +49,46 @@ def test_neighbouring_epochs_are_unrelated():
     assert (first == second).sum() < 10
 
 
+def plan_of(examples, **train):
+    recipe = Recipe.model_validate({"base": {"repo": "x"}, "data": {"train": "x"}, "train": train})
+    example = (np.array([1, 2], np.int32), np.array([False, True]))
+    return Plan(recipe, Tokens.of([example] * examples), micro_batch_tokens=512, padded=False)
+
+
+def sequence_of(plan):
+    """The examples of all steps of a plan, one after the other."""
+    train = plan.recipe.train
+    found = []
+    for step in range(plan.steps):
+        chosen = examples_of_step(
+            step, batch_size=train.batch_size, examples=len(plan.tokens), total=plan.total, seed=train.seed
+        )
+        assert len(chosen) == min(train.batch_size, plan.total - step * train.batch_size)
+        assert sorted(chosen) == sorted(example for group in plan.micro_batches(step) for example in group)
+        found += chosen
+    return found
+
+
 @pytest.mark.parametrize(("examples", "batch_size", "epochs"), [(10, 3, 2), (7, 7, 3), (5, 8, 4), (100, 16, 1)])
 def test_each_epoch_shows_each_example_exactly_once(examples, batch_size, epochs):
-    total = total_examples(examples, batch_size=batch_size, steps=None, epochs=epochs)
-    seen = Counter()
-    for step in range(total_steps(total, batch_size)):
-        found = examples_of_step(step, batch_size=batch_size, examples=examples, total=total, seed=3)
-        assert len(found) == min(batch_size, total - step * batch_size)
-        seen.update(found)
-    assert set(seen.values()) == {1}
-    assert len(seen) == examples * epochs
+    found = sequence_of(plan_of(examples, batch_size=batch_size, epochs=epochs, seed=3))
+    assert len(found) == examples * epochs
+    for start in range(0, len(found), examples):
+        assert sorted(found[start : start + examples]) == list(range(examples))
 
 
 @pytest.mark.quick
 def test_a_run_counted_in_steps_reads_over_the_end_of_an_epoch():
-    total = total_examples(10, batch_size=4, steps=5, epochs=None)
-    assert total == 20
-    found = [
-        position
-        for step in range(5)
-        for position in examples_of_step(step, batch_size=4, examples=10, total=total, seed=0)
-    ]
-    assert [epoch for epoch, _ in found] == [0] * 10 + [1] * 10
+    plan = plan_of(10, batch_size=4, steps=5)
+    assert (plan.total, plan.steps) == (20, 5)
+    found = sequence_of(plan)
+    assert sorted(found[:10]) == sorted(found[10:]) == list(range(10)) and found[:10] != found[10:]
+
+
+@pytest.mark.parametrize(("epochs", "total", "steps"), [(0.5, 5, 2), (1.26, 13, 5), (0.01, 1, 1)])
+def test_a_part_of_an_epoch_is_rounded_to_whole_examples(epochs, total, steps):
+    plan = plan_of(10, batch_size=3, epochs=epochs)
+    assert (plan.total, plan.steps) == (total, steps)
 
 
 def test_seeds_differ_between_steps_and_micro_batches():

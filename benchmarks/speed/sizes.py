@@ -165,7 +165,7 @@ class Work:
             for place, example in zip(places, examples[step * self.batch :], strict=False):
                 words = [f"w{number}" for number in example.ids[:-1]]  # the end is added by whoever reads it
                 prompt, completion = " ".join(words[: example.prompt]), " ".join(words[example.prompt :])
-                records[place.example] = {"prompt": prompt, "completion": f" {completion}"}
+                records[place] = {"prompt": prompt, "completion": f" {completion}"}
         self.data.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 

@@ -6,22 +6,13 @@ form an endless sequence, and every step takes the next `batch_size` examples of
 depend on the number of processes.
 """
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from lora_kit.randomness import mix
 
 ROUNDS = 6  # four rounds already pass the statistical tests; two more cost nothing
-
-
-class Position(NamedTuple):
-    """An example in the endless sequence of examples, and the epoch that it is in."""
-
-    epoch: int
-    example: int
 
 
 def micro_batch_seed(seed: int, step: int, index: int) -> int:
@@ -64,27 +55,7 @@ def _scramble(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-def total_examples(examples: int, *, batch_size: int, steps: int | None, epochs: float | None) -> int:
-    """Return how many examples the run trains on; an example counts once per epoch.
-
-    Args:
-        examples: The number of training examples.
-        batch_size: Examples per optimizer step.
-        steps: The recipe's number of steps; None if it has a number of epochs.
-        epochs: The recipe's number of epochs, which may be a fraction.
-    """
-    if steps is not None:
-        return steps * batch_size
-    assert epochs is not None
-    return max(1, round(epochs * examples))
-
-
-def total_steps(total: int, batch_size: int) -> int:
-    """Return the number of optimizer steps for `total` examples; the last step may have fewer examples."""
-    return math.ceil(total / batch_size)
-
-
-def examples_of_step(step: int, *, batch_size: int, examples: int, total: int, seed: int) -> list[Position]:
+def examples_of_step(step: int, *, batch_size: int, examples: int, total: int, seed: int) -> list[int]:
     """Return the examples of a step: positions [step * batch_size, (step + 1) * batch_size) of the endless sequence.
 
     Args:
@@ -93,11 +64,13 @@ def examples_of_step(step: int, *, batch_size: int, examples: int, total: int, s
         examples: The number of training examples.
         total: The number of examples of the whole run, where the last step ends.
         seed: The recipe's seed.
+
+    Returns:
+        The indices of the examples, in the order of the sequence.
     """
     positions = np.arange(step * batch_size, min((step + 1) * batch_size, total), dtype=np.int64)
-    result: list[Position] = []
+    result: list[int] = []
     for epoch in np.unique(positions // examples).tolist():
         inside = positions[positions // examples == epoch] - epoch * examples
-        order = permute(inside, examples, mix(seed, 0, epoch))
-        result.extend(Position(epoch, example) for example in order.tolist())
+        result += permute(inside, examples, mix(seed, 0, epoch)).tolist()
     return result

@@ -1,9 +1,10 @@
 """Prepare a recipe's data, and plan the examples and micro-batches of every step."""
 
+import math
 from dataclasses import dataclass
 
 from lora_kit.data.cache import cached
-from lora_kit.data.order import examples_of_step, total_examples, total_steps
+from lora_kit.data.order import examples_of_step
 from lora_kit.data.packing import Split, pack
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.tokens import Prepared, Tokens, prepare
@@ -46,12 +47,15 @@ class Plan:
     def total(self) -> int:
         """The number of examples of the whole run; an example counts once per epoch."""
         train = self.recipe.train
-        return total_examples(len(self.tokens), batch_size=train.batch_size, steps=train.steps, epochs=train.epochs)
+        if train.steps is not None:
+            return train.steps * train.batch_size
+        assert train.epochs is not None
+        return max(1, round(train.epochs * len(self.tokens)))
 
     @property
     def steps(self) -> int:
-        """The number of optimizer steps of the whole run."""
-        return total_steps(self.total, self.recipe.train.batch_size)
+        """The number of optimizer steps of the whole run; the last step may have fewer examples."""
+        return math.ceil(self.total / self.recipe.train.batch_size)
 
     def examples_seen(self, step: int) -> int:
         """Return how many examples were trained on before a step, which counts from 0."""
@@ -60,10 +64,9 @@ class Plan:
     def micro_batches(self, step: int) -> list[list[int]]:
         """Return the micro-batches of a step for all processes together, each as the indices of its examples."""
         train = self.recipe.train
-        positions = examples_of_step(
+        members = examples_of_step(
             step, batch_size=train.batch_size, examples=len(self.tokens), total=self.total, seed=train.seed
         )
-        members = [position.example for position in positions]
         lengths = self.tokens.lengths[members].tolist()
         groups = self.split(lengths, self.micro_batch_tokens, padded=self.padded)
         return [[members[index] for index in group] for group in groups]

@@ -75,14 +75,6 @@ def test_the_first_token_of_an_example_is_no_label():
     assert made.labels.tolist() == [2] and (made.weight(0), made.weight(1)) == (1, 0)
 
 
-def test_saved_tokens_are_the_same(make, tmp_path):
-    made = make(make_records(5)).train
-    made.save(tmp_path / "tokens.safetensors")
-    loaded = Tokens.load(tmp_path / "tokens.safetensors")
-    assert loaded.fingerprint == made.fingerprint
-    assert all(np.array_equal(getattr(loaded, name), getattr(made, name)) for name in ("ids", "trained", "offsets"))
-
-
 def test_the_fingerprint_sees_every_array():
     def of(ids, trained, offsets):
         return Tokens(np.array(ids, np.int32), np.array(trained), np.array(offsets, np.int64)).fingerprint

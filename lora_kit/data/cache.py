@@ -11,52 +11,31 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lora_kit import randomness
 from lora_kit.data import sources
-from lora_kit.data.counts import Counts, DataCounts
+from lora_kit.data.counts import DataCounts
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.template import Prompt
 from lora_kit.data.tokens import Prepared, Tokens
 from lora_kit.errors import LoraKitError
-from lora_kit.files import cache_folder, sha256_of
+from lora_kit.files import sha256_of
 from lora_kit.recipe.schema import Recipe
 from lora_kit.version import VERSION
 
 MAX_ENTRIES, MAX_BYTES = 20, 8 << 30  # the limits of the cache
 PACKAGES = ("transformers", "tokenizers", "datasets", "jinja2", "numpy", "pyarrow")
 COMMIT = re.compile("[0-9a-f]{40}")
-VALIDATION = "validation."  # prefix of the names of the validation arrays in a file
-
-
-def cached(recipe: Recipe, renderer: Renderer, make: Callable[[], Prepared]) -> Prepared:
-    """Return a recipe's prepared data from the cache, or call `make` and cache its result.
-
-    Args:
-        recipe: The recipe.
-        renderer: Tokenizer, template and stop token, which determine the tokens with the recipe.
-        make: Prepares the data.
-    """
-    key = key_of(recipe, renderer)
-    if key is None:
-        return make()
-    path = cache_folder("tokens") / f"{key}.safetensors"
-    prepared = read(path)
-    if prepared is not None:
-        return prepared
-    prepared = make()
-    if key_of(recipe, renderer) == key:  # otherwise a file changed while it was read
-        write(path, prepared)
-    return prepared
+TRAIN, VALIDATION = "train.", "validation."  # prefixes of the names of the arrays in a file
+ABOUT = TypeAdapter(tuple[tuple[Prompt, ...], DataCounts, tuple[str, ...]])  # prompts, counts and notes
 
 
 def key_of(recipe: Recipe, renderer: Renderer) -> str | None:
@@ -104,26 +83,23 @@ def read(path: Path) -> Prepared | None:
         with safe_open(path, framework="numpy") as file:
             about, checksum = (file.metadata()[name] for name in ("about", "checksum"))
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        train, validation = _tokens(arrays, ""), _tokens(arrays, VALIDATION)
+        train, validation = _tokens(arrays, TRAIN), _tokens(arrays, VALIDATION)
         if train is None or checksum != _checksum(about, train, validation):
             return None
     except (OSError, SafetensorError, KeyError, TypeError):
         return None
     with suppress(OSError):  # the file may belong to another user; then its time of last use stays older
         os.utime(path)
-    facts = json.loads(about)
-    train_counts, validation_counts = (counts and Counts(**counts) for counts in facts["counts"])
-    counts, prompts = DataCounts(train_counts, validation_counts), tuple(Prompt(*prompt) for prompt in facts["prompts"])
-    return Prepared(train, validation, prompts, counts, tuple(facts["notes"]))
+    prompts, counts, notes = ABOUT.validate_json(about)
+    return Prepared(train, validation, prompts, counts, notes)
 
 
 def write(path: Path, prepared: Prepared) -> None:
     """Save prepared data atomically, and delete the least recently used entries; failures are ignored."""
-    counts = [part and asdict(part) for part in (prepared.counts.train, prepared.counts.validation)]
-    about = json.dumps({"prompts": prepared.prompts, "counts": counts, "notes": prepared.notes})
-    arrays = dict(_arrays(prepared.train, ""))
+    about = ABOUT.dump_json((prepared.prompts, prepared.counts, prepared.notes)).decode()
+    arrays = {TRAIN + name: array for name, array in vars(prepared.train).items()}
     if prepared.validation is not None:
-        arrays |= _arrays(prepared.validation, VALIDATION)
+        arrays |= {VALIDATION + name: array for name, array in vars(prepared.validation).items()}
     checksum = _checksum(about, prepared.train, prepared.validation)
     with suppress(OSError, SafetensorError):  # e.g. a full or read-only disk; the next start tokenises again
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,11 +125,6 @@ def _checksum(about: str, train: Tokens, validation: Tokens | None) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _arrays(tokens: Tokens, prefix: str) -> Iterator[tuple[str, Any]]:
-    yield from ((f"{prefix}{name}", getattr(tokens, name)) for name in ("ids", "trained", "offsets"))
-
-
-def _tokens(arrays: dict[str, Any], prefix: str) -> Tokens | None:
-    if f"{prefix}ids" not in arrays:
-        return None
-    return Tokens(*(arrays[f"{prefix}{name}"] for name in ("ids", "trained", "offsets")))
+def _tokens(arrays: dict[str, np.ndarray], part: str) -> Tokens | None:
+    named = {name.removeprefix(part): array for name, array in arrays.items() if name.startswith(part)}
+    return Tokens(**named) if named else None

@@ -3,11 +3,12 @@
 import math
 from dataclasses import dataclass
 
-from lora_kit.data.cache import cached
+from lora_kit.data import cache
 from lora_kit.data.order import examples_of_step
 from lora_kit.data.packing import Split, pack
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.tokens import Prepared, Tokens, prepare
+from lora_kit.files import cache_folder
 from lora_kit.recipe.schema import Recipe
 
 
@@ -17,12 +18,15 @@ def prepare_data(recipe: Recipe, renderer: Renderer) -> Prepared:
     Raises:
         DataError: The data has problems; the message lists them.
     """
-
-    def make() -> Prepared:
-        prompts = recipe.evaluate.generate
-        return prepare(recipe.data, renderer, base_dir=recipe.folder, seed=recipe.train.seed, prompts=prompts)
-
-    return cached(recipe, renderer, make)
+    key = cache.key_of(recipe, renderer)
+    path = cache_folder("tokens") / f"{key}.safetensors"
+    if key is not None and (prepared := cache.read(path)) is not None:
+        return prepared
+    prompts = recipe.evaluate.generate
+    prepared = prepare(recipe.data, renderer, base_dir=recipe.folder, seed=recipe.train.seed, prompts=prompts)
+    if key is not None and cache.key_of(recipe, renderer) == key:  # otherwise a file changed while it was read
+        cache.write(path, prepared)
+    return prepared
 
 
 @dataclass(frozen=True)

@@ -79,27 +79,10 @@ class Tokens:
     def fingerprint(self) -> str:
         """The SHA-256 of the three arrays, as hexadecimal digits."""
         digest = hashlib.sha256()
-        for name, array in self._arrays().items():
+        for name, array in vars(self).items():
             digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
-
-    def save(self, path: Path) -> None:
-        """Write the arrays as safetensors."""
-        from safetensors.numpy import save_file
-
-        save_file(self._arrays(), path)
-
-    @staticmethod
-    def load(path: Path) -> "Tokens":
-        """Read the arrays that `save` wrote."""
-        from safetensors.numpy import load_file
-
-        arrays = load_file(path)
-        return Tokens(ids=arrays["ids"], trained=arrays["trained"], offsets=arrays["offsets"])
-
-    def _arrays(self) -> dict[str, np.ndarray]:
-        return {"ids": self.ids, "trained": self.trained, "offsets": self.offsets}
 
 
 @dataclass(frozen=True)

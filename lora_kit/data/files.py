@@ -154,21 +154,22 @@ def _json_list(path: Path, label: str) -> list[Any] | None:
     """
     with path.open(encoding="utf-8-sig") as file:
         first = next((line.strip() for line in file if line.strip()), "")
-    if first.startswith("{") and not isinstance(_parse(first), dict):  # it may be an object over several lines
-        try:
-            keys = list(json.loads(path.read_text(encoding="utf-8-sig")))
-        except json.JSONDecodeError:
+    is_object = first.startswith("{")
+    if not (is_object or first.startswith("[")) or (is_object and isinstance(_parse(first), dict)):
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        if is_object:  # JSONL with a wrong line, which will be reported by its number
             return None
+        raise DataError(f"{label}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from error
+    if isinstance(value, dict):
+        keys = list(value)
         found = ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")
         raise DataError(
             f"{label}: the file is one object ({found}); expected a list of records, or one record per line"
         )
-    if not first.startswith("["):
-        return None
-    try:
-        return list(json.loads(path.read_text(encoding="utf-8-sig")))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{label}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from error
+    return list(value)
 
 
 def _parse(line: str) -> Record | DataError:

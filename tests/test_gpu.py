@@ -111,10 +111,10 @@ def test_every_snapshot_holds_the_state_of_its_step_however_late_it_is_copied(re
         states.append(torch.cat(self._state.kept))
         begin(self, *arguments, **named)
 
-    def late(self, slot, updated):
+    def late(self, slot):
         with torch.cuda.stream(self._side_stream):
             torch.cuda._sleep(200_000_000)  # cycles, a tenth of a second: longer than a step of this base
-        return copy(self, slot, updated)
+        return copy(self, slot)
 
     def published(self, slot, header):
         held.append(torch.frombuffer(bytearray(self.payload(slot)), dtype=torch.float32))

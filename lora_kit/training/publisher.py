@@ -49,7 +49,6 @@ class Publisher:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._pending: Future[StepFacts] | None = None
         self._copy_queued = threading.Event()
-        self._copied: torch.cuda.Event | None = None
         self._registered = False
         self._faults = 0
         self._starts_keeper = inherited(run) is None  # the parent of this process is not the keeper
@@ -101,28 +100,20 @@ class Publisher:
         self.wait_published()
         self._state.assert_views()
         self._copy_queued.clear()
-        updated = None
         if self._state.weights.is_cuda:
-            updated = torch.cuda.Event()
-            updated.record()
+            self._side_stream.wait_stream(torch.cuda.current_stream())
         self._sequence += 1
-        self._pending = self._thread.submit(self._fill_slot, self._region, facts, self._sequence, due, updated)
+        self._pending = self._thread.submit(self._fill_slot, self._region, facts, self._sequence, due)
 
-    def _fill_slot(
-        self,
-        region: Region,
-        facts: Callable[[], StepFacts],
-        sequence: int,
-        due: bool,
-        updated: torch.cuda.Event | None,
-    ) -> StepFacts:
+    def _fill_slot(self, region: Region, facts: Callable[[], StepFacts], sequence: int, due: bool) -> StepFacts:
+        on_cuda = self._state.weights.is_cuda
         try:
             slot = region.acquire(self._restart_dead_keeper)
-            checksum = self._copy_on_cpu(slot) if updated is None else self._copy_on_cuda(slot, updated)
+            checksum = self._copy_on_cuda(slot) if on_cuda else self._copy_on_cpu(slot)
         finally:
             self._copy_queued.set()
         found = facts()
-        if updated is not None:
+        if on_cuda:
             self._side_stream.synchronize()
             checksum = live.checksum(self._slots[slot])
         region.publish(slot, Header(self._token, sequence, checksum, due, found))
@@ -133,19 +124,16 @@ class Publisher:
         sources = [buffer.numpy().view(np.uint8).data for buffer in self._state.kept]
         return live.copy_hashed(self._slots[slot], sources)
 
-    def _copy_on_cuda(self, slot: int, updated: torch.cuda.Event) -> int:
+    def _copy_on_cuda(self, slot: int) -> int:
         """Queue the copy of weights and moments from the GPU into a slot on the side stream.
 
         Returns:
             0: the checksum is computed after the copy has ended.
         """
         with torch.cuda.stream(self._side_stream):
-            self._side_stream.wait_event(updated)
             target = torch.frombuffer(self._slots[slot], dtype=torch.float32)
             for part, buffer in zip(target.split(self._state.size), self._state.kept, strict=True):
                 part.copy_(buffer, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
         return 0
 
     def wait_copied(self) -> float:
@@ -158,8 +146,7 @@ class Publisher:
         began = time.perf_counter()
         if self._state.weights.is_cuda:
             self._copy_queued.wait()
-            if self._copied is not None:
-                torch.cuda.current_stream().wait_event(self._copied)
+            torch.cuda.current_stream().wait_stream(self._side_stream)
         else:
             self._pending.exception()
         return time.perf_counter() - began

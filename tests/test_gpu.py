@@ -19,7 +19,7 @@ from lora_kit.runs.live import Region
 from lora_kit.runs.store import open_checkpoint
 from lora_kit.training import publisher
 from lora_kit.training.profiling import OTHER
-from lora_kit.training.progress import copied_to_host
+from lora_kit.training.progress import StepValues, step_values
 from lora_kit.training.publisher import Publisher
 
 pytestmark = pytest.mark.gpu
@@ -159,11 +159,12 @@ def test_memory_that_cuda_does_not_take_leaves_no_error_behind():
 
 
 def test_a_step_s_numbers_do_not_wait_for_what_is_queued_after_them():
-    wait = copied_to_host(torch.arange(4.0, device="cuda"))
+    numbers = torch.arange(1.0, 5.0, device="cuda")
+    wait = step_values(numbers[:3], numbers[3], numbers[3] > 5, ("accuracy",))
     torch.cuda._sleep(2_000_000_000)  # about a second
     after = torch.cuda.Event()
     after.record()
-    assert wait() == [0, 1, 2, 3] and not after.query()
+    assert wait() == StepValues(1, True, 4, False, {"accuracy": 3}) and not after.query()
     after.synchronize()
 
 

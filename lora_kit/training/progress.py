@@ -48,27 +48,14 @@ def step_values(
     sums: Float32[Tensor, "sums"], norm: Float32[Tensor, ""], taken: Bool[Tensor, ""], metrics: Sequence[str]
 ) -> Callable[[], StepValues]:
     """Copy what a step computed to the host; calling the result waits for the copy and nothing that is queued later."""
-    read = copied_to_host(torch.stack([norm, taken, *sums]))
+    on_host = torch.stack([norm, taken, *sums]).to("cpu", non_blocking=True)  # pinned memory if it comes from a GPU
+    copied = torch.cuda.current_stream().record_event() if sums.is_cuda else None
 
     def wait() -> StepValues:
-        norm, taken, loss, stop, *means = read()
+        if copied is not None:
+            copied.synchronize()
+        norm, taken, loss, stop, *means = on_host.tolist()
         return StepValues(loss, stop > 0, norm, taken > 0, dict(zip(metrics, means, strict=True)))
-
-    return wait
-
-
-def copied_to_host(on_device: Tensor) -> Callable[[], list[float]]:
-    """Copy values from the device; calling the result waits for the copy and nothing that is queued later."""
-    if not on_device.is_cuda:
-        return on_device.tolist
-    values, arrived = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True), torch.cuda.Event()
-    values.copy_(on_device, non_blocking=True)
-    arrived.record()
-
-    def wait() -> list[float]:
-        arrived.synchronize()
-        numbers: list[float] = values.tolist()
-        return numbers
 
     return wait
 

@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from lora_kit.recipe.schema import Recipe
 
 
@@ -22,21 +24,16 @@ class TrainRequest:
 
     def to_json(self) -> str:
         """Return the request as JSON; `folder` is where the recipe's relative paths start."""
-        content = {
-            "recipe": self.recipe.model_dump(mode="json"),
-            "folder": str(self.recipe.folder),
-            "out": str(self.out),
-            "accept": self.accept,
-            "start_from": self.start_from and str(self.start_from),
-            "profile": self.profile,
-        }
-        return json.dumps(content)
+        arguments = _ARGUMENTS.dump_python(self, mode="json")
+        return json.dumps({"arguments": arguments, "folder": str(self.recipe.folder)})
 
-    @classmethod
-    def from_json(cls, text: str) -> "TrainRequest":
+    @staticmethod
+    def from_json(text: str) -> "TrainRequest":
         """Return what `to_json` wrote."""
         content = json.loads(text)
-        recipe = Recipe.model_validate(content["recipe"])
-        recipe._folder = Path(content["folder"])
-        start_from = content["start_from"] and Path(content["start_from"])
-        return cls(recipe, Path(content["out"]), tuple(content["accept"]), start_from, content["profile"])
+        request = _ARGUMENTS.validate_python(content["arguments"])
+        request.recipe._folder = Path(content["folder"])
+        return request
+
+
+_ARGUMENTS = TypeAdapter(TrainRequest)

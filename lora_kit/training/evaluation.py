@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,6 +27,8 @@ from lora_kit.training.objectives.objective import Objective
 from lora_kit.training.objectives.sft import Sft
 from lora_kit.training.processes import Processes
 
+Tick = Callable[[str], None]  # is told what is being done, again and again
+
 
 @dataclass(frozen=True)
 class Score:
@@ -48,87 +51,69 @@ class Score:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out data and the settings for running the model on it. Packing and objective are the same as in training.
+    """Measures a model on held-out data. Packing and objective are the same as in training.
 
     Attributes:
-        tokens: The validation examples.
-        prompts: The prompts to answer by generation.
-        micro_batch_tokens: The most tokens of a micro-batch.
-        padded: Whether micro-batches are padded rows instead of one packed row.
+        model: The base with the adapter.
+        renderer: The tokenizer with the chat template.
+        data: The validation examples, and the prompts to answer by generation.
+        plan: The size and the layout of micro-batches.
         objective: The loss.
-        answering: The settings of generation.
+        processes: The processes that share the work.
     """
 
-    tokens: Tokens
-    prompts: Sequence[Prompt]
-    micro_batch_tokens: int
-    padded: bool
+    model: PeftModel
+    renderer: Renderer
+    data: Prepared
+    plan: Plan
     objective: Objective
-    answering: Answering
+    processes: Processes
 
+    def compare(self, tick: Tick = lambda _: None) -> dict[str, Score]:
+        """Measure the base and the adapter on the same examples; without validation data return nothing."""
+        if self.data.validation is None:
+            return {}
+        with self.model.disable_adapter():
+            base = self._score(self.data.validation, lambda what: tick(f"base: {what}"))
+        adapter = self._score(self.data.validation, lambda what: tick(f"adapter: {what}"))
+        return {"base": base, "adapter": adapter}
 
-def held_out_of(plan: Plan, objective: Objective, data: Prepared, renderer: Renderer) -> HeldOut | None:
-    """Return the held-out data of a plan; None without validation data."""
-    if data.validation is None:
-        return None
-    # the limit for generation: a text that is much longer than the longest expected answer cannot match any
-    longest = max((len(renderer.tokenizer(prompt.expected)["input_ids"]) for prompt in data.prompts), default=0)
-    answering = Answering(stop_ids(renderer), max_new_tokens=longest + 8)
-    return HeldOut(data.validation, data.prompts, plan.micro_batch_tokens, plan.padded, objective, answering)
+    def _score(self, examples: Tokens, tick: Tick) -> Score:
+        loss, prompts, matches = self.loss(examples, tick), self.data.prompts, 0
+        own_prompts = prompts[self.processes.index :: self.processes.count]
+        for start in range(0, len(own_prompts), self.answering.batch_size):
+            tick("answering")
+            batch = own_prompts[start : start + self.answering.batch_size]
+            texts = zip(self.answers(batch), batch, strict=True)
+            matches += sum(text.strip() == prompt.expected.strip() for text, prompt in texts)
+        match = sum(self.processes.gather([matches])) / len(prompts) if prompts else None
+        return Score(loss, math.exp(min(loss, 700)), match, len(examples), len(prompts))
 
+    @torch.no_grad()
+    def loss(self, examples: Tokens, tick: Tick) -> float:
+        """Return the mean loss of the trained tokens of some examples, which are divided over the processes."""
+        was_training = self.model.training
+        self.model.eval()
+        padded, loss_sum, weight = self.plan.padded, 0.0, 0
+        groups = self.objective.split(examples.lengths.tolist(), self.plan.micro_batch_tokens, padded=padded)
+        for members in groups[self.processes.index :: self.processes.count]:
+            tick("held-out loss")
+            batch = collate(examples, members, padded=padded)
+            loss = self.objective.loss(self.model, batch, self.processes.device)
+            loss_sum, weight = loss_sum + float(loss.total), weight + loss.weight
+        self.model.train(was_training)
+        loss_sum, weight = (sum(column) for column in zip(*self.processes.gather([(loss_sum, weight)]), strict=True))
+        return loss_sum / max(1, weight)
 
-def score(
-    model: PeftModel,
-    renderer: Renderer,
-    held_out: HeldOut,
-    *,
-    processes: Processes,
-    tick: Callable[[str], None] = lambda _: None,
-) -> Score:
-    """Measure the model on the held-out data, divided over the processes."""
-    loss_sum, weight = _loss(model, held_out, processes, tick)
-    own_prompts = held_out.prompts[processes.index :: processes.count]
-    matches = 0
-    for start in range(0, len(own_prompts), held_out.answering.batch_size):
-        tick("answering")
-        batch = own_prompts[start : start + held_out.answering.batch_size]
-        texts = answer(model, renderer.tokenizer, [prompt.ids for prompt in batch], held_out.answering)
-        matches += sum(text.strip() == prompt.expected.strip() for text, prompt in zip(texts, batch, strict=True))
-    totals = [sum(column) for column in zip(*processes.gather([(loss_sum, weight, matches)]), strict=True)]
-    loss = totals[0] / max(1, totals[1])
-    match = totals[2] / len(held_out.prompts) if held_out.prompts else None
-    return Score(loss, math.exp(min(loss, 700)), match, len(held_out.tokens), len(held_out.prompts))
+    @cached_property
+    def answering(self) -> Answering:
+        """The settings of generation: a text much longer than the longest expected answer cannot match any."""
+        expected = (self.renderer.tokenizer(prompt.expected)["input_ids"] for prompt in self.data.prompts)
+        return Answering(stop_ids(self.renderer), max_new_tokens=max(map(len, expected), default=0) + 8)
 
-
-@torch.no_grad()
-def _loss(model: PeftModel, held_out: HeldOut, processes: Processes, tick: Callable[[str], None]) -> tuple[float, int]:
-    was_training = model.training
-    model.eval()
-    lengths, objective = held_out.tokens.lengths.tolist(), held_out.objective
-    groups = objective.split(lengths, held_out.micro_batch_tokens, padded=held_out.padded)
-    loss_sum, weight = 0.0, 0
-    for members in groups[processes.index :: processes.count]:
-        tick("held-out loss")
-        batch = collate(held_out.tokens, members, padded=held_out.padded)
-        loss = objective.loss(model, batch, processes.device)
-        loss_sum, weight = loss_sum + float(loss.total), weight + loss.weight
-    model.train(was_training)
-    return loss_sum, weight
-
-
-def compare(
-    model: PeftModel,
-    renderer: Renderer,
-    held_out: HeldOut,
-    *,
-    processes: Processes,
-    tick: Callable[[str], None] = lambda _: None,
-) -> dict[str, Score]:
-    """Measure the base and the adapter on the same examples."""
-    with model.disable_adapter():
-        base = score(model, renderer, held_out, processes=processes, tick=lambda what: tick(f"base: {what}"))
-    adapter = score(model, renderer, held_out, processes=processes, tick=lambda what: tick(f"adapter: {what}"))
-    return {"base": base, "adapter": adapter}
+    def answers(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Return the model's answers to some prompts."""
+        return answer(self.model, self.renderer.tokenizer, [prompt.ids for prompt in prompts], self.answering)
 
 
 def plain(scores: dict[str, Score]) -> dict[str, dict[str, float | None]]:
@@ -158,10 +143,9 @@ def evaluate(recipe: Recipe, checkpoint: str | Path) -> dict[str, Score]:
         data, named = prepare_data(recipe, renderer), recipe.train.micro_batch_tokens
         recorded = resolved.micro_batch_tokens or facts.recipe["train"]["micro_batch_tokens"]
         tokens = named if isinstance(named, int) else recorded
-        plan, objective = Plan(recipe, data.train, tokens, resolved.layout == "padded"), Sft()
-        held_out = held_out_of(plan, objective, data, renderer)
-        if held_out is None:
+        if data.validation is None:
             raise DataError("data.validation: the recipe names none; add a file, a Hub name or a fraction such as 0.05")
-        return compare(model, renderer, held_out, processes=processes)
+        plan = Plan(recipe, data.train, tokens, resolved.layout == "padded")
+        return HeldOut(model, renderer, data, plan, Sft(), processes).compare()
     finally:
         processes.leave()

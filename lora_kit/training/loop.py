@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_kit.artifacts.answering import answer
 from lora_kit.artifacts.hub import push_finished
 from lora_kit.data.order import micro_batch_seed
 from lora_kit.data.packing import MicroBatch, collate, reduction_schedule
@@ -26,8 +25,9 @@ from lora_kit.runs import store
 from lora_kit.runs.run import Run, show, write_result
 from lora_kit.runs.trackers import following, require
 from lora_kit.supervise.stopping import StopRequest, stop_signals
-from lora_kit.training import evaluation, optim
+from lora_kit.training import optim
 from lora_kit.training.announce import announce
+from lora_kit.training.evaluation import HeldOut, plain
 from lora_kit.training.job import Job
 from lora_kit.training.objectives.sft import Sft
 from lora_kit.training.processes import Processes
@@ -205,19 +205,21 @@ def held_out_loss(job: Job, done: int, publisher: Publisher, console: Console) -
         publisher.heartbeat()
         console.tick(what)
 
-    tokenizer = job.inputs.renderer.tokenizer
-    held_out = evaluation.held_out_of(job.plan, job.objective, job.inputs.data, job.inputs.renderer)
-    assert held_out is not None
-    loss_only, prompts = replace(held_out, prompts=()), held_out.prompts[:SAMPLES]
-    score = evaluation.score(job.model, job.inputs.renderer, loss_only, processes=job.processes, tick=tick)
+    held_out, data = held_out_of(job), job.inputs.data
+    assert data.validation is not None
+    loss, prompts = held_out.loss(data.validation, tick), data.prompts[:SAMPLES]
     if job.processes.is_main and prompts:
-        texts = answer(job.model, tokenizer, [prompt.ids for prompt in prompts], held_out.answering)
-        for prompt, text in zip(prompts, texts, strict=True):
-            rendered = tokenizer.decode(prompt.ids)
+        for prompt, text in zip(prompts, held_out.answers(prompts), strict=True):
+            rendered = job.inputs.renderer.tokenizer.decode(prompt.ids)
             sample = {"step": done, "prompt": rendered, "expected": prompt.expected, "answer": text}
             job.journal.event("sample", **sample)
             job.trackers.log(sample)
-    return score.loss
+    return loss
+
+
+def held_out_of(job: Job) -> HeldOut:
+    """Return the measurement of a job's model on its validation data."""
+    return HeldOut(job.model, job.inputs.renderer, job.inputs.data, job.plan, job.objective, job.processes)
 
 
 def catch_up(job: Job, log: StepLog, publisher: Publisher, console: Console) -> None:
@@ -283,13 +285,10 @@ def finish(job: Job, publisher: Publisher, console: Console, stop: StopRequest) 
         publisher.heartbeat()
         console.tick(what)
 
-    held_out = evaluation.held_out_of(job.plan, job.objective, job.inputs.data, job.inputs.renderer)
-    scores = {}
-    if held_out is not None:
-        scores = evaluation.compare(job.model, job.inputs.renderer, held_out, processes=job.processes, tick=tick)
+    scores = held_out_of(job).compare(tick)
     if job.processes.is_main:
         base_bytes = sum(file.stat().st_size for file in job.inputs.source.folder.glob("*.safetensors"))
-        write_result(run, job.plan.steps, evaluation.plain(scores), base_bytes=base_bytes)
+        write_result(run, job.plan.steps, plain(scores), base_bytes=base_bytes)
         job.journal.event("finished", step=job.plan.steps)
         console.end()
         show(run, job.recipe, console)

@@ -8,6 +8,7 @@ forward operation and is counted for the same part.
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -40,12 +41,12 @@ def part(name: str, function: Call) -> Call:
 
 def profiled(steps: range, job: Job, console: Console, *, wanted: bool) -> Iterator[int]:
     """Yield the steps; if wanted, profile a few of them on the main process and write a table and a trace."""
-    first = steps.start + min(WARM_UP, max(0, len(steps) - PROFILED))
-    chosen = range(first, min(first + PROFILED, steps.stop))
+    first = min(WARM_UP, max(0, len(steps) - PROFILED))
+    chosen = steps[first : first + PROFILED]
     if not wanted or not job.processes.is_main or not chosen:
         yield from steps
         return
-    yield from range(steps.start, chosen.start)
+    yield from steps[:first]
     cuda = job.processes.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with torch.profiler.profile(activities=activities) as profiler, labelled_modules(job.model):
@@ -61,7 +62,7 @@ def profiled(steps: range, job: Job, console: Console, *, wanted: bool) -> Itera
     text = table(times(profiler.events() or [], cuda=cuda), len(chosen), about)
     (folder / "table.txt").write_text(text + "\n")
     console.say(f"{text}\nthe whole trace, for chrome://tracing or ui.perfetto.dev: {folder / 'trace.json'}")
-    yield from range(chosen.stop, steps.stop)
+    yield from steps[first + PROFILED :]
 
 
 @contextmanager
@@ -69,20 +70,18 @@ def labelled_modules(model: nn.Module) -> Iterator[None]:
     """Label the forward calls of a model's modules with their parts."""
     with ExitStack() as hooks:
         for module, name in parts_of(model):
-            open_ranges: list[record_function] = []
-
-            def enter(*_: Any, ranges: list[record_function] = open_ranges, label: str = PREFIX + name) -> None:
-                ranges.append(record_function(label).__enter__())
-
-            def leave(*_: Any, ranges: list[record_function] = open_ranges) -> None:
-                ranges.pop().__exit__(None, None, None)
-
-            for handle in (
-                module.register_forward_pre_hook(enter, prepend=True),
-                module.register_forward_hook(leave, always_call=True),
-            ):
-                hooks.callback(handle.remove)
+            label = record_function(PREFIX + name)
+            hooks.callback(module.register_forward_pre_hook(partial(_enter, label), prepend=True).remove)
+            hooks.callback(module.register_forward_hook(partial(_leave, label), always_call=True).remove)
         yield
+
+
+def _enter(label: record_function, *_: Any) -> None:
+    label.__enter__()
+
+
+def _leave(label: record_function, *_: Any) -> None:
+    label.__exit__(None, None, None)
 
 
 def parts_of(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:

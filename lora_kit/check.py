@@ -17,7 +17,7 @@ from lora_kit.artifacts.hub import push_notes
 from lora_kit.data.files import SUFFIXES
 from lora_kit.data.plan import Plan, prepare_data
 from lora_kit.data.rendering import Renderer
-from lora_kit.data.tokens import Prepared, Tokens
+from lora_kit.data.tokens import Prepared, Tokens, check_context
 from lora_kit.data.vocabulary import check_tokenizer_fits
 from lora_kit.errors import InputError, RecipeError
 from lora_kit.model.sizes import Estimate, Shape, estimate_memory, read_config
@@ -310,8 +310,4 @@ def _check_data(plan: Plan, data: Prepared, renderer: Renderer, report: Report, 
         report.notes.append(idleness)
     if report.estimate is not None:
         check_tokenizer_fits(renderer.tokenizer, report.estimate.vocabulary, used=data.train)
-        if recipe.data.sequence_length > report.estimate.context < max(data.train.lengths):
-            report.problems.append(
-                f"data.sequence_length: the longest example has {max(data.train.lengths):,} tokens, but the "
-                f"base has only {report.estimate.context:,} positions; lower data.sequence_length and set data.overlong"
-            )
+        check_context(data, report.estimate.context)

@@ -152,7 +152,7 @@ def test_problems_of_the_data_are_all_listed_and_the_exit_code_is_2(recipe_file,
 def test_examples_beyond_the_bases_context_are_a_problem(recipe_file, tmp_path, base_folder):
     folder = copy_base(base_folder, tmp_path, {"max_position_embeddings": 100})
     report = check(load_recipe(recipe_file, [f"base.repo={folder}"]))
-    assert any("the base has only 100 positions" in problem for problem in report.problems)
+    assert any("the base was made for 100;" in problem for problem in report.problems)
 
 
 def test_json_is_json(recipe_file):

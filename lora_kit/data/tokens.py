@@ -104,6 +104,24 @@ class Prepared:
     notes: tuple[str, ...]
 
 
+def check_context(data: Prepared, context: int | None) -> None:
+    """Refuse examples that are longer than the context of the base.
+
+    Args:
+        data: The training and validation examples.
+        context: The number of positions of the base; None if its configuration does not say it.
+
+    Raises:
+        DataError: An example is too long; the message names the longest example and the limit.
+    """
+    longest = max(int(tokens.lengths.max()) for tokens in (data.train, data.validation) if tokens)
+    if context and longest > context:
+        raise DataError(
+            f"data.sequence_length: the longest example has {longest:,} tokens, the base was made for {context:,}; "
+            f"set data.sequence_length={context} and data.overlong to drop or truncate"
+        )
+
+
 Problem = tuple[Records, int, str]
 """The records, the index of one of them, and what is wrong with it. Its file and line are looked up only if shown."""
 

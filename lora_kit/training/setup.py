@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lora_kit.artifacts.locate import checkpoint_at
 from lora_kit.data.plan import Plan, prepare_data
 from lora_kit.data.rendering import Renderer
-from lora_kit.data.tokens import Prepared
+from lora_kit.data.tokens import Prepared, check_context
 from lora_kit.data.vocabulary import check_tokenizer_fits, untrained_labels
-from lora_kit.errors import DataError
 from lora_kit.kernels import fusing
 from lora_kit.kernels.attention import use_attention
 from lora_kit.kernels.identity import identity
@@ -196,22 +195,7 @@ def check_base_fits(base: PreTrainedModel, inputs: Inputs) -> None:
     """
     embedding = cast(torch.Tensor, base.get_input_embeddings().weight)
     check_tokenizer_fits(inputs.renderer.tokenizer, len(embedding), used=inputs.data.train)
-    check_context(inputs.data, base.config)
-
-
-def check_context(data: Prepared, config: PretrainedConfig) -> None:
-    """Refuse examples that are longer than the context of the base.
-
-    Raises:
-        DataError: An example is too long; the message names the longest example and the limit.
-    """
-    longest = max(int(tokens.lengths.max()) for tokens in (data.train, data.validation) if tokens)
-    context = config.to_dict().get("max_position_embeddings")
-    if context and longest > context:
-        raise DataError(
-            f"data.sequence_length: the longest example has {longest:,} tokens, the base was made for {context:,}; "
-            f"set data.sequence_length={context} and data.overlong to drop or truncate"
-        )
+    check_context(inputs.data, base.config.to_dict().get("max_position_embeddings"))
 
 
 def warn_about_untrained(base: PreTrainedModel, recipe: Recipe, inputs: Inputs, console: Console) -> None:

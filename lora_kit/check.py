@@ -3,7 +3,7 @@
 The data is read and tokenised as for training. No weights are loaded: sizes are computed from the base's configuration.
 """
 
-import html
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -28,9 +28,22 @@ from lora_kit.recipe.schema import Recipe
 from lora_kit.runs.trackers import require
 from lora_kit.training.micro_batches import Machine, MicroBatches, choose, description, this_machine
 
+HTML = '<pre style="white-space:pre-wrap;word-break:normal;font-family:monospace">{code}</pre>'
+
+
+class ShownInNotebooks:
+    """A renderable of rich that a notebook shows as a terminal with colours would."""
+
+    def _repr_html_(self) -> str:
+        console = Console(
+            record=True, file=io.StringIO(), force_terminal=True, force_jupyter=False, color_system="truecolor"
+        )
+        console.print(self, soft_wrap=True)
+        return console.export_html(inline_styles=True, code_format=HTML)
+
 
 @dataclass(frozen=True, repr=False)
-class Preview:
+class Preview(ShownInNotebooks):
     """Rendered examples with their trained parts marked.
 
     Attributes:
@@ -40,9 +53,6 @@ class Preview:
     examples: tuple[tuple[tuple[str, bool], ...], ...]
 
     def __repr__(self) -> str:
-        return str(self)
-
-    def __str__(self) -> str:
         return "\n\n".join("".join(_in_brackets(*piece) for piece in example) for example in self.examples)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
@@ -55,15 +65,6 @@ class Preview:
                     for text, trained in example
                 )
             )
-
-    def _repr_html_(self) -> str:
-        style = "white-space:pre-wrap;font-family:monospace;border-left:3px solid #999;padding-left:8px;margin:8px 0"
-        mark = '<span style="background:#b7e4c7;color:#000">{}</span>'
-        bodies = (
-            "".join(mark.format(html.escape(text)) if trained else html.escape(text) for text, trained in example)
-            for example in self.examples
-        )
-        return "".join(f'<pre style="{style}">{body}</pre>' for body in bodies)
 
 
 def _in_brackets(text: str, trained: bool) -> str:
@@ -135,11 +136,8 @@ def _source_without_weights(recipe: Recipe, *, offline: bool) -> Source:
     return Source(recipe.base.repo, base_folder(recipe.base, folder, weights=False, offline=offline), None, {})
 
 
-COLOURS = {"red": "color:#c1121f", "yellow": "color:#b07d00", "bold": "font-weight:600"}
-
-
 @dataclass(repr=False)
-class Report:
+class Report(ShownInNotebooks):
     """The result of `check`.
 
     Attributes:
@@ -175,16 +173,6 @@ class Report:
 
     def __repr__(self) -> str:
         return "\n".join(str(part) for part in self._parts())
-
-    def _repr_html_(self) -> str:
-        preview = self.preview._repr_html_() if self.preview else ""
-        lines = (
-            f'<span style="{COLOURS.get(str(part.style), "")}">{html.escape(part.plain)}</span>'
-            for part in self._parts()
-            if isinstance(part, Text)
-        )
-        body = "\n".join(lines)
-        return f'{preview}<pre style="white-space:pre-wrap;word-break:normal;font-family:monospace">{body}</pre>'
 
     def _parts(self) -> Iterator[RenderableType]:
         if self.preview is not None:

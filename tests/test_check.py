@@ -107,7 +107,7 @@ def test_the_preview_marks_exactly_the_trained_tokens(recipe_file, data_file):
     shown = preview(load_recipe(recipe_file), n=1)
     assert str(shown) == expected
     assert html.escape(first[0]["content"]) in shown._repr_html_()
-    assert shown._repr_html_().count("<span") == sum(message["role"] == "assistant" for message in first)
+    assert shown._repr_html_().count("background-color") == sum(message["role"] == "assistant" for message in first)
 
 
 def test_the_preview_keeps_the_blank_before_an_answer(recipe_file, tmp_path, shared_data):

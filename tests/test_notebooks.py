@@ -126,7 +126,7 @@ def test_the_first_pushes_with_a_token_and_a_name(executed, monkeypatch, tmp_pat
 def test_the_second_colours_what_is_trained_and_finds_both_mistakes(executed):
     notebook, _ = executed("02_your_data")
     html = "".join(outputs(notebook, "text/html"))
-    assert re.search(r'<span style="background:[^"]*">\d x \w+ -&gt; \w+&lt;\|end\|&gt;</span>', html)
+    assert re.search(r'<span style="[^"]*background-color[^"]*">\d x \w+ -&gt; \w+&lt;\|end\|&gt;</span>', html)
     assert "orders.jsonl:3: messages[1].role is" in html and "orders.jsonl:7:" in html
     assert "the recipe cannot start" in html and "the recipe can start" in html
 

@@ -19,12 +19,8 @@ from lora_kit.runs.status import status
 from lora_kit.views.console import Console
 
 SAME_AGAIN = ("examples", "tokens", "loss", "learning_rate", "grad_norm", "held_out_loss")  # what a resume repeats
-NAMES = list(trackers.PACKAGES)
+NAMES = list(trackers.OPEN)
 STEPS = 16
-
-
-def present(name):
-    return any(trackers._installed(package) for package in trackers.PACKAGES[name])
 
 
 TOKEN = "c0ffee" * 6 + "beef"
@@ -58,7 +54,7 @@ def interrupted(home, base_folder, data_file):
     """A run that was killed before its first checkpoint, stopped, damaged, killed again and ended on two processes."""
     recipe, run = home / "recipe.yaml", home / "run"
     recipe.write_text(RECIPE.format(base=base_folder, data=data_file))
-    names = [name for name in NAMES if present(name)]
+    names = [name for name in NAMES if trackers._installed(name)]
     wanted = [f"data.validation={home}/validation.jsonl", *CHANGES, f"track.names={names}", "checkpoint.keep=9"]
     options = [part for change in wanted for part in ("--set", change)]
     for lines, number, code in ((2, signal.SIGKILL, -9), (6, signal.SIGTERM, 75), (11, signal.SIGKILL, -9)):
@@ -143,7 +139,7 @@ def assert_shows_the_run(name, run, steps=STEPS):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_interrupted_in_every_way_a_tracker_shows_every_step_once(name, interrupted):
-    if not present(name):
+    if not trackers._installed(name):
         pytest.skip(f"{name} is not installed")
     resumed = [event for event in lk.Run(interrupted).events if event["kind"] == "resumed"]
     assert any(one["step"] < one["reached"] for one in resumed), "the trackers were never ahead"
@@ -159,7 +155,7 @@ def test_no_tracker_failed_and_no_token_got_into_any_file(interrupted, home):
 
 
 BOARD = "track.names=[tensorboard]"
-needs_board = pytest.mark.skipif(not present("tensorboard"), reason="tensorboard is not installed")
+needs_board = pytest.mark.skipif(not trackers._installed("tensorboard"), reason="tensorboard is not installed")
 
 
 @needs_board

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
@@ -33,12 +33,6 @@ from lora_kit.runs.journal import Journal
 from lora_kit.views.console import Console
 
 STATE = "trackers.json"
-PACKAGES = {  # for each tracker its packages; one of them must be installed
-    "tensorboard": ("tensorboard",),
-    "wandb": ("wandb",),
-    "trackio": ("trackio",),
-    "mlflow": ("mlflow", "mlflow-skinny"),
-}
 SECTIONS = {"base", "data", "adapter", "objective", "optim", "train", "evaluate"}  # of a recipe: they affect metrics
 END_SECONDS = 60.0  # the longest wait for all trackers at the end of a run
 STOP_SECONDS = 20.0  # the same limit after a signal or an error: a scheduler may kill the process after 30 s
@@ -51,18 +45,16 @@ def require(names: Sequence[str]) -> None:
     Raises:
         LaunchError: A tracker's package is missing; the message names each such tracker.
     """
-    missing = [name for name in names if not any(_installed(package) for package in PACKAGES[name])]
+    missing = [name for name in names if not _installed(name)]
     if missing:
         raise LaunchError(
             f"track.names: {', '.join(missing)} not installed; pip install 'lora_kit[trackers]', or remove the name"
         )
 
 
-def _installed(package: str) -> bool:
-    try:
-        return bool(version(package))
-    except PackageNotFoundError:
-        return False
+def _installed(name: str) -> bool:
+    found = find_spec(name)
+    return found is not None and found.origin is not None  # a folder of that name, e.g. of wandb's files, has no origin
 
 
 def tracker_id(run: Path, run_id: str, *, start: int, reached: int, recipe: Recipe, fingerprints: Any) -> str:

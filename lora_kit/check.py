@@ -5,7 +5,7 @@ The data is read and tokenised as for training. No weights are loaded: sizes are
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ from lora_kit.data.rendering import Renderer
 from lora_kit.data.tokens import Prepared, Tokens, check_context
 from lora_kit.data.vocabulary import check_tokenizer_fits
 from lora_kit.errors import InputError, RecipeError
-from lora_kit.model.sizes import Estimate, Shape, estimate_memory, read_config
+from lora_kit.model.sizes import Estimate, Shape, estimate_memory, format_bytes, read_config
 from lora_kit.model.source import Source, base_folder
 from lora_kit.model.tokenizer import load_renderer
 from lora_kit.recipe.load import resolve_path
 from lora_kit.recipe.schema import Recipe
 from lora_kit.runs.trackers import require
-from lora_kit.training.micro_batches import Machine, MicroBatches, choose, description, this_machine
+from lora_kit.training.micro_batches import Machine, MicroBatches, choose, this_machine
 
 HTML = '<pre style="white-space:pre-wrap;word-break:normal;font-family:monospace">{code}</pre>'
 
@@ -178,15 +178,12 @@ class Report(ShownInNotebooks):
         if self.preview is not None:
             yield self.preview
         for name, counts in self.data.items():
-            yield Text(
-                f"{name}: " + ", ".join(f"{_label(key)} {_number(value)}" for key, value in counts.items() if value)
-            )
+            yield _line(name, {key: value for key, value in counts.items() if value})
         if self.schedule:
-            yield Text(
-                "schedule: " + ", ".join(f"{_label(key)} {_number(value)}" for key, value in self.schedule.items())
-            )
+            yield _line("schedule", self.schedule)
         if self.micro_batches is not None:
-            yield Text(description(self.micro_batches, self.machine))
+            device, memory = self.machine.device, format_bytes(self.machine.memory)
+            yield Text(f"micro-batches: {self.micro_batches} ({device} with {memory})")
         if self.estimate is not None:
             yield from (Text(line) for line in self.estimate.lines())
         yield from (Text(f"note: {note}", style="yellow") for note in self.notes)
@@ -195,12 +192,9 @@ class Report(ShownInNotebooks):
         yield Text("the recipe cannot start" if self.problems else "the recipe can start", style="bold")
 
 
-def _label(key: str) -> str:
-    return key.replace("_", " ")
-
-
-def _number(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else str(value)
+def _line(name: str, values: Mapping[str, Any]) -> Text:
+    texts = {key: f"{value:,}" if isinstance(value, int) else str(value) for key, value in values.items()}
+    return Text(f"{name}: " + ", ".join(f"{key.replace('_', ' ')} {text}" for key, text in texts.items()))
 
 
 def check(recipe: Recipe, *, offline: bool = False, shapes: Path | None = None, processes: int = 1) -> Report:

@@ -15,7 +15,7 @@ from typing import Literal
 
 import psutil
 
-from lora_kit.model.sizes import Shape, estimate_memory, format_bytes
+from lora_kit.model.sizes import Shape, estimate_memory
 from lora_kit.recipe.schema import Recipe
 
 CPU_TOKENS = 2048  # at 160 M parameters 1.5 times as fast as 8,192
@@ -120,8 +120,3 @@ def host_memory() -> int:
     with suppress(OSError, ValueError):
         total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return total
-
-
-def description(settings: MicroBatches, machine: Machine) -> str:
-    """Return a line about the settings and the device that they were chosen for."""
-    return f"micro-batches: {settings} ({machine.device} with {format_bytes(machine.memory)})"

@@ -179,7 +179,7 @@ def update(job: Job, step: int) -> tuple[float, Tensor, Tensor]:
     """
     recipe, settings, state = job.recipe, job.recipe.optim, job.state
     gradient, loss = state.gradient, state.sums[LOSS]
-    norm = optim.gradient_norm(gradient)
+    norm = torch.linalg.vector_norm(gradient)
     if settings.max_grad_norm:
         optim.clip(gradient, norm, settings.max_grad_norm)
     rate = optim.learning_rate(settings, job.plan.examples_seen(step), job.plan.total)

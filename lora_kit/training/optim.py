@@ -41,11 +41,6 @@ def _decay(schedule: Literal["constant", "linear", "cosine"], progress: float) -
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def gradient_norm(gradient: Flat) -> Float32[Tensor, ""]:
-    """Return the Euclidean norm of the flat gradient."""
-    return torch.linalg.vector_norm(gradient)
-
-
 def clip(gradient: Flat, norm: Float32[Tensor, ""], max_norm: float) -> None:
     """Scale the gradient in place so that its norm is at most `max_norm`; the host does not wait for the norm."""
     gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))

@@ -34,15 +34,15 @@ class LossSum(NamedTuple):
 
 
 class Objective(Protocol):
-    """A loss and what the loop must know about it."""
+    """A loss and what the loop must know about it.
 
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """The names of the metrics other than the loss, as in metrics.jsonl."""
+    Attributes:
+        metrics: The names of the metrics other than the loss, as in metrics.jsonl.
+        split: The function that groups the examples of a step into micro-batches.
+    """
 
-    @property
-    def split(self) -> Split:
-        """The function that groups the examples of a step into micro-batches."""
+    metrics: tuple[str, ...]
+    split: Split
 
     def weight(self, tokens: Tokens, examples: Sequence[int]) -> int:
         """Return the weight of some examples: the sum of `LossSum.weight` over their micro-batches."""

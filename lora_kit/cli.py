@@ -120,7 +120,7 @@ def train(
         from lora_kit.artifacts.locate import checkpoint_at  # slow to import, and most starts do not need it
 
         origin = store.open_checkpoint(checkpoint_at(start_from))
-    lease, notices = take_over(out, origin)
+    lease, notices = take_over(out, origin, tell=lambda text: print(f"warning: {text}", file=sys.stderr))
     for notice in notices:
         print(f"warning: {notice}", file=sys.stderr)
     begins_with = origin.path if origin and not is_own(out, origin) else None

@@ -24,12 +24,17 @@ def sha256_of(path: Path) -> str:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file atomically: a reader sees the old content or the new content, never a part of it.
 
+    The new content is synced before it gets the file's name, so this also holds after a crash of the machine.
+
     Raises:
         OSError: The content could not be written; the old file is unchanged.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
     except OSError:
         with suppress(OSError):

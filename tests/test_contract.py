@@ -93,7 +93,7 @@ def test_a_folder_of_something_else_is_refused(recipe_file, tmp_path):
 
 
 def test_a_run_that_is_training_is_not_touched(recipe_file, finished):
-    lease = take(finished)
+    lease = take(finished, run_id="r")
     with pytest.raises(LeaseError, match="is training here"):
         resume(recipe_file, finished)
     lease.release()

@@ -1,6 +1,7 @@
 """The keeper writes what is due exactly and the newest in between, whatever becomes of the trainer or the disk."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from manifests import run_facts, step_facts
-from runs import WAIT_SECONDS
+from runs import WAIT_SECONDS, wait_until
 
-from lora_kit.runs import live, store
+from lora_kit.errors import CheckpointError, LeaseError
+from lora_kit.runs import lease, live, store
 from lora_kit.runs.journal import Journal
 from lora_kit.runs.lease import take
 from lora_kit.runs.live import Header, JobFile, Phase, Word
@@ -28,13 +30,13 @@ class Trainer:
 
     def __init__(self, run, *, every_seconds=1000.0, keep=20):
         run.mkdir()
-        self.run, self.lease = run, take(run)
+        self.run, self.lease = run, take(run, run_id="r")
         Journal(run).event("started", step=0, run_id="r")
-        self.region = live.create_region(run, 12 * SIZE)
+        self.region = live.create_region(self.lease, 12 * SIZE)
         self.region.words[Word.TOKEN] = self.lease.token
         facts = run_facts(fencing_token=self.lease.token)
-        live.write_job(self.region, JobFile(str(run), SHAPES, "{}\n", facts, every_seconds, keep, None, best=False))
-        self.keeper = Keeper(run, self.lease)
+        live.write_job(self.region, JobFile(SHAPES, "{}\n", facts, every_seconds, keep, None, best=False))
+        self.keeper = Keeper(self.lease)
 
     def publish(self, step, *, due=False):
         slot = self.region.acquire(lambda: self.keeper.poll())
@@ -47,17 +49,22 @@ class Trainer:
 
 
 @pytest.fixture
-def trainer(tmp_path):
+def trainer(tmp_path, monkeypatch):
+    monkeypatch.setattr(keeping, "LOOK_SECONDS", 0.0)
     yield (made := Trainer(tmp_path / "run"))
-    live.discard(made.run)
+    live.discard(made.region)
+
+
+def events(trainer, *kinds):
+    return [event for event in Journal(trainer.run).read_events() if not kinds or event["kind"] in kinds]
 
 
 def settle(keeper, turns=3):
     """Let the keeper look, and wait for what it writes."""
     for _ in range(turns):
         keeper.poll()
-        if keeper._writing:
-            keeper._writing.result()
+        if keeper._writer:
+            keeper._writer.join()
 
 
 def test_due_steps_are_written_exactly_and_others_are_not(trainer):
@@ -84,7 +91,7 @@ def test_a_due_step_is_written_also_when_the_write_before_it_is_slow(trainer, mo
         trainer.keeper.poll()  # one write at a time
     assert trainer.steps() == []
     going_on.set()
-    trainer.keeper._writing.result()
+    trainer.keeper._writer.join()
     settle(trainer.keeper)
     assert trainer.steps() == [1, 2]
 
@@ -122,16 +129,107 @@ def test_a_failed_write_is_told_again_and_again_and_made_good(trainer, monkeypat
     assert trainer.steps() == [1, 4], "the newest, though its turn has passed"
 
 
-def test_a_zombies_commit_is_refused(trainer, tmp_path):
+def test_a_zombies_commit_is_refused_and_ends_the_keeper(trainer, tmp_path, monkeypatch):
+    """The heartbeat's thread, which reads the lease now and then, has noticed nothing yet."""
     trainer.publish(1, due=True)
     settle(trainer.keeper)
-    lease = json.loads((trainer.run / "lease.json").read_text())
-    (trainer.run / "lease.json").write_text(json.dumps(lease | {"token": 9}))  # another has taken the run over
+    monkeypatch.setattr(trainer.keeper._heart, "loss", "")
+    held = json.loads((trainer.run / "lease.json").read_text())
+    (trainer.run / "lease.json").write_text(json.dumps(held | {"token": 9}))  # another has taken the run over
+    before = events(trainer)
+    trainer.publish(2, due=True)
+    with pytest.raises(LeaseError, match="has taken over this run; this start ends and writes nothing more"):
+        settle(trainer.keeper)
+    with pytest.raises(LeaseError):
+        trainer.keeper.end()
+    assert trainer.steps() == [1] and events(trainer) == before
+    assert trainer.region.path.exists(), "what is live may be the other's by now"
+    assert not list((trainer.run / "checkpoints").glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("content", [None, b"", bytes(200), b"{}", b"\xff\x00garbage"])
+def test_a_lease_that_is_deleted_or_destroyed_ends_the_keeper_within_a_few_beats(trainer, content, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.01)
+    keeper = Keeper(trainer.lease)
+    trainer.publish(1)
+    if content is None:
+        shutil.rmtree(trainer.run)
+    else:
+        (trainer.run / "lease.json").write_bytes(content)
+    wait_until(lambda: keeper._heart.loss)
+    with pytest.raises(LeaseError, match=r"the lease of this start is lost: .*lease\.json (was deleted|is not valid)"):
+        keeper.poll()
+    assert content is not None or not trainer.run.exists(), "nothing is written again"
+
+
+def test_the_heartbeat_goes_on_while_a_write_hangs(trainer, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.01)
+    going_on, write = threading.Event(), store._write_synced
+    monkeypatch.setattr(store, "_write_synced", lambda *given: (going_on.wait(WAIT_SECONDS), write(*given))[1])
+    keeper = Keeper(trainer.lease)
+    trainer.publish(1, due=True)
+    keeper.poll()
+    ending = threading.Thread(target=keeper.end)
+    ending.start()
+    for _ in range(3):
+        before = lease._heartbeat(trainer.run, 1)
+        wait_until(lambda: lease._heartbeat(trainer.run, 1) != before)  # noqa: B023
+    going_on.set()
+    ending.join()
+    assert trainer.steps() == [1]
+
+
+@pytest.mark.quick
+def test_a_region_that_is_removed_is_told_and_still_written_from(trainer):
+    trainer.publish(1)
+    settle(trainer.keeper)
+    shutil.rmtree(trainer.region.path.parent)
     trainer.publish(2, due=True)
     settle(trainer.keeper)
-    assert trainer.steps() == [1] and "another process has taken over this run" in trainer.region.fault
-    assert trainer.keeper.end() == 1 and trainer.region.path.exists(), "what is live may be the other's by now"
-    assert not list((trainer.run / "checkpoints").glob(".tmp-*"))
+    assert "removed while the run uses it" in trainer.region.fault
+    assert [event["what"].partition(": ")[2][:7] for event in events(trainer, "fault")] == ["removed"], "told once"
+    trainer.publish(3)
+    assert trainer.keeper.end() == 3 and trainer.steps() == [2, 3]
+
+
+def test_before_a_restart_the_keeper_writes_what_new_processes_cannot_find(trainer):
+    trainer.publish(1)
+    trainer.keeper.prepare_restart()
+    assert trainer.steps() == [], "the region is there"
+    shutil.rmtree(trainer.region.path.parent)
+    trainer.keeper.prepare_restart()
+    assert trainer.steps() == [1]
+
+
+def test_an_error_that_nobody_expected_is_told_and_does_not_end_the_writing(trainer, monkeypatch):
+    monkeypatch.setattr(keeping, "RETRY_SECONDS", 0.0)
+
+    def unexpected(*_):
+        raise TypeError("a mistake")
+
+    monkeypatch.setattr(store, "_write_synced", unexpected)
+    trainer.publish(1, due=True)
+    settle(trainer.keeper, turns=1)
+    assert trainer.region.fault == "TypeError: a mistake"
+    assert [event["what"] for event in events(trainer, "fault")] == ["TypeError: a mistake"]
+    monkeypatch.undo()
+    trainer.publish(2, due=True)
+    settle(trainer.keeper)
+    assert trainer.steps() == [2]
+
+
+def test_a_job_file_with_a_flipped_bit_is_told_and_never_becomes_a_checkpoint(trainer):
+    trainer.publish(1, due=True)
+    path = trainer.region.path.with_name(live.JOB)
+    path.write_bytes(path.read_bytes().replace(b"{}", b"[]"))
+    keeper = Keeper(trainer.lease)
+    settle(keeper)
+    assert trainer.steps() == [] and "its checksum does not match" in trainer.region.fault
+    trainer.region.words[Word.PHASE] = Phase.TRAINING
+    with pytest.raises(CheckpointError, match="its checksum does not match"):
+        keeper.poll()
+    keeper.end()
+    assert trainer.steps() == [] and trainer.region.path.exists()
 
 
 def test_the_end_makes_the_newest_durable_and_its_line_too_and_the_region_goes(trainer):
@@ -139,20 +237,20 @@ def test_the_end_makes_the_newest_durable_and_its_line_too_and_the_region_goes(t
     trainer.publish(2)
     assert trainer.keeper.end() == 2
     assert trainer.steps() == [2] and Journal(trainer.run).last_step() == 2
-    assert live.folder_of(trainer.run) is None
+    assert live.open_region(trainer.run) is None
 
 
 def test_a_keeper_whose_trainer_is_gone_before_it_has_looked_writes_and_leaves(trainer):
     trainer.publish(5)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    command = [sys.executable, "-m", "lora_kit.supervise.keeper", str(trainer.run), str(gone.pid)]
+    command = [sys.executable, "-m", "lora_kit.supervise.keeper", trainer.lease.to_json(), str(gone.pid)]
     subprocess.run(command, check=True, timeout=WAIT_SECONDS)
-    assert trainer.steps() == [5] and live.folder_of(trainer.run) is None
+    assert trainer.steps() == [5] and live.open_region(trainer.run) is None
 
 
 def test_a_keeper_beside_a_trainer_leaves_when_it_has_ended(trainer):
-    beside = keeping.start_keeper(trainer.run)
+    beside = keeping.start_keeper(trainer.lease)
     trainer.publish(3)
     trainer.region.words[Word.PHASE] = Phase.ENDED
     assert beside.wait(timeout=WAIT_SECONDS) == 0 and trainer.steps() == [3]

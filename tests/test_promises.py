@@ -97,8 +97,8 @@ def test_a_keeper_beside_a_trainer_outlives_it_when_memory_runs_out(recipe_file,
     mine, out = Path("/proc/self/oom_score_adj"), tmp_path / "run"
 
     def looked(*arguments):
-        keeper = live.open_region(out).words[Word.KEEPER]
-        theirs = Path(f"/proc/{keeper}/oom_score_adj")
+        keeper = live.open_region(out).keeper
+        theirs = Path(f"/proc/{keeper.pid if keeper else 0}/oom_score_adj")
         if keeper and theirs.exists():
             scores.append((int(mine.read_text()), int(theirs.read_text())))
         return loss(*arguments)

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,6 +124,73 @@ def test_a_second_commit_of_a_step_with_another_state_sets_the_first_aside(tmp_p
     quarantine = tmp_path / "checkpoints/.quarantine"
     assert open_checkpoint(quarantine / "step-00000007.1").manifest.run.fencing_token == 1
     assert "same step" in (quarantine / "step-00000007.1.reason.txt").read_text()
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("same", [True, False])
+def test_a_power_cut_in_a_repeated_commit_never_loses_both_copies(tmp_path, monkeypatch, exchange, same):
+    """Every rename of the commit is the last one before the cut once."""
+    before, after = (FILES, FILES if same else FILES | {"optimizer.safetensors": [b"p" * 9000]})
+    if not exchange:
+        monkeypatch.setattr(store, "_exchange", lambda one, other: False)
+    cut = 0
+    while True:
+        run, done = tmp_path / str(cut), []
+
+        def counted(function, done=done, cut=cut):
+            def call(*arguments, **named):
+                if len(done) == cut:
+                    raise PowerCut
+                done.append(arguments)
+                return function(*arguments, **named)
+
+            return call
+
+        commit(run, before, 7)
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "rename", counted(Path.rename))
+            patched.setattr(store, "_exchange", counted(store._exchange))
+            patched.setattr(store.shutil, "rmtree", counted(shutil.rmtree))
+            try:
+                commit(run, after, 7, token=2, held_out_loss=0.5)
+                ended = True
+            except PowerCut:
+                ended = False
+        sweep(run)
+        assert open_checkpoint(run / "checkpoints/step-00000007")
+        assert not list((run / "checkpoints").glob(".tmp-*"))
+        if ended:
+            break
+        cut += 1
+    assert cut >= 4
+
+
+class PowerCut(BaseException):
+    """The machine goes down."""
+
+
+def test_a_checkpoint_in_a_lower_layer_of_an_overlay_is_set_aside_by_copying(tmp_path):
+    below, upper, work, merged = (tmp_path / name for name in ("below", "upper", "work", "merged"))
+    for folder in (upper, work, merged):
+        folder.mkdir()
+    for step in (1, 7):
+        commit(below, FILES, step)
+    options = f"lowerdir={below},upperdir={upper},workdir={work},redirect_dir=off"
+    command = ["mount", "-t", "overlay", "-o", options, "overlay", merged]
+    mounted = subprocess.run(command, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no overlay can be mounted here: {mounted.stderr.strip()}")
+    try:
+        checkpoints = merged / "checkpoints"
+        with pytest.raises(OSError, match="Invalid cross-device link"):
+            (checkpoints / "step-00000001").rename(checkpoints / "x")
+        assert open_checkpoint(set_aside(merged, checkpoints / "step-00000001", "test")).step == 1
+        commit(merged, FILES, 7, held_out_loss=0.5)
+        assert open_checkpoint(checkpoints / "step-00000007").manifest.progress.held_out_loss == 0.5
+        commit(merged, FILES | {"optimizer.safetensors": [b"p" * 9000]}, 7)
+        assert [path.name for path in checkpoints.glob("step-*")] == ["step-00000007"]
+    finally:
+        subprocess.run(["umount", merged], check=True)
 
 
 def test_setting_aside_never_overwrites(tmp_path):

@@ -8,7 +8,7 @@ never ends a run. A resume cuts the metrics back to its checkpoint, so that no s
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,11 +26,13 @@ class Journal:
 
     Attributes:
         run: The folder.
+        fence: Called before every write; raises a LeaseError if another process has taken over the run.
         late: Lines that could not be written yet, each with the name of its log.
         trouble: The reason why late lines could not be written; empty if there are no late lines.
     """
 
     run: Path
+    fence: Callable[[], None] = lambda: None
     late: list[tuple[str, str]] = field(default_factory=list)
     trouble: str = ""
     _lock: Lock = field(default_factory=Lock, repr=False)
@@ -50,6 +52,7 @@ class Journal:
         self._append(EVENTS, {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "kind": kind, **facts})
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        self.fence()
         with self._lock:
             self.late.append((name, _text(record)))
             self.trouble = ""
@@ -93,6 +96,7 @@ class Journal:
 
         An incomplete event must go too: the next event would be appended to its line and be lost with it.
         """
+        self.fence()
         _rewrite(self.run / METRICS, [record for record in _lines(self.run / METRICS) if record["step"] <= step])
         events = _lines(self.run / EVENTS)
         _rewrite(

@@ -2,47 +2,59 @@
 
 A region is one memory-mapped file, allocated in full when it is created: a page of counters and three slots. The
 trainer fills the oldest slot that is not in use and publishes its header last, so at every moment the newest slot is
-complete. The keeper marks the slot that it reads. There are no locks; the trainer waits only if a step that must become
-a checkpoint is still unwritten when its slot is needed.
+complete. The keeper marks the slot that it reads. The trainer waits only if a step that must become a checkpoint is
+still unwritten when its slot is needed.
+
+A region belongs to a run, whose id is part of its name. Every process that uses a region holds a shared lock (flock) on
+its file, so a region that can be locked exclusively is used by nobody.
 """
 
-import hashlib
+import errno
+import fcntl
 import json
 import mmap
 import os
+import secrets
 import shutil
+import stat
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-import psutil
 import xxhash
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from lora_kit.errors import CheckpointError, LeaseError
 from lora_kit.files import write_atomically
-from lora_kit.runs.manifest import Manifest, RunFacts, StepFacts
+from lora_kit.runs import lease, store
+from lora_kit.runs.identity import Identity, Life, life_of
+from lora_kit.runs.journal import Journal
+from lora_kit.runs.manifest import MANIFEST, Manifest, RunFacts, StepFacts, read_manifest
 from lora_kit.runs.store import ADAPTER, ADAPTER_CONFIG, OPTIMIZER, Tensors, headers_of, split
 
-MAGIC = int.from_bytes(b"lorakit2", "little")
-PAGE, HEADER_BYTES, SLOTS = 4096, 65536, 3
-FAULT_AT = 2048  # offset in the first page of the text about the keeper's last failed write
+MAGIC = int.from_bytes(b"lorakit3", "little")
+PAGE, HEADER_BYTES, SLOTS = 16384, 65536, 3
+KEEPER_AT, FAULT_AT, OWNER_AT = 512, 1024, 4096  # offsets in the first page of the cells after the counters
 CHUNK = 1 << 20  # bytes that are copied and then hashed, while they are in the CPU's cache
-REGION, JOB = "region", "job.json"
+PATIENCE_SECONDS = 0.5  # for the exclusive lock of another process, which is held for microseconds
+REGION, JOB, PARTIAL = "region", "job.json", "region.partial"
 
 
 class Word(IntEnum):
     """The 64-bit counters of the first page. The trainer writes the counters up to STOP, the keeper writes the others.
 
-    PAYLOAD: Bytes of a slot. TOKEN: The trainer's fencing token. PHASE: A `Phase`. BEAT: Grows with every sign of life.
-    STOP: The number of a signal that asks the trainer to stop. READING: The slot that the keeper reads, plus one.
-    HANDLED: Due snapshots up to this sequence number were written, or their write failed. COMMITTED: The sequence
-    number of the last snapshot that became a checkpoint. FAULTS: The number of failed writes. KEEPER: The keeper's
-    process id.
+    MAGIC: 0 once the run has deleted the region. PAYLOAD: Bytes of a slot. TOKEN: The trainer's fencing token. PHASE: A
+    `Phase`. BEAT: Grows with every sign of life. JOB, NEXT_JOB: The checksum of job.json, and while that file is being
+    replaced the checksum of the next one. STOP: The number of a signal that asks the trainer to stop. READING: The slot
+    that the keeper reads, plus one. HANDLED: Due snapshots up to this sequence number were written, or their write
+    failed. COMMITTED: The sequence number of the last snapshot that became a checkpoint. FAULTS: The number of faults.
     """
 
     MAGIC = 0
@@ -50,12 +62,13 @@ class Word(IntEnum):
     TOKEN = 2
     PHASE = 3
     BEAT = 4
-    STOP = 5
-    READING = 6
-    HANDLED = 7
-    COMMITTED = 8
-    FAULTS = 9
-    KEEPER = 10
+    JOB = 5
+    NEXT_JOB = 6
+    STOP = 7
+    READING = 8
+    HANDLED = 9
+    COMMITTED = 10
+    FAULTS = 11
 
 
 class Phase(IntEnum):
@@ -106,15 +119,83 @@ class Snapshot:
         return self.header.progress.step
 
 
+@dataclass(frozen=True)
+class Owner:
+    """The run that a region belongs to.
+
+    Attributes:
+        run_id: The run's id.
+        folder: The run's folder as the device and the number of its inode.
+        parent: The folder in which it lies, likewise.
+        path: The run's folder as an absolute path.
+    """
+
+    run_id: str
+    folder: tuple[int, int]
+    parent: tuple[int, int]
+    path: str
+
+    @classmethod
+    def of(cls, run: Path, run_id: str) -> "Owner":
+        """Describe a run's folder, which exists."""
+        path = run.resolve()
+        return cls(run_id, _inode(path), _inode(path.parent), str(path))
+
+    def is_there(self) -> bool | None:
+        """Return whether the path leads to a folder of this run; None if that cannot be found out."""
+        with suppress(CheckpointError, OSError):
+            return run_id_of(Path(self.path)) == self.run_id
+        return None
+
+    def is_gone(self) -> bool:
+        """Return whether the folder is known to be deleted.
+
+        That a path does not exist proves nothing: its disk may not be mounted here. The run is gone if the folder in
+        which it lay, on the same disk, is here and has it under no name.
+        """
+        parent = Path(self.path).parent
+        with suppress(CheckpointError, OSError):
+            found = [lease.read(sibling / lease.FILE) for sibling in parent.iterdir()]
+            renamed = any(one is not None and one.run_id == self.run_id for one in found)
+            same = _inode(parent) == self.parent and self.parent[0] == self.folder[0]
+            return same and self.is_there() is False and not renamed
+        return False
+
+
+def _inode(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_dev, found.st_ino
+
+
+_OWNER, _IDENTITY = TypeAdapter(Owner), TypeAdapter(Identity)
+
+
 class Region:
-    """A memory-mapped region; counters and slots are shared with every process that has opened it."""
+    """A memory-mapped region; counters and slots are shared with every process that has opened it.
+
+    The mapping stays when the file is deleted. It also keeps the shared lock on the file.
+
+    Raises:
+        OSError: The file does not exist any more, or it is not a region.
+    """
 
     def __init__(self, path: Path) -> None:
-        with path.open("r+b") as file:
-            self._map = memoryview(mmap.mmap(file.fileno(), 0))
-        self.path = path
-        self.words = self._map[:FAULT_AT].cast("Q")
+        self._file = _open(path)
+        weakref.finalize(self, os.close, self._file)  # the mapping has a descriptor of its own
+        patience = time.monotonic() + PATIENCE_SECONDS
+        while _lock(self._file, fcntl.LOCK_SH) is False and time.monotonic() < patience:
+            time.sleep(0.01)  # another process finds out whether the region is in use, or deletes it
+        found = os.fstat(self._file)
+        if found.st_nlink == 0:
+            raise FileNotFoundError(errno.ENOENT, "deleted", str(path))
+        if not stat.S_ISREG(found.st_mode) or found.st_size < PAGE:
+            raise OSError(errno.EINVAL, "not a live region", str(path))
+        self._map = memoryview(mmap.mmap(self._file, 0))
+        self.path, self._inode = path, (found.st_dev, found.st_ino)
+        self.words = self._map[:KEEPER_AT].cast("Q")
         self.payload_bytes = self.words[Word.PAYLOAD]
+        if self.words[Word.MAGIC] != MAGIC or len(self._map) != _size(self.payload_bytes):
+            raise OSError(errno.EINVAL, "not a live region", str(path))
 
     @property
     def memory(self) -> memoryview:
@@ -136,7 +217,9 @@ class Region:
 
     def _read_header(self, slot: int) -> Header | None:
         text = _read_cell(self._header(slot))
-        return _HEADER.validate_json(text, strict=True) if text else None
+        with suppress(ValidationError):
+            return _HEADER.validate_json(text, strict=True) if text else None
+        return None
 
     def is_valid(self, snapshot: Snapshot) -> bool:
         """Return whether the slot still holds this header, and bytes that match its checksum."""
@@ -165,9 +248,51 @@ class Region:
         return next((slot for slot in oldest_first if slot not in in_use), None)
 
     def _slot_being_read(self) -> int | None:
-        """Return the slot that a living keeper reads; the mark of a dead keeper does not count."""
-        mark = self.words[Word.READING]
-        return mark - 1 if mark and psutil.pid_exists(self.words[Word.KEEPER]) else None
+        """Return the slot that a keeper reads; the mark of a dead keeper does not count."""
+        mark, keeper = self.words[Word.READING], self.keeper if self.words[Word.READING] else None
+        return mark - 1 if keeper and life_of(keeper) is not Life.DEAD else None
+
+    @property
+    def keeper(self) -> Identity | None:
+        """The process that writes checkpoints from this region; None before a keeper has opened it."""
+        text = _read_cell(self._map[KEEPER_AT:FAULT_AT])
+        return _IDENTITY.validate_json(text, strict=True) if text else None
+
+    @keeper.setter
+    def keeper(self, keeper: Identity) -> None:
+        _write_cell(self._map[KEEPER_AT:FAULT_AT], _IDENTITY.dump_json(keeper))
+        self.words[Word.READING] = 0
+
+    @property
+    def owner(self) -> Owner:
+        """The run that the region belongs to.
+
+        Raises:
+            ValidationError: The region is damaged.
+        """
+        return _OWNER.validate_json(_read_cell(self._map[OWNER_AT:PAGE]), strict=True)
+
+    @owner.setter
+    def owner(self, owner: Owner) -> None:
+        _write_cell(self._map[OWNER_AT:PAGE], _owner_text(owner))
+
+    @property
+    def newest_token(self) -> int:
+        """The highest fencing token in the region."""
+        return max([self.words[Word.TOKEN], *(snapshot.header.token for snapshot in self.snapshots())])
+
+    def is_removed(self) -> bool:
+        """Return whether the region's file has been deleted or replaced. The mapping can still be used."""
+        try:
+            return _inode(self.path) != self._inode
+        except OSError:
+            return True
+
+    def is_shared(self, *, otherwise: bool = False) -> bool:
+        """Return whether another process uses the region; `otherwise` if its file system has no locks."""
+        alone = _lock(self._file, fcntl.LOCK_EX)
+        _lock(self._file, fcntl.LOCK_SH)  # a failed change of the lock has given it up
+        return otherwise if alone is None else not alone
 
     def publish(self, slot: int, header: Header) -> None:
         """Make a filled slot the newest snapshot.
@@ -189,11 +314,11 @@ class Region:
     @property
     def fault(self) -> str:
         """The text about the keeper's last failed write; empty if there was none."""
-        return _read_cell(self._map[FAULT_AT:PAGE]).decode()
+        return _read_cell(self._map[FAULT_AT:OWNER_AT]).decode()
 
     def report_fault(self, text: str) -> None:
         """Store a text about a failed write, for the trainer to show."""
-        _write_cell(self._map[FAULT_AT:PAGE], text.encode()[:1500].decode(errors="ignore").encode())
+        _write_cell(self._map[FAULT_AT:OWNER_AT], text.encode()[:1500].decode(errors="ignore").encode())
         self.words[Word.FAULTS] += 1
 
 
@@ -242,46 +367,138 @@ def _parent_folders() -> list[Path]:
     return [folder for folder in (Path("/dev/shm"), Path(tempfile.gettempdir())) if folder.is_dir()]
 
 
-def _name(run: Path) -> str:
-    return f"lora_kit-{os.getuid()}-{hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]}"
+def _size(payload_bytes: int) -> int:
+    return PAGE + SLOTS * (HEADER_BYTES + payload_bytes)
 
 
-def folder_of(run: Path) -> Path | None:
-    """Return the folder of a run's region; None if there is none. Folders of other users are ignored."""
-    for parent in _parent_folders():
-        folder = parent / _name(run)
-        if (folder / REGION).is_file() and not folder.is_symlink() and folder.stat().st_uid == os.getuid():
-            return folder
-    return None
+def _owner_text(owner: Owner) -> bytes:
+    return json.dumps(asdict(owner), ensure_ascii=False).encode()
 
 
-def open_region(run: Path) -> Region | None:
-    """Open a run's region for reading and writing; None if there is none."""
-    folder = folder_of(run)
-    if folder is None:
+def _open(path: Path) -> int:
+    """Open a file, but no link, and without waiting at a FIFO; return its descriptor."""
+    return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
+def _lock(file: BinaryIO | int, kind: int) -> bool | None:
+    """Try to lock a file, shared or exclusively; return whether that worked, None if its file system has no locks."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
         return None
-    region = Region(folder / REGION)
-    return region if region.words[Word.MAGIC] == MAGIC else None
+    return True
 
 
-def create_region(run: Path, payload_bytes: int) -> Region:
+def _folders(run_id: str = "") -> Iterator[Path]:
+    """Yield this user's folders of regions, of all runs or of one. Links and what others own or may use are ignored."""
+    prefix = f"lora_kit-{os.getuid()}-{run_id}"
+    for parent in _parent_folders():
+        with suppress(OSError):
+            for folder in sorted(path for path in parent.iterdir() if path.name.startswith(prefix)):
+                with suppress(OSError):
+                    found = folder.lstat()
+                    own = found.st_uid == os.getuid() and not found.st_mode & 0o077
+                    if own and stat.S_ISDIR(found.st_mode):
+                        yield folder
+
+
+def _regions(run_id: str = "") -> Iterator[tuple[Region, Owner]]:
+    """Yield this user's regions, of all runs or of one."""
+    for folder in _folders(run_id):
+        with suppress(OSError, ValidationError):
+            region = Region(folder / REGION)
+            owner = region.owner
+            if not run_id or owner.run_id == run_id:
+                yield region, owner
+
+
+def run_id_of(run: Path) -> str | None:
+    """Return the id of the run in a folder; None if no run has begun there."""
+    with suppress(CheckpointError, OSError):
+        if found := lease.read(run / lease.FILE):
+            return found.run_id
+    for folder in store.folders(run):
+        with suppress(CheckpointError):
+            return read_manifest(folder / MANIFEST).run.run_id
+    return Journal(run).run_id()
+
+
+def newest_token(run_id: str) -> int:
+    """Return the highest fencing token in the regions of a run; 0 if there are none."""
+    return max((region.newest_token for region, _ in _regions(run_id)), default=0)
+
+
+def open_region(run: Path, *, run_id: str | None = None, most: int = 2**63) -> Region | None:
+    """Open a run's region for reading and writing; None if there is none.
+
+    Args:
+        run: The run's folder.
+        run_id: The run's id, if it is known.
+        most: A region with a higher fencing token belongs to another start.
+    """
+    run_id, path = run_id or run_id_of(run), str(run.resolve())
+    found = [region for region, owner in _regions(run_id) if owner.path == path] if run_id else []
+    found = [region for region in found if region.words[Word.TOKEN] <= most]
+    return max(found, key=lambda region: region.words[Word.TOKEN], default=None)
+
+
+def adopt(held: lease.Lease) -> None:
+    """Find the newest region of a run whose lease this process has just acquired, and make it the run's only region.
+
+    An earlier holder may only be paused, and would still write to its region when it goes on. A region in use is
+    therefore copied, and left to that process. A region at another path counts if nobody uses it and the run is not
+    there any more.
+
+    Raises:
+        CheckpointError: There is no space for a copy.
+    """
+    me, mine = Owner.of(held.run, held.record.run_id), list[tuple[tuple[int, int], Region, bool]]()
+    for region, owner in _regions(me.run_id):
+        shared, newest = region.is_shared(), region.snapshots()[:1]
+        if owner.path == me.path or owner.folder == me.folder or (not shared and owner.is_there() is False):
+            mine.append((newest[0].order if newest else (0, 0), region, shared))
+    mine.sort(key=lambda entry: entry[0])
+    for _, region, shared in mine[:-1]:
+        if not shared:
+            discard(region)
+    for _, region, shared in mine[-1:]:
+        adopted = _copy(region, me) if shared else region
+        adopted.owner, adopted.words[Word.TOKEN] = me, held.token
+
+
+def _copy(region: Region, owner: Owner) -> Region:
+    copy = _create(owner, region.payload_bytes)
+    copy.memory[:], job = region.memory, region.path.with_name(JOB)
+    with suppress(FileNotFoundError):
+        shutil.copyfile(job, copy.path.with_name(JOB))
+    return copy
+
+
+def create_region(held: lease.Lease, payload_bytes: int) -> Region:
     """Return a run's region: the existing region if its size is right, else a new region in /dev/shm or on local disk.
-
-    Every byte is written now, so that a full memory or disk shows at the start and not in the middle of a run.
 
     Raises:
         CheckpointError: Neither shared memory nor the temporary folder has enough space.
     """
-    region = open_region(run)
+    run, run_id = held.run, held.record.run_id
+    region = open_region(run, run_id=run_id, most=held.token)
     if region is not None and region.payload_bytes == payload_bytes:
         return region
-    discard(run)
+    if region is not None:
+        discard(region)
+    return _create(Owner.of(run, run_id), payload_bytes)
+
+
+def _create(owner: Owner, payload_bytes: int) -> Region:
+    """Create an empty region. Every byte is written now, so that a full memory or disk shows at the start of a run."""
     problems = []
     for parent in _parent_folders():
-        folder = parent / _name(run)
+        folder = parent / f"lora_kit-{os.getuid()}-{owner.run_id}-{secrets.token_hex(4)}"
         try:
             folder.mkdir(mode=0o700)
-            _allocate(folder / REGION, payload_bytes)
+            _allocate(folder, payload_bytes, owner)
             return Region(folder / REGION)
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
@@ -293,32 +510,50 @@ def create_region(run: Path, payload_bytes: int) -> Region:
     )
 
 
-def _allocate(path: Path, payload_bytes: int) -> None:
+def _allocate(folder: Path, payload_bytes: int, owner: Owner) -> None:
     """Write a region of zeros. The file gets its name when it is complete."""
-    partial = path.with_suffix(".partial")
-    remaining, zeros = PAGE + SLOTS * (HEADER_BYTES + payload_bytes), bytes(1 << 22)
-    with partial.open("xb") as file:
-        first = np.zeros(PAGE // 8, np.uint64)
-        first[Word.MAGIC], first[Word.PAYLOAD] = MAGIC, payload_bytes
-        remaining -= file.write(first.tobytes())
+    remaining, zeros, page = _size(payload_bytes), bytes(1 << 22), bytearray(PAGE)
+    words = memoryview(page)[:KEEPER_AT].cast("Q")
+    words[Word.MAGIC], words[Word.PAYLOAD] = MAGIC, payload_bytes
+    _write_cell(memoryview(page)[OWNER_AT:], _owner_text(owner))
+    with (folder / PARTIAL).open("xb") as file:
+        _lock(file, fcntl.LOCK_EX)
+        remaining -= file.write(page)
         while remaining:
             remaining -= file.write(zeros[:remaining])
-    partial.rename(path)
+    (folder / PARTIAL).rename(folder / REGION)
 
 
-def discard(run: Path) -> None:
-    """Delete a run's region, even if it is incomplete."""
-    for parent in _parent_folders():
-        shutil.rmtree(parent / _name(run), ignore_errors=True)
+def discard(region: Region) -> None:
+    """Delete a region that its run does not need any more."""
+    region.words[Word.MAGIC] = 0
+    shutil.rmtree(region.path.parent, ignore_errors=True)
 
 
 def delete_orphans() -> None:
-    """Delete this user's regions whose run folder no longer exists; a crashed run's region stays for its resume."""
-    for parent in _parent_folders():
-        for folder in parent.glob(f"lora_kit-{os.getuid()}-*"):
-            job = read_job(folder)
-            if job is not None and not Path(job.run).is_dir():
+    """Delete this user's regions that nobody uses and whose run is deleted or finished, and what was never completed.
+
+    A crashed run's region stays for its resume.
+    """
+    for folder in _folders():
+        with suppress(OSError):
+            file = _open(folder / PARTIAL)
+            if _lock(file, fcntl.LOCK_EX):
                 shutil.rmtree(folder, ignore_errors=True)
+            os.close(file)
+    for region, owner in _regions():
+        if not region.is_shared(otherwise=True) and (owner.is_gone() or _is_finished(region, owner)):
+            discard(region)
+
+
+def _is_finished(region: Region, owner: Owner) -> bool:
+    """Return whether a run has its result, and a checkpoint of the newest snapshot or a newer one."""
+    run, newest = Path(owner.path), region.snapshots()[:1]
+    if not owner.is_there() or not (run / "result.json").is_file():
+        return False
+    with suppress(CheckpointError, IndexError):
+        return not newest or read_manifest(store.folders(run)[0] / MANIFEST).order >= newest[0].order
+    return False
 
 
 @dataclass(frozen=True)
@@ -326,7 +561,6 @@ class JobFile:
     """The content of job.json beside a region: everything that is needed to turn its snapshots into checkpoints.
 
     Attributes:
-        run: The absolute path of the run's folder.
         shapes: The adapter's tensors in the order in which they lie in a slot.
         adapter_config: The text of adapter_config.json.
         facts: The part of the manifest that is the same for every step.
@@ -336,7 +570,6 @@ class JobFile:
         best: Whether the checkpoint with the lowest held-out loss stays too.
     """
 
-    run: str
     shapes: dict[str, tuple[int, ...]]
     adapter_config: str
     facts: RunFacts
@@ -350,16 +583,37 @@ _JOB = TypeAdapter(JobFile)
 
 
 def write_job(region: Region, job: JobFile) -> None:
-    """Write job.json beside a region, in one rename."""
-    write_atomically(region.path.with_name(JOB), json.dumps(asdict(job)))
+    """Write job.json beside a region, in one rename, and its checksum into the region.
 
-
-def read_job(folder: Path) -> JobFile | None:
-    """Return the content of job.json in a region's folder; None when it is missing or not as `write_job` writes it."""
+    Raises:
+        CheckpointError: The file could not be written.
+    """
+    content, path = json.dumps(asdict(job)).encode(), region.path.with_name(JOB)
+    digest = xxhash.xxh3_64_intdigest(content)
+    region.words[Word.NEXT_JOB] = digest  # a kill between these lines leaves a file with one of the two checksums
     try:
-        return _JOB.validate_json((folder / JOB).read_bytes(), strict=True)
-    except (FileNotFoundError, ValueError):
+        write_atomically(path, content)
+    except OSError as error:
+        raise CheckpointError(f"{path}: not written: {error.strerror}; free shared memory") from error
+    region.words[Word.JOB] = digest
+
+
+def read_job(region: Region) -> JobFile | None:
+    """Return the content of job.json beside a region; None if it was not written yet.
+
+    Raises:
+        CheckpointError: The file is damaged or missing.
+    """
+    path, digests = region.path.with_name(JOB), (region.words[Word.JOB], region.words[Word.NEXT_JOB])
+    if not digests[0]:
         return None
+    try:
+        content = path.read_bytes()
+        if xxhash.xxh3_64_intdigest(content) not in digests:
+            raise CheckpointError(f"{path}: changed since it was written; its checksum does not match")
+        return _JOB.validate_json(content, strict=True)
+    except (OSError, ValidationError) as error:
+        raise CheckpointError(f"{path}: not readable ({error}); live snapshots cannot be used without it") from error
 
 
 def files_of(job: JobFile, payload: memoryview) -> dict[str, list[bytes | memoryview]]:
@@ -399,11 +653,14 @@ class Live:
         return weights, first, second
 
 
-def newest(run: Path, run_id: str) -> tuple[Live | None, list[str]]:
-    """Return a run's newest valid live snapshot, and a message about each newer snapshot that is damaged."""
-    region, problems = open_region(run), list[str]()
-    job = read_job(region.path.parent) if region else None
-    if region is None or job is None or job.facts.run_id != run_id:
+def newest(held: lease.Lease) -> tuple[Live | None, list[str]]:
+    """Return a run's newest valid live snapshot, and a message about everything that cannot be used."""
+    region, problems = open_region(held.run, run_id=held.record.run_id, most=held.token), list[str]()
+    try:
+        job = read_job(region) if region else None
+    except CheckpointError as error:
+        return None, [str(error)]
+    if region is None or job is None:
         return None, []
     for snapshot in region.snapshots():
         if region.is_valid(snapshot):

@@ -7,7 +7,8 @@ difference is a row with a verdict: harmless, needs `--accept KEY`, or refused. 
 import fnmatch
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -156,8 +157,15 @@ class OpenRun:
     notices: tuple[str, ...]
 
 
-def take_over(folder: Path, origin: Checkpoint | None = None) -> tuple[Lease, list[str]]:
+def take_over(
+    folder: Path, origin: Checkpoint | None = None, *, tell: Callable[[str], None] = lambda text: None
+) -> tuple[Lease, list[str]]:
     """Acquire a run's lease; set aside damaged checkpoints and, when going back to `origin`, newer checkpoints.
+
+    Args:
+        folder: The run's folder.
+        origin: The checkpoint that `--from` names.
+        tell: Called with messages for the user that must not wait, such as the reason for waiting.
 
     Returns:
         The lease, and messages for the user.
@@ -169,21 +177,29 @@ def take_over(folder: Path, origin: Checkpoint | None = None) -> tuple[Lease, li
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: a file, not a folder; choose another --out")
     known = {"checkpoints", "recipe.yaml", "lease.json", "events.jsonl"}
-    if folder.is_dir() and (names := {path.name for path in folder.iterdir()}) and not names & known:
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    names = {name for name in names if not name.startswith(".lease-")}  # of a start that was killed at once
+    if names and not names & known:
         raise InputError(f"{folder}: not empty and not a run's folder (it holds {min(names)}); choose another --out")
     try:
-        lease = take(folder, above=store.newest_token(folder))
+        run_id = live.run_id_of(folder) or secrets.token_hex(8)
+        above = max(store.newest_token(folder), live.newest_token(run_id))
+        lease = take(folder, run_id=run_id, above=above, tell=tell)
     except OSError as error:
         raise InputError(f"{folder}: cannot be written: {error.strerror}; fix that or choose another --out") from error
-    store.sweep(folder)
-    live.delete_orphans()
-    notices = list(_go_back(folder, origin)) if origin and is_own(folder, origin) else []
-    found = store.find(folder)
-    for path, reason in found.broken.items():
-        if _still_broken(path):
-            target = store.set_aside(folder, path, reason)
-            fallback = f"step {found.latest.step}" if found.latest else "the start"
-            notices.append(f"{reason}; moved to {target}, falling back to {fallback}")
+    with ExitStack() as on_error:
+        on_error.callback(lease.release)
+        store.sweep(folder)
+        live.adopt(lease)
+        live.delete_orphans()
+        notices = list(_go_back(folder, origin)) if origin and is_own(folder, origin) else []
+        found = store.find(folder)
+        for path, reason in found.broken.items():
+            if _still_broken(path):
+                target = store.set_aside(folder, path, reason)
+                fallback = f"step {found.latest.step}" if found.latest else "the start"
+                notices.append(f"{reason}; moved to {target}, falling back to {fallback}")
+        on_error.pop_all()
     return lease, notices
 
 
@@ -192,7 +208,9 @@ def is_own(folder: Path, origin: Checkpoint) -> bool:
     return origin.path.resolve().parent == (folder / "checkpoints").resolve()
 
 
-def open_run(folder: Path, start_from: Path | None = None) -> OpenRun:
+def open_run(
+    folder: Path, start_from: Path | None = None, *, tell: Callable[[str], None] = lambda text: None
+) -> OpenRun:
     """Acquire a run's lease, unless this process's keeper holds it already, and find the state to resume from.
 
     Of the newest checkpoint and the newest live snapshot, the state with the higher (fencing token, step) is used. So a
@@ -201,6 +219,7 @@ def open_run(folder: Path, start_from: Path | None = None) -> OpenRun:
     Args:
         folder: The run's folder.
         start_from: A checkpoint of this run to go back to, or a checkpoint of another run, for a new run to begin with.
+        tell: Called with messages for the user that must not wait.
 
     Raises:
         InputError: The folder cannot be a run's folder.
@@ -211,23 +230,23 @@ def open_run(folder: Path, start_from: Path | None = None) -> OpenRun:
     origin = None if start_from is None else store.open_checkpoint(start_from)
     lease, notices = inherited(folder), list[str]()
     if lease is None:
-        lease, notices = take_over(folder, origin)
+        lease, notices = take_over(folder, origin, tell=tell)
     if origin is not None and is_own(folder, origin):
         origin = None
-    durable = store.find(folder).latest
-    run_id = durable.manifest.run.run_id if durable else Journal(folder).run_id()
-    snapshot, problems = live.newest(folder, run_id) if run_id else (None, [])
-    states = [state for state in (durable, snapshot) if state]
-    latest = max(states, key=lambda state: state.manifest.order, default=None)
-    if origin is not None and latest and latest.manifest.run.origin != describe(origin):
-        lease.release()
-        raise ContractError(
-            f"{folder}: this run began with {latest.manifest.run.origin or 'a fresh adapter'}, not with "
-            f"{describe(origin)}; leave --from out to resume it, or use another --out"
-        )
-    new_id = latest.manifest.run.run_id if latest else secrets.token_hex(8)
-    reached = Journal(folder).last_step()
-    return OpenRun(folder, lease, new_id, latest, origin, reached, (*notices, *problems))
+    with ExitStack() as on_error:
+        on_error.callback(lease.release)
+        durable = store.find(folder).latest
+        snapshot, problems = live.newest(lease)
+        states = [state for state in (durable, snapshot) if state]
+        latest = max(states, key=lambda state: state.manifest.order, default=None)
+        if origin is not None and latest and latest.manifest.run.origin != describe(origin):
+            raise ContractError(
+                f"{folder}: this run began with {latest.manifest.run.origin or 'a fresh adapter'}, not with "
+                f"{describe(origin)}; leave --from out to resume it, or use another --out"
+            )
+        reached = Journal(folder).last_step()
+        on_error.pop_all()
+    return OpenRun(folder, lease, lease.record.run_id, latest, origin, reached, (*notices, *problems))
 
 
 def describe(checkpoint: Checkpoint) -> Origin:

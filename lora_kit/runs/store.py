@@ -6,6 +6,8 @@ checkpoint. A damaged checkpoint is moved to quarantine with the reason, never d
 """
 
 import contextlib
+import ctypes
+import errno
 import hashlib
 import json
 import math
@@ -34,7 +36,7 @@ ADAPTER, ADAPTER_CONFIG, OPTIMIZER = (
     "optimizer.safetensors",
 )
 NAME = re.compile(r"step-(\d{8,})")
-QUARANTINE = ".quarantine"
+QUARANTINE, REPLACED = ".quarantine", ".tmp-replaced-"
 PIN = "pinned"  # a checkpoint with a file of this name is never deleted
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's moments, by torch's names
 
@@ -140,20 +142,21 @@ def commit(
     facts: RunFacts,
     progress: StepFacts,
     *,
-    ours: Callable[[], bool] = lambda: True,
+    require: Callable[[], None] = lambda: None,
 ) -> Checkpoint:
     """Write a checkpoint so that a crash at any moment leaves it complete or absent.
 
     Files are written and synced under `.tmp-<token>`, the manifest last. Then the folder is synced, renamed into place,
     and its parent synced; for a run's first checkpoint, the folders above it too. An existing checkpoint of this step
-    is replaced if it has the same files, otherwise moved to quarantine.
+    is exchanged with the new one, then deleted if it has the same files, otherwise moved to quarantine.
 
     Args:
         run: The run's folder.
         files: The content of every file but the manifest, as pieces to be concatenated.
         facts: The run's part of the manifest.
         progress: The step's part of the manifest.
-        ours: Returns whether this process still holds the run's lease; called just before the rename.
+        require: Raises a LeaseError if this process does not hold the run's lease; called first and just before the
+            rename.
 
     Raises:
         CheckpointError: The checkpoint could not be written; earlier checkpoints are unchanged.
@@ -163,6 +166,7 @@ def commit(
     staging = final.parent / f".tmp-{facts.fencing_token}"
     predicted = {name: sum(map(len, pieces)) for name, pieces in files.items()}
     try:
+        require()
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         if not folders(run):  # the first checkpoint: the folders above it must be on disk too
@@ -174,23 +178,72 @@ def commit(
         manifest = Manifest(facts, progress, entries)
         _write_synced(staging / MANIFEST, [manifest_bytes(manifest.to_dict())])
         _sync_folder(staging)
-        if not ours():
-            shutil.rmtree(staging, ignore_errors=True)
-            raise LeaseError(f"{run}: another process has taken over this run; step {progress.step} is not written")
-        if final.exists() and _holds(final, entries):  # the same state; only the new manifest has the held-out loss
-            final.rename(final.with_name(f".tmp-old-{final.name}"))
-        elif final.exists():
-            set_aside(run, final, "another commit of the same step")
-        staging.rename(final)
-        _sync_folder(final.parent)
-        shutil.rmtree(final.with_name(f".tmp-old-{final.name}"), ignore_errors=True)
-    except OSError as error:
+        require()
+        _put(run, staging, final)
+    except (OSError, LeaseError) as error:
         shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, LeaseError):
+            raise
         raise CheckpointError(
             f"{final}: not written: {error.strerror} ({sum(predicted.values()):,} bytes needed); "
             "earlier checkpoints are unchanged"
         ) from error
     return Checkpoint(final, manifest)
+
+
+def _put(run: Path, staging: Path, final: Path) -> None:
+    """Rename a complete folder into its place. A checkpoint that is there stays until the new one has its place."""
+    earlier = final.with_name(f"{REPLACED}{final.name}")
+    if final.exists():
+        _settle(run, earlier)
+        staging.rename(earlier)
+        if not _exchange(earlier, final):
+            _sync_folder(final.parent)
+            _move(final, staging)  # after a crash here, `sweep` puts the new one in its place
+            earlier.rename(final)
+            staging.rename(earlier)
+    else:
+        staging.rename(final)
+    _sync_folder(final.parent)
+    _settle(run, earlier)
+
+
+def _settle(run: Path, earlier: Path) -> None:
+    """End a replacement, if there is one: delete the checkpoint that was replaced, or set it aside if it differs."""
+    final = earlier.with_name(earlier.name.removeprefix(REPLACED))
+    if not earlier.exists():
+        return
+    if not (final / MANIFEST).exists():
+        shutil.rmtree(final, ignore_errors=True)
+        earlier.rename(final)
+        return
+    with contextlib.suppress(CheckpointError):
+        if not _holds(final, read_manifest(earlier / MANIFEST).files):  # not only other facts, such as a held-out loss
+            set_aside(run, earlier, "another commit of the same step", name=final.name)
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two folders atomically; return False where the kernel or the file system cannot do that."""
+    function = getattr(ctypes.CDLL(None), "renameat2", None)
+    names = (os.fsencode(path.absolute()) for path in (one, other))
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE, renameat2(2)
+    return function is not None and function(here, next(names), here, next(names), exchange) == 0
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename a folder, or copy and delete it where it cannot be renamed: in a lower layer of an overlay.
+
+    The manifest is deleted first, so a source that is deleted only in part is no checkpoint.
+    """
+    try:
+        source.rename(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copytree(source, target, symlinks=True)
+        (source / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(source)
 
 
 def _holds(folder: Path, entries: Mapping[str, FileEntry]) -> bool:
@@ -281,14 +334,14 @@ def newest_token(run: Path) -> int:
     return max(tokens)
 
 
-def set_aside(run: Path, path: Path, reason: str) -> Path:
+def set_aside(run: Path, path: Path, reason: str, *, name: str | None = None) -> Path:
     """Move a checkpoint to quarantine and write the reason beside it. Only the holder of the lease may call this."""
     quarantine = run / "checkpoints" / QUARANTINE
     quarantine.mkdir(parents=True, exist_ok=True)
     number = 1
-    while (target := quarantine / f"{path.name}.{number}").exists():
+    while (target := quarantine / f"{name or path.name}.{number}").exists():
         number += 1
-    path.rename(target)
+    _move(path, target)
     (quarantine / f"{target.name}.reason.txt").write_text(reason + "\n")
     return target
 
@@ -323,13 +376,19 @@ def prune(run: Path, keep: int, *, keep_every: int | None = None, best: bool = F
     for folder in newest_first[max(2, keep) :]:
         if folder == best_folder or (folder / PIN).exists() or (keep_every and step_of(folder) % keep_every == 0):
             continue
-        renamed = folder.with_name(f".tmp-old-{folder.name}")  # a half-deleted folder must not look like a checkpoint
+        # a half-deleted folder must not look like a checkpoint
+        renamed = folder.with_name(f".tmp-pruned-{folder.name}")
         with contextlib.suppress(OSError):
             folder.rename(renamed)
             shutil.rmtree(renamed)
 
 
 def sweep(run: Path) -> None:
-    """Delete the remains of interrupted commits and deletions. Only the holder of the lease may call this."""
+    """Delete the remains of interrupted commits and deletions. Only the holder of the lease may call this.
+
+    If an interrupted commit has left two checkpoints of a step, one of them takes its place.
+    """
+    for earlier in (run / "checkpoints").glob(f"{REPLACED}*"):
+        _settle(run, earlier)
     for leftover in (run / "checkpoints").glob(".tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)

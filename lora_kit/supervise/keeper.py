@@ -4,7 +4,7 @@ It polls the live region a hundred times a second and writes one checkpoint at a
 delays neither a step nor a signal. Every due step becomes a checkpoint; also, at least every
 `checkpoint.every_seconds`, the newest step does. Under `lora-kit train` the keeper is the parent of the training
 processes. Under other launchers the training process starts the keeper as its child; if the training process dies, the
-keeper writes the newest snapshot and exits.
+keeper writes the newest snapshot and exits. A keeper that has lost the lease raises a LeaseError, whatever it is doing.
 """
 
 import contextlib
@@ -14,67 +14,116 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
+from threading import Thread
 
 from lora_kit.errors import CheckpointError, LeaseError
 from lora_kit.runs import live, store
+from lora_kit.runs.identity import own_identity
 from lora_kit.runs.journal import Journal
-from lora_kit.runs.lease import BEAT_SECONDS, FILE, Lease
+from lora_kit.runs.lease import Fence, Heart, Lease, lost
 from lora_kit.runs.live import JobFile, Phase, Region, Snapshot, Word
 from lora_kit.supervise.stopping import STOP_SIGNALS
 
 POLL_SECONDS = 0.01
+LOOK_SECONDS = 0.1  # between two searches for a region
 RETRY_SECONDS = 5.0  # after a failed write
 LAST_TRIES = 3  # attempts at the write that ends a run
 
 
 class Keeper:
-    """Polls one run's live region and writes its checkpoints; the trainer reads the result in the region's counters."""
+    """Polls one run's live region and writes its checkpoints; the trainer reads the result in the region's counters.
 
-    def __init__(self, run: Path, lease: Lease) -> None:
-        self.run, self.lease, self.journal = run, lease, Journal(run)
+    Attributes:
+        region: The run's region, from the moment at which this process has seen it. Its mapping is used even if its
+            file is removed.
+    """
+
+    def __init__(self, lease: Lease) -> None:
+        self.run, self.lease, self.journal = lease.run, lease, Journal(lease.run, Fence(lease))
         self.region: Region | None = None
+        self._heart = Heart(lease)
         self._job: JobFile | None = None
-        self._job_seen: tuple[int, int] | None = None
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing: Future[None] | None = None
+        self._job_seen = 0
+        self._removed = False
+        self._look_at = 0.0
+        self._writer: Thread | None = None
         self._written_at = self._not_before = time.monotonic()
         self._written = (0, 0)
-        self._late = self._fenced = False
-        self._beats, self._beat_at = 0, 0.0
+        self._late = False
         self._end: int | None = None
+        self._look()
 
     def poll(self) -> None:
-        """Look at the region once, and start a write if a snapshot is wanted and no write is running."""
-        self._heartbeat()
-        self._attach()
-        if self.region is None or self._job is None or self._fenced or (self._writing and not self._writing.done()):
+        """Look at the region once, and start a write if a snapshot is wanted and no write is running.
+
+        Raises:
+            LeaseError: The lease is lost.
+            CheckpointError: The process trains, but nothing can be written without job.json, which is damaged.
+        """
+        self._require()
+        self._look()
+        job = self._job
+        if self.region is not None and job is None and self.region.words[Word.PHASE] == Phase.TRAINING:
+            live.read_job(self.region)
+        if self.region is None or job is None or job.facts.fencing_token != self.lease.token or self._is_writing():
             return
-        snapshot = self._wanted(self.region, self._job.every_seconds)
+        snapshot = self._wanted(self.region, job.every_seconds)
         if snapshot is not None:
-            self._writing = self._writer.submit(self._write, self.region, self._job, snapshot)
+            self._write_in_thread(self.region, job, snapshot)
 
-    def _heartbeat(self) -> None:
-        if time.monotonic() - self._beat_at > BEAT_SECONDS:
-            self._beats, self._beat_at = self._beats + 1, time.monotonic()
-            with contextlib.suppress(OSError):
-                self.lease.beat(self._beats)
+    def _require(self) -> None:
+        """Raise a LeaseError if the heartbeat's thread or a write has noticed that the lease is lost."""
+        if self._heart.loss:
+            raise lost(self.run, self._heart.loss)
 
-    def _attach(self) -> None:
-        """Open the region when the trainer has written its job.json, and again when that file was replaced."""
-        folder = self.region.path.parent if self.region else live.folder_of(self.run)
-        seen = None if folder is None else _identity(folder / live.JOB)
-        if seen == self._job_seen:
-            return
-        job = live.read_job(folder) if folder else None
-        if job is None or job.facts.fencing_token != self.lease.token:
-            self.region, self._job_seen = None, None
-            return
-        self.region, self._job, self._job_seen = live.open_region(self.run), job, seen
+    def _is_writing(self) -> bool:
+        return self._writer is not None and self._writer.is_alive()
+
+    def _write_in_thread(self, region: Region, job: JobFile, snapshot: Snapshot) -> None:
+        """Start to write. The thread does not keep this process alive: a start that lost its lease ends at once."""
+        self._writer = Thread(target=self._write, args=(region, job, snapshot), name="checkpoint", daemon=True)
+        self._writer.start()
+
+    def _look(self) -> None:
+        """Find the region, or its successor, and read its job.json when that has changed."""
+        gone = self.region is None or self.region.words[Word.MAGIC] != live.MAGIC or self.region.is_removed()
+        if gone and time.monotonic() >= self._look_at:
+            self._look_at = time.monotonic() + LOOK_SECONDS
+            found = live.open_region(self.run, run_id=self.lease.record.run_id, most=self.lease.token)
+            if found is not None:
+                self.region, self._job, self._job_seen, self._removed = found, None, 0, False
+                found.keeper = own_identity()
+            elif self.region is not None and self.region.words[Word.MAGIC] == live.MAGIC and not self._removed:
+                self._removed = True
+                self.tell(
+                    f"{self.region.path}: removed while the run uses it. Checkpoints are still written from its "
+                    "memory, but steps that are newer than the last checkpoint are lost if this start is killed"
+                )
+        if self.region is not None and self.region.words[Word.JOB] != self._job_seen:
+            self._job_seen = self.region.words[Word.JOB]
+            try:
+                self._job = live.read_job(self.region)
+            except CheckpointError as error:
+                self.tell(str(error))
+
+    def prepare_restart(self) -> None:
+        """Prepare for new training processes. They cannot find a region whose file was removed, so it is written out.
+
+        Raises:
+            LeaseError: The lease is lost.
+        """
         if self.region is not None:
-            self.region.words[Word.KEEPER], self.region.words[Word.READING] = os.getpid(), 0
+            if self.region.is_removed():
+                self.flush()
+            self.region.words[Word.PHASE] = Phase.LOADING
+
+    def tell(self, what: str, **facts: int) -> None:
+        """Report a fault to the trainer, which shows it, and in the event log."""
+        if self.region is not None:
+            self.region.report_fault(what)
+        with contextlib.suppress(OSError):  # the log may be on the same full disk
+            self.journal.event("fault", **facts, what=what)
 
     def _wanted(self, region: Region, every_seconds: float) -> Snapshot | None:
         published, now = region.snapshots(), time.monotonic()
@@ -100,42 +149,48 @@ class Keeper:
                 )
             facts = replace(job.facts, fencing_token=self.lease.token)
             files = live.files_of(job, region.payload(snapshot.slot))
-            made = store.commit(self.run, files, facts, snapshot.header.progress, ours=self.lease.is_ours)
+            made = store.commit(self.run, files, facts, snapshot.header.progress, require=self.lease.require_now)
+            self.lease.require_now()
             store.prune(self.run, job.keep, keep_every=job.keep_every, best=job.best)
             self._written, self._late = snapshot.order, False
             region.words[Word.COMMITTED] = sequence
             seconds = round(time.monotonic() - began, 4)
             self.journal.event("checkpoint", step=snapshot.step, bytes=made.size, seconds=seconds)
-        except (CheckpointError, LeaseError, OSError) as error:
-            self._fenced = isinstance(error, LeaseError)
+        except LeaseError:
+            self._heart.loss = self.lease.loss()
+        except Exception as error:
             self._late, self._not_before = True, time.monotonic() + RETRY_SECONDS
-            region.report_fault(str(error))
-            with contextlib.suppress(OSError):  # the log may be on the same full disk
-                self.journal.event("fault", step=snapshot.step, what=str(error))
+            expected = isinstance(error, (CheckpointError, OSError))
+            with contextlib.suppress(LeaseError):
+                self.tell(str(error) if expected else f"{type(error).__name__}: {error}", step=snapshot.step)
         finally:
             region.words[Word.HANDLED] = max(region.words[Word.HANDLED], sequence)
             region.words[Word.READING] = 0
             self._written_at = time.monotonic()
 
     def flush(self) -> int:
-        """Write the newest live snapshot now; return the step of the newest checkpoint, 0 if there is none."""
+        """Write the newest live snapshot now; return the step of the newest checkpoint, 0 if there is none.
+
+        Raises:
+            LeaseError: The lease is lost.
+        """
         for _ in range(LAST_TRIES):
-            if self._writing is not None:
-                self._writing.result()
+            while self._writer is not None and self._writer.is_alive():
+                self._require()
+                self._writer.join(POLL_SECONDS)
+            self.lease.require()
             newest = self._unwritten()
-            if newest is None or self._fenced:
+            if newest is None:
                 break
-            self._writing = self._writer.submit(self._write, *newest)
+            self._write_in_thread(*newest)
         durable = store.find(self.run).latest
         return durable.step if durable else 0
 
     def _unwritten(self) -> tuple[Region, JobFile, Snapshot] | None:
-        """Return the newest valid live snapshot, also of an earlier process, if it is newer than all checkpoints."""
-        durable = store.find(self.run).latest
-        run_id = durable.manifest.run.run_id if durable else self.journal.run_id()
-        region = live.open_region(self.run)
-        job = live.read_job(region.path.parent) if region else None
-        if region is None or job is None or job.facts.run_id != run_id:
+        """Return the newest valid live snapshot, also of an earlier start, if it is newer than all checkpoints."""
+        self._look()
+        region, job, durable = self.region, self._job, store.find(self.run).latest
+        if region is None or job is None:
             return None
         order = durable.manifest.order if durable else (0, 0)
         newest = next((snapshot for snapshot in region.snapshots() if region.is_valid(snapshot)), None)
@@ -147,71 +202,71 @@ class Keeper:
         """Write the newest snapshot and delete the region if that worked; return the step of the newest checkpoint.
 
         Later calls only return the step. If the disk is full, the snapshot stays live for the next start.
+
+        Raises:
+            LeaseError: The lease is lost; nothing was written.
         """
         if self._end is not None:
             return self._end
         step = self._end = self.flush()
-        if not self._fenced and self._unwritten() is None:
-            live.discard(self.run)
-        self._writer.shutdown()
+        unwritten = self._unwritten() is not None or (self._job is None and self.region and self.region.snapshots())
+        if self.region is not None and not unwritten:
+            live.discard(self.region)
         durable = store.find(self.run).latest
         if durable and self.journal.last_step() < step:  # the trainer died before it logged the line
             self.journal.metrics(json.loads(durable.manifest.progress.line))
         return step
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_ino, status.st_mtime_ns
-
-
-def start_keeper(run: Path) -> "subprocess.Popen[bytes]":
+def start_keeper(lease: Lease) -> "subprocess.Popen[bytes]":
     """Start a keeper as the child of this training process, for a run that `lora-kit train` did not start.
 
     The keeper gets its own session, so that Ctrl-C in the terminal does not reach it.
     """
     return subprocess.Popen(
-        [sys.executable, "-m", "lora_kit.supervise.keeper", str(run), str(os.getpid())],
+        [sys.executable, "-m", "lora_kit.supervise.keeper", lease.to_json(), str(os.getpid())],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         start_new_session=True,
     )
 
 
-def run_keeper(run: Path, trainer: int) -> None:
+def run_keeper(lease: Lease, trainer: int) -> None:
     """Be the keeper of a training process until it has finished or died.
 
     Args:
-        run: The run's folder.
+        lease: The lease, which the training process holds.
         trainer: The process id of the training process. This process may already have another parent, if the training
             process has died.
+
+    Raises:
+        LeaseError: The lease is lost.
     """
     stop = list[int]()
     for number in STOP_SIGNALS:
         signal.signal(number, lambda received, _: stop.append(received))
-    region = live.open_region(run)
-    job = live.read_job(region.path.parent) if region else None
-    if region is None or job is None:
+    keeper = Keeper(lease)
+    if keeper.region is None:
         return
-    keeper = Keeper(run, Lease(run / FILE, job.facts.fencing_token))
     flushed = False
     while True:
         keeper.poll()
+        words = keeper.region.words
         if stop:
-            region.words[Word.STOP] = stop[0]
-        if region.words[Word.STOP] and not flushed:
+            words[Word.STOP] = stop[0]
+        if words[Word.STOP] and not flushed:
             keeper.flush()
             flushed = True
-        if os.getppid() != trainer or region.words[Word.PHASE] == Phase.ENDED:
+        if os.getppid() != trainer or words[Word.PHASE] == Phase.ENDED:
             break
         time.sleep(POLL_SECONDS)
     died, step = os.getppid() != trainer, keeper.end()
-    if died and region.words[Word.STOP] and keeper.lease.is_ours():
+    if died and words[Word.STOP]:
         keeper.journal.event("stopped", step=step)
 
 
 if __name__ == "__main__":
-    run_keeper(Path(sys.argv[1]), int(sys.argv[2]))
+    try:
+        run_keeper(Lease.borrowed_from(sys.argv[1]), int(sys.argv[2]))
+    except LeaseError as error:
+        sys.exit(error.exit_code)

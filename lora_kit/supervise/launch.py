@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 
 from lora_kit.errors import LaunchError, Stopped
+from lora_kit.runs.identity import ENDED, process_state
 from lora_kit.runs.lease import KEEPER, START_REQUESTED, Lease
 from lora_kit.runs.live import Phase, Word
 from lora_kit.supervise import oom
@@ -38,6 +39,7 @@ LOADING_TIMEOUT_SECONDS = 600.0  # without a sign of life before the first step
 LITTLE_WORK = 2.0  # CPU seconds in LOADING_TIMEOUT_SECONDS: less is a hang, more is loading a large base or dataset
 TIMEOUT_FACTOR = 10.0  # without train.step_timeout a step may take this many times the longest step so far,
 LEAST_TIMEOUT_SECONDS = 60.0  # and at least this long
+REPORT_SECONDS = 2.0  # a zygote that has not reported the end of a process after so long is stopped
 SIBLINGS_SECONDS = 0.3  # after a failure, to collect the errors of the other processes before choosing the cause
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "Connection refused")
 
@@ -73,12 +75,12 @@ class Attempt:
 class Zygote:
     """The zygote process (zygote.py) and the socket to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, lease: Lease) -> None:
         self._socket, zygote_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
         self._socket.setblocking(False)
         # with this check the import of torch does not initialise CUDA, so that a forked process can use it
-        environment = os.environ | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", KEEPER: str(os.getpid())}
+        environment = os.environ | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", KEEPER: lease.to_json()}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "lora_kit.supervise.zygote", str(zygote_socket.fileno()), *PRELOAD],
             pass_fds=[zygote_socket.fileno()],
@@ -144,10 +146,11 @@ class Launch:
     def __init__(self, request: str, processes: int, run: Path, lease: Lease, *, step_timeout: float | None) -> None:
         self._request, self._processes, self._run = request, processes, run
         self._step_timeout = step_timeout
-        self.keeper, self.console = Keeper(run, lease), Console(silent=False)
+        self.keeper, self.console = Keeper(lease), Console(silent=False)
         self._signals: list[tuple[float, int]] = []
-        self.zygote = Zygote()
+        self.zygote = Zygote(lease)
         self.attempt = Attempt()
+        self._unreported: float | None = None  # since when a training process has ended without a report
         self._life = (0, 0, 0)  # the counters that show signs of life, as last seen
         self._silent, self._longest, self._cpu_seconds, self._looked = 0.0, 0.0, 0.0, time.monotonic()
 
@@ -199,11 +202,10 @@ class Launch:
         """Start the processes of an attempt."""
         if self.zygote.process.poll() is not None:
             self.zygote.end()
-            self.zygote = Zygote()
+            self.zygote = Zygote(self.keeper.lease)
         self.attempt, self._silent, self._longest, self._cpu_seconds = Attempt(), 0.0, 0.0, 0.0
         self._looked = time.monotonic()
-        if self.keeper.region is not None:
-            self.keeper.region.words[Word.PHASE] = Phase.LOADING
+        self.keeper.prepare_restart()
         self.zygote.start(self._request, environments(self._processes))
 
     def _watch(self) -> int | None:
@@ -247,6 +249,9 @@ class Launch:
                 attempt.failures.append((process, f"process {self._index(process)}: {kind}{error}"))
             else:
                 self._ended(message["ended"], message["code"])
+        if self._misses_reports():
+            self.zygote.process.kill()
+            self.zygote.process.wait()
         ended = self.zygote.process.poll()
         if ended is not None and len(attempt.codes) < self._processes and not attempt.failures:
             if -ended in STOP_SIGNALS:
@@ -257,6 +262,15 @@ class Launch:
                 attempt.failures.append(
                     (self.zygote.process.pid, f"the process that forks the training processes: {_died(-ended)}")
                 )
+
+    def _misses_reports(self) -> bool:
+        """Return whether a training process has ended some time ago and the zygote, which may be stopped, is silent."""
+        running = [process for process in self.attempt.running.values() if process not in self.attempt.codes]
+        if all((process_state(process) or ENDED)[0] not in ENDED for process in running):
+            self._unreported = None
+        elif self._unreported is None:
+            self._unreported = time.monotonic()
+        return self._unreported is not None and time.monotonic() - self._unreported > REPORT_SECONDS
 
     def _index(self, process: int) -> int:
         return next((index for index, running in self.attempt.running.items() if running == process), -1)
@@ -287,7 +301,7 @@ class Launch:
         if life[0] == Phase.TRAINING and self._longest:
             limit = self._step_timeout or max(LEAST_TIMEOUT_SECONDS, TIMEOUT_FACTOR * self._longest)
         elif life[0] == Phase.LOADING and (self._step_timeout or LEAST_TIMEOUT_SECONDS) < self._silent <= limit:
-            return any(_suspended(process) for process in self.attempt.running.values())
+            return any(map(_suspended, [self.zygote.process.pid, *self.attempt.running.values()]))
         elif life[0] == Phase.LOADING and self._silent > limit and self._works():
             self._silent = 0.0
         return life[0] != Phase.ENDED and self._silent > limit

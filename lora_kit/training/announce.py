@@ -22,6 +22,7 @@ def announce(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Cons
     """Start the logs and the trackers of a run on the main process, and say what will be trained."""
     if not job.processes.is_main:
         return
+    job.run.lease.require()  # loading may have taken long
     start_trackers(job)
     keep_recipe(job)
     log_start(job, rows, accept, console)
@@ -62,7 +63,7 @@ def log_start(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Con
         "step": job.start,
         "steps": job.plan.steps,
         "processes": job.processes.count,
-        "launched": run.lease.taken,
+        "launched": run.lease.record.taken,
         "seconds": start_seconds(console.began),
     }
     if run.latest is not None:

@@ -287,6 +287,7 @@ def finish(job: Job, publisher: Publisher, console: Console, stop: StopRequest) 
 
     scores = held_out_of(job).compare(tick)
     if job.processes.is_main:
+        job.run.lease.require()
         base_bytes = sum(file.stat().st_size for file in job.inputs.source.folder.glob("*.safetensors"))
         write_result(run, job.plan.steps, plain(scores), base_bytes=base_bytes)
         job.journal.event("finished", step=job.plan.steps)

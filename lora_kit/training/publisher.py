@@ -14,17 +14,16 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from lora_kit.errors import CheckpointError
+from lora_kit.errors import CheckpointError, InputError, LaunchError
 from lora_kit.model.adapter import saved_config
 from lora_kit.model.state import FlatState
 from lora_kit.runs import live
-from lora_kit.runs.lease import inherited
-from lora_kit.runs.live import Header, JobFile, Phase, Region, Word
+from lora_kit.runs.lease import Fence, Lease
+from lora_kit.runs.live import Header, JobFile, Live, Phase, Region, Word
 from lora_kit.runs.manifest import StepFacts
 from lora_kit.supervise import oom
 from lora_kit.supervise.keeper import start_keeper
@@ -36,14 +35,14 @@ class Publisher:
     """Writes the live region of a run on the main process; on other processes, which have no job file, it does nothing.
 
     Args:
-        run: The run's folder.
+        lease: The run's lease.
         state: The state to publish.
         job_file: The facts that the keeper needs to turn a snapshot into a checkpoint; None outside the main process.
-        resumed: Whether the snapshots that are in the region belong to this run.
+        keep: Whether the run resumes from a snapshot in the region; otherwise the region is cleared.
     """
 
-    def __init__(self, run: Path, state: FlatState, job_file: JobFile | None, *, resumed: bool) -> None:
-        self._run, self._state = run, state
+    def __init__(self, lease: Lease, state: FlatState, job_file: JobFile | None, *, keep: bool) -> None:
+        self._lease, self._fence, self._state = lease, Fence(lease), state
         self._region: Region | None = None
         self._keeper: subprocess.Popen[bytes] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="publish")
@@ -51,26 +50,32 @@ class Publisher:
         self._copy_queued = threading.Event()
         self._registered = False
         self._faults = 0
-        self._starts_keeper = inherited(run) is None  # the parent of this process is not the keeper
+        self._starts_keeper = not lease.borrowed  # the parent of this process is not the keeper
         if job_file is not None:
-            self._open(job_file, resumed=resumed)
+            self._open(job_file, keep=keep)
         self._oom_score = oom.offer_to_the_oom_killer(os.getpid()) if self._starts_keeper else None
 
-    def _open(self, job_file: JobFile, *, resumed: bool) -> None:
-        region = live.create_region(self._run, 12 * self._state.size)
-        words, self._token = region.words, job_file.facts.fencing_token
-        if not resumed:
+    def _open(self, job_file: JobFile, *, keep: bool) -> None:
+        self._lease.require()
+        region = live.create_region(self._lease, 12 * self._state.size)
+        words, self._token = region.words, self._lease.token
+        self._sequence = max([words[Word.HANDLED], *(snapshot.header.sequence for snapshot in region.snapshots())])
+        if not keep:
             region.clear()
         words[Word.TOKEN], words[Word.STOP], words[Word.FAULTS] = self._token, 0, 0
         words[Word.PHASE] = Phase.LOADING
-        self._sequence = max([words[Word.HANDLED], *(snapshot.header.sequence for snapshot in region.snapshots())])
         live.write_job(region, job_file)
-        self._region = region
+        self._region, self._job_file = region, job_file
         self._slots = [region.payload(slot) for slot in range(live.SLOTS)]
         if self._state.weights.is_cuda:
             self._side_stream, self._registered = torch.cuda.Stream(), _register(region.memory)
         if self._starts_keeper:
-            self._keeper = start_keeper(self._run)
+            self._keeper = start_keeper(self._lease)
+
+    @property
+    def region(self) -> Region | None:
+        """The live region; None outside the main process."""
+        return self._region
 
     @property
     def stop_requested(self) -> bool:
@@ -108,7 +113,8 @@ class Publisher:
     def _fill_slot(self, region: Region, facts: Callable[[], StepFacts], sequence: int, due: bool) -> StepFacts:
         on_cuda = self._state.weights.is_cuda
         try:
-            slot = region.acquire(self._restart_dead_keeper)
+            self._check()
+            slot = region.acquire(self._check)
             checksum = self._copy_on_cuda(slot) if on_cuda else self._copy_on_cpu(slot)
         finally:
             self._copy_queued.set()
@@ -116,6 +122,7 @@ class Publisher:
         if on_cuda:
             self._side_stream.synchronize()
             checksum = live.checksum(self._slots[slot])
+        self._fence()
         region.publish(slot, Header(self._token, sequence, checksum, due, found))
         return found
 
@@ -161,13 +168,14 @@ class Publisher:
         Raises:
             CheckpointError: The checkpoint could not be written. The snapshot stays live, and earlier checkpoints are
                 unchanged.
+            LeaseError: Another process has taken over the run.
         """
         if self._region is None:
             return
         self.wait_published()
         words = self._region.words
         while words[Word.HANDLED] < self._sequence:
-            self._restart_dead_keeper()
+            self._check()
             words[Word.BEAT] += 1
             time.sleep(0.001)
         if words[Word.COMMITTED] < self._sequence:
@@ -180,11 +188,26 @@ class Publisher:
         self._faults = self._region.words[Word.FAULTS]
         return self._region.fault
 
-    def _restart_dead_keeper(self) -> None:
-        """Start another keeper if the keeper that this process started has been killed."""
-        if self._keeper is not None and self._keeper.poll() is not None:
-            self._keeper = start_keeper(self._run)
-            oom.offer_to_the_oom_killer(os.getpid())  # the new keeper has inherited the score of this process
+    def _check(self) -> None:
+        """Check that the lease is held and that the keeper lives; start another if this process's keeper was killed.
+
+        Raises:
+            LeaseError: The lease is lost.
+            LaunchError: The keeper was killed, and another keeper could not find the region.
+        """
+        self._fence()
+        if self._keeper is None or self._region is None or self._keeper.poll() is None:
+            return
+        self._lease.require()
+        if self._region.is_removed():
+            raise LaunchError(
+                f"{self._region.path}: the live region was removed, and the process that wrote checkpoints from its "
+                "memory was killed, so nothing can be saved any more; the same command resumes the run"
+            )
+        live.write_job(self._region, self._job_file)
+        self._keeper = start_keeper(self._lease)
+        oom.offer_to_the_oom_killer(os.getpid())  # the new keeper has inherited the score of this process
+        self._region.report_fault("the keeper, which writes the checkpoints, was killed; another one was started")
 
     def end(self) -> None:
         """Let the keeper write the newest snapshot as a checkpoint, and wait for it if this process started it."""
@@ -197,7 +220,8 @@ class Publisher:
             _unregister(self._region.memory)
         self._region.words[Word.PHASE] = Phase.ENDED
         if self._keeper is not None:
-            self._restart_dead_keeper()
+            with suppress(InputError):  # then there is nothing left to write
+                self._check()
             self._keeper.wait()
 
 
@@ -226,13 +250,12 @@ def publishing(job: Job, stop: StopRequest) -> Iterator[Publisher]:
     During the block a thread also writes stop signals to the live region, so the keeper sees them even if the main
     thread hangs.
     """
-    folder = job.run.folder
     job_file = job_file_of(job) if job.processes.is_main else None
-    publisher = Publisher(folder, job.state, job_file, resumed=job.resumed is not None)
+    publisher = Publisher(job.run.lease, job.state, job_file, keep=isinstance(job.run.latest, Live))
 
     def forward_signals() -> None:
         for number in stop.signals():
-            region = live.open_region(folder)
+            region = publisher.region or live.open_region(job.run.folder, most=job.run.lease.token)
             if region is not None:
                 region.words[Word.STOP] = number
 
@@ -250,7 +273,6 @@ def job_file_of(job: Job) -> JobFile:
     """Return everything that the keeper needs to turn a snapshot of this job into a checkpoint."""
     checkpoint = job.recipe.checkpoint
     return JobFile(
-        run=str(job.run.folder.resolve()),
         shapes={name: tuple(shape) for name, shape in job.state.shapes.items()},
         adapter_config=json.dumps(saved_config(job.model), indent=2) + "\n",
         facts=job.facts,

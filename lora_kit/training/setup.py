@@ -38,6 +38,7 @@ from lora_kit.model.tokenizer import load_renderer
 from lora_kit.recipe.load import resolve_path
 from lora_kit.recipe.schema import Recipe
 from lora_kit.runs.journal import Journal
+from lora_kit.runs.lease import Fence
 from lora_kit.runs.manifest import (
     Claim,
     Environment,
@@ -65,7 +66,9 @@ def open_folder(
     processes: Processes, folder: Path, start_from: str | Path | None, console: Console
 ) -> Iterator[OpenRun]:
     """Hold the lease of a run's folder until the block ends, then restore the settings of the processes."""
-    run = processes.main_decides(lambda: open_run(folder, checkpoint_at(start_from) if start_from else None))
+    run = processes.main_decides(
+        lambda: open_run(folder, checkpoint_at(start_from) if start_from else None, tell=console.warn)
+    )
     try:
         for notice in run.notices:
             console.warn(notice)
@@ -231,7 +234,8 @@ def make_job(
     trackers: Trackers,
 ) -> Job:
     """Combine everything into a job, with the facts that every manifest of this process records."""
-    latest, data, journal, resolved = run.latest, inputs.data, Journal(run.folder), adapted.resolved
+    latest, data, resolved = run.latest, inputs.data, adapted.resolved
+    journal = Journal(run.folder, Fence(run.lease))
     assert resolved.micro_batch_tokens is not None
     facts = RunFacts(
         run_id=run.run_id,

@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from lora_kit.runs import live
+from lora_kit.runs.identity import own_identity
+from lora_kit.runs.lease import take
 from lora_kit.runs.live import Header, Region, Word
 from lora_kit.runs.manifest import StepFacts
 
@@ -80,8 +82,9 @@ def kill(region, rng, first):
 
 def storm(kills, seed, folder):
     """Return the counts of torn slots, reads beside the writer, wrong recoveries and acknowledged snapshots lost."""
-    region, rng = live.create_region(folder, 4 * (NUMBERS // 3) * 3), random.Random(seed)
-    region.words[Word.KEEPER] = os.getpid()
+    held, rng = take(folder, run_id="r"), random.Random(seed)
+    region = live.create_region(held, 4 * (NUMBERS // 3) * 3)
+    region.keeper = own_identity()
     torn = wrong = lost = reads = 0
     newest = 0
     try:
@@ -98,7 +101,7 @@ def storm(kills, seed, folder):
             lost += newest < acknowledged
             wrong += newest > acknowledged + 1
     finally:
-        live.discard(folder)
+        live.discard(region)
     return {"torn": torn, "reads": reads, "wrong": wrong, "lost": lost}
 
 

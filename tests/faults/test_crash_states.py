@@ -24,6 +24,11 @@ def test_every_state_of_the_disk_reads_back():
     assert done.returncode == 0 and done.stdout == "600 states, 600 read back\n", done.stdout + done.stderr
 
 
+def test_every_state_reads_back_where_two_folders_cannot_be_exchanged():
+    done = look(400, without="store._exchange = lambda one, other: False")
+    assert done.returncode == 0 and done.stdout == "400 states, 400 read back\n", done.stdout + done.stderr
+
+
 def test_a_writer_that_does_not_sync_is_found_out():
     assert "reads back, expected" in look(600, without="store._sync_folder = lambda folder: None").stdout
 

@@ -73,7 +73,7 @@ def nothing_was_lost(out):
     """Every step is shown once, and no resume had to do one again."""
     assert steps_shown(out) == list(range(1, STEPS + 1))
     assert all(one["reached"] <= one["step"] for one in events(out, "resumed"))
-    assert live.folder_of(out) is None, "the region is still there"
+    assert live.open_region(out) is None, "the region is still there"
 
 
 PHASES = ["forward", "backward", "reduce", "update", "updated", "copy", "publish", "line"]

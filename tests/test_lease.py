@@ -234,7 +234,7 @@ def test_a_lease_file_that_a_power_cut_destroyed_counts_as_absent_and_is_told(tm
     told = []
     (tmp_path / "lease.json").write_bytes(content)
     assert take(tmp_path, above=4, tell=told.append).token == 5
-    assert len(told) == 1 and "lease.json is not valid (" in told[0] and told[0].endswith("; it counts as absent")
+    assert len(told) == 1 and "lease.json: not valid: " in told[0] and told[0].endswith("; it counts as absent")
 
 
 def test_what_decides_is_synced_before_it_has_its_name(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from manifests import run_facts, step_facts
+from manifests import files_of, run_facts, step_facts
 
 from lora_kit.errors import CheckpointError, LeaseError
 from lora_kit.runs import lease, live, store
@@ -256,7 +256,7 @@ def test_the_region_of_a_finished_run_is_deleted_once_its_newest_step_is_a_check
     (run / "result.json").write_text("{}")
     live.delete_orphans()
     assert path.exists()
-    store.commit(run, {"a": [b"a"]}, run_facts(fencing_token=0), step_facts(2))
+    store.commit(run, files_of(), run_facts(fencing_token=0), step_facts(2))
     live.delete_orphans()
     assert not path.exists()
 

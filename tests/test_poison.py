@@ -1,7 +1,6 @@
 """A loss or a gradient that is no number never reaches the adapter: its step is skipped, told, and skipped by all."""
 
 import json
-import math
 import os
 import signal
 
@@ -56,7 +55,7 @@ def test_a_poisoned_step_leaves_every_byte_as_it_was_and_is_told(run):
     manifest = json.loads((out / "checkpoints" / f"step-{STEPS:08d}" / "manifest.json").read_text())
     assert manifest["skipped_steps"] == bad
     shown = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    seen = [one["step"] for one in shown if not math.isfinite(one["loss"] + one["grad_norm"])]
+    seen = [one["step"] for one in shown if one["loss"] is None or one["grad_norm"] is None]
     assert seen == bad, "the log hides nothing"
     arrays = load_file(out / "checkpoints" / f"step-{STEPS:08d}" / "adapter_model.safetensors")
     assert all(torch.from_numpy(array).isfinite().all() for array in arrays.values())

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from manifests import run_facts, step_facts
+from manifests import files_of, run_facts, step_facts
 from runs import go_on, state_hash
 
 from lora_kit.recipe.load import load_recipe
@@ -34,13 +34,13 @@ def test_a_writer_that_wrote_more_than_was_predicted_is_an_error(tmp_path, monke
     write = store._write_synced
     monkeypatch.setattr(store, "_write_synced", lambda path, pieces: write(path, [*pieces, b"base"]))
     with pytest.raises(store.CheckpointError, match=r"bytes written, expected"):
-        store.commit(tmp_path, {store.ADAPTER: [b"a"]}, run_facts(), step_facts(1))
+        store.commit(tmp_path, files_of(), run_facts(), step_facts(1))
     assert not store.folders(tmp_path)
 
 
 def test_checkpoints_are_thinned_out_by_their_steps_and_not_by_file_times(tmp_path):
     for step in range(1, 6):
-        path = store.commit(tmp_path, {store.ADAPTER: [b"a"]}, run_facts(), step_facts(step)).path
+        path = store.commit(tmp_path, files_of(), run_facts(), step_facts(step)).path
         for file in (path, *path.iterdir()):
             os.utime(file, (1e9 - step, 1e9 - step))  # the newest looks oldest
     store.prune(tmp_path, 2)
@@ -50,7 +50,7 @@ def test_checkpoints_are_thinned_out_by_their_steps_and_not_by_file_times(tmp_pa
 @pytest.mark.quick
 def test_a_pinned_checkpoint_and_those_of_every_so_many_steps_stay(tmp_path):
     for step in range(1, 8):
-        store.commit(tmp_path, {store.ADAPTER: [b"a"]}, run_facts(), step_facts(step))
+        store.commit(tmp_path, files_of(), run_facts(), step_facts(step))
     (store.checkpoint_folder(tmp_path, 2) / store.PIN).touch()
     store.prune(tmp_path, 2, keep_every=3)
     assert [path.name[-1] for path in store.folders(tmp_path)] == ["7", "6", "3", "2"]

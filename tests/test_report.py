@@ -2,15 +2,21 @@
 
 import json
 import os
+import re
+import shutil
 import signal
+import time
 
 import psutil
 import pytest
+from manifests import files_of, run_facts, step_facts, step_record
 from runs import gone, start, train, wait_for_lines, wait_until
 
 from lora_kit.errors import InputError
 from lora_kit.runs import live, store
 from lora_kit.runs.journal import Journal
+from lora_kit.runs.lease import take
+from lora_kit.runs.live import JobFile, Phase, Word
 from lora_kit.runs.status import SILENT_END, status
 
 
@@ -32,14 +38,7 @@ def clock(monkeypatch):
 
 def step(number, at, *, stall=0.0):
     """Return a line of a step of two seconds."""
-    return {
-        "step": number,
-        "tokens": 100,
-        "tokens_per_second": 50.0,
-        "stall_seconds": stall,
-        "loss": 1 / number,
-        "time": at,
-    }
+    return step_record(number, stall_seconds=stall, time=at)
 
 
 def test_a_run_without_logs_is_none(tmp_path):
@@ -87,6 +86,66 @@ def test_it_counts_what_was_lost_and_what_it_cost(tmp_path, clock):
     assert status(tmp_path).state == "failed, resumable"
     journal.event("finished", step=10)
     assert status(tmp_path).to_dict()["state"] == "finished"
+
+
+def test_it_shows_the_held_out_loss_the_best_checkpoint_and_the_time_that_is_left(tmp_path, monkeypatch):
+    journal = Journal(tmp_path)
+    journal.event("started", step=0, steps=10, run_id="x")
+    for number, loss in ((2, 0.75), (4, 0.5), (6, None)):
+        journal.metrics(step_record(number, held_out_loss=loss))
+        store.commit(tmp_path, files_of(), run_facts(), step_facts(number, held_out_loss=loss))
+    now = status(tmp_path)
+    assert now.held_out == {"step": 6, "loss": None} and now.seconds_left is None
+    assert now.best == {"step": 4, "loss": 0.5, "path": "checkpoints/step-00000004"}
+    assert ("held-out loss", "not finite after step 6") in now.rows()
+    assert ("best", "checkpoints/step-00000004, held-out loss 0.5000") in now.rows()
+    monkeypatch.setattr("lora_kit.runs.status.is_held", lambda run: True)
+    journal.metrics(step_record(7, held_out_loss=0.25))
+    now = status(tmp_path)
+    assert now.seconds_left == 6.0 and ("time left", "about 0:00:06") in now.rows(), "three steps of two seconds"
+    assert ("held-out loss", "0.2500 after step 7") in now.rows()
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A run whose lease this process holds, with its live region."""
+    lease = take(tmp_path, run_id="r")
+    Journal(tmp_path).event("started", step=0, steps=10, run_id="r", launched=time.time())
+    region = live.create_region(lease, 12)
+    yield tmp_path, region
+    live.discard(region)
+    lease.release()
+
+
+@pytest.mark.quick
+def test_a_run_without_signs_of_life_is_not_said_to_train(held):
+    run, region = held
+    assert status(run).state == "starting or ending"
+    region.words[Word.PHASE] = Phase.TRAINING
+    region.beat()
+    assert status(run).state == "training"
+    region.words[Word.SEEN] -= 59_000
+    assert status(run).state == "training"
+    region.words[Word.SEEN] -= 2_000
+    assert re.fullmatch(r"not responding for 6\d s", status(run).state)
+    Journal(run).metrics(step_record(1, tokens_per_second=5.0, time=time.time()))
+    assert status(run).state == "training", "a step of this run takes 20 s"
+    facts = run_facts(recipe={"train": {"step_timeout": 30.0}})
+    live.write_job(region, JobFile({}, "{}", facts, 60.0, 2, None, best=False))
+    assert status(run).state.startswith("not responding for 6"), "the recipe allows 30 s"
+
+
+def test_without_its_live_region_a_runs_log_shows_its_signs_of_life(held):
+    run, region = held
+    shutil.rmtree(region.path.parent)
+    assert status(run).state == "starting or ending"
+    Journal(run).metrics(step_record(1, time=time.time()))
+    assert status(run).state == "training"
+    (run / "metrics.jsonl").unlink()
+    Journal(run).event("resumed", step=0, steps=10, run_id="r", launched=time.time() - 100)
+    (run / "events.jsonl").write_text("".join((run / "events.jsonl").read_text().splitlines(keepends=True)[1:]))
+    Journal(run).metrics(step_record(1, time=time.time() - 90))
+    assert status(run).state.startswith("not responding for 9")
 
 
 def test_it_tells_the_truth_while_a_run_trains_and_after_it_was_killed(recipe_file, tmp_path):

@@ -1,12 +1,19 @@
 """Evaluation on the way changes no bit, keeps the best checkpoint, and a run's folder reads back."""
 
+import math
+import shutil
+from dataclasses import replace
+
 import pytest
 from conftest import make_records, write_jsonl
 from runs import start, state_hash, train, wait_for_lines
 
 import lora_kit as lk
 from lora_kit.errors import CheckpointError, RecipeError
-from lora_kit.training import loop
+from lora_kit.runs import store
+from lora_kit.training import evaluation, loop
+
+CHANGES = ("train.steps=4", "optim.learning_rate=0.05", "checkpoint.every_steps=2")  # those of `trained_run`
 
 
 @pytest.fixture
@@ -63,6 +70,42 @@ def test_answers_on_the_way_are_logged_once_also_after_a_kill(recipe_file, tmp_p
     events = [event for event in lk.Run(out).events if event["kind"] == "sample"]
     assert [event["step"] for event in events] == [2, 2, 4, 4, 6, 6, 8, 8]
     assert all(event["expected"] for event in events)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("content", [b"", bytes(300), b"[" * 100_000, b'{"step": 4}'])
+def test_a_damaged_result_is_told_and_written_again(recipe_file, tmp_path, trained_run, capsys, content):
+    run = lk.Run(shutil.copytree(trained_run, tmp_path / "run"))
+    whole = run.result
+    (run.folder / "result.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"result\.json: not valid: "):
+        _ = run.result
+    assert "not valid" in run._repr_html_()
+    lk.train(lk.load_recipe(trained_run.parent / "recipe.yaml", CHANGES), run.folder)
+    assert "result.json: not valid: " in capsys.readouterr().out
+    assert run.result == whole
+
+
+def test_a_held_out_loss_that_is_not_finite_is_told_and_stored_as_null(
+    recipe_file, tmp_path, watched, monkeypatch, capsys
+):
+    score = evaluation.score
+
+    def poisoned(*arguments, **named):
+        return replace(score(*arguments, **named), loss=math.nan, perplexity=math.inf)
+
+    monkeypatch.setattr(evaluation, "score", poisoned)
+    recipe = lk.load_recipe(recipe_file, [*watched, "train.steps=4", "checkpoint.best=true"])
+    for _ in range(2):
+        run = lk.train(recipe, tmp_path / "run")
+    manifest = store.open_checkpoint(run.latest).manifest
+    assert manifest.progress.step == 4 and manifest.progress.held_out_loss is None
+    assert [record["held_out_loss"] for record in run.metrics if "held_out_loss" in record] == [None, None]
+    assert "step 2: the held-out loss is nan; it is stored as null" in capsys.readouterr().out
+    assert [event["step"] for event in run.events if event["kind"] == "fault"][:2] == [2, 4]
+    assert run.result["metrics"]["adapter"]["loss"] is None and run.best is None
+    for name in ("result.json", "metrics.jsonl", "events.jsonl"):
+        assert "NaN" not in (run.folder / name).read_text()
 
 
 def test_a_run_without_a_checkpoint_says_so(tmp_path):

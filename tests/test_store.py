@@ -1,30 +1,38 @@
 """A checkpoint is there whole or not at all, and nothing that was damaged is ever taken for one."""
 
 import errno
+import hashlib
+import io
 import json
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from manifests import run_facts, step_facts
+from manifests import files_of, run_facts, step_facts
 from runs import WAIT_SECONDS
+from safetensors.numpy import save
+from typer.testing import CliRunner
 
+from lora_kit import files
+from lora_kit.cli import app
 from lora_kit.errors import CheckpointError
+from lora_kit.files import write_atomically
 from lora_kit.runs import store
 from lora_kit.runs.manifest import FORMAT, manifest_bytes
+from lora_kit.runs.resume import take_over
+from lora_kit.runs.status import checkpoints
 from lora_kit.runs.store import find, folders, open_checkpoint, prune, set_aside, sweep
 
-FILES = {
-    "adapter_model.safetensors": [b"a" * 2000, memoryview(b"a" * 3000)],
-    "optimizer.safetensors": [b"o" * 9000],
-    "adapter_config.json": [b"{}\n"],
-}
+FILES = files_of()
+SIZES = {name: sum(map(len, pieces)) for name, pieces in FILES.items()}
 
 
 def commit(run, files, step, token=1, **changes):
@@ -36,7 +44,7 @@ def test_a_commit_reads_back_as_it_was_written(tmp_path):
     made = commit(tmp_path, FILES, 120)
     assert made.path.name == "step-00000120"
     read = open_checkpoint(made.path)
-    assert (read.step, read.manifest, read.size) == (120, made.manifest, 14003)
+    assert (read.step, read.manifest, read.size) == (120, made.manifest, sum(SIZES.values()))
     assert json.loads((made.path / "manifest.json").read_text())["format"] == FORMAT
     assert {name: (made.path / name).read_bytes() for name in FILES} == {name: b"".join(FILES[name]) for name in FILES}
     assert sorted(path.name for path in made.path.iterdir()) == sorted([*FILES, "manifest.json"])
@@ -72,8 +80,9 @@ def test_every_truncation_and_a_missing_file_are_found(tmp_path, name):
 
 def test_the_message_names_the_file_and_both_sizes(tmp_path):
     path = commit(tmp_path, FILES, 1).path
-    (path / "optimizer.safetensors").write_bytes(b"o" * 8999)
-    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors: 8,999 bytes, the manifest says 9,000"):
+    size = SIZES["optimizer.safetensors"]
+    (path / "optimizer.safetensors").write_bytes(bytes(size - 1))
+    with pytest.raises(CheckpointError, match=rf"optimizer\.safetensors: {size - 1} bytes, the manifest says {size}"):
         open_checkpoint(path)
 
 
@@ -86,6 +95,207 @@ def test_latest_is_the_newest_that_verifies(tmp_path):
     assert found.latest is not None and found.latest.step == 20
     assert [path.name for path in found.broken] == ["step-00000030"]
     assert (tmp_path / "checkpoints/step-00000030").exists(), "looking moves nothing"
+
+
+@pytest.mark.quick
+def test_a_newer_token_is_newer_than_a_later_step(tmp_path):
+    commit(tmp_path, FILES, 10, token=5)
+    for step in (11, 12, 13):
+        commit(tmp_path, FILES, step, token=3)  # of a job that had been replaced
+    assert find(tmp_path).latest.step == 10
+    prune(tmp_path, 2)
+    assert [path.name[-2:] for path in folders(tmp_path)] == ["13", "10"], "the newest stay, by token first"
+
+
+def test_going_back_to_a_checkpoint_of_an_earlier_start_sets_aside_what_is_newer(tmp_path):
+    commit(tmp_path, FILES, 10, token=5)
+    target = commit(tmp_path, FILES, 12, token=3)
+    lease, notices = take_over(tmp_path, target)
+    lease.release()
+    assert len(notices) == 1 and "going back to step 12; step-00000010 is kept in" in notices[0]
+    assert find(tmp_path).latest.step == 12
+
+
+class Unreadable(io.BufferedReader):
+    """A file on a disk that fails."""
+
+    def read(self, *_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    readinto = readline = read
+
+
+def failing_disk(monkeypatch, name):
+    """Let every read of a file of this name in the newest checkpoint fail."""
+
+    fdopen = os.fdopen
+
+    def opened(descriptor, mode):
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        broken = path.name == name and path.parent.name == "step-00000030"
+        return Unreadable(io.FileIO(descriptor)) if broken else fdopen(descriptor, mode)
+
+    monkeypatch.setattr(files.os, "fdopen", opened)
+
+
+@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
+def test_a_disk_that_fails_makes_a_checkpoint_not_valid_and_the_next_older_is_used(tmp_path, monkeypatch, name):
+    for step in (10, 20, 30):
+        commit(tmp_path, FILES, step)
+    failing_disk(monkeypatch, name)
+    found = find(tmp_path)
+    (reason,) = found.broken.values()
+    assert found.latest.step == 20 and f"{name}: cannot be read: Input/output error" in reason
+    assert [entry["valid"] for entry in checkpoints(tmp_path)] == [False, True, True]
+    lease, notices = take_over(tmp_path)
+    lease.release()
+    assert len(notices) == 1 and "falling back to step 20" in notices[0]
+
+
+def fifo(path):
+    os.mkfifo(path)
+
+
+def link(path):
+    path.symlink_to("/etc/passwd")
+
+
+def link_to_memory(path):
+    path.symlink_to("/proc/self/mem")
+
+
+def socket_file(path):
+    bound = socket.socket(socket.AF_UNIX)
+    bound.bind(os.path.relpath(path))
+
+
+@pytest.mark.parametrize("other", [fifo, link, link_to_memory, socket_file, Path.mkdir])
+@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
+def test_what_is_no_regular_file_is_not_waited_for_and_not_followed(tmp_path, monkeypatch, name, other):
+    monkeypatch.chdir(tmp_path)
+    for step in (10, 20):
+        commit(tmp_path, FILES, step)
+    path = tmp_path / "checkpoints" / "step-00000020" / name
+    path.unlink()
+    other(path)
+    found = find(tmp_path)
+    (reason,) = found.broken.values()
+    assert found.latest.step == 10 and f"{name}: cannot be read: not a regular file" in reason
+    assert CliRunner().invoke(app, ["verify", str(path.parent)]).exit_code == 1
+
+
+def test_the_links_of_the_hubs_cache_are_followed_and_no_others(tmp_path):
+    cached, made = tmp_path / "models--me--x" / "snapshots" / "c0ffee", commit(tmp_path, FILES, 1).path
+    blobs = cached.parents[1] / "blobs"
+    cached.mkdir(parents=True)
+    blobs.mkdir()
+    for file in made.iterdir():
+        file.rename(blobs / f"{file.name}.blob")
+        (cached / file.name).symlink_to(f"../../blobs/{file.name}.blob")
+    assert open_checkpoint(cached).step == 1
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("manifest.json", *FILES):
+        (blobs / f"{name}.blob").rename(tmp_path / "elsewhere" / name)
+        (blobs / f"{name}.blob").symlink_to(tmp_path / "elsewhere" / name)
+        with pytest.raises(CheckpointError, match=f"{name}: cannot be read: not a regular file"):
+            open_checkpoint(cached)
+        (blobs / f"{name}.blob").unlink()
+        (tmp_path / "elsewhere" / name).rename(blobs / f"{name}.blob")
+
+
+def forge(path, **changes):
+    """Seal a manifest again after its keys were changed, as anyone can."""
+    content = json.loads((path / "manifest.json").read_bytes())
+    (path / "manifest.json").write_bytes(manifest_bytes(content | changes))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        ([], r"adapter_model\.safetensors: not listed in the manifest"),
+        (["adapter_model.safetensors", "adapter_config.json"], r"optimizer\.safetensors: not listed"),
+        (["../../../outside"], "not the name of a file in this folder"),
+        (["/proc/self/environ"], "not the name of a file in this folder"),
+        ([".."], "not the name of a file in this folder"),
+        (["a\0b"], "not the name of a file in this folder"),
+    ],
+)
+def test_a_manifest_lists_the_required_files_by_plain_names(tmp_path, names, problem):
+    path = commit(tmp_path, FILES, 1).path
+    (tmp_path / "outside").write_bytes(b"")
+    entries = json.loads((path / "manifest.json").read_bytes())["files"]
+    empty = {"size": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+    forge(path, files={name: entries.get(name, empty) for name in names})
+    with pytest.raises(CheckpointError, match=problem):
+        open_checkpoint(path)
+
+
+def test_a_checkpoint_without_moments_is_valid_outside_of_a_run(tmp_path):
+    path = commit(tmp_path, FILES, 1).path
+    entries = json.loads((path / "manifest.json").read_bytes())["files"]
+    forge(path, files={name: entry for name, entry in entries.items() if name != "optimizer.safetensors"})
+    assert open_checkpoint(path.rename(tmp_path / "published")).step == 1
+
+
+def test_a_checkpoint_in_the_folder_of_another_step_is_not_valid(tmp_path):
+    path = commit(tmp_path, FILES, 1).path.rename(tmp_path / "checkpoints" / "step-00000002")
+    with pytest.raises(CheckpointError, match=r"it is of step 1, not of the step in the folder's name"):
+        open_checkpoint(path)
+
+
+HALF = store.headers_of({"A": (30,), "B": (30,)})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("adapter_model.safetensors", b"no tensors", r"adapter_model\.safetensors: cannot be read: "),
+        ("adapter_model.safetensors", save({"A": np.zeros(4, np.float16)}), "its tensors are F16, expected F32"),
+        ("adapter_model.safetensors", save({}), "its tensors are missing, expected F32"),
+        ("optimizer.safetensors", HALF["optimizer.safetensors"] + bytes(480), r"expected the moments of 80 weights"),
+        ("optimizer.safetensors", save({"exp_avg": np.zeros(80, np.float32)}), "expected the moments of 80 weights"),
+        ("adapter_config.json", b"{}", "base_model_name_or_path: Field required"),
+        ("adapter_config.json", b"[" * 100_000, "recursion limit exceeded"),
+    ],
+)
+def test_the_files_of_a_checkpoint_hold_the_tensors_of_an_adapter(tmp_path, name, content, problem):
+    path = commit(tmp_path, FILES | {name: [content]}, 1).path
+    with pytest.raises(CheckpointError, match=problem):
+        open_checkpoint(path)
+
+
+def test_checkpoints_that_cannot_be_listed_are_not_taken_for_none(tmp_path, monkeypatch):
+    commit(tmp_path, FILES, 1)
+
+    def failing(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "iterdir", failing)
+    with pytest.raises(CheckpointError, match="checkpoints: cannot be listed: Input/output error"):
+        find(tmp_path)
+
+
+def test_a_damaged_checkpoint_that_cannot_be_moved_is_told_and_the_one_before_is_used(tmp_path, monkeypatch):
+    for step in (10, 20):
+        commit(tmp_path, FILES, step)
+    (tmp_path / "checkpoints" / "step-00000020" / "adapter_config.json").unlink()
+
+    def failing(*_):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(store, "set_aside", failing)
+    lease, (notice,) = take_over(tmp_path)
+    lease.release()
+    assert "could not be moved to quarantine (Operation not permitted), falling back to step 10" in notice
+
+
+def test_a_file_is_synced_before_it_gets_its_name(tmp_path, monkeypatch):
+    calls, replace = [], Path.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append(Path(f"/proc/self/fd/{descriptor}").readlink()))
+    monkeypatch.setattr(Path, "replace", lambda one, other: (calls.append(other), replace(one, other)))
+    write_atomically(tmp_path / "lease.json", "{}")
+    assert [path.name[:7] for path in calls] == [".lease.", "lease.j"]
 
 
 def test_a_folder_that_was_never_committed_is_no_checkpoint(tmp_path):
@@ -118,7 +328,7 @@ def test_a_second_commit_of_the_same_state_takes_the_firsts_place(tmp_path):
 
 
 def test_a_second_commit_of_a_step_with_another_state_sets_the_first_aside(tmp_path):
-    commit(tmp_path, FILES | {"optimizer.safetensors": [b"p" * 9000]}, 7, token=1)
+    commit(tmp_path, files_of(1), 7, token=1)
     commit(tmp_path, FILES, 7, token=2)
     assert open_checkpoint(tmp_path / "checkpoints/step-00000007").manifest.run.fencing_token == 2
     quarantine = tmp_path / "checkpoints/.quarantine"
@@ -222,7 +432,8 @@ def test_nothing_is_pruned_while_the_newest_does_not_verify(tmp_path):
 def test_a_full_disk_says_so_and_leaves_what_was_there(tmp_path, monkeypatch):
     commit(tmp_path, FILES, 1)
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(CheckpointError, match=r"No space left on device \(14,003 bytes needed\); earlier"):
+    needed = sum(SIZES.values())
+    with pytest.raises(CheckpointError, match=rf"No space left on device \({needed:,} bytes needed\); earlier"):
         commit(tmp_path, FILES, 2)
     assert find(tmp_path).latest.step == 1
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
@@ -235,9 +446,9 @@ def full_disk(descriptor):
 WRITER = """
 import sys
 from pathlib import Path
-from manifests import run_facts, step_facts
+from manifests import files_of, run_facts, step_facts
 from lora_kit.runs import store
-files = {"adapter_model.safetensors": [b"a" * 300_000], "optimizer.safetensors": [b"o" * 600_000]}
+files = files_of(shapes={"A": (75_000,)})
 for step in range(1, 10**6):
     store.commit(Path(sys.argv[1]), files, run_facts(), step_facts(step))
     store.prune(Path(sys.argv[1]), 2)

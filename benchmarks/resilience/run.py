@@ -60,6 +60,13 @@ def writer_kills(kills: int) -> Found:
     return {"said": ended.stdout.strip(), "all_whole": ended.returncode == 0}
 
 
+def mutated_files(mutations: int) -> Found:
+    """Return how many readers of a run's files do anything but accept or refuse a file that was changed at random."""
+    command = [sys.executable, str(FAULTS / "mutated_files.py"), "--mutations", str(mutations), "--seed", "1"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    return {"said": ended.stdout.strip(), "mutations_of_each_file": mutations, "all_right": ended.returncode == 0}
+
+
 def _kills(found: Found) -> str:
     own = found["ours"]
     return f"{own['kills'] - own['resumes_that_failed']} of {own['kills']} resume, {own['finished_steps_lost']} lost"
@@ -111,6 +118,14 @@ MEASURES = {
         trainer=lambda found: "-",
         target="0 wrong, 0 lost",
         reached=lambda found: found["all_whole"],
+    ),
+    "mutated_files": Measure(
+        full=lambda folder: mutated_files(100_000),
+        quick=lambda folder: mutated_files(10_000),
+        ours=lambda found: found["said"],
+        trainer=lambda found: "-",
+        target="0 readers fail",
+        reached=lambda found: found["all_right"],
     ),
     "resume_time": Measure(
         full=resume_time.measure,

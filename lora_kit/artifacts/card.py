@@ -14,6 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from lora_kit.recipe.load import BUILTIN
 from lora_kit.recipe.schema import Hub
 from lora_kit.runs.manifest import Manifest
+from lora_kit.views.console import number
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
@@ -49,4 +50,5 @@ def model_card(
         progress=manifest.progress,
         scores=scores or {},
         shipped=base.startswith(BUILTIN),
+        number=number,
     )

@@ -1,6 +1,13 @@
 """Statistics of the examples that were made from the records of a dataset."""
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+"""A number of steps, examples, tokens or bytes."""
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -22,16 +29,16 @@ class Counts:
     """
 
     format: str
-    examples: int
-    tokens: int
-    trained_tokens: int
-    trained_share: float
-    longest: int
-    dropped: int
-    truncated: int
-    emptied: int
-    duplicates: int
-    merged: int
+    examples: Count
+    tokens: Count
+    trained_tokens: Count
+    trained_share: Share
+    longest: Count
+    dropped: Count
+    truncated: Count
+    emptied: Count
+    duplicates: Count
+    merged: Count
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A run's two logs: metrics.jsonl has a line per step, events.jsonl a line per event.
 
-A line is appended in one write. An incomplete last line, as a machine that crashed may leave, is skipped when reading.
+A line is appended in one write. A line that is not valid, such as the incomplete last line that a machine that crashed
+may leave, is skipped when reading.
 A line that cannot be written because the disk is full is kept in memory and written before the next line, so a log
 never ends a run. A resume cuts the metrics back to its checkpoint, so that no step appears twice.
 """
@@ -8,16 +9,90 @@ never ends a run. A resume cuts the metrics back to its checkpoint, so that no s
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypeVar
 
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, with_config
+from typing_extensions import TypedDict  # pydantic reads this one before Python 3.12
+
+from lora_kit.data.counts import Count
 from lora_kit.files import write_atomically
+from lora_kit.runs import formats
+from lora_kit.runs.formats import Amount, Figure, Finite, RunId, finite
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+REQUIRED = {  # the fields that an event of a kind must have
+    "started": ("step", "steps", "run_id"),
+    "resumed": ("step", "steps"),
+    "went back": ("step",),
+    "sample": ("step", "prompt", "answer"),
+    "skipped": ("step",),
+    "fault": ("what",),
+    "restart": ("step", "cause"),
+    "failed": ("step", "cause"),
+    "stopped": ("step",),
+}
+
+T = TypeVar("T")
+
+
+@with_config(ConfigDict(extra="allow"))
+class StepRecord(TypedDict):
+    """A line of metrics.jsonl: the numbers of a finished step; null stands for a number that is not finite.
+
+    The metrics of an objective are further keys.
+    """
+
+    step: Count
+    examples: Count
+    tokens: Count
+    loss: Figure
+    learning_rate: Figure
+    grad_norm: Figure
+    tokens_per_second: Amount
+    stall_seconds: Amount
+    time: Amount
+    held_out_loss: NotRequired[Figure]
+
+
+def _moment(text: str) -> str:
+    if datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError("a time without a time zone")
+    return text
+
+
+def _complete(event: "Event") -> "Event":
+    missing = [name for name in REQUIRED.get(event["kind"], ()) if name not in event]
+    if missing:
+        raise ValueError(f"an event of this kind needs {', '.join(missing)}")
+    return event
+
+
+@with_config(ConfigDict(extra="allow"))
+class Event(TypedDict):
+    """A line of events.jsonl. `REQUIRED` names the fields that a kind always has."""
+
+    time: Annotated[str, AfterValidator(_moment)]
+    kind: str
+    step: NotRequired[Count]
+    steps: NotRequired[Count]
+    run_id: NotRequired[RunId]
+    reached: NotRequired[Count]
+    launched: NotRequired[Finite]
+    signal: NotRequired[str]
+    cause: NotRequired[str]
+    what: NotRequired[str]
+    prompt: NotRequired[str]
+    expected: NotRequired[str]
+    answer: NotRequired[str]
+
+
+STEP_RECORD: TypeAdapter[StepRecord] = TypeAdapter(Annotated[StepRecord, AfterValidator(finite)])
+EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, AfterValidator(_complete), AfterValidator(finite)])
 
 
 @dataclass
@@ -64,17 +139,25 @@ class Journal:
                 except OSError as error:
                     self.trouble = f"{self.run / name}: {error.strerror}; {len(self.late)} line(s) wait in memory"
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """Return the records of finished steps, oldest first."""
-        return list(_lines(self.run / METRICS))
+    def read_metrics(self) -> list[StepRecord]:
+        """Return the records of finished steps, oldest first.
 
-    def read_events(self) -> list[dict[str, Any]]:
-        """Return the events, oldest first."""
-        return list(_lines(self.run / EVENTS))
+        Raises:
+            CheckpointError: The log cannot be read.
+        """
+        return [record for _, record in formats.read_lines(STEP_RECORD, self.run / METRICS)]
+
+    def read_events(self) -> list[Event]:
+        """Return the events, oldest first.
+
+        Raises:
+            CheckpointError: The log cannot be read.
+        """
+        return [event for _, event in formats.read_lines(EVENT, self.run / EVENTS)]
 
     def last_step(self) -> int:
         """Return the newest step in the metrics; 0 if there is none."""
-        return max((record["step"] for record in _lines(self.run / METRICS)), default=0)
+        return max((record["step"] for record in self.read_metrics()), default=0)
 
     def run_id(self) -> str | None:
         """Return the run id of the last `started` event; None if there is none."""
@@ -92,27 +175,25 @@ class Journal:
         return frozenset(skipped)
 
     def cut(self, step: int, *, samples: int) -> None:
-        """Delete metrics after `step`, sampled answers after `samples`, and incomplete lines; each log in one rename.
+        """Delete metrics after `step`, sampled answers after `samples`, and invalid lines; each log in one rename.
 
         An incomplete event must go too: the next event would be appended to its line and be lost with it.
         """
         self.fence()
-        _rewrite(self.run / METRICS, [record for record in _lines(self.run / METRICS) if record["step"] <= step])
-        events = _lines(self.run / EVENTS)
-        _rewrite(
-            self.run / EVENTS, [event for event in events if event["kind"] != "sample" or event["step"] <= samples]
-        )
+        _cut(self.run / METRICS, STEP_RECORD, lambda record: record["step"] <= step)
+        _cut(self.run / EVENTS, EVENT, lambda event: event["kind"] != "sample" or event["step"] <= samples)
 
 
 def _text(record: Mapping[str, Any]) -> str:
     return json.dumps(record) + "\n"
 
 
-def _rewrite(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    text = "".join(_text(record) for record in records)
-    if path.is_file() and path.read_text(errors="replace") == text:
+def _cut(path: Path, expected: TypeAdapter[T], stays: Callable[[T], bool]) -> None:
+    """Delete the invalid lines of a log and those that do not stay."""
+    kept = [line.rstrip(b"\n") + b"\n" for line, value in formats.read_lines(expected, path) if stays(value)]
+    if path.exists() and path.stat().st_size == sum(map(len, kept)):
         return  # unchanged, as nearly always: a full disk would not take a copy
-    write_atomically(path, text)
+    write_atomically(path, b"".join(kept))
 
 
 def _append(path: Path, line: bytes) -> None:
@@ -124,15 +205,3 @@ def _append(path: Path, line: bytes) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
         os.close(descriptor)
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        return
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # incomplete: the machine crashed while it was written
-            continue
-        if isinstance(record, dict):
-            yield record

@@ -15,12 +15,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from lora_kit.errors import CheckpointError, LeaseError
-from lora_kit.files import write_atomically
+from lora_kit.files import read_regular, write_atomically
+from lora_kit.runs import formats
+from lora_kit.runs.formats import Amount, RunId, Token
 from lora_kit.runs.identity import Identity, Life, life_of, own_identity
 
 FILE = "lease.json"
@@ -33,6 +34,7 @@ BEAT_SECONDS = 2.0  # the time between two heartbeats
 DEAD_SECONDS = 60.0  # a holder elsewhere counts as dead after so long without a heartbeat
 FENCE_SECONDS = 1.0  # a lease that was held so recently is still held: nobody can take it over that fast
 MOST_BYTES = 1 << 16
+MOST_TOKEN = 1 << 61
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,9 @@ class Record:
         holder: Who holds it; None after its release.
     """
 
-    token: Annotated[int, Field(ge=0, lt=2**62)]
-    run_id: Annotated[str, Field(pattern=r"^[0-9a-z]{1,32}$")]
-    taken: float
+    token: Token
+    run_id: RunId
+    taken: Amount
     holder: Identity | None
 
 
@@ -132,7 +134,7 @@ class Lease:
         _beat_file(self.run, self.token).unlink(missing_ok=True)
 
 
-_RECORD, _LEASE, _IDENTITY = TypeAdapter(Record), TypeAdapter(Lease), TypeAdapter(Identity)
+RECORD, _LEASE, _IDENTITY = TypeAdapter(Record), TypeAdapter(Lease), TypeAdapter(Identity)
 
 
 def lost(run: Path, loss: str) -> LeaseError:
@@ -195,15 +197,9 @@ def read(path: Path) -> Record | None:
         OSError: The file cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            content = file.read(MOST_BYTES)
-        return _RECORD.validate_json(content, strict=True)
+        return formats.parse(RECORD, read_regular(path, MOST_BYTES), path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"])) or "content"
-        raise CheckpointError(f"{path} is not valid ({where}: {problem['msg']})") from error
 
 
 def inherited(run: Path) -> Lease | None:
@@ -248,6 +244,8 @@ def take(run: Path, *, run_id: str, above: int = 0, tell: Callable[[str], None] 
         if before and before.holder:
             _refuse_if_alive(run, before.holder, token, tell)
         token = 1 + max(token, above, *claims)
+        if token >= MOST_TOKEN:
+            raise LeaseError(f"{run}: it has seen the fencing token {token - 1}, above which there is none; remove it")
         record = Record(token, run_id, round(time.time(), 3), own_identity())
         if not _claim(run, token, own_identity()):
             continue  # another process was quicker
@@ -332,8 +330,8 @@ def _claim(run: Path, token: int, holder: Identity) -> bool:
 
 
 def _claimant(run: Path, token: int) -> Identity | None:
-    with suppress(ValidationError):
-        return _IDENTITY.validate_json(_heartbeat(run, token).partition(b"\n")[2], strict=True)
+    with suppress(CheckpointError):
+        return formats.parse(_IDENTITY, _heartbeat(run, token).partition(b"\n")[2], _beat_file(run, token))
     return None  # killed before it wrote who it is
 
 
@@ -349,14 +347,13 @@ def _beat(run: Path, token: int, count: int) -> None:
 def _heartbeat(run: Path, token: int) -> bytes:
     """Return the content of a heartbeat's file; empty if there is none."""
     try:
-        with _beat_file(run, token).open("rb") as file:
-            return file.read(MOST_BYTES)
+        return read_regular(_beat_file(run, token), MOST_BYTES)
     except FileNotFoundError:
         return b""
 
 
 def _write(path: Path, record: Record) -> None:
-    write_atomically(path, _RECORD.dump_json(record) + b"\n")
+    write_atomically(path, RECORD.dump_json(record) + b"\n")
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         with suppress(OSError):  # some file systems refuse to sync a folder

@@ -25,18 +25,20 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from pathlib import Path
-from typing import BinaryIO
+from typing import Annotated, BinaryIO
 
 import numpy as np
 import xxhash
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
+from lora_kit.data.counts import Count
 from lora_kit.errors import CheckpointError, LeaseError
 from lora_kit.files import write_atomically
-from lora_kit.runs import lease, store
+from lora_kit.runs import formats, lease, store
+from lora_kit.runs.formats import Amount, Token
 from lora_kit.runs.identity import Identity, Life, life_of
 from lora_kit.runs.journal import Journal
-from lora_kit.runs.manifest import MANIFEST, Manifest, RunFacts, StepFacts, read_manifest
+from lora_kit.runs.manifest import Manifest, RunFacts, StepFacts
 from lora_kit.runs.store import ADAPTER, ADAPTER_CONFIG, OPTIMIZER, Tensors, headers_of, split
 
 MAGIC = int.from_bytes(b"lorakit3", "little")
@@ -44,6 +46,8 @@ PAGE, HEADER_BYTES, SLOTS = 16384, 65536, 3
 KEEPER_AT, FAULT_AT, OWNER_AT = 512, 1024, 4096  # offsets in the first page of the cells after the counters
 CHUNK = 1 << 20  # bytes that are copied and then hashed, while they are in the CPU's cache
 PATIENCE_SECONDS = 0.5  # for the exclusive lock of another process, which is held for microseconds
+TIMEOUT_FACTOR = 10.0  # without train.step_timeout a step may take this many times the longest step so far,
+LEAST_TIMEOUT_SECONDS = 60.0  # and at least this long
 REGION, JOB, PARTIAL = "region", "job.json", "region.partial"
 
 
@@ -55,6 +59,7 @@ class Word(IntEnum):
     replaced the checksum of the next one. STOP: The number of a signal that asks the trainer to stop. READING: The slot
     that the keeper reads, plus one. HANDLED: Due snapshots up to this sequence number were written, or their write
     failed. COMMITTED: The sequence number of the last snapshot that became a checkpoint. FAULTS: The number of faults.
+    SEEN: The time since boot, in milliseconds, at which BEAT grew last.
     """
 
     MAGIC = 0
@@ -69,6 +74,7 @@ class Word(IntEnum):
     HANDLED = 9
     COMMITTED = 10
     FAULTS = 11
+    SEEN = 12
 
 
 class Phase(IntEnum):
@@ -91,9 +97,9 @@ class Header:
         progress: The step's part of the manifest.
     """
 
-    token: int
-    sequence: int
-    checksum: int
+    token: Token
+    sequence: Count
+    checksum: Annotated[int, Field(ge=0, lt=2**64)]
     due: bool
     progress: StepFacts
 
@@ -217,8 +223,8 @@ class Region:
 
     def _read_header(self, slot: int) -> Header | None:
         text = _read_cell(self._header(slot))
-        with suppress(ValidationError):
-            return _HEADER.validate_json(text, strict=True) if text else None
+        with suppress(CheckpointError):
+            return formats.parse(_HEADER, text, self.path) if text else None
         return None
 
     def is_valid(self, snapshot: Snapshot) -> bool:
@@ -252,11 +258,23 @@ class Region:
         mark, keeper = self.words[Word.READING], self.keeper if self.words[Word.READING] else None
         return mark - 1 if keeper and life_of(keeper) is not Life.DEAD else None
 
+    def beat(self) -> None:
+        """Show that the trainer is alive."""
+        self.words[Word.BEAT] += 1
+        self.words[Word.SEEN] = _since_boot()
+
+    @property
+    def silent_seconds(self) -> float:
+        """The time since the trainer's last sign of life."""
+        return max(0, _since_boot() - self.words[Word.SEEN]) / 1000
+
     @property
     def keeper(self) -> Identity | None:
         """The process that writes checkpoints from this region; None before a keeper has opened it."""
         text = _read_cell(self._map[KEEPER_AT:FAULT_AT])
-        return _IDENTITY.validate_json(text, strict=True) if text else None
+        with suppress(CheckpointError):
+            return formats.parse(_IDENTITY, text, self.path) if text else None
+        return None
 
     @keeper.setter
     def keeper(self, keeper: Identity) -> None:
@@ -268,9 +286,9 @@ class Region:
         """The run that the region belongs to.
 
         Raises:
-            ValidationError: The region is damaged.
+            CheckpointError: The region is damaged.
         """
-        return _OWNER.validate_json(_read_cell(self._map[OWNER_AT:PAGE]), strict=True)
+        return formats.parse(_OWNER, _read_cell(self._map[OWNER_AT:PAGE]), self.path)
 
     @owner.setter
     def owner(self, owner: Owner) -> None:
@@ -367,6 +385,10 @@ def _parent_folders() -> list[Path]:
     return [folder for folder in (Path("/dev/shm"), Path(tempfile.gettempdir())) if folder.is_dir()]
 
 
+def _since_boot() -> int:
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
+
+
 def _size(payload_bytes: int) -> int:
     return PAGE + SLOTS * (HEADER_BYTES + payload_bytes)
 
@@ -407,7 +429,7 @@ def _folders(run_id: str = "") -> Iterator[Path]:
 def _regions(run_id: str = "") -> Iterator[tuple[Region, Owner]]:
     """Yield this user's regions, of all runs or of one."""
     for folder in _folders(run_id):
-        with suppress(OSError, ValidationError):
+        with suppress(OSError, CheckpointError):
             region = Region(folder / REGION)
             owner = region.owner
             if not run_id or owner.run_id == run_id:
@@ -419,9 +441,8 @@ def run_id_of(run: Path) -> str | None:
     with suppress(CheckpointError, OSError):
         if found := lease.read(run / lease.FILE):
             return found.run_id
-    for folder in store.folders(run):
-        with suppress(CheckpointError):
-            return read_manifest(folder / MANIFEST).run.run_id
+    for manifest in store.newest_first(run)[0].values():
+        return manifest.run.run_id
     return Journal(run).run_id()
 
 
@@ -551,8 +572,9 @@ def _is_finished(region: Region, owner: Owner) -> bool:
     run, newest = Path(owner.path), region.snapshots()[:1]
     if not owner.is_there() or not (run / "result.json").is_file():
         return False
-    with suppress(CheckpointError, IndexError):
-        return not newest or read_manifest(store.folders(run)[0] / MANIFEST).order >= newest[0].order
+    with suppress(CheckpointError):
+        written = max((manifest.order for manifest in store.newest_first(run)[0].values()), default=(0, 0))
+        return not newest or written >= (newest[0].header.token, newest[0].step)
     return False
 
 
@@ -570,16 +592,16 @@ class JobFile:
         best: Whether the checkpoint with the lowest held-out loss stays too.
     """
 
-    shapes: dict[str, tuple[int, ...]]
+    shapes: dict[str, tuple[Count, ...]]
     adapter_config: str
     facts: RunFacts
-    every_seconds: float
-    keep: int
-    keep_every: int | None
+    every_seconds: Amount
+    keep: Count
+    keep_every: Annotated[int, Field(ge=1, lt=2**63)] | None
     best: bool
 
 
-_JOB = TypeAdapter(JobFile)
+JOB_FILE = TypeAdapter(JobFile)
 
 
 def write_job(region: Region, job: JobFile) -> None:
@@ -607,13 +629,12 @@ def read_job(region: Region) -> JobFile | None:
     path, digests = region.path.with_name(JOB), (region.words[Word.JOB], region.words[Word.NEXT_JOB])
     if not digests[0]:
         return None
-    try:
-        content = path.read_bytes()
-        if xxhash.xxh3_64_intdigest(content) not in digests:
-            raise CheckpointError(f"{path}: changed since it was written; its checksum does not match")
-        return _JOB.validate_json(content, strict=True)
-    except (OSError, ValidationError) as error:
-        raise CheckpointError(f"{path}: not readable ({error}); live snapshots cannot be used without it") from error
+    content = formats.read_bytes(path)
+    if content is None:
+        raise CheckpointError(f"{path}: missing; live snapshots cannot be used without it")
+    if xxhash.xxh3_64_intdigest(content) not in digests:
+        raise CheckpointError(f"{path}: changed since it was written; its checksum does not match")
+    return formats.parse(JOB_FILE, content, path)
 
 
 def files_of(job: JobFile, payload: memoryview) -> dict[str, list[bytes | memoryview]]:

@@ -6,22 +6,35 @@ step, and `files` is known once the files are written. A field that was added af
 older checkpoints can be read.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter
 
-from lora_kit.data.counts import DataCounts
+from lora_kit.data.counts import Count, DataCounts
 from lora_kit.errors import CheckpointError
+from lora_kit.runs import formats
+from lora_kit.runs.formats import Digest, FileName, Finite, Json, RunId, Token
+from lora_kit.runs.journal import METRICS, STEP_RECORD
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 
-T = TypeVar("T")
+
+def _line(text: str) -> str:
+    try:
+        formats.parse(STEP_RECORD, text.encode(), METRICS)
+    except CheckpointError as error:
+        raise ValueError(str(error)) from error
+    return text
+
+
+AtLeastOne = Annotated[int, Field(ge=1, lt=2**31)]
+Attention = Annotated[str, Field(pattern="^(segment|sdpa|eager|flex_attention|flash_attention_[234])$")]
+Layout = Annotated[str, Field(pattern="^(packed|padded)$")]
+Kernel = Annotated[str, Field(pattern="^(lora|mlp|norm|rotary|loss|last mlp)$")]
 
 
 @dataclass(frozen=True)
@@ -46,7 +59,7 @@ class Fingerprints:
 class Machine:
     """The number of training processes, and the device that each computes on."""
 
-    processes: int
+    processes: AtLeastOne
     device: str
 
 
@@ -73,31 +86,31 @@ class Resolved:
         kernels: The fused kernels in use; None in checkpoints from before they were recorded.
     """
 
-    threads: int | None
-    attention: str
-    layout: str
-    micro_batch_tokens: int | None = None
+    threads: AtLeastOne | None
+    attention: Attention
+    layout: Layout
+    micro_batch_tokens: AtLeastOne | None = None
     activation_checkpointing: bool | None = None
-    kernels: tuple[str, ...] | None = None
+    kernels: tuple[Kernel, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Origin:
     """The checkpoint whose adapter a run began with; `adapter` is the SHA-256 of its weights file."""
 
-    run_id: str
-    step: int
-    adapter: str
+    run_id: RunId
+    step: Count
+    adapter: Digest
 
 
 @dataclass(frozen=True)
 class LineageEntry:
     """A change that `--accept` allowed: the step at which it came, the key, and its value before and after."""
 
-    step: int
+    step: Count
     key: str
-    then: Any
-    now: Any
+    then: Json
+    now: Json
 
 
 @dataclass(frozen=True)
@@ -127,9 +140,9 @@ class RunFacts:
             `kernels.identity`. Empty in older checkpoints.
     """
 
-    run_id: str
-    fencing_token: int
-    recipe: dict[str, dict[str, Any]]
+    run_id: RunId
+    fencing_token: Token
+    recipe: dict[str, dict[str, Json]]
     template: str | None
     fingerprints: Fingerprints
     data: DataCounts
@@ -150,15 +163,15 @@ class StepFacts:
         step: The number of finished steps.
         examples_seen: The number of examples that these steps trained on.
         skipped_steps: The steps that left the adapter unchanged: their loss or gradient was not finite or too large.
-        held_out_loss: The loss on the validation data after this step, if it was measured.
+        held_out_loss: The loss on the validation data after this step; None if it was not measured or is not finite.
         line: This step's line of metrics.jsonl.
     """
 
-    step: int
-    examples_seen: int
-    skipped_steps: tuple[int, ...]
-    line: str
-    held_out_loss: float | None = None
+    step: Count
+    examples_seen: Count
+    skipped_steps: tuple[Count, ...]
+    line: Annotated[str, AfterValidator(_line)]
+    held_out_loss: Finite | None = None
 
     @property
     def skipped(self) -> bool:
@@ -170,8 +183,8 @@ class StepFacts:
 class FileEntry:
     """A file's size in bytes and its SHA-256."""
 
-    size: int
-    sha256: str
+    size: Count
+    sha256: Digest
 
 
 @dataclass(frozen=True)
@@ -194,55 +207,49 @@ class Manifest:
 
 
 @dataclass(frozen=True)
+class _Format:
+    format: Json = None
+
+
+@dataclass(frozen=True)
 class _Files:
-    files: dict[str, FileEntry]
+    files: dict[FileName, FileEntry]
 
 
-_RUN, _STEP, _FILES = TypeAdapter(RunFacts), TypeAdapter(StepFacts), TypeAdapter(_Files)
+_FORMAT, _RUN, _STEP, _FILES = TypeAdapter(_Format), TypeAdapter(RunFacts), TypeAdapter(StepFacts), TypeAdapter(_Files)
 
 
 def manifest_bytes(content: Mapping[str, Any]) -> bytes:
-    """Serialise a manifest with a SHA-256 of its own content, so that a flipped bit in it is found too."""
-    plain = {key: value for key, value in content.items() if key != "sha256"}
-    digest = hashlib.sha256(_canonical(plain)).hexdigest()
-    return _canonical(plain | {"sha256": digest})
+    """Serialise a manifest with a SHA-256 of its own content, so that a flipped bit in it is found too.
 
-
-def _canonical(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    Raises:
+        CheckpointError: A value is not JSON, such as a number that is not finite.
+    """
+    return formats.seal(content)
 
 
 def read_manifest(path: Path) -> Manifest:
     """Read a manifest and check it against its own SHA-256.
 
     Raises:
-        CheckpointError: The manifest is missing, damaged or of another format, or a field is missing or of wrong type.
+        CheckpointError: The manifest is missing, damaged or of another format, or a field is missing, of wrong type or
+            out of range.
     """
-    try:
-        data = path.read_bytes()
-        content = json.loads(data)
-        unchanged = data == manifest_bytes(content)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: missing; the folder was never committed") from error
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a manifest ({error})") from error
-    if not unchanged:
-        raise CheckpointError(f"{path}: changed since it was written; its own checksum does not match")
-    if content.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {content.get('format')}, this lora_kit reads {FORMAT}")
-    run, progress = parse(_RUN, data, path), parse(_STEP, data, path)
-    return Manifest(run, progress, parse(_FILES, data, path).files)
+    data = formats.read_bytes(path)
+    if data is None:
+        raise CheckpointError(f"{path}: missing; the folder was never committed")
+    return parse_manifest(data, path)
 
 
-def parse(expected: TypeAdapter[T], data: bytes | str, path: Path) -> T:
-    """Return JSON as a typed value.
+def parse_manifest(data: bytes, where: Path | str) -> Manifest:
+    """Return the manifest in a file's content; `where` names the file in messages.
 
     Raises:
-        CheckpointError: A field is missing or has another type; the message names the file and each such field.
+        CheckpointError: As for `read_manifest`.
     """
-    try:
-        return expected.validate_json(data, strict=True)
-    except ValidationError as error:
-        fields = [".".join(map(str, problem["loc"])) or "content" for problem in error.errors()]
-        problems = [f"{field}: {problem['msg']}" for field, problem in zip(fields, error.errors(), strict=True)]
-        raise CheckpointError(f"{path}: not a manifest of this format: {'; '.join(problems)}") from error
+    formats.require_seal(data, where)
+    found = formats.parse(_FORMAT, data, where).format
+    if found != FORMAT:
+        raise CheckpointError(f"{where}: format {formats.short(found)}, this lora_kit reads {FORMAT}")
+    run, progress = formats.parse(_RUN, data, where), formats.parse(_STEP, data, where)
+    return Manifest(run, progress, formats.parse(_FILES, data, where).files)

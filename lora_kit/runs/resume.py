@@ -196,9 +196,12 @@ def take_over(
         found = store.find(folder)
         for path, reason in found.broken.items():
             if _still_broken(path):
-                target = store.set_aside(folder, path, reason)
+                try:
+                    moved = f"moved to {store.set_aside(folder, path, reason)}"
+                except OSError as error:
+                    moved = f"it could not be moved to quarantine ({error.strerror})"
                 fallback = f"step {found.latest.step}" if found.latest else "the start"
-                notices.append(f"{reason}; moved to {target}, falling back to {fallback}")
+                notices.append(f"{reason}; {moved}, falling back to {fallback}")
         on_error.pop_all()
     return lease, notices
 
@@ -245,8 +248,28 @@ def open_run(
                 f"{describe(origin)}; leave --from out to resume it, or use another --out"
             )
         reached = Journal(folder).last_step()
+        notices += [*problems, *_steps_lost(folder, latest.step if latest else 0, problems)]
         on_error.pop_all()
-    return OpenRun(folder, lease, lease.record.run_id, latest, origin, reached, (*notices, *problems))
+    return OpenRun(folder, lease, lease.record.run_id, latest, origin, reached, tuple(notices))
+
+
+def _steps_lost(folder: Path, start: int, problems: Sequence[str]) -> Iterator[str]:
+    """Yield a warning if a start begins at an earlier step than the logs show, unless it was asked to go back."""
+    journal = Journal(folder)
+    kinds = [event for event in journal.read_events() if event["kind"] in ("started", "resumed", "went back")]
+    went_back = bool(kinds) and kinds[-1]["kind"] == "went back"
+    reached = kinds[-1]["step"] if went_back else journal.last_step()
+    if reached > start:
+        why = (
+            "shared memory has no newer state of this run: the machine or its container was started again, /dev/shm "
+            "was cleared, or this folder is a copy"
+        )
+        if problems:
+            why = "the warnings above say why newer states cannot be used"
+        yield (
+            f"{folder}: {reached - start} finished step(s) are lost and computed again: the logs reach step {reached}, "
+            f"the newest state that can be used is of {f'step {start}' if start else 'the start'}; {why}"
+        )
 
 
 def describe(checkpoint: Checkpoint) -> Origin:
@@ -261,8 +284,10 @@ def _go_back(folder: Path, target: Checkpoint) -> Iterator[str]:
     region = live.open_region(folder)
     if region is not None:
         region.clear()
+    readable, _ = store.newest_first(folder)
     for path in store.folders(folder):
-        if store.step_of(path) > target.step:
+        newer = path in readable and readable[path].order > target.manifest.order
+        if newer or store.step_of(path) > target.step:
             kept = store.set_aside(folder, path, "went back")
             yield f"going back to step {target.step}; {path.name} is kept in {kept}"
     (folder / "result.json").unlink(missing_ok=True)

@@ -5,19 +5,62 @@ import shlex
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, with_config
+from typing_extensions import TypedDict  # pydantic reads this one before Python 3.12
+
+from lora_kit.data.counts import Count, Share
 from lora_kit.errors import CheckpointError
 from lora_kit.files import write_atomically
 from lora_kit.recipe.load import BUILTIN
 from lora_kit.recipe.schema import Recipe
-from lora_kit.runs import store
-from lora_kit.runs.journal import Journal
+from lora_kit.runs import formats, store
+from lora_kit.runs.formats import Amount, Figure, finite
+from lora_kit.runs.journal import Event, Journal, StepRecord
 from lora_kit.runs.status import status
 from lora_kit.views import notebook
-from lora_kit.views.console import Console
+from lora_kit.views.console import Console, number
 
 RESULT = "result.json"
+FOLDER = "^checkpoints/step-[0-9]{8,20}$"
+
+
+@with_config(ConfigDict(extra="allow"))
+class Scores(TypedDict):
+    """The fields of `evaluation.Score`; null stands for a number that is not finite."""
+
+    loss: Figure
+    perplexity: Figure
+    exact_match: Share | None
+    examples: Count
+    answered: Count
+
+
+@with_config(ConfigDict(extra="allow"))
+class Result(TypedDict):
+    """The content of result.json.
+
+    Attributes:
+        step: The last step of the run.
+        metrics: The scores of `base` and `adapter`; empty without validation data.
+        tokens_per_second: The median over all steps.
+        checkpoint_bytes: The size of the last checkpoint.
+        base_bytes: The size of the base's weights.
+        adapter: The last checkpoint, relative to the run's folder.
+        best: The checkpoint with the lowest held-out loss; null if none was measured.
+    """
+
+    step: Count
+    metrics: dict[str, Scores]
+    tokens_per_second: Amount
+    checkpoint_bytes: Count
+    base_bytes: Count
+    adapter: Annotated[str, Field(pattern=FOLDER)]
+    best: Annotated[str, Field(pattern=FOLDER)] | None
+
+
+RESULT_FILE: TypeAdapter[Result] = TypeAdapter(Annotated[Result, AfterValidator(finite)])
 
 
 @dataclass(frozen=True)
@@ -30,12 +73,12 @@ class Run:
         object.__setattr__(self, "folder", Path(self.folder))
 
     @property
-    def metrics(self) -> list[dict[str, Any]]:
+    def metrics(self) -> list[StepRecord]:
         """A record for every finished step."""
         return Journal(self.folder).read_metrics()
 
     @property
-    def events(self) -> list[dict[str, Any]]:
+    def events(self) -> list[Event]:
         """The events, oldest first."""
         return Journal(self.folder).read_events()
 
@@ -61,14 +104,18 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any]:
-        """The content of result.json; empty before the run has finished."""
-        path = self.folder / RESULT
-        return json.loads(path.read_text()) if path.is_file() else {}
+        """The content of result.json; empty before the run has finished.
+
+        Raises:
+            CheckpointError: The file is damaged; repeating the training command writes it again.
+        """
+        return dict(formats.read(RESULT_FILE, self.folder / RESULT) or {})
 
     @property
     def best(self) -> Path | None:
         """The checkpoint with the lowest held-out loss; None when none was measured."""
-        return store.best_of(self.folder)
+        best = store.best_of(self.folder)
+        return best.path if best else None
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows: progress, scores and the loss curve."""
@@ -79,8 +126,10 @@ class Run:
             ("state", f"{state.state}, step {state.step} of {state.steps}"),
             ("checkpoints", ", ".join(path.name for path in checkpoints) or "none yet"),
         ]
-        if self.result:
-            rows += scores(self.result)
+        try:
+            rows += scores(self.result) if self.result else []
+        except CheckpointError as error:
+            rows.append(("result", str(error)))
         return notebook.table(str(self.folder), rows) + notebook.curve(self.metrics, state.steps or state.step)
 
 
@@ -96,7 +145,7 @@ def write_result(run: Run, step: int, metrics: dict[str, Any], *, base_bytes: in
     Raises:
         CheckpointError: The disk is full; the run's last checkpoint is safe.
     """
-    rates = [record["tokens_per_second"] for record in run.metrics]
+    rates = [record["tokens_per_second"] for record in run.metrics] or [0.0]  # someone may have deleted the log
     checkpoint = store.open_checkpoint(store.checkpoint_folder(run.folder, step))
     result = {
         "step": step,
@@ -122,12 +171,14 @@ def scores(result: dict[str, Any]) -> list[tuple[str, str]]:
     for name, score in result["metrics"].items():
         exact = score["exact_match"]
         match = "" if exact is None else f", exact match {exact:.1%} of {score['answered']}"
-        rows.append((f"held-out, {name}", f"loss {score['loss']:.4f}, perplexity {score['perplexity']:.2f}{match}"))
-    share = result["checkpoint_bytes"] / result["base_bytes"]
+        loss, perplexity = number(score["loss"], ".4f"), number(score["perplexity"], ".2f")
+        rows.append((f"held-out, {name}", f"loss {loss}, perplexity {perplexity}{match}"))
+    base_bytes = result["base_bytes"]
+    share = f"{result['checkpoint_bytes'] / base_bytes:.1%}" if base_bytes else "unknown"
     return [
         *rows,
         ("speed", f"{result['tokens_per_second']:,.0f} tokens/s (median step)"),
-        ("checkpoint", f"{result['checkpoint_bytes']:,} bytes; the base has {result['base_bytes']:,} ({share:.1%})"),
+        ("checkpoint", f"{result['checkpoint_bytes']:,} bytes; the base has {base_bytes:,} ({share})"),
     ]
 
 

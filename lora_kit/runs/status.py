@@ -3,18 +3,23 @@
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 from lora_kit.errors import CheckpointError, InputError
 from lora_kit.runs import live, store
-from lora_kit.runs.journal import EVENTS, Journal
+from lora_kit.runs.journal import EVENTS, Event, Journal, StepRecord
 from lora_kit.runs.lease import is_held
+from lora_kit.runs.live import LEAST_TIMEOUT_SECONDS, TIMEOUT_FACTOR, Phase, Word
+from lora_kit.views.console import number
 
 ENDS = {"finished": "finished", "stopped": "stopped, resumable", "failed": "failed, resumable"}
+RECENT_STEPS = 100
+MOST_SECONDS = 1e9  # of a step; a log that someone wrote may say more
 SILENT_END = "ended without an event: killed, or the machine crashed"
 
 
@@ -23,12 +28,16 @@ class Status:
     """The progress of a run, its newest safe states and its interruptions.
 
     Attributes:
-        state: `training`, `finished`, `stopped, resumable`, `failed, resumable`, or `interrupted, resumable` if the
-            last start ended without an event.
+        state: `training`; `starting or ending` while no step is expected; `not responding` with the seconds since the
+            last sign of life, if they are more than a step may take; `finished`; `stopped, resumable`; `failed,
+            resumable`; or `interrupted, resumable` if the last start ended without an event.
         step: The newest finished step.
         steps: The number of steps of the run.
-        loss: The loss of the newest step.
+        loss: The loss of the newest step; None if it was not finite.
         tokens_per_second: The median over all steps.
+        seconds_left: While it trains, the time that the remaining steps will take at the speed of the last steps.
+        held_out: The newest held-out loss: `step`, `loss` (None if it was not finite); None if none was measured.
+        best: The checkpoint with the lowest held-out loss: `step`, `loss`, `path`; None if there is none.
         live: The newest snapshot in shared memory: `step`, `valid`, `behind` (the number of newer finished steps),
             `path`; None if there is none, as after the end of a run.
         durable: The newest valid checkpoint: `step`, `behind`, `age_seconds` (training time of the newer
@@ -47,6 +56,9 @@ class Status:
     steps: int | None
     loss: float | None
     tokens_per_second: float | None
+    seconds_left: float | None
+    held_out: dict[str, Any] | None
+    best: dict[str, Any] | None
     live: dict[str, Any] | None
     durable: dict[str, Any] | None
     steps_lost: int
@@ -64,10 +76,16 @@ class Status:
         """Yield names and values as text."""
         yield "state", self.state
         yield "step", f"{self.step:,}" + (f" of {self.steps:,}" if self.steps else "")
-        if self.loss is not None:
-            yield "loss", f"{self.loss:.4g}"
+        if self.step:
+            yield "loss", number(self.loss, ".4g")
+        if self.held_out:
+            yield "held-out loss", f"{number(self.held_out['loss'], '.4f')} after step {self.held_out['step']:,}"
+        if self.best:
+            yield "best", f"{self.best['path']}, held-out loss {self.best['loss']:.4f}"
         if self.tokens_per_second is not None:
             yield "speed", f"{self.tokens_per_second:,.0f} tokens/s"
+        if self.seconds_left is not None:
+            yield "time left", f"about {timedelta(seconds=round(self.seconds_left))}"
         if self.live:
             validity = "valid" if self.live["valid"] else "damaged"
             yield "live snapshot", f"step {self.live['step']:,}, {self.live['behind']} behind, {validity}"
@@ -93,6 +111,7 @@ def status(run: str | Path) -> Status:
 
     Raises:
         InputError: The folder has no event log.
+        CheckpointError: A log or the folder of the checkpoints cannot be read.
     """
     run = Path(run)
     journal = Journal(run)
@@ -104,11 +123,14 @@ def status(run: str | Path) -> Status:
     seconds, stall = sum(map(_seconds, metrics)), sum(record["stall_seconds"] for record in metrics)
     spent = _spent(metrics, events, training=training)
     return Status(
-        state="training" if training else _ended(events),
+        state=_activity(run, metrics, events) if training else _ended(events),
         step=metrics[-1]["step"] if metrics else 0,
         steps=starts[-1]["steps"] if starts else None,
         loss=metrics[-1]["loss"] if metrics else None,
         tokens_per_second=statistics.median(record["tokens_per_second"] for record in metrics) if metrics else None,
+        seconds_left=_seconds_left(metrics, starts[-1]["steps"]) if training and starts else None,
+        held_out=_held_out(metrics),
+        best=_best(run),
         live=_live(run, metrics),
         durable=_durable(run, metrics),
         steps_lost=sum(max(0, event["reached"] - event["step"]) for event in starts if "reached" in event),
@@ -134,11 +156,32 @@ def validity(path: Path) -> dict[str, Any]:
     return {"path": path.name, "valid": True, "step": checkpoint.step, "bytes": checkpoint.size}
 
 
-def _seconds(record: Mapping[str, Any]) -> float:
-    return record["tokens"] / record["tokens_per_second"] if record["tokens_per_second"] else 0.0
+def _seconds(record: StepRecord) -> float:
+    speed = record["tokens_per_second"]
+    return min(record["tokens"] / speed, MOST_SECONDS) if speed else 0.0
 
 
-def _live(run: Path, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def _seconds_left(metrics: Sequence[StepRecord], steps: int) -> float | None:
+    if not metrics:
+        return None
+    each = statistics.median(map(_seconds, metrics[-RECENT_STEPS:]))
+    return round(each * max(0, steps - metrics[-1]["step"]), 1)
+
+
+def _held_out(metrics: Sequence[StepRecord]) -> dict[str, Any] | None:
+    measured = [record for record in metrics if "held_out_loss" in record]
+    return {"step": measured[-1]["step"], "loss": measured[-1]["held_out_loss"]} if measured else None
+
+
+def _best(run: Path) -> dict[str, Any] | None:
+    best = store.best_of(run)
+    if best is None:
+        return None
+    loss = best.manifest.progress.held_out_loss
+    return {"step": best.step, "loss": loss, "path": str(best.path.relative_to(run))}
+
+
+def _live(run: Path, metrics: Sequence[StepRecord]) -> dict[str, Any] | None:
     region = live.open_region(run)
     published = region.snapshots() if region else []
     if region is None or not published:
@@ -148,7 +191,7 @@ def _live(run: Path, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any] | N
     return {"step": newest.step, "valid": valid, "behind": max(0, reached - newest.step), "path": str(region.path)}
 
 
-def _durable(run: Path, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def _durable(run: Path, metrics: Sequence[StepRecord]) -> dict[str, Any] | None:
     latest = store.find(run).latest
     if latest is None:
         return None
@@ -157,13 +200,41 @@ def _durable(run: Path, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any] 
     return {"step": latest.step, "behind": len(later), "age_seconds": round(age, 3)}
 
 
-def _ended(events: Sequence[Mapping[str, Any]]) -> str:
+def _activity(run: Path, metrics: Sequence[StepRecord], events: Sequence[Event]) -> str:
+    """Return what a run does whose lease is held by a living process.
+
+    Its trainer's signs of life are in the live region. If this machine has no region of the run, its logs show them.
+    """
+    region, launched = live.open_region(run), max((event.get("launched", 0.0) for event in events), default=0.0)
+    seconds = [_seconds(record) for record in metrics if record["time"] >= launched]
+    limit = _step_timeout(region) or max(LEAST_TIMEOUT_SECONDS, TIMEOUT_FACTOR * max(seconds, default=0.0))
+    if region is not None:
+        if region.words[Word.PHASE] != Phase.TRAINING:
+            return "starting or ending"
+        silent = region.silent_seconds
+    else:
+        if not seconds:
+            return "starting or ending"
+        silent = max(0.0, time.time() - metrics[-1]["time"])
+    return "training" if silent <= limit else f"not responding for {silent:.0f} s"
+
+
+def _step_timeout(region: live.Region | None) -> float | None:
+    """Return `train.step_timeout` of the recipe of the job that writes to a region, if it is set."""
+    with suppress(CheckpointError):
+        job = live.read_job(region) if region else None
+        found = job.facts.recipe.get("train", {}).get("step_timeout") if job else None
+        return found if isinstance(found, float) else None
+    return None
+
+
+def _ended(events: Sequence[Event]) -> str:
     """Return how the last start ended, for a run that is not training."""
     kinds = [event["kind"] for event in events if event["kind"] in (*ENDS, "started", "resumed", "restart")]
     return ENDS.get(kinds[-1] if kinds else "", "interrupted, resumable")
 
 
-def _interruptions(events: Sequence[Mapping[str, Any]], ended_at: int | None) -> Iterator[dict[str, Any]]:
+def _interruptions(events: Sequence[Event], ended_at: int | None) -> Iterator[dict[str, Any]]:
     """Yield the cause and step of every start that ended early, also of starts that ended without an event.
 
     Args:
@@ -193,7 +264,7 @@ def _counted(entries: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
     return [entry | {"times": len(list(equal))} for entry, equal in groupby(entries)]
 
 
-def _spent(metrics: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]], *, training: bool) -> float:
+def _spent(metrics: Sequence[StepRecord], events: Sequence[Event], *, training: bool) -> float:
     """Return the sum of the seconds from each launch to its last line in a log."""
     times = sorted([record["time"] for record in metrics] + [_time(event) for event in events])
     launches = sorted({event["launched"] for event in events if "launched" in event})
@@ -205,5 +276,5 @@ def _spent(metrics: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, A
     return seconds
 
 
-def _time(event: Mapping[str, Any]) -> float:
+def _time(event: Event) -> float:
     return datetime.fromisoformat(event["time"]).timestamp()

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder whose manifest, written last, lists the size and SHA-256 of every file. One rename puts the
 complete folder in its place, so a crash leaves it complete or absent. The latest checkpoint is the newest valid
-checkpoint. A damaged checkpoint is moved to quarantine with the reason, never deleted.
+checkpoint, by fencing token and then by step. A damaged checkpoint is moved to quarantine with the reason, never
+deleted. Whatever prevents reading a checkpoint (damage, a failing disk, a file of another kind) makes it not valid.
 """
 
 import contextlib
@@ -20,13 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
-from safetensors import safe_open
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
+from typing_extensions import TypedDict  # pydantic reads this one before Python 3.12
 
 from lora_kit.errors import CheckpointError, LeaseError
-from lora_kit.files import sha256_of
+from lora_kit.files import open_regular
 from lora_kit.recipe.schema import Recipe
+from lora_kit.runs import formats
 from lora_kit.runs.manifest import MANIFEST, FileEntry, Manifest, RunFacts, StepFacts, manifest_bytes, read_manifest
 from lora_kit.version import VERSION
 
@@ -35,7 +38,8 @@ ADAPTER, ADAPTER_CONFIG, OPTIMIZER = (
     "adapter_config.json",
     "optimizer.safetensors",
 )
-NAME = re.compile(r"step-(\d{8,})")
+PUBLISHED = (ADAPTER, ADAPTER_CONFIG)  # what every checkpoint has; one on the Hub has no moments
+NAME = re.compile(r"step-([0-9]{8,20})")
 QUARANTINE, REPLACED = ".quarantine", ".tmp-replaced-"
 PIN = "pinned"  # a checkpoint with a file of this name is never deleted
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's moments, by torch's names
@@ -76,13 +80,33 @@ class Checkpoint:
                 f"{trained_with}, which trained it"
             ) from error
 
+    def weights(self) -> "Tensors":
+        """Return the weights by PEFT's names.
+
+        Raises:
+            CheckpointError: The file cannot be read.
+        """
+        return _load(self.path / ADAPTER)
+
     def state(self) -> "tuple[Tensors, Tensors, Tensors]":
-        """Return the weights and the two moments, by PEFT's names."""
-        with safe_open(self.path / ADAPTER, "numpy") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.offset_keys()}
-        moments = load_file(self.path / OPTIMIZER)
+        """Return the weights and the two moments, by PEFT's names.
+
+        Raises:
+            CheckpointError: A file cannot be read, or the moments are not those of the weights.
+        """
+        shapes, moments = _shapes(self.path / ADAPTER), _load(self.path / OPTIMIZER)
         first, second = (split(moments[name], shapes) for name in MOMENTS)
-        return load_file(self.path / ADAPTER), first, second
+        return self.weights(), first, second
+
+
+@with_config(ConfigDict(extra="allow"))
+class AdapterConfig(TypedDict):
+    """What a reader may rely on in adapter_config.json, which PEFT defines."""
+
+    base_model_name_or_path: str
+
+
+_ADAPTER_CONFIG: TypeAdapter[AdapterConfig] = TypeAdapter(AdapterConfig)
 
 
 Tensors = dict[str, np.ndarray]
@@ -276,27 +300,85 @@ def _sync_folder(folder: Path) -> None:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Verify every byte of a checkpoint and return it.
 
+    A folder with the name of a run's checkpoint must have the moments too and be of the step in its name.
+
     Raises:
-        CheckpointError: A file is missing, or its size or content differs from the manifest; the message names it.
+        CheckpointError: A file is missing, cannot be read, is not a regular file or has other content than the manifest
+            says, or the tensors are not those of an adapter; the message names it.
     """
     manifest = read_manifest(path / MANIFEST)
-    problems = []
+    of_run = NAME.fullmatch(path.name)
+    needed = (*PUBLISHED, OPTIMIZER) if of_run else PUBLISHED
+    problems = [f"{path / name}: not listed in the manifest" for name in needed if name not in manifest.files]
+    if of_run and step_of(path) != manifest.progress.step:
+        problems.append(
+            f"{path / MANIFEST}: it is of step {manifest.progress.step}, not of the step in the folder's name"
+        )
     for name, entry in manifest.files.items():
-        file = path / name
-        if not file.is_file():
-            problems.append(f"{file}: missing")
-        elif (size := file.stat().st_size) != entry.size:
-            problems.append(f"{file}: {size:,} bytes, the manifest says {entry.size:,}")
-        elif sha256_of(file) != entry.sha256:
-            problems.append(f"{file}: its SHA-256 is not the manifest's")
+        problems += _differences(path / name, entry)
     if problems:
         raise CheckpointError("\n".join(problems))
+    formats.read(_ADAPTER_CONFIG, path / ADAPTER_CONFIG)
+    shapes = _shapes(path / ADAPTER)
+    if OPTIMIZER in manifest.files:
+        size = sum(math.prod(shape) for shape in shapes.values())
+        if (found := _shapes(path / OPTIMIZER)) != dict.fromkeys(MOMENTS, (size,)):
+            raise CheckpointError(f"{path / OPTIMIZER}: it has {found}, expected the moments of {size:,} weights")
     return Checkpoint(path, manifest)
 
 
+def _differences(path: Path, entry: FileEntry) -> list[str]:
+    """Return what is wrong with a file of a checkpoint: one message, or none."""
+    try:
+        with open_regular(path) as file:
+            if (size := os.fstat(file.fileno()).st_size) != entry.size:
+                return [f"{path}: {size:,} bytes, the manifest says {entry.size:,}"]
+            same = hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256
+            return [] if same else [f"{path}: its SHA-256 is not the manifest's"]
+    except FileNotFoundError:
+        return [f"{path}: missing"]
+    except OSError as error:
+        return [f"{path}: cannot be read: {error.strerror}"]
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors of a file, in the order of their bytes.
+
+    Raises:
+        CheckpointError: The file cannot be read, is not in the safetensors format, is empty, or is not fp32.
+    """
+    try:
+        with safe_open(path, "numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.offset_keys()}
+            kinds = {one.get_dtype() for one in slices.values()}
+            shapes = {name: tuple(one.get_shape()) for name, one in slices.items()}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    if kinds != {"F32"}:
+        raise CheckpointError(f"{path}: its tensors are {', '.join(sorted(kinds)) or 'missing'}, expected F32")
+    return shapes
+
+
+def _load(path: Path) -> Tensors:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
 def folders(run: Path) -> list[Path]:
-    """Return the checkpoint folders of a run, newest first, valid or not."""
-    paths = [path for path in (run / "checkpoints").glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
+    """Return the checkpoint folders of a run, those of the highest step first, valid or not.
+
+    Raises:
+        CheckpointError: The folder `checkpoints` cannot be listed.
+    """
+    parent = run / "checkpoints"
+    try:
+        paths = [path for path in parent.iterdir() if NAME.fullmatch(path.name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{parent}: cannot be listed: {error.strerror}") from error
     return sorted(paths, key=step_of, reverse=True)
 
 
@@ -307,31 +389,57 @@ def step_of(folder: Path) -> int:
 
 @dataclass(frozen=True)
 class Found:
-    """The newest valid checkpoint, and each newer checkpoint that is damaged, with the reason."""
+    """The newest valid checkpoint, and each newer checkpoint that is damaged, with the reason.
+
+    If a manifest cannot be read, the step in the folder's name decides whether the checkpoint is newer.
+    """
 
     latest: Checkpoint | None
     broken: dict[Path, str]
 
 
 def find(run: Path) -> Found:
-    """Find the newest valid checkpoint. Changes nothing on disk."""
-    broken: dict[Path, str] = {}
+    """Find the newest valid checkpoint: of those with the highest fencing token, that of the highest step.
+
+    Changes nothing on disk. A checkpoint that cannot be read is not valid, whatever the reason.
+
+    Raises:
+        CheckpointError: The folder `checkpoints` cannot be listed.
+    """
+    readable, unreadable = newest_first(run)
+    latest, broken = None, dict[Path, str]()
+    for path in readable:
+        try:
+            latest = open_checkpoint(path)
+            break
+        except CheckpointError as error:
+            broken[path] = str(error)
+    step = latest.step if latest else -1
+    broken |= {path: reason for path, reason in unreadable.items() if step_of(path) > step}
+    # a folder that is not there any more was deleted by the keeper since it was listed
+    return Found(latest, {path: reason for path, reason in broken.items() if os.path.lexists(path)})
+
+
+def newest_first(run: Path) -> tuple[dict[Path, Manifest], dict[Path, str]]:
+    """Return the checkpoints of a run.
+
+    Returns:
+        The manifest of each checkpoint, newest first, by fencing token and step; and for the checkpoints whose manifest
+        cannot be read, the reason. No other file is read.
+    """
+    readable, unreadable = dict[Path, Manifest](), dict[Path, str]()
     for path in folders(run):
         try:
-            return Found(open_checkpoint(path), broken)
+            readable[path] = read_manifest(path / MANIFEST)
         except CheckpointError as error:
-            if path.is_dir():  # if not, the keeper has deleted it since `folders` listed it
-                broken[path] = str(error)
-    return Found(None, broken)
+            unreadable[path] = str(error)
+    ordered = sorted(readable.items(), key=lambda item: item[1].order, reverse=True)
+    return dict(ordered), unreadable
 
 
 def newest_token(run: Path) -> int:
     """Return the highest fencing token of a run's checkpoints; 0 if there are none."""
-    tokens = [0]
-    for path in folders(run):
-        with contextlib.suppress(CheckpointError):
-            tokens.append(read_manifest(path / MANIFEST).run.fencing_token)
-    return max(tokens)
+    return max((manifest.run.fencing_token for manifest in newest_first(run)[0].values()), default=0)
 
 
 def set_aside(run: Path, path: Path, reason: str, *, name: str | None = None) -> Path:
@@ -346,19 +454,23 @@ def set_aside(run: Path, path: Path, reason: str, *, name: str | None = None) ->
     return target
 
 
-def best_of(run: Path) -> Path | None:
-    """Return the checkpoint with the lowest held-out loss, the newest on a tie; None if no loss was measured."""
-    losses: dict[Path, float] = {}
-    for path in folders(run):
-        with contextlib.suppress(CheckpointError):
-            loss = read_manifest(path / MANIFEST).progress.held_out_loss
-            if loss is not None:
-                losses[path] = loss
-    return min(losses, key=lambda path: losses[path]) if losses else None
+def best_of(run: Path) -> Checkpoint | None:
+    """Return the checkpoint with the lowest held-out loss, the newest on a tie; None if no loss was measured.
+
+    Only its manifest is verified.
+    """
+    measured = [
+        (manifest.progress.held_out_loss, Checkpoint(path, manifest))
+        for path, manifest in newest_first(run)[0].items()
+        if manifest.progress.held_out_loss is not None
+    ]
+    return min(measured, key=lambda pair: pair[0])[1] if measured else None
 
 
 def prune(run: Path, keep: int, *, keep_every: int | None = None, best: bool = False) -> None:
     """Verify the newest checkpoint, then delete older checkpoints that are neither recent, pinned nor selected.
+
+    Checkpoints whose manifest cannot be read are neither counted nor deleted.
 
     Args:
         run: The run's folder.
@@ -369,12 +481,14 @@ def prune(run: Path, keep: int, *, keep_every: int | None = None, best: bool = F
     Raises:
         CheckpointError: The newest checkpoint is damaged; nothing was deleted.
     """
-    newest_first = folders(run)
-    if newest_first:
-        open_checkpoint(newest_first[0])
-    best_folder = best_of(run) if best else None
-    for folder in newest_first[max(2, keep) :]:
-        if folder == best_folder or (folder / PIN).exists() or (keep_every and step_of(folder) % keep_every == 0):
+    readable, unreadable = newest_first(run)
+    ordered = list(readable)
+    for path in [*ordered[:1], *(path for path in unreadable if not ordered or step_of(path) > step_of(ordered[0]))]:
+        open_checkpoint(path)
+    lowest = best_of(run) if best else None
+    for folder in ordered[max(2, keep) :]:
+        kept = (folder / PIN).exists() or (keep_every and step_of(folder) % keep_every == 0)
+        if kept or (lowest and folder == lowest.path):
             continue
         # a half-deleted folder must not look like a checkpoint
         renamed = folder.with_name(f".tmp-pruned-{folder.name}")

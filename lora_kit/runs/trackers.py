@@ -26,9 +26,15 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from lora_kit.errors import LaunchError
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict  # pydantic reads this one before Python 3.12
+
+from lora_kit.data.counts import Count
+from lora_kit.errors import CheckpointError, LaunchError
 from lora_kit.files import write_atomically
 from lora_kit.recipe.schema import Recipe
+from lora_kit.runs import formats
+from lora_kit.runs.formats import RunId
 from lora_kit.runs.journal import Journal
 from lora_kit.views.console import Console
 
@@ -37,6 +43,23 @@ SECTIONS = {"base", "data", "adapter", "objective", "optim", "train", "evaluate"
 END_SECONDS = 60.0  # the longest wait for all trackers at the end of a run
 STOP_SECONDS = 20.0  # the same limit after a signal or an error: a scheduler may kill the process after 30 s
 SAMPLES = "samples"
+
+
+class TrackerState(TypedDict):
+    """The content of trackers.json.
+
+    Attributes:
+        id: The run's id at its trackers.
+        values: A hash of everything that the metrics depend on.
+        sent: The newest step that a tracker may have.
+    """
+
+    id: RunId
+    values: str
+    sent: Count
+
+
+_STATE: TypeAdapter[TrackerState] = TypeAdapter(TrackerState)
 
 
 def require(names: Sequence[str]) -> None:
@@ -74,14 +97,15 @@ def tracker_id(run: Path, run_id: str, *, start: int, reached: int, recipe: Reci
     sections = recipe.model_dump(mode="json", include=SECTIONS)
     values = hashlib.sha256(json.dumps([sections, fingerprints], sort_keys=True).encode()).hexdigest()
     path = run / STATE
-    then: dict[str, Any] = {"id": run_id, "values": values, "sent": 0}
-    if path.is_file():
-        then = json.loads(path.read_text())
+    try:
+        then = formats.read(_STATE, path) or {"id": run_id, "values": values, "sent": 0}
+    except CheckpointError:  # what was sent is unknown, so the trackers get everything under a new id
+        then = {"id": secrets.token_hex(8), "values": values, "sent": 0}
     now = then | {"values": values, "sent": max(then["sent"], reached)}
     if now["sent"] > start and then["values"] != values:
         now |= {"id": secrets.token_hex(8), "sent": start}
     write_atomically(path, json.dumps(now) + "\n")
-    return str(now["id"])
+    return now["id"]
 
 
 @dataclass(frozen=True)
@@ -223,7 +247,11 @@ def follow(opened: Opened, records: Iterator[dict[str, Any]]) -> None:
             continue
         step = record["step"]
         values = ({SAMPLES: "\n\n---\n\n".join(samples)} if samples else {}) | record
-        curves = [key for key in values if key not in ("step", "time") and step > opened.newest(key)]
+        curves = [
+            key
+            for key, value in values.items()
+            if key not in ("step", "time") and value is not None and step > opened.newest(key)
+        ]
         if curves:
             opened.log({key: values[key] for key in curves}, step)
         samples.clear()

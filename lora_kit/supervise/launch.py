@@ -24,7 +24,7 @@ import psutil
 from lora_kit.errors import LaunchError, Stopped
 from lora_kit.runs.identity import ENDED, process_state
 from lora_kit.runs.lease import KEEPER, START_REQUESTED, Lease
-from lora_kit.runs.live import Phase, Word
+from lora_kit.runs.live import LEAST_TIMEOUT_SECONDS, TIMEOUT_FACTOR, Phase, Word
 from lora_kit.supervise import oom
 from lora_kit.supervise.keeper import POLL_SECONDS, Keeper
 from lora_kit.supervise.stopping import FORWARDED_SECONDS, STOP_SIGNALS
@@ -37,8 +37,6 @@ WORKER = "lora_kit.cli:train_worker"  # the function that a training process cal
 SAME_FAILURES = 3  # after so many equal failures at the same step a run ends
 LOADING_TIMEOUT_SECONDS = 600.0  # without a sign of life before the first step
 LITTLE_WORK = 2.0  # CPU seconds in LOADING_TIMEOUT_SECONDS: less is a hang, more is loading a large base or dataset
-TIMEOUT_FACTOR = 10.0  # without train.step_timeout a step may take this many times the longest step so far,
-LEAST_TIMEOUT_SECONDS = 60.0  # and at least this long
 REPORT_SECONDS = 2.0  # a zygote that has not reported the end of a process after so long is stopped
 SIBLINGS_SECONDS = 0.3  # after a failure, to collect the errors of the other processes before choosing the cause
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "Connection refused")

@@ -3,11 +3,12 @@
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 from lora_kit.artifacts.hub import push_notes
-from lora_kit.files import write_atomically
+from lora_kit.files import read_regular, write_atomically
 from lora_kit.kernels import fusing
 from lora_kit.recipe.load import dump
 from lora_kit.runs.lease import START_REQUESTED
@@ -51,9 +52,11 @@ def start_trackers(job: Job) -> None:
 
 def keep_recipe(job: Job) -> None:
     """Write recipe.yaml, unless it exists with the same content: a resume must not fail because the disk is full."""
-    path, text = job.run.folder / "recipe.yaml", dump(job.recipe)
-    if not (path.is_file() and path.read_text() == text):
-        write_atomically(path, text)
+    path, content = job.run.folder / "recipe.yaml", dump(job.recipe).encode()
+    with suppress(OSError):
+        if read_regular(path, len(content)) == content:
+            return
+    write_atomically(path, content)
 
 
 def log_start(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Console) -> None:
@@ -65,9 +68,10 @@ def log_start(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Con
         "processes": job.processes.count,
         "launched": run.lease.record.taken,
         "seconds": start_seconds(console.began),
+        "reached": run.reached,
     }
     if run.latest is not None:
-        job.journal.event("resumed", **facts, reached=run.reached, run_id=run.run_id)
+        job.journal.event("resumed", **facts, run_id=run.run_id)
         console.say(
             f"resuming {run.folder} after step {job.start} of {job.plan.steps}; "
             "comparison with the checkpoint of that step:"

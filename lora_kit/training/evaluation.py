@@ -22,6 +22,7 @@ from lora_kit.kernels.attention import use_attention
 from lora_kit.kernels.fusing import use_kernels
 from lora_kit.recipe.load import resolve_path
 from lora_kit.recipe.schema import Recipe
+from lora_kit.runs.formats import finite
 from lora_kit.runs.manifest import MANIFEST, read_manifest
 from lora_kit.training.objectives.objective import Objective
 from lora_kit.training.objectives.sft import Sft
@@ -117,8 +118,8 @@ class HeldOut:
 
 
 def plain(scores: dict[str, Score]) -> dict[str, dict[str, float | None]]:
-    """Return the scores as plain values for result.json."""
-    return {name: asdict(score) for name, score in scores.items()}
+    """Return the scores as plain values for result.json; None stands for a number that is not finite."""
+    return {name: finite(asdict(score)) for name, score in scores.items()}
 
 
 def evaluate(recipe: Recipe, checkpoint: str | Path) -> dict[str, Score]:

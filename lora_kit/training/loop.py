@@ -6,6 +6,7 @@ Everything else in this file advances the state by one step, records it or shows
 """
 
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from torch import Tensor
 from lora_kit.artifacts.hub import push_finished
 from lora_kit.data.order import micro_batch_seed
 from lora_kit.data.packing import MicroBatch, collate, reduction_schedule
-from lora_kit.errors import DivergenceError, Stopped
+from lora_kit.errors import CheckpointError, DivergenceError, Stopped
 from lora_kit.model.state import LOSS, METRICS, STOP, refuse_unused
 from lora_kit.recipe.schema import Recipe
 from lora_kit.runs import store
@@ -214,6 +215,11 @@ def held_out_loss(job: Job, done: int, publisher: Publisher, console: Console) -
             sample = {"step": done, "prompt": rendered, "expected": prompt.expected, "answer": text}
             job.journal.event("sample", **sample)
             job.trackers.log(sample)
+    if not math.isfinite(loss):
+        told = f"step {done}: the held-out loss is {loss}; it is stored as null, and training continues"
+        console.warn(told)
+        if job.processes.is_main:
+            job.journal.event("fault", step=done, what=told)
     return loss
 
 
@@ -266,10 +272,19 @@ def stopped(job: Job, done: int) -> Stopped:
     )
 
 
+def finished_step(run: Run, console: Console) -> int | None:
+    """Return the step of result.json; None if it is missing, or damaged so that it must be written again."""
+    try:
+        return run.result.get("step")
+    except CheckpointError as error:
+        console.warn(f"{error}; it is written again")
+        return None
+
+
 def finish(job: Job, publisher: Publisher, console: Console, stop: StopRequest) -> None:
     """Evaluate base and adapter, write result.json and show the table; for a run that is finished already, say so."""
     run = Run(job.run.folder)
-    if run.result.get("step") == job.plan.steps:
+    if finished_step(run, console) == job.plan.steps:
         console.say(
             f"{run.folder} has finished its {job.plan.steps} steps; nothing is left to do. To go on: "
             f"--set train.steps={2 * job.plan.steps} --accept train.steps"

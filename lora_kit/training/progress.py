@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lora_kit.errors import PoisonError
 from lora_kit.runs import store
+from lora_kit.runs.formats import finite
 from lora_kit.runs.manifest import StepFacts
 from lora_kit.training.job import Job
 from lora_kit.training.publisher import Publisher
@@ -82,8 +83,12 @@ class QueuedStep:
 
 
 def with_held_out(facts: StepFacts, loss: float) -> StepFacts:
-    """Return the facts of a step with its held-out loss, which is also added to their line of metrics.jsonl."""
-    return replace(facts, held_out_loss=loss, line=json.dumps(json.loads(facts.line) | {"held_out_loss": loss}))
+    """Return the facts of a step with its held-out loss, which is also added to their line of metrics.jsonl.
+
+    A loss that is not finite is stored as None.
+    """
+    known = finite(loss)
+    return replace(facts, held_out_loss=known, line=json.dumps(json.loads(facts.line) | {"held_out_loss": known}))
 
 
 class StepLog:
@@ -111,7 +116,7 @@ class StepLog:
             "time": round(time.time(), 3),
         }
         skipped = (*self._skipped, *(() if values.taken else (done,)))
-        facts = StepFacts(done, plan.examples_seen(done), skipped, json.dumps(record))
+        facts = StepFacts(done, plan.examples_seen(done), skipped, json.dumps(finite(record)))
         return facts if queued.held_out_loss is None else with_held_out(facts, queued.held_out_loss)
 
     def settle(self, queued: QueuedStep) -> bool:
@@ -121,7 +126,7 @@ class StepLog:
         if self._job.processes.is_main:
             record, journal = json.loads(facts.line), self._job.journal
             if facts.skipped:
-                self._report_skipped(queued.step, record)
+                self._report_skipped(queued)
             self.write(record)
             if fault := self._publisher.new_fault():
                 self._console.warn(fault)
@@ -129,9 +134,10 @@ class StepLog:
                 self._console.warn(journal.trouble)
         return queued.values().stop
 
-    def _report_skipped(self, step: int, record: dict[str, Any]) -> None:
-        done, loss, norm = step + 1, str(record["loss"]), str(record["grad_norm"])
-        examples = sorted(example for group in self._job.plan.micro_batches(step) for example in group)
+    def _report_skipped(self, queued: QueuedStep) -> None:
+        values, done = queued.values(), queued.step + 1
+        loss, norm = str(values.loss), str(values.grad_norm)
+        examples = sorted(example for group in self._job.plan.micro_batches(queued.step) for example in group)
         self._job.journal.event("skipped", step=done, loss=loss, grad_norm=norm, examples=examples)
         self._console.warn(
             f"step {done}: loss {loss}, gradient norm {norm}; the step is skipped and the adapter stays as it was; "

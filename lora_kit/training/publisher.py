@@ -86,7 +86,7 @@ class Publisher:
         """Show the keeper that this process is training and has not stopped."""
         if self._region is not None:
             self._region.words[Word.PHASE] = Phase.TRAINING
-            self._region.words[Word.BEAT] += 1
+            self._region.beat()
 
     def expect_no_steps(self) -> None:
         """Tell the keeper that no steps follow, so that a long silence, as in an upload, does not count as a hang."""
@@ -176,7 +176,7 @@ class Publisher:
         words = self._region.words
         while words[Word.HANDLED] < self._sequence:
             self._check()
-            words[Word.BEAT] += 1
+            self._region.beat()
             time.sleep(0.001)
         if words[Word.COMMITTED] < self._sequence:
             raise CheckpointError(self._region.fault)

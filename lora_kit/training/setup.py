@@ -178,7 +178,7 @@ def build_model(
     if run.latest is not None:
         state.load(*run.latest.state())
     elif run.origin is not None:
-        state.load_weights(run.origin.state()[0])
+        state.load_weights(run.origin.weights())
     resolved = Resolved(
         threads=threads,
         attention=attention,

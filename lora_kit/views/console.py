@@ -20,6 +20,11 @@ from lora_kit.views import notebook
 SECONDS_BETWEEN_LINES = 5.0
 
 
+def number(value: float | None, spec: str) -> str:
+    """Return a measured number as text; None stands for a number that is not finite."""
+    return "not finite" if value is None else format(value, spec)
+
+
 class Console:
     """Prints the progress of a run.
 
@@ -92,21 +97,19 @@ class Console:
             record: The step's line in metrics.jsonl.
             steps: The number of steps of the run.
         """
-        speed = f"{record['tokens_per_second']:,.0f} tokens/s"
+        loss, speed = number(record["loss"], ".4f"), f"{record['tokens_per_second']:,.0f} tokens/s"
         if self._panel is not None:
-            self._panel.step(record, f"loss {record['loss']:.4f} · {speed}")
+            self._panel.step(record, f"loss {loss} · {speed}")
         elif self._progress is not None:
-            self._progress.update(
-                self._task, completed=record["step"], description=f"loss {record['loss']:.4f}  {speed}"
-            )
+            self._progress.update(self._task, completed=record["step"], description=f"loss {loss}  {speed}")
         elif record["step"] in (1, steps) or time.monotonic() - self._printed > SECONDS_BETWEEN_LINES:
             self._printed = time.monotonic()
             self.say(
-                f"step {record['step']}/{steps}  loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  "
-                f"norm {record['grad_norm']:.3f}  {speed}"
+                f"step {record['step']}/{steps}  loss {loss}  lr {number(record['learning_rate'], '.2e')}  "
+                f"norm {number(record['grad_norm'], '.3f')}  {speed}"
             )
         if "held_out_loss" in record and self._panel is None:
-            self.say(f"step {record['step']}/{steps}  held-out loss {record['held_out_loss']:.4f}")
+            self.say(f"step {record['step']}/{steps}  held-out loss {number(record['held_out_loss'], '.4f')}")
 
     def tick(self, activity: str) -> None:
         """Show an activity other than a step, e.g. "load the base"; repeated calls show it only once."""

@@ -26,11 +26,11 @@ def curve(records: Sequence[Record], steps: int) -> str:
         records: Lines of metrics.jsonl.
         steps: The number of steps of the run, which is the right end of the horizontal axis.
     """
-    shown = [record for record in records if math.isfinite(record["loss"])]
+    shown = [record for record in records if _is_number(record["loss"])]
     if len(shown) < 2:
         return ""
     shown = shown[:: -math.ceil(len(shown) / MAX_POINTS)][::-1]  # always with the last step
-    measured = [record for record in records if math.isfinite(record.get("held_out_loss", math.nan))]
+    measured = [record for record in records if _is_number(record.get("held_out_loss"))]
     top = max([record["loss"] for record in shown] + [record["held_out_loss"] for record in measured]) or 1.0
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
 
@@ -54,6 +54,10 @@ def curve(records: Sequence[Record], steps: int) -> str:
         parts.append(_label(right - 130, TOP - 6, "held-out loss", "end", VALIDATION_COLOUR))
     size = f'viewBox="0 0 {WIDTH} {HEIGHT}" style="max-width:{WIDTH}px;width:100%;height:auto;display:block"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{"".join(parts)}</svg>'
+
+
+def _is_number(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _label(x: float, y: float, text: str, anchor: str, colour: str = "currentColor") -> str:

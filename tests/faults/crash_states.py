@@ -7,7 +7,6 @@ before, it happened or not, whatever came later.
 """
 
 import argparse
-import hashlib
 import os
 import random
 import shutil
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from manifests import run_facts, step_facts
+from manifests import files_of, run_facts, step_facts
 
 from lora_kit.runs import store
 
@@ -93,12 +92,6 @@ class Recorder:
         self.trace.append(fact)
 
 
-def files_of(step, version):
-    """Return the content of a checkpoint whose every byte tells whose it is."""
-    seed = f"{step} {version}".encode()
-    return {name: [hashlib.sha256(seed + name.encode()).digest() * (20 + 7 * at)] for at, name in enumerate(NAMES)}
-
-
 def record(root):
     """Record commits, prunings and a repeated commit of a step on a new run."""
     recorder, run = Recorder(root), root / "run"
@@ -106,7 +99,7 @@ def record(root):
     for step, version in ((1, 0), (2, 0), (3, 0), (3, 1), (4, 0)):
         recorder.on = True
         recorder.note("begin", step, version)
-        content = files_of(step, 0)  # a repeated commit has the same tensors, and knows more
+        content = files_of(step)  # a repeated commit has the same tensors, and knows more
         store.commit(run, content, run_facts(), step_facts(step, held_out_loss=0.5 if version else None))
         recorder.note("returned", step, version)
         store.prune(run, 2)
@@ -247,7 +240,7 @@ def wrong(run, expected):
     step = latest.step if latest else None
     if step not in expected:
         return f"step {step} reads back, expected one of {expected}"
-    if latest and any((latest.path / name).read_bytes() != b"".join(files_of(step, 0)[name]) for name in NAMES):
+    if latest and any((latest.path / name).read_bytes() != b"".join(files_of(step)[name]) for name in NAMES):
         return f"step {step} has bytes of another"
     return None
 

@@ -17,6 +17,7 @@ from lora_kit.cli import error_messages
 from lora_kit.data.plan import Plan
 from lora_kit.runs import store
 from lora_kit.runs.journal import Journal
+from lora_kit.runs.status import status
 from lora_kit.training import loop, optim
 
 STEPS, HALF = 8, 5
@@ -75,6 +76,28 @@ def test_a_damaged_file_is_named_and_the_run_ends_with_the_same_bytes(
     (reason,) = (out / "checkpoints" / ".quarantine").glob("*.reason.txt")
     assert name in reason.read_text()
     assert state_hash(out, STEPS) == undisturbed
+
+
+def test_a_start_at_an_earlier_step_than_the_log_shows_says_how_many_steps_are_lost_and_why(
+    recipe, whole, undisturbed, tmp_path, capsys
+):
+    halfway(whole, tmp_path / "run")
+    go_on(recipe, tmp_path / "run")
+    told = capsys.readouterr().out
+    assert "3 finished step(s) are lost and computed again: the logs reach step 8, the newest state" in told
+    assert "used is of step 5; shared memory has no newer state of this run" in told
+    assert status(tmp_path / "run").steps_lost == 3
+    assert state_hash(tmp_path / "run", STEPS) == undisturbed
+    go_on(recipe, tmp_path / "run")
+    assert "are lost" not in capsys.readouterr().out
+
+
+def test_a_run_whose_checkpoints_are_all_gone_starts_again_and_says_so(recipe, whole, undisturbed, tmp_path, capsys):
+    halfway(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    go_on(recipe, tmp_path / "run")
+    assert "8 finished step(s) are lost and computed again" in capsys.readouterr().out
+    assert status(tmp_path / "run").steps_lost == 8 and state_hash(tmp_path / "run", STEPS) == undisturbed
 
 
 def zeroed(tensors):

@@ -11,6 +11,7 @@ Importing this package is fast: a name is imported from its module when it is fi
 """
 
 import logging
+import sys
 import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
     from lora_kit.training.evaluation import evaluate as evaluate
     from lora_kit.training.loop import train as train
 
+if sys.platform != "linux":
+    warnings.warn(
+        f"lora_kit is made for Linux and is not tested on {sys.platform}: `lora-kit train` does not start there; on "
+        "Windows use WSL 2. The README's last list of limits says what else to expect",
+        stacklevel=2,
+    )
 # tqdm warns in every notebook without ipywidgets, which lora_kit does not use
 warnings.filterwarnings("ignore", message="IProgress not found")
 # peft imports bitsandbytes if it is installed, and bitsandbytes logs about missing optional kernels in every process

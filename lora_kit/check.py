@@ -27,6 +27,7 @@ from lora_kit.recipe.load import resolve_path
 from lora_kit.recipe.schema import Recipe
 from lora_kit.runs.trackers import require
 from lora_kit.training.micro_batches import Machine, MicroBatches, choose, this_machine
+from lora_kit.views.console import grouped
 
 HTML = '<pre style="white-space:pre-wrap;word-break:normal;font-family:monospace">{code}</pre>'
 
@@ -188,7 +189,7 @@ class Report(ShownInNotebooks):
             yield from (Text(line) for line in self.estimate.lines())
         yield from (Text(f"note: {note}", style="yellow") for note in self.notes)
         yield from (Text(f"not checked: {part}", style="yellow") for part in self.unchecked)
-        yield from (Text(f"problem: {problem}", style="red") for problem in self.problems)
+        yield from (Text(f"problem: {problem}", style="red") for problem in grouped(self.problems))
         yield Text("the recipe cannot start" if self.problems else "the recipe can start", style="bold")
 
 

@@ -4,19 +4,25 @@ Importing this module imports nothing heavy, so `--help` answers at once. Exit c
 refused input, 75 stopped by a signal and resumable.
 """
 
+import gc
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
+from runpy import run_path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console as RichConsole
 from rich.table import Table
 
 from lora_kit.errors import CheckpointError, LaunchError, LoraKitError
+from lora_kit.version import VERSION
+from lora_kit.views.console import print_error, rich_console
+from lora_kit.views.output import make_output_safe
 
 app = typer.Typer(
     name="lora-kit",
@@ -27,6 +33,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+GPUS = Path("/proc/driver/nvidia/gpus")  # the driver's folder for each GPU
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file.")]
 Overrides = Annotated[
@@ -43,12 +51,37 @@ def error_messages() -> Iterator[None]:
         yield
     except LoraKitError as error:
         # all processes raise an error with another exit code, and only process 0 prints it
-        if os.environ.get("RANK", "0") == "0" or error.exit_code == 1:
-            lines = str(error).splitlines() or [type(error).__name__]
-            label = "stopped" if error.exit_code == 75 else "error"
-            RichConsole(stderr=True, highlight=False, soft_wrap=True).print(f"[bold]{label}:[/]", end=" ")
-            print("\n  ".join(lines), file=sys.stderr)
+        if not launched_by_another() or os.environ.get("RANK", "0") == "0" or error.exit_code == 1:
+            print_error(str(error) or type(error).__name__, "stopped" if error.exit_code == 75 else "error")
         raise SystemExit(error.exit_code) from None
+
+
+def launched_by_another() -> bool:
+    """Return whether torchrun or `accelerate launch` has started this process; a single variable proves nothing."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() or (
+        "ACCELERATE_MIXED_PRECISION" in os.environ
+    )
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """LoRA fine-tuning that never loses a step."""
+    make_output_safe()
+    if version:
+        print(f"lora_kit {VERSION}")
+        raise typer.Exit
+
+
+@contextmanager
+def imports(what: str) -> Iterator[None]:
+    """Say on stderr what begins, and import without garbage collections, which would take a third of the time."""
+    print(f"lora_kit {VERSION}: {what} ...", file=sys.stderr, flush=True)
+    gc.disable()
+    yield
+    gc.freeze()
+    gc.enable()
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -100,14 +133,14 @@ def train(
     ] = 10,
 ) -> None:
     """Train a recipe. The same command starts a run, resumes it and, when it is finished, shows the result."""
-    from lora_kit.recipe.load import load_recipe
-    from lora_kit.runs import store
-    from lora_kit.runs.resume import is_own, take_over
-    from lora_kit.supervise.launch import follow_launcher, launch
-    from lora_kit.training.request import TrainRequest
+    from lora_kit.supervise.zygote import Zygote
 
-    loaded = load_recipe(recipe, set_)
-    if "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
+    print(f"lora_kit {VERSION}: {recipe} is trained in {out}", flush=True)
+    if launched_by_another():
+        from lora_kit.recipe.load import load_recipe
+        from lora_kit.supervise.launch import follow_launcher
+
+        loaded = load_recipe(recipe, set_)
         if processes is not None:
             raise LaunchError(f"--processes {processes}: another launcher already started this process; leave one out")
         follow_launcher()
@@ -115,29 +148,45 @@ def train(
 
         loop.train(loaded, out, accept=accept, start_from=start_from, profile=profile)
         return
-    origin = None
-    if start_from:
-        from lora_kit.artifacts.locate import checkpoint_at  # slow to import, and most starts do not need it
+    with ExitStack() as stack:
+        zygote = Zygote()  # imports torch while this process does the rest
+        stack.callback(zygote.end)
+        from lora_kit.recipe.load import load_recipe, resolve_path, similar_path
+        from lora_kit.runs import store
+        from lora_kit.runs.resume import is_own, take_over
+        from lora_kit.supervise.launch import launch
+        from lora_kit.training.request import TrainRequest
 
-        origin = store.open_checkpoint(checkpoint_at(start_from))
-    lease, notices = take_over(out, origin, tell=lambda text: print(f"warning: {text}", file=sys.stderr))
-    for notice in notices:
-        print(f"warning: {notice}", file=sys.stderr)
-    begins_with = origin.path if origin and not is_own(out, origin) else None
-    request = TrainRequest(loaded, out, accept=tuple(accept), start_from=begins_with, profile=profile)
-    raise typer.Exit(
-        launch(
-            request.to_json(),
-            processes=processes or _gpus(),
-            run=out,
-            lease=lease,
-            max_restarts=max_restarts,
-            step_timeout=loaded.train.step_timeout,
+        loaded = load_recipe(recipe, set_)
+        base = loaded.base.repo
+        if resolve_path(loaded, base) is None:
+            similar = similar_path(loaded, base)
+            meant = f"; did you mean {similar}?" if similar else ""
+            print(f"base {base}: no such folder here, so it is looked up on the Hub{meant}", flush=True)
+        origin = None
+        if start_from:
+            from lora_kit.artifacts.locate import checkpoint_at  # slow to import, and most starts do not need it
+
+            origin = store.open_checkpoint(checkpoint_at(start_from))
+        lease, notices = take_over(out, origin, tell=lambda text: print(f"warning: {text}", file=sys.stderr))
+        for notice in notices:
+            print(f"warning: {notice}", file=sys.stderr)
+        begins_with = origin.path if origin and not is_own(out, origin) else None
+        request = TrainRequest(loaded, out, accept=tuple(accept), start_from=begins_with, profile=profile)
+        raise typer.Exit(
+            launch(
+                request.to_json(),
+                zygote=zygote,
+                processes=processes or _gpus(),
+                run=out,
+                lease=lease,
+                max_restarts=max_restarts,
+                absent=("bitsandbytes",) if loaded.base.quantization == "none" else (),
+                step_timeout=loaded.train.step_timeout,
+            )
         )
-    )
 
 
-@error_messages()
 def train_worker(request: str) -> None:
     """Train as one of the processes that `launch` starts; `request` is a `TrainRequest` as JSON."""
     from lora_kit.training import loop
@@ -148,7 +197,19 @@ def train_worker(request: str) -> None:
 
 
 def _gpus() -> int:
-    return max(1, len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
+    """Return how many processes to start: one for each GPU that torch will see, and at least one. Imports no torch."""
+    torch = find_spec("torch")
+    about_torch = run_path(str(Path(torch.origin).with_name("version.py"))) if torch and torch.origin else {}
+    if about_torch.get("cuda") is None:
+        return 1
+    gpus = len(list(GPUS.glob("*")))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:  # CUDA ignores such a list from the first entry on that names no GPU
+        known = {str(number) for number in range(gpus)}
+        names = [name.strip() for name in visible.split(",")]
+        shown = takewhile(lambda name: name in known or name.startswith(("GPU-", "MIG-")), names)
+        gpus = min(gpus, len(list(shown)))
+    return max(1, gpus)
 
 
 @command
@@ -170,7 +231,7 @@ def check(
     if as_json:
         _print_json(report.to_dict())
     else:
-        RichConsole(highlight=False, soft_wrap=True).print(report)
+        rich_console().print(report)
     if report.problems:
         raise typer.Exit(2)
 
@@ -229,8 +290,9 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Answer prompts with a trained adapter."""
-    from lora_kit.artifacts import answering
-    from lora_kit.artifacts.load import load
+    with imports(f"loading {path}"):
+        from lora_kit.artifacts import answering
+        from lora_kit.artifacts.load import load
 
     model, tokenizer = load(path)
     with model.disable_adapter() if base else nullcontext():
@@ -249,8 +311,9 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy decoding.")] = 0.0,
 ) -> None:
     """Chat with a trained adapter. `/adapter off` switches to the base model, `/help` lists the commands."""
-    from lora_kit.artifacts import chat as chatting
-    from lora_kit.artifacts.load import load
+    with imports(f"loading {path}"):
+        from lora_kit.artifacts import chat as chatting
+        from lora_kit.artifacts.load import load
 
     model, tokenizer = load(path)
     print("/help for the commands, Ctrl-D to leave", file=sys.stderr)
@@ -287,7 +350,8 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Merge an adapter into its base model and report how much the merged model's logits differ."""
-    from lora_kit.artifacts import merging
+    with imports(f"merging {path} into its base"):
+        from lora_kit.artifacts import merging
 
     merged = merging.merge(path, out, dtype=dtype)
     if as_json:
@@ -309,8 +373,9 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Evaluate the base and the adapter on the recipe's validation data: loss, perplexity, exact match."""
-    from lora_kit.recipe.load import load_recipe
-    from lora_kit.training import evaluation
+    with imports(f"evaluating {path}"):
+        from lora_kit.recipe.load import load_recipe
+        from lora_kit.training import evaluation
 
     scores = evaluation.evaluate(load_recipe(recipe, set_), path)
     if as_json:
@@ -320,7 +385,7 @@ def evaluate(
     for name, score in scores.items():
         match = "-" if score.exact_match is None else f"{score.exact_match:.1%}"
         table.add_row(name, f"{score.loss:.4f}", f"{score.perplexity:.2f}", match, str(score.examples))
-    RichConsole(highlight=False).print(table)
+    rich_console().print(table)
 
 
 @command

@@ -3,7 +3,7 @@
 The server reads requests from a socket: arguments, environment, working directory, and two pipes. One pipe becomes
 stdout and stderr of the new process. The other tells the process id and, later, the exit code. A forked process does
 what `python -m lora_kit ARGUMENTS` or `python -c CODE ARGUMENTS` would do in a session of its own. The zygote of a run,
-which lora_kit/supervise/launch.py starts with Popen, is forked here too, before the run has any state or thread.
+which lora_kit/supervise/zygote.py starts with Popen, is forked here too, before the run has any state or thread.
 
 The server itself owns no thread and no CUDA context, because a fork copies neither in a usable state. Where an import
 has made one all the same, its children begin again as fresh interpreters.
@@ -86,7 +86,7 @@ def inject(module):
 
 
 class ForkedZygote:
-    """The part of Popen that launch.Zygote uses, for a child that was forked before the keeper began its work."""
+    """The part of Popen that zygote.Zygote uses, for a child that was forked before the keeper began its work."""
 
     def __init__(self):
         self._mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -100,7 +100,7 @@ class ForkedZygote:
     def begin(self, command, *, pass_fds, env):
         """Be what Popen would return for the command of a zygote."""
         self.used = True
-        message = json.dumps({"modules": command[4:], "environment": dict(env)}).encode()
+        message = json.dumps({"environment": dict(env)}).encode()
         socket.send_fds(self._mine, [message], pass_fds)
         return self
 
@@ -132,12 +132,12 @@ def wait_to_be_the_zygote(orders):
     order = json.loads(message)
     set_environment(order["environment"])
     inject("lora_kit.training.loop")
-    zygote.main(pipes[0], order["modules"])
+    zygote.main(pipes[0])
 
 
 def fork_the_zygote():
-    """Let the first Popen of lora_kit/supervise/launch.py be a fork; a second, after a kill, is a true start."""
-    from lora_kit.supervise import launch
+    """Let the first Popen of lora_kit/supervise/zygote.py be a fork; a second, after a kill, is a true start."""
+    from lora_kit.supervise import zygote
 
     prepared = ForkedZygote()
 
@@ -148,7 +148,7 @@ def fork_the_zygote():
                 return subprocess.Popen(command, **options)
             return prepared.begin(command, **options)
 
-    launch.subprocess = Subprocess
+    zygote.subprocess = Subprocess
 
 
 def sound_to_fork():

@@ -132,7 +132,8 @@ def test_the_output_folder_of_another_recipe_is_left_as_it_is(recipe_file, tmp_p
 
 
 def test_another_launcher_and_processes_contradict(recipe_file, tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # as torchrun sets them
+        monkeypatch.setenv(name, "0")
     arguments = ["train", str(recipe_file), "--out", str(tmp_path / "run"), "--processes", "2"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2 and "another launcher already started this process" in result.stderr

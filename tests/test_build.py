@@ -50,11 +50,12 @@ def script(path, text):
     return path
 
 
-def warned():
-    """What two calls warn of, neither of which finds compiled kernels."""
+def warned(*, compiled=False):
+    """What two calls warn of, both of which find compiled kernels or neither."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        assert backend_of(ones()) is backend_of(ones()) is dispatch.PLAIN
+        found = backend_of(ones())
+        assert backend_of(ones()) is found and isinstance(found, Cpu if compiled else dispatch.Plain)
     assert all(one.category is UserWarning for one in seen)
     return [str(one.message) for one in seen]
 
@@ -63,6 +64,7 @@ def left_in(folder):
     return sorted(one.relative_to(folder).as_posix() for one in folder.rglob("*") if one.is_file() or "tmp" in one.name)
 
 
+KEPT = "the kernels for CPUs are compiled again at every start: "
 PLAIN = "the kernels for CPUs could not be compiled, so attention, norms and other parts take longer: "
 
 
@@ -77,6 +79,13 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(fresh, monkeypatch, 
     monkeypatch.setenv("CC", str(compiler))
     assert warned() == [PLAIN + f"{compiler} does not compile the kernels: unrecognized option -mavx512bf16"]
     assert left_in(fresh) == []
+
+
+def test_a_compiler_that_ends_well_and_writes_nothing_is_named(fresh, monkeypatch, tmp_path):
+    compiler = script(tmp_path / "idle", "exit 0\n")
+    monkeypatch.setenv("CC", str(compiler))
+    said = f"{compiler} ended without an error but has not written kernels.o; set CC to a C compiler"
+    assert warned() == [PLAIN + said]
 
 
 def test_messages_of_a_compiler_that_are_not_utf_8_are_quoted_too(fresh, monkeypatch, tmp_path):
@@ -101,7 +110,7 @@ def test_an_empty_name_of_a_compiler_is_none(c, fresh, monkeypatch):
 
 
 def test_a_library_that_cannot_be_loaded_is_no_crash(fresh, monkeypatch, tmp_path):
-    compiler = script(tmp_path / "empty", 'for one; do case $one in *.so) : > "$one";; esac; done\n')
+    compiler = script(tmp_path / "empty", 'for one; do case $one in *.so|*.o) : > "$one";; esac; done\n')
     monkeypatch.setenv("CC", str(compiler))
     (message,) = warned()
     assert message.startswith(
@@ -138,11 +147,10 @@ def test_a_compiler_that_never_ends_is_stopped_with_all_that_it_started(fresh, m
     wait_until(lambda: not status.exists() or status.read_text().split()[2] == "Z")  # until its parent collects it
 
 
-def test_where_nothing_can_be_kept_there_is_one_warning_and_the_plain_way(fresh, monkeypatch, tmp_path):
-    monkeypatch.setenv("CC", str(script(tmp_path / "unasked", "exit 1\n")))
+def test_where_nothing_can_be_kept_there_is_one_warning_and_the_library_is_in_memory(c, fresh):
     fresh.write_text("a file where the folder should be")
-    (message,) = warned()
-    assert message.startswith(PLAIN) and str(fresh) in message
+    (message,) = warned(compiled=True)
+    assert message.startswith(KEPT) and str(fresh) in message
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
@@ -187,22 +195,31 @@ def test_a_library_that_is_broken_is_made_again(c, fresh):
     assert build.library() and made.stat().st_size > 1000
 
 
-@pytest.mark.parametrize("what", ["library", "folder"])
-def test_a_library_that_other_users_may_write_is_not_trusted(what, c, fresh):
-    build.library()
+def test_a_library_that_other_users_may_write_is_replaced(c, fresh):
+    made = build.library()
     (library,) = fresh.rglob("*.so")
-    open_to_others = library if what == "library" else library.parent
-    open_to_others.chmod(0o720)
+    library.write_bytes(b"theirs")
+    library.chmod(0o720)
     build.library.cache_clear()
-    (message,) = warned()
-    assert message == PLAIN + f"other users may write to {open_to_others} (mode 720); run chmod go-w on it"
+    assert warned(compiled=True) == [] and build.library().sha256 == made.sha256
+    assert library.stat().st_mode & 0o777 == 0o600 and library.stat().st_size > 1000
 
 
-@pytest.mark.parametrize("what", ["library", "folder"])
-def test_what_belongs_to_another_user_is_not_trusted(what, c, fresh, monkeypatch):
+def test_a_folder_that_other_users_may_write_is_not_used(c, fresh):
     build.library()
     (library,) = fresh.rglob("*.so")
-    owned = library if what == "library" else library.parent
+    library.write_bytes(b"theirs")
+    library.parent.chmod(0o720)
+    build.library.cache_clear()
+    (message,) = warned(compiled=True)
+    assert message == KEPT + f"other users may write to {library.parent} (mode 720); run chmod go-w on it"
+    assert library.read_bytes() == b"theirs"
+
+
+def test_a_folder_of_another_user_is_not_used(c, fresh, monkeypatch):
+    build.library()
+    (library,) = fresh.rglob("*.so")
+    owned = library.parent
     status = os.fstat
 
     def fstat(descriptor):
@@ -213,10 +230,8 @@ def test_what_belongs_to_another_user_is_not_trusted(what, c, fresh, monkeypatch
 
     monkeypatch.setattr(os, "fstat", fstat)
     build.library.cache_clear()
-    (message,) = warned()
-    assert (
-        message == PLAIN + f"{owned} belongs to another user (uid {os.getuid() + 1}); remove it or set LORA_KIT_CACHE"
-    )
+    (message,) = warned(compiled=True)
+    assert message == KEPT + f"{owned} belongs to another user (uid {os.getuid() + 1}); remove it or set LORA_KIT_CACHE"
 
 
 def test_a_library_is_not_taken_from_behind_a_link(c, fresh, tmp_path):
@@ -224,8 +239,9 @@ def test_a_library_is_not_taken_from_behind_a_link(c, fresh, tmp_path):
     (library,) = fresh.rglob("*.so")
     library.rename(tmp_path / "elsewhere.so")
     library.symlink_to(tmp_path / "elsewhere.so")
+    (tmp_path / "elsewhere.so").write_bytes(b"theirs")
     build.library.cache_clear()
-    assert len(warned()) == 1
+    assert warned(compiled=True) == [] and not library.is_symlink()
 
 
 def test_the_folder_of_a_new_library_is_its_user_s_alone(c, fresh):

@@ -13,7 +13,11 @@ from lora_kit.data import cache, plan
 from lora_kit.data.plan import prepare_data
 from lora_kit.data.rendering import Renderer
 from lora_kit.errors import DataError
-from lora_kit.recipe.load import load_recipe
+from lora_kit.model.source import locate
+from lora_kit.model.tokenizer import load_renderer
+from lora_kit.recipe.load import load_recipe, resolve_path
+from lora_kit.training import ahead
+from lora_kit.training.request import TrainRequest
 
 RECIPE = """
 base: {repo: base}
@@ -225,3 +229,16 @@ def test_entries_are_bounded_and_the_last_used_stay(folder, monkeypatch):
     monkeypatch.setattr(cache, "MAX_BYTES", 1)
     cache.prune(folder / "cache" / "tokens")
     assert entries(folder) == [oldest]
+
+
+def test_what_is_prepared_while_torch_is_imported_is_what_the_run_looks_up(recipe_file, tmp_path, monkeypatch, made):
+    monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "cache"))
+    recipe = load_recipe(recipe_file)
+    ahead.prepare(TrainRequest(recipe, tmp_path / "run", accept=(), start_from=None, profile=False).to_json())
+    assert len(made) == 1
+    source = locate(recipe.base, resolve_path(recipe, recipe.base.repo))
+    prepare_data(recipe, load_renderer(source, recipe))
+    assert len(made) == 1
+    remote = load_recipe(recipe_file, ["data.train=owner/name"])
+    ahead.prepare(TrainRequest(remote, tmp_path / "run", accept=(), start_from=None, profile=False).to_json())
+    assert len(made) == 1, "the training process itself asks the Hub"

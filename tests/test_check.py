@@ -138,7 +138,7 @@ def test_a_check_says_how_many_steps_and_tokens_there_will_be(recipe_file, tmp_p
 def test_idle_processes_are_told_with_what_would_fill_them(recipe_file):
     report = check(load_recipe(recipe_file, ["train.micro_batch_tokens=4096"]), processes=4)
     assert report.schedule["idle_share"] == 0.75
-    assert any("1 micro-batches for 4 processes" in note and "train.batch_size" in note for note in report.notes)
+    assert any("1 micro-batch for 4 processes" in note and "train.batch_size" in note for note in report.notes)
 
 
 def test_problems_of_the_data_are_all_listed_and_the_exit_code_is_2(recipe_file, tmp_path):

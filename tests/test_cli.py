@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 
 import lora_kit as lk
 from lora_kit.cli import app
+from lora_kit.runs import resume
+from lora_kit.supervise import zygote
 
 VERBS = ("train", "check", "status", "verify", "generate", "eval", "push")
 
@@ -34,6 +36,33 @@ def test_help_names_every_verb_and_each_verb_has_help():
 def test_no_arguments_show_the_help_and_a_wrong_verb_is_an_error():
     assert "Usage" in CliRunner().invoke(app, []).output
     assert CliRunner().invoke(app, ["trian"]).exit_code == 2
+
+
+@pytest.mark.quick
+def test_the_version_is_shown():
+    assert ask("--version") == f"lora_kit {lk.__version__}\n"
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
+def test_an_import_says_on_which_system_it_was_made_to_run(platform):
+    code = f"import sys, logging, warnings; sys.platform = {platform!r}; import lora_kit"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
+    assert ("is made for Linux" in said) == (platform != "linux")
+
+
+def test_a_name_that_is_no_folder_is_told_before_the_hub_is_asked(recipe_file, tmp_path, monkeypatch):
+    (tmp_path / "mybase").mkdir()
+    monkeypatch.setattr(zygote.Zygote, "__init__", lambda self: None)
+    monkeypatch.setattr(zygote.Zygote, "end", lambda self: None)
+    monkeypatch.setattr(resume, "take_over", lambda *arguments, **options: None)
+    arguments = ["train", str(recipe_file), "--out", str(tmp_path / "run"), "--set"]
+    told = CliRunner().invoke(app, [*arguments, "base.repo=mybas"]).stdout
+    assert told.splitlines() == [
+        f"lora_kit {lk.__version__}: {recipe_file} is trained in {tmp_path / 'run'}",
+        "base mybas: no such folder here, so it is looked up on the Hub; did you mean mybase?",
+    ]
+    refused = CliRunner().invoke(app, [*arguments, "base.repo=./mybas"])
+    assert refused.exit_code == 2 and "does not exist; did you mean mybase?" in refused.stderr
 
 
 def test_status_shows_how_far_a_run_is(run):

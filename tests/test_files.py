@@ -54,6 +54,18 @@ def test_json_comes_back_equal_whatever_it_is_called(write, name, shape):
     assert records(write(name, shape(ODD))) == ODD
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+def test_the_cache_of_datasets_need_not_be_writable(write, monkeypatch, name):
+    import datasets
+    import pandas
+
+    path = write(name, b"text\nvalue\n" if name.endswith("csv") else b'{"text": "value"}\n')
+    if name.endswith("parquet"):
+        pandas.DataFrame({"text": ["value"]}).to_parquet(path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", path / "below a file")
+    assert records(path) == [{"text": "value"}]
+
+
 @pytest.mark.quick
 def test_one_odd_record_changes_no_other(write):
     values = [{"m": [{"role": "user", "content": "x" * 1000}]}] * 12_000

@@ -122,6 +122,7 @@ LIGHT = [
     "data.packing",
     "model.source",
     "model.sizes",
+    "training.ahead",
     "training.micro_batches",
     "training.request",
 ]

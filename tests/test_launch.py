@@ -1,21 +1,26 @@
 """Every way to launch runs the same loop: same bytes, same exit codes, and no thread count but the run's own."""
 
+import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import fields
 from inspect import signature
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from runs import ENVIRONMENT, WAIT_SECONDS, gone, start, state_hash, train, wait_for_lines
 from typer.testing import CliRunner
 
+from lora_kit import cli
 from lora_kit.cli import app, train_worker
 from lora_kit.errors import LaunchError
 from lora_kit.recipe.load import load_recipe
 from lora_kit.supervise import stopping
-from lora_kit.supervise.launch import Zygote
+from lora_kit.supervise.zygote import MESSAGE_BYTES, Zygote
 from lora_kit.training import loop
 from lora_kit.training.request import TrainRequest
 
@@ -29,6 +34,18 @@ machine_rank: 0
 main_training_function: main
 mixed_precision: '{precision}'
 main_process_port: 0
+"""
+
+
+# a sitecustomize that runs code once the training loop has been imported
+DELAYED = """
+import sys
+class After:
+    def find_spec(self, name, path=None, target=None):
+        if name == "lora_kit.training.announce":
+            sys.meta_path.remove(self)
+            exec({code!r}, {{}})
+sys.meta_path.insert(0, After())
 """
 
 
@@ -148,6 +165,77 @@ def test_a_second_signal_does_not_wait_unless_it_was_only_forwarded(monkeypatch)
         signal.signal(signal.SIGUSR1, before)
 
 
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"WORLD_SIZE": "2"},
+        {"LOCAL_RANK": "0"},
+        {"RANK": "1"},
+        {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"},
+        {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
+        {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "3", "MASTER_ADDR": "nowhere"},
+    ],
+    ids=lambda left: "+".join(left),
+)
+def test_rank_variables_that_were_left_in_the_environment_are_not_passed_on(recipe_file, tmp_path, undisturbed, left):
+    printed = train(recipe_file, tmp_path / "run", environment=left)
+    assert "1 process(es)" in printed and state_hash(tmp_path / "run", 8) == undisturbed
+
+
+def test_an_error_is_printed_although_a_rank_was_left_in_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    result = CliRunner().invoke(app, ["train", str(tmp_path / "none.yaml"), "--out", str(tmp_path / "run")])
+    assert result.exit_code == 2 and "none.yaml: no such file" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("visible", "cuda", "expected"),
+    [
+        (None, "12.8", 8),
+        ("", "12.8", 1),
+        ("-1", "12.8", 1),
+        ("0", "12.8", 1),
+        ("2,3", "12.8", 2),
+        ("2,9,3", "12.8", 1),
+        ("GPU-a,GPU-b,GPU-c", "12.8", 3),
+        (None, None, 1),
+        ("2,3", None, 1),
+    ],
+)
+def test_a_process_is_started_for_each_gpu_that_torch_will_see(tmp_path, monkeypatch, visible, cuda, expected):
+    (tmp_path / "version.py").write_text(f"cuda = {cuda!r}\n")
+    gpus = tmp_path / "gpus"
+    for number in range(8):
+        (gpus / str(number)).mkdir(parents=True)
+    monkeypatch.setattr(cli, "find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+    monkeypatch.setattr(cli, "GPUS", gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert cli._gpus() == expected
+
+
+def test_an_error_that_only_another_process_raises_is_printed(recipe_file, tmp_path):
+    """Process 0 waits for the others in a collective, so it says nothing."""
+    code = """if True:
+        from lora_kit.errors import DataError
+        from lora_kit.training import processes
+        start = processes.Processes.start.__func__
+        def fail(cls, dtype):
+            made = start(cls, dtype)
+            if made.index == 1:
+                raise DataError("data.jsonl:7: only process 1 sees this")
+            return made
+        processes.Processes.start = classmethod(fail)
+    """
+    (tmp_path / "sitecustomize.py").write_text(DELAYED.format(code=code))
+    path = os.pathsep.join([str(tmp_path), ENVIRONMENT.get("PYTHONPATH", "")])
+    process = start(recipe_file, tmp_path / "run", processes=2, environment={"PYTHONPATH": path}, fresh=True)
+    printed, _ = process.communicate()
+    assert process.returncode == 2, printed
+    assert printed.count("data.jsonl:7: only process 1 sees this") == 1 and "Traceback" not in printed
+
+
 def test_a_request_carries_every_argument_of_train(recipe_file, tmp_path, monkeypatch):
     given = {}
 
@@ -168,7 +256,7 @@ def test_a_request_names_no_argument_that_train_does_not_have():
 def test_a_request_that_is_too_long_is_refused(monkeypatch):
     zygote = Zygote.__new__(Zygote)
     with pytest.raises(LaunchError, match="bytes, more than the 120,000 that a training process can be given"):
-        zygote.start("x" * 120_000, [{}])
+        zygote.start("json:loads", "x" * 120_000, [{}])
 
 
 def test_a_restart_uses_the_recipe_as_it_was_read_at_the_start(recipe_file, tmp_path, undisturbed):
@@ -181,9 +269,18 @@ def test_a_restart_uses_the_recipe_as_it_was_read_at_the_start(recipe_file, tmp_
     assert state_hash(tmp_path / "run", 8) == undisturbed
 
 
-def test_a_fresh_interpreter_gets_the_same_argument():
+def test_a_fresh_interpreter_gets_the_same_argument_and_reports_its_errors():
+    mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    code = "import sys, socket; from lora_kit.supervise import zygote as z\n"
+    code += "z._work(sys.argv[1], sys.argv[2], {}, socket.socket(fileno=int(sys.argv[3])), fresh=True)"
     argument = '{"recipe": "a \'quoted\' one"}'
-    code = "import sys; from lora_kit.supervise import zygote as z\n"
-    code += "z._work('builtins:print', sys.argv[1], {}, None, fresh=True)"
-    printed = subprocess.run([sys.executable, "-c", code, argument], capture_output=True, text=True, check=True)
-    assert printed.stdout == argument + "\n"
+
+    def called(function, argument):
+        command = [sys.executable, "-c", code, function, argument, str(theirs.fileno())]
+        return subprocess.run(command, capture_output=True, text=True, check=False, pass_fds=[theirs.fileno()])
+
+    assert called("builtins:print", argument).stdout == argument + "\n"
+    assert called("lora_kit.recipe.load:load_recipe", "/nowhere.yaml").returncode == 2
+    assert json.loads(mine.recv(MESSAGE_BYTES))["text"] == "/nowhere.yaml: no such file"
+    assert called("builtins:int", "x").returncode == 1
+    assert "ValueError" in json.loads(mine.recv(MESSAGE_BYTES))["error"]

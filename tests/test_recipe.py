@@ -2,12 +2,14 @@
 
 import ast
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from lora_kit.errors import RecipeError
-from lora_kit.recipe.load import difference, dump, load_recipe, resolve_path
+from lora_kit.recipe.load import difference, dump, load_recipe, resolve_path, similar_path
 from lora_kit.recipe.reference import json_schema, reference
 from lora_kit.recipe.schema import Recipe
 
@@ -76,7 +78,7 @@ def test_all_problems_are_reported_at_once_with_their_lines(problems_of):
         (MINIMAL + "adapter: {targets: []}\n", "r.yaml:4: adapter.targets: found [], expected"),
         (
             MINIMAL + "quantization: nf4\n",
-            "r.yaml:4: quantization: unknown key; expected one of base, data, adapter, objective",
+            "r.yaml:4: quantization: unknown key; did you mean base.quantization?",
         ),
         (
             MINIMAL.replace("steps: 3", "steps: 3, micro_batch_tokens: 100"),
@@ -91,7 +93,15 @@ def test_a_problem_is_reported_with_its_file_and_line(problems_of, text, line):
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("optim.lr=1", "--set optim.lr=1: optim.lr: unknown key; expected one of learning_rate"),
+        ("optim.lr=1", "--set optim.lr=1: optim.lr: unknown key; did you mean optim.learning_rate?"),
+        ("optim.nope=1", "--set optim.nope=1: optim.nope: unknown key; expected one of learning_rate"),
+        ("train.learning_rate=1", "--set train.learning_rate=1: train.learning_rate: unknown key; did you mean optim."),
+        ("train.epochs=1e300", "--set train.epochs=1e300: train.epochs: found 1e300, expected less than or equal to 1"),
+        ("optim.learning_rate=1e308", "--set optim.learning_rate=1e308: optim.learning_rate: found 1e308, expected "),
+        ("data.train=a\x01b", "--set data.train=a\x01b: 'a\\x01b' is not a YAML value"),
+        ('data.train="a\\0b"', "r.yaml:2: data: train is 'a\\x00b', which contains a control character"),
+        ("data.train=2024-99-99", "--set data.train=2024-99-99: '2024-99-99' is not a YAML value"),
+        ("train.steps=" + "9" * 5000, "--set train.steps=999"),
         ("nope.x=1", "--set nope.x=1: nope: unknown key; expected one of"),
         ("foo", "--set foo: expected SECTION.FIELD=VALUE, e.g. optim.learning_rate=1e-4"),
         ("train.seed=[1", "--set train.seed=[1: '[1' is not a YAML value"),
@@ -101,6 +111,63 @@ def test_a_problem_is_reported_with_its_file_and_line(problems_of, text, line):
 def test_a_wrong_override_is_quoted_as_it_was_typed(problems_of, override, line):
     (found,) = problems_of(MINIMAL, override)
     assert found.startswith(line)
+
+
+BOMB = "a: &a [x, x]\n" + "".join(
+    f"b{number}: &b{number} [{', '.join(['*a' if number == 0 else f'*b{number - 1}'] * 9)}]\n" for number in range(9)
+)
+MERGES = "a: &a {x: 1}\n" + "".join(
+    f"b{number}: &b{number} {{<<: [{', '.join(['*a' if number == 0 else f'*b{number - 1}'] * 9)}]}}\n"
+    for number in range(9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (BOMB, "r.yaml: 81 aliases (*name), more than 20; write the values out"),
+        (MERGES, "r.yaml: 81 aliases (*name), more than 20; write the values out"),
+        ("a: &a [*a]\n", "r.yaml:1: base: missing"),
+        ("# comment\n" * 2_000_000, "r.yaml: longer than the 100,000 bytes that a recipe may have"),
+        ("a" * 99_999 + "é", "r.yaml: longer than the 100,000 bytes that a recipe may have"),
+        ("[" * 5_000, "r.yaml: not YAML: maximum recursion depth exceeded"),
+        (MINIMAL + "\x01", "r.yaml: not YAML: unacceptable character #x0001"),
+        (MINIMAL + "optim: {learning_rate: " + "9" * 5000 + "}\n", "r.yaml: not YAML: Exceeds the limit"),
+        (
+            MINIMAL.replace("a/b", '"a\\ud800"'),
+            "r.yaml:1: base: repo is 'a\\ud800', which contains a control character",
+        ),
+    ],
+    ids=["aliases", "merges", "recursion", "comments", "cut", "depth", "control", "digits", "surrogate"],
+)
+def test_hostile_yaml_is_refused_at_once(problems_of, text, reason):
+    assert problems_of(text)[0].startswith(reason)
+
+
+def test_a_few_aliases_are_allowed(tmp_path):
+    text = MINIMAL.replace("{repo: a/b}", "{repo: &name a/b}").replace("x.jsonl", "*name")
+    assert load(tmp_path, text).data.train == "a/b"
+
+
+def test_a_recipe_may_come_from_a_pipe(tmp_path, monkeypatch):
+    """It is read once, and its relative paths start in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as threads:
+        written = threads.submit(pipe.write_text, MINIMAL)
+        recipe = load_recipe(pipe)
+        written.result()
+    assert (recipe.base.repo, recipe.folder) == ("a/b", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["./bse", "bse/", "my base", "a/b/c", "/nowhere/base", "~/nobase", "../bse"])
+def test_what_cannot_be_a_hub_name_is_a_missing_folder(tmp_path, name):
+    (tmp_path / "base").mkdir()
+    recipe = load(tmp_path, MINIMAL, f"base.repo={name}")
+    with pytest.raises(RecipeError, match="does not exist; "):
+        resolve_path(recipe, name)
+    assert similar_path(recipe, "./bse") == "base"
 
 
 def test_a_missing_file_suggests_a_similar_name(tmp_path):

@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from typer.testing import CliRunner
 
 from lora_kit import files
 from lora_kit.cli import app
-from lora_kit.errors import CheckpointError
+from lora_kit.errors import CheckpointError, InputError
 from lora_kit.files import write_atomically
 from lora_kit.runs import store
 from lora_kit.runs.manifest import FORMAT, manifest_bytes
@@ -472,3 +473,49 @@ def test_a_kill_at_any_moment_leaves_the_last_commit_or_a_newer_one(tmp_path):
         assert not found.broken
         sweep(run)
         assert not list((run / "checkpoints").glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_syncs_no_folders_gets_checkpoints(tmp_path, monkeypatch, number):
+    fsync = os.fsync
+
+    def only_files(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    store.commit(tmp_path, {store.ADAPTER: [b"a"]}, run_facts(), step_facts(1))
+    assert [folder.name for folder in store.folders(tmp_path)] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "folder"])
+def test_whatever_stands_where_a_checkpoint_is_written_is_removed(tmp_path, kind):
+    facts, outside = run_facts(), tmp_path / "outside"
+    staging = tmp_path / "run" / "checkpoints" / f".tmp-{facts.fencing_token}"
+    staging.parent.mkdir(parents=True)
+    outside.mkdir()
+    (outside / "precious").write_text("")
+    make = {"file": staging.touch, "link": lambda: staging.symlink_to(outside), "folder": staging.mkdir}
+    make[kind]()
+    store.commit(tmp_path / "run", {store.ADAPTER: [b"a"]}, facts, step_facts(1))
+    assert not staging.is_symlink() and not staging.exists() and (outside / "precious").exists()
+    make[kind]()
+    store.sweep(tmp_path / "run")
+    assert not staging.is_symlink() and not staging.exists() and (outside / "precious").exists()
+
+
+def test_a_file_system_that_cannot_rename_folders_is_found_out_at_the_start(tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def refuse(path, target):
+        if path.is_dir():
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(InputError, match=r"this file system cannot rename a folder \(Operation not supported\)"):
+        take_over(tmp_path / "run")
+    monkeypatch.undo()
+    lease, _ = take_over(tmp_path / "run")
+    assert lease.token > 1 and not list((tmp_path / "run" / "checkpoints").glob(".*"))

@@ -72,7 +72,8 @@ def merge(
 
     Args:
         path: A checkpoint, run or Hub name, as for `lora_kit.load`.
-        out: A new or empty folder. It is created by a rename after the model in it is complete.
+        out: A new or empty folder. A new folder appears when the model in it is complete; in an existing folder
+            config.json appears last.
         base: The base's folder, if it is not where it was in training.
         dtype: `bfloat16` or `float32`; None takes the dtype of the training.
         prompts: User messages for the comparison.
@@ -81,7 +82,7 @@ def merge(
         InputError: `out` is a file or a folder that is not empty.
         CheckpointError: The model could not be written; the partial model was deleted.
     """
-    out = Path(out)
+    out = Path(out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: it exists and is not an empty folder; choose another --out")
     partial = out.with_name(f".{out.name}.partial")
@@ -109,9 +110,11 @@ def merge(
             positions=len(expected),
         )
         (partial / REPORT).write_text(json.dumps(report.to_dict() | {"folder": out.name}, indent=2) + "\n")
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
+        if out.exists():  # perhaps the working folder, which must stay the same folder
+            for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
+                file.rename(out / file.name)
+        else:
+            partial.rename(out)
     except OSError as error:
         raise CheckpointError(
             f"{out}: not written: {error.strerror or error}; the partial model was deleted, so try again"

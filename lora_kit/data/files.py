@@ -9,8 +9,10 @@ import codecs
 import csv
 import glob
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +105,16 @@ def _read(builder: str, path: Path, label: str, **options: Any) -> Any:
     `datasets` caches files by path and modification time, and would return old rows after an edit that keeps the time
     (rsync, tar, a coarse clock). The hash of the content, given as the name of the configuration, prevents that.
     """
-    return load_rows(label, builder, sha256_of(path), data_files=[glob.escape(str(path))], split="train", **options)
+    load = partial(load_rows, label, builder, sha256_of(path), data_files=[glob.escape(str(path))], split="train")
+    try:
+        return load(**options)
+    except DataError as error:
+        cause = error.__cause__
+        if not isinstance(cause, OSError) and not (cause and isinstance(cause.__cause__, OSError)):
+            raise
+    # its cache cannot be written; what it keeps there is mapped into memory, so its name is not needed any longer
+    with tempfile.TemporaryDirectory(prefix="lora_kit-") as folder:
+        return load(cache_dir=folder, **options)
 
 
 def load_rows(label: str, *arguments: Any, **options: Any) -> Any:

@@ -90,6 +90,6 @@ class Plan:
         if count >= processes:
             return None
         return (
-            f"a step has {count} micro-batches for {processes} processes, so some are idle; raise train.batch_size or "
-            "lower train.micro_batch_tokens"
+            f"a step has {count} micro-batch{'es' if count > 1 else ''} for {processes} processes, so some are idle; "
+            "raise train.batch_size or lower train.micro_batch_tokens"
         )

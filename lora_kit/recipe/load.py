@@ -5,6 +5,8 @@ resolves paths and compares recipes.
 """
 
 import difflib
+import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from io import StringIO
 from itertools import groupby
@@ -15,14 +17,41 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.constructor import DuplicateKeyError
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.events import AliasEvent
 
 from lora_kit.errors import RecipeError
 from lora_kit.recipe.schema import Recipe, Section
 
 ASSETS = Path(__file__).parents[1] / "assets"
 BUILTIN = "builtin:"
+HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*(:[^@]+)?(@.+)?")  # of a model, or name:config@revision of a dataset
 PATHS = (("base", "repo"), ("data", "train"), ("data", "validation"), ("data", "template"))  # fields that may be paths
+MAX_BYTES, MAX_ALIASES = 100_000, 20  # of a recipe; a few aliases of aliases can stand for millions of values
+FOUND = reprlib.Repr()  # shows a value that was found, shortened
+FOUND.maxstring = FOUND.maxother = FOUND.maxlong = 200
+OTHER_NAMES = {  # the names of fields in other programs
+    "lr": "optim.learning_rate",
+    "warmup_ratio": "optim.warmup",
+    "lr_scheduler_type": "optim.schedule",
+    "r": "adapter.rank",
+    "lora_r": "adapter.rank",
+    "lora_rank": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "target_modules": "adapter.targets",
+    "max_steps": "train.steps",
+    "num_train_epochs": "train.epochs",
+    "per_device_train_batch_size": "train.batch_size",
+    "gradient_checkpointing": "train.activation_checkpointing",
+    "save_steps": "checkpoint.every_steps",
+    "eval_steps": "evaluate.every_steps",
+    "max_length": "data.sequence_length",
+    "max_seq_length": "data.sequence_length",
+    "model": "base.repo",
+    "model_name_or_path": "base.repo",
+    "dataset": "data.train",
+}
 SECTIONS: dict[str, type[Section]] = {name: field.annotation for name, field in Recipe.model_fields.items()}  # type: ignore[misc]
 
 
@@ -51,7 +80,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             origins[section] = origins[key]
         try:
             value = _plain(text)
-        except YAMLError:
+        except RecipeError as error:
+            problems.append(f"--set {override}: {error}")
+            continue
+        except Exception:  # see `_read`
             problems.append(f"--set {override}: {text!r} is not a YAML value")
             continue
         if not isinstance(content.get(section), dict):
@@ -65,19 +97,26 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             problems.append(_message(list(errors), tree, path, origins))
     if problems:
         raise RecipeError("\n".join(dict.fromkeys(problems)))
-    recipe._folder = path.resolve().parent
+    recipe._folder = path.resolve().parent if path.is_file() else Path.cwd()  # a pipe has no folder of its own
     return recipe
 
 
 def _read(path: Path) -> tuple[CommentedMap, dict[str, Any]]:
     """Parse a YAML file twice: as a tree with the line of every key, and as values of Python's built-in types.
 
+    The file is read once, so it may be a pipe.
+
     Raises:
         RecipeError: The file is missing, unreadable, not YAML, or not a mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        tree, content = YAML().load(text), _plain(text)
+        with path.open("rb") as file:
+            read = file.read(MAX_BYTES + 1)
+        text = read.decode(errors="strict" if len(read) <= MAX_BYTES else "replace")
+        content = _plain(text)
+        tree = YAML().load(text)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
     except FileNotFoundError as error:
         similar = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.yaml")])
         hint = f"; did you mean {path.with_name(similar[0])}?" if similar else ""
@@ -90,15 +129,28 @@ def _read(path: Path) -> tuple[CommentedMap, dict[str, Any]]:
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError(f"{path}:{line}: not YAML: {error.problem or error.context}") from error
+    except Exception as error:  # ruamel: a character that YAML forbids, deep nesting, a number of 5,000 digits, ...
+        reason = str(error).strip() or type(error).__name__
+        raise RecipeError(f"{path}: not YAML: {reason.splitlines()[0]}") from error
     if not isinstance(tree, CommentedMap):
         raise RecipeError(
-            f"{path}: a recipe is a mapping of sections ({', '.join(Recipe.model_fields)}), found {tree!r}"
+            f"{path}: a recipe is a mapping of sections ({', '.join(Recipe.model_fields)}), found {FOUND.repr(content)}"
         )
     return tree, content
 
 
 def _plain(text: str) -> Any:
-    """Parse YAML into Python's built-in types."""
+    """Parse YAML into Python's built-in types.
+
+    Raises:
+        RecipeError: The text is too long or has too many aliases.
+    """
+    if len(text.encode(errors="replace")) > MAX_BYTES:
+        raise RecipeError(f"longer than the {MAX_BYTES:,} bytes that a recipe may have")
+    if "*" in text:
+        aliases = sum(isinstance(event, AliasEvent) for event in YAML(pure=True).parse(text))
+        if aliases > MAX_ALIASES:
+            raise RecipeError(f"{aliases} aliases (*name), more than {MAX_ALIASES}; write the values out")
     return YAML(typ="safe", pure=True).load(text)
 
 
@@ -118,15 +170,23 @@ def _message(errors: Sequence[Any], tree: CommentedMap, path: Path, origins: Map
     if error["type"] == "value_error":
         return f"{where}: {key + ': ' if key else ''}{error['ctx']['error']}"
     if error["type"] in ("extra_forbidden", "invalid_key"):
-        known = _known_keys(keys[:-1])
-        similar = difflib.get_close_matches(keys[-1], known, n=1)
-        hint = f"did you mean {similar[0]!r}?" if similar else f"expected one of {', '.join(known)}"
-        return f"{where}: {key}: unknown key; {hint}"
+        return f"{where}: {key}: unknown key; {_hint(keys)}"
     if error["type"] == "missing":
         return f"{where}: {key}: missing; {_description(keys)}"
     expected = [error["msg"].removeprefix("Input should be ").removeprefix("a valid ") for error in errors]
-    found = origins[key].partition("=")[2] if key in origins else repr(error["input"])
+    found = origins[key].partition("=")[2] if key in origins else FOUND.repr(error["input"])
     return f"{where}: {key}: found {found}, expected {' or '.join(dict.fromkeys(expected))}"
+
+
+def _hint(keys: Sequence[str]) -> str:
+    """Return the field that an unknown key probably means, or all that are known in its place."""
+    known, name = _known_keys(keys[:-1]), keys[-1]
+    if similar := difflib.get_close_matches(name, known, n=1):
+        return f"did you mean {similar[0]!r}?"
+    elsewhere = [f"{section}.{name}" for section, fields in SECTIONS.items() if name in fields.model_fields]
+    if meant := OTHER_NAMES.get(name.lower()) or " or ".join(elsewhere):
+        return f"did you mean {meant}?"
+    return f"expected one of {', '.join(known)}"
 
 
 def _known_keys(keys: Sequence[str]) -> list[str]:
@@ -167,9 +227,22 @@ def resolve_path(recipe: Recipe, text: str) -> Path | None:
     path = recipe.folder / Path(text).expanduser()
     if path.exists():
         return path
-    if text.startswith((".", "/", "~")) or text.count("/") > 1:
-        raise RecipeError(f"{text}: {path} does not exist; relative paths start in the recipe's folder")
+    if not HUB_NAME.fullmatch(text):
+        hint = similar_path(recipe, text)
+        hint = f"did you mean {hint}?" if hint else "relative paths start in the recipe's folder"
+        raise RecipeError(f"{text}: {path} does not exist; {hint}")
     return None
+
+
+def similar_path(recipe: Recipe, text: str) -> str | None:
+    """Return an existing path in the same folder as a path that does not exist, with a similar name, or None."""
+    path = recipe.folder / Path(text).expanduser()
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return None
+    similar = difflib.get_close_matches(path.name, names, n=1)
+    return str(Path(text).with_name(similar[0])) if similar else None
 
 
 def dump(recipe: Recipe) -> str:

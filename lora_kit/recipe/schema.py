@@ -6,12 +6,16 @@ strings. A test fails for a field that no code reads.
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name
 FRACTION = Annotated[float, Field(gt=0, lt=1)]
+COUNT = Annotated[int, Field(gt=0, le=1_000_000_000)]
+SECONDS = Annotated[float, Field(gt=0, le=1e9)]
+BOUND = Annotated[float, Field(gt=0, le=1e30)]  # fp32 holds it
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # in no path, name or column
 
 
 class Section(BaseModel):
@@ -20,6 +24,16 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @model_validator(mode="after")
+    def _check_characters(self) -> Self:
+        for name, value in self:
+            parts = (
+                [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, tuple) else [value]
+            )
+            if any(isinstance(part, str) and CONTROL.search(part) for part in parts):
+                raise ValueError(f"{name} is {value!r}, which contains a control character")
+        return self
 
 
 class Base(Section):
@@ -59,20 +73,20 @@ class Data(Section):
     """The file's name for a column of the format, e.g. `{prompt: question}` reads prompts from the column question."""
     template: str | None = None
     """A Jinja file that replaces the tokenizer's chat template."""
-    sequence_length: int = Field(2048, gt=1)
+    sequence_length: int = Field(2048, gt=1, le=1_000_000_000)
     """Maximum length of an example, in tokens."""
     overlong: Literal["error", "drop", "truncate"] = "error"
     """What to do with an example longer than `sequence_length`: stop with an error, leave it out, or cut it."""
-    max_examples: int | None = Field(None, gt=0)
+    max_examples: COUNT | None = None
     """Read only the first N records of `train`; null reads all of them."""
 
 
 class Adapter(Section):
     """The LoRA adapter: a pair of trained matrices A and B for each target layer."""
 
-    rank: int = Field(16, gt=0)
+    rank: COUNT = 16
     """Rank of the update BA."""
-    alpha: int = Field(32, gt=0)
+    alpha: COUNT = 32
     """Scaling: the adapter's output is multiplied by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the input of A. The dropout layers of the base are switched off."""
@@ -92,13 +106,13 @@ class Objective(Section):
 class Optim(Section):
     """AdamW and the learning-rate schedule."""
 
-    learning_rate: float = Field(2e-4, gt=0)
+    learning_rate: float = Field(2e-4, gt=0, le=1000)
     """Peak learning rate. LoRA usually needs about ten times the rate of full fine-tuning."""
     betas: Annotated[tuple[FRACTION, FRACTION], Field(strict=False)] = (0.9, 0.999)
     """AdamW beta1 and beta2."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, le=1000)
     """AdamW weight decay, applied to the adapter's weights."""
-    max_grad_norm: float | None = Field(1.0, gt=0)
+    max_grad_norm: BOUND | None = 1.0
     """Clip the gradient to this L2 norm; null does not clip."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """The learning rate after the warm-up: constant, or a linear or cosine decay to zero at the last step."""
@@ -109,13 +123,13 @@ class Optim(Section):
 class Train(Section):
     """Length of the run, batch sizes, memory and limits."""
 
-    steps: int | None = Field(None, gt=0)
+    steps: COUNT | None = None
     """Number of optimizer steps. Set either steps or epochs."""
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0, le=1e6)
     """Number of passes over the training data. Set either steps or epochs."""
-    batch_size: int = Field(16, gt=0)
+    batch_size: int = Field(16, gt=0, le=1_000_000)
     """Examples per optimizer step, summed over all processes. Gradient accumulation follows from it."""
-    micro_batch_tokens: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
+    micro_batch_tokens: Literal["auto"] | COUNT = "auto"
     """Maximum number of tokens in one forward and backward pass of one process; several examples are packed into a
     pass. auto takes 2,048 on a CPU, and on a GPU the largest power of two up to 16,384 that is estimated to fit, but at
     least `data.sequence_length`. A run keeps the value that it started with."""
@@ -125,14 +139,14 @@ class Train(Section):
     kernels: Literal["auto", "none"] = "auto"
     """Use lora_kit's own kernels. auto replaces the parts of the model whose kernels reproduce its results; none
     computes everything with transformers and peft."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed for example order, the held-out fraction, LoRA A initialisation and dropout."""
-    step_timeout: float | None = Field(None, gt=0)
+    step_timeout: SECONDS | None = None
     """Restart the processes if one makes no progress for this many seconds; null takes ten times the longest step so
     far, and at least 60."""
-    max_loss: float | None = Field(None, gt=0)
+    max_loss: BOUND | None = None
     """Skip a step whose loss is higher than this. A step whose loss is NaN or infinite is always skipped."""
-    max_norm: float | None = Field(None, gt=0)
+    max_norm: BOUND | None = None
     """Skip a step whose gradient norm before clipping is larger than this. A NaN or infinite norm is always skipped."""
 
     @model_validator(mode="after")
@@ -145,13 +159,13 @@ class Train(Section):
 class Checkpoint(Section):
     """When to write checkpoints, and which of them to keep."""
 
-    every_steps: int = Field(100, gt=0)
+    every_steps: COUNT = 100
     """Write a checkpoint every N steps, and after the last step."""
-    every_seconds: float = Field(30.0, gt=0)
+    every_seconds: SECONDS = 30.0
     """Also write a checkpoint in the background at least every N seconds. Training does not wait for it."""
-    keep: int = Field(3, ge=2)
+    keep: int = Field(3, ge=2, le=1_000_000_000)
     """Keep the newest N checkpoints and delete older ones."""
-    keep_every: int | None = Field(None, gt=0)
+    keep_every: COUNT | None = None
     """Also keep the checkpoints whose step is a multiple of N. Add a file named `pinned` to a checkpoint to keep it."""
     best: bool = False
     """Also keep the checkpoint with the lowest held-out loss. Needs `evaluate.every_steps`."""
@@ -160,9 +174,9 @@ class Checkpoint(Section):
 class Evaluate(Section):
     """Measurements on the validation data. After the last step, the held-out loss of base and adapter is measured."""
 
-    every_steps: int | None = Field(None, gt=0)
+    every_steps: COUNT | None = None
     """Measure the held-out loss of the adapter every N steps and write a checkpoint; null measures at the end only."""
-    generate: int = Field(0, ge=0)
+    generate: int = Field(0, ge=0, le=1_000_000_000)
     """Number of validation prompts to answer after the last step, to measure exact match. The first few answers are
     also logged at every evaluation during training."""
 

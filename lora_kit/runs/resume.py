@@ -190,6 +190,13 @@ def take_over(
     with ExitStack() as on_error:
         on_error.callback(lease.release)
         store.sweep(folder)
+        try:
+            store.try_rename(folder)
+        except OSError as error:
+            raise InputError(
+                f"{folder}: this file system cannot rename a folder ({error.strerror}), but every checkpoint "
+                "needs that; choose an --out on another file system"
+            ) from error
         live.adopt(lease)
         live.delete_orphans()
         notices = list(_go_back(folder, origin)) if origin and is_own(folder, origin) else []

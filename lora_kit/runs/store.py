@@ -191,7 +191,7 @@ def commit(
     predicted = {name: sum(map(len, pieces)) for name, pieces in files.items()}
     try:
         require()
-        shutil.rmtree(staging, ignore_errors=True)
+        remove(staging)
         staging.mkdir(parents=True)
         if not folders(run):  # the first checkpoint: the folders above it must be on disk too
             _sync_folder(run)
@@ -293,8 +293,45 @@ def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (
+            errno.EINVAL,
+            errno.ENOTSUP,
+        ):  # some file systems sync no folders
+            raise
     finally:
         os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder as far as that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def try_rename(run: Path) -> None:
+    """Rename a folder where checkpoints will be, as every checkpoint needs it; a full disk is no error here.
+
+    Raises:
+        OSError: The file system cannot rename folders.
+    """
+    before, after = (run / "checkpoints" / f".tmp-try-{name}" for name in ("before", "after"))
+    remove(before)
+    remove(after)
+    with contextlib.suppress(OSError):
+        before.mkdir(parents=True)
+    if before.is_dir():
+        try:
+            before.rename(after)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+        finally:
+            remove(before)
+            remove(after)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -505,4 +542,4 @@ def sweep(run: Path) -> None:
     for earlier in (run / "checkpoints").glob(f"{REPLACED}*"):
         _settle(run, earlier)
     for leftover in (run / "checkpoints").glob(".tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        remove(leftover)

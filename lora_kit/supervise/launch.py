@@ -6,7 +6,6 @@ from the newest step. No training process has to cooperate. Every attempt gets n
 meet a process of an earlier attempt.
 """
 
-import json
 import os
 import signal
 import socket
@@ -21,24 +20,26 @@ from typing import Any
 
 import psutil
 
-from lora_kit.errors import LaunchError, Stopped
+from lora_kit.errors import LoraKitError, Stopped
 from lora_kit.runs.identity import ENDED, process_state
 from lora_kit.runs.lease import KEEPER, START_REQUESTED, Lease
 from lora_kit.runs.live import LEAST_TIMEOUT_SECONDS, TIMEOUT_FACTOR, Phase, Word
 from lora_kit.supervise import oom
 from lora_kit.supervise.keeper import POLL_SECONDS, Keeper
 from lora_kit.supervise.stopping import FORWARDED_SECONDS, STOP_SIGNALS
-from lora_kit.supervise.zygote import BUFFER_BYTES, MESSAGE_BYTES, end_with_parent
-from lora_kit.views.console import Console
+from lora_kit.supervise.zygote import Zygote, end_with_parent
+from lora_kit.views.console import Console, print_error
 
-STOPPED = Stopped.exit_code
-PRELOAD = ("lora_kit.training.loop", "datasets")
+STOPPED, FAILED = Stopped.exit_code, LoraKitError.exit_code
+PRELOAD = ("lora_kit.training.loop",)
 WORKER = "lora_kit.cli:train_worker"  # the function that a training process calls with the request
+AHEAD = "lora_kit.training.ahead"  # the module that prepares the data of a request while torch is imported
 SAME_FAILURES = 3  # after so many equal failures at the same step a run ends
 LOADING_TIMEOUT_SECONDS = 600.0  # without a sign of life before the first step
 LITTLE_WORK = 2.0  # CPU seconds in LOADING_TIMEOUT_SECONDS: less is a hang, more is loading a large base or dataset
 REPORT_SECONDS = 2.0  # a zygote that has not reported the end of a process after so long is stopped
 SIBLINGS_SECONDS = 0.3  # after a failure, to collect the errors of the other processes before choosing the cause
+ENDING_SECONDS = 10.0  # for a process that has raised an error of lora_kit, to end
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "Connection refused")
 
 
@@ -56,74 +57,20 @@ class Attempt:
         running: The process id of each process index.
         failures: Process id and cause of each failure, in the order in which they were reported.
         traces: The traceback of each process that raised, by process id.
+        refusals: The text of the LoraKitError that a process raised, by process id.
         codes: The exit code of each process that has ended, by process id.
     """
 
     running: dict[int, int] = field(default_factory=dict)
     failures: list[tuple[int, str]] = field(default_factory=list)
     traces: dict[int, str] = field(default_factory=dict)
+    refusals: dict[int, str] = field(default_factory=dict)
     codes: dict[int, int] = field(default_factory=dict)
 
     def cause(self) -> tuple[int, str]:
         """Return the failure that caused the others: the first failure that is not a lost connection."""
         own = [failure for failure in self.failures if not any(word in failure[1] for word in LOST_PEER)]
         return (own or self.failures)[0]
-
-
-class Zygote:
-    """The zygote process (zygote.py) and the socket to it."""
-
-    def __init__(self, lease: Lease) -> None:
-        self._socket, zygote_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
-        self._socket.setblocking(False)
-        # with this check the import of torch does not initialise CUDA, so that a forked process can use it
-        environment = os.environ | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", KEEPER: lease.to_json()}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "lora_kit.supervise.zygote", str(zygote_socket.fileno()), *PRELOAD],
-            pass_fds=[zygote_socket.fileno()],
-            env=environment,
-        )
-        zygote_socket.close()
-
-    def start(self, request: str, environments: Sequence[Mapping[str, str]]) -> None:
-        """Ask the zygote to start training processes. If it is dead, nothing is raised; `process.poll()` then shows it.
-
-        Args:
-            request: A `TrainRequest` as JSON, the same for every process.
-            environments: The environment variables of each process.
-
-        Raises:
-            LaunchError: The request is too long for a message.
-        """
-        for index, environment in enumerate(environments):
-            start = {"index": index, "function": WORKER, "argument": request, "environment": dict(environment)}
-            message = json.dumps(start).encode()
-            if len(message) > MESSAGE_BYTES:
-                raise LaunchError(
-                    f"recipe and options: {len(message):,} bytes, more than the {MESSAGE_BYTES:,} that a training "
-                    "process can be given; shorten the recipe's longest list"
-                )
-            with suppress(BrokenPipeError, ConnectionResetError):
-                self._socket.send(message)
-
-    def messages(self) -> list[dict[str, Any]]:
-        """Return the messages that have arrived since the last call."""
-        received = list[dict[str, Any]]()
-        while True:
-            try:
-                message = self._socket.recv(MESSAGE_BYTES)
-            except (BlockingIOError, ConnectionResetError):
-                return received
-            if not message:
-                return received
-            received.append(json.loads(message))
-
-    def end(self) -> None:
-        """Kill the zygote; the kernel then kills its children."""
-        self.process.kill()
-        self.process.wait()
-        self._socket.close()
 
 
 def environments(processes: int) -> list[dict[str, str]]:
@@ -141,12 +88,24 @@ def environments(processes: int) -> list[dict[str, str]]:
 class Launch:
     """One call of `lora-kit train`, from the first start to the last exit."""
 
-    def __init__(self, request: str, processes: int, run: Path, lease: Lease, *, step_timeout: float | None) -> None:
+    def __init__(
+        self,
+        request: str,
+        zygote: Zygote,
+        processes: int,
+        run: Path,
+        lease: Lease,
+        *,
+        absent: Sequence[str],
+        step_timeout: float | None,
+    ) -> None:
         self._request, self._processes, self._run = request, processes, run
-        self._step_timeout = step_timeout
+        self._absent, self._step_timeout = absent, step_timeout
         self.keeper, self.console = Keeper(lease), Console(silent=False)
         self._signals: list[tuple[float, int]] = []
-        self.zygote = Zygote(lease)
+        self.zygote = zygote
+        self.zygote.prepare(PRELOAD, absent)
+        self._ahead = _start_ahead(request)
         self.attempt = Attempt()
         self._unreported: float | None = None  # since when a training process has ended without a report
         self._life = (0, 0, 0)  # the counters that show signs of life, as last seen
@@ -181,7 +140,8 @@ class Launch:
                 repeated = len(traces) == SAME_FAILURES and (trace or "memory" in cause)
                 last = repeated or restart == max_restarts
                 if trace and (len(traces) == 1 or last):
-                    print(traces[0], file=sys.stderr, end="")
+                    self.console.restore_terminal()
+                    print(traces[0], file=sys.stderr, end="", flush=True)
                 self.keeper.journal.event("restart" if not last else "failed", step=step, cause=cause)
                 if last:
                     why = f"the same failure {SAME_FAILURES} times" if repeated else f"{restart} restart(s) made"
@@ -191,7 +151,8 @@ class Launch:
             raise AssertionError("the last attempt returns")
         finally:
             self.zygote.end()
-            self._restore_cursor()
+            self._end_ahead()
+            self.console.restore_terminal()
             self.keeper.end()
             with suppress(OSError):  # the disk is full; the next start sees that this process is dead
                 self.keeper.lease.release()
@@ -200,15 +161,23 @@ class Launch:
         """Start the processes of an attempt."""
         if self.zygote.process.poll() is not None:
             self.zygote.end()
-            self.zygote = Zygote(self.keeper.lease)
+            self.zygote = Zygote()
+            self.zygote.prepare(PRELOAD, self._absent)
         self.attempt, self._silent, self._longest, self._cpu_seconds = Attempt(), 0.0, 0.0, 0.0
         self._looked = time.monotonic()
         self.keeper.prepare_restart()
-        self.zygote.start(self._request, environments(self._processes))
+        keeper = {KEEPER: self.keeper.lease.to_json()}
+        self.zygote.start(WORKER, self._request, [each | keeper for each in environments(self._processes)])
+
+    def _end_ahead(self) -> None:
+        if self._ahead is not None:
+            self._ahead.kill()
+            self._ahead.wait()
+            self._ahead = None
 
     def _watch(self) -> int | None:
         """Wait until the attempt ends; return the run's exit code, None if the attempt must be repeated."""
-        failed_at = None
+        failed_at = refused_at = None
         while True:
             self.keeper.poll()
             self._receive()
@@ -220,10 +189,17 @@ class Launch:
             # another process may still report the cause
             waiting = failed_at is not None and time.monotonic() - failed_at < wait
             codes, traces = self.attempt.codes.items(), self.attempt.traces
-            # a process that ended without a traceback has printed an error of lora_kit, which a restart would repeat
-            refused = [code for process, code in codes if code > 0 and process not in traces]
+            # a process that ended without a traceback has raised an error of lora_kit, which a restart would repeat
+            refused = {process: code for process, code in codes if code > 0 and process not in traces}
+            if self.attempt.refusals and refused_at is None:
+                refused_at = time.monotonic()
+            if refused_at is not None and not self.attempt.refusals.keys() <= self.attempt.codes.keys():
+                # it is about to end; that the others have lost it is no failure of theirs
+                waiting = time.monotonic() - refused_at < ENDING_SECONDS
+                refused |= dict.fromkeys(self.attempt.refusals, FAILED) if not waiting else {}
             if refused and not waiting:
-                return max(refused)
+                self._show_refusals(refused)
+                return max(refused.values())
             if failed_at is not None and not waiting:
                 self._kill()
                 return None
@@ -238,6 +214,7 @@ class Launch:
         attempt = self.attempt
         for message in self.zygote.messages():
             if "started" in message:
+                self._end_ahead()
                 attempt.running[message["index"]] = message["started"]
                 oom.offer_to_the_oom_killer(message["started"])
             elif "failed" in message:
@@ -245,6 +222,8 @@ class Launch:
                 attempt.traces[process] = message["trace"]
                 kind = "out of memory: " if any(word in error for word in oom.WORDS) else ""
                 attempt.failures.append((process, f"process {self._index(process)}: {kind}{error}"))
+            elif "refused" in message:
+                attempt.refusals[message["refused"]] = message["text"]
             else:
                 self._ended(message["ended"], message["code"])
         if self._misses_reports():
@@ -269,6 +248,17 @@ class Launch:
         elif self._unreported is None:
             self._unreported = time.monotonic()
         return self._unreported is not None and time.monotonic() - self._unreported > REPORT_SECONDS
+
+    def _show_refusals(self, codes: Mapping[int, int]) -> None:
+        """Print the errors with which processes ended. Where all processes raise the same error, it is printed once."""
+        silent = "process {}: ended with exit code {} and no message; the run can be started again"
+        texts = [
+            self.attempt.refusals.get(process, silent.format(self._index(process), code))
+            for process, code in codes.items()
+        ]
+        self.console.restore_terminal()
+        for text in dict.fromkeys(texts):
+            print_error(text)
 
     def _index(self, process: int) -> int:
         return next((index for index, running in self.attempt.running.items() if running == process), -1)
@@ -332,39 +322,68 @@ class Launch:
         if len(self.attempt.codes) == self._processes and not any(self.attempt.codes.values()):
             return 0
         self.zygote.end()
-        step = self.keeper.end()
+        finished = max(self._newest_step(), self.keeper.journal.last_step())
+        step = self.keeper.end()  # of a checkpoint whose every byte was read back
         name = signal.Signals(signal_number).name
-        self._restore_cursor()
+        self.console.restore_terminal()
         self.keeper.journal.event("stopped", step=step, signal=name)
-        self.console.say(
-            f"stopped: {self._run}: {name} after step {step}, which is durable; the same command resumes it"
+        if step >= finished:
+            self.console.say(
+                f"stopped: {self._run}: {name} after step {step}, which is durable; the same command resumes it"
+            )
+            return STOPPED
+        first, waiting = step + 1, self._newest_step() >= finished
+        missing = f"step {finished} is" if first == finished else f"steps {first} to {finished} are"
+        print_error(
+            f"{self._run}: {name} after step {finished}, but the newest checkpoint holds step {step}: {missing} not on "
+            "disk. "
+            + (
+                f"Shared memory still holds step {finished}: free disk space and repeat the command before the machine "
+                "restarts"
+                if waiting
+                else f"The same command goes on from step {step} and computes them again"
+            )
         )
-        return STOPPED
+        return FAILED
 
     def _exit_code(self, process: int) -> int:
         code = 1 if process in self.attempt.traces else self.attempt.codes.get(process, 1)
         return code if code > 0 else 128 - code
 
-    def _restore_cursor(self) -> None:
-        if sys.stdout.isatty():
-            sys.stdout.write("\x1b[?25h")
-            sys.stdout.flush()
-
 
 def launch(
-    request: str, *, processes: int, run: Path, lease: Lease, max_restarts: int, step_timeout: float | None
+    request: str,
+    *,
+    zygote: Zygote,
+    processes: int,
+    run: Path,
+    lease: Lease,
+    max_restarts: int,
+    absent: Sequence[str],
+    step_timeout: float | None,
 ) -> int:
     """Train in processes of their own under a keeper, and return the exit code.
 
     Args:
         request: A `TrainRequest` as JSON, the same for every process and every restart.
+        zygote: The process that forks the training processes; it is ended at the end.
         processes: The number of training processes.
         run: The run's folder.
         lease: The lease that this process holds; it is released at the end.
         max_restarts: The most restarts after failures.
+        absent: Packages that training does not need and that must not be imported, because that takes long.
         step_timeout: Seconds without a sign of life that count as a hang; None to derive them from the longest step.
     """
-    return Launch(request, processes, run, lease, step_timeout=step_timeout).run(max_restarts)
+    started = Launch(request, zygote, processes, run, lease, absent=absent, step_timeout=step_timeout)
+    return started.run(max_restarts)
+
+
+def _start_ahead(request: str) -> "subprocess.Popen[bytes] | None":
+    """Start to prepare the data of a request; return None if there is no processor to spare for that."""
+    if len(os.sched_getaffinity(0)) < 2:
+        return None
+    nothing = subprocess.DEVNULL
+    return subprocess.Popen([sys.executable, "-m", AHEAD, request], stdin=nothing, stdout=nothing, stderr=nothing)
 
 
 def _died(number: int) -> str:

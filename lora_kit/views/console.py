@@ -1,10 +1,14 @@
 """Show the progress of a run: a progress bar on a terminal, a panel in a notebook, lines of text elsewhere."""
 
+import re
+import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console as RichConsole
+from rich.control import Control
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -13,11 +17,53 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import ControlType
 from rich.table import Column, Table
+from rich.text import Text
 
 from lora_kit.views import notebook
+from lora_kit.views.output import SafeStream
 
 SECONDS_BETWEEN_LINES = 5.0
+SHOWN, WORTH_GROUPING = 3, 5  # of so many lines of one kind, so many are shown
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a terminal would obey them
+SPECIFIC = re.compile(r"'[^']*'|\"[^\"]*\"|\S*\d\S*")  # the parts in which lines of one kind differ
+CLEAR_LINE = Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2))
+
+
+def rich_console(*, stderr: bool = False, **options: Any) -> RichConsole:
+    """Return a console of rich that prints texts literally and without errors.
+
+    On a terminal long lines are broken between words; elsewhere, as in a log file, every line stays whole.
+    """
+    stream = SafeStream(sys.stderr if stderr else sys.stdout)
+    console = RichConsole(file=stream, highlight=False, markup=False, emoji=False, **options)  # type: ignore[arg-type]
+    console.soft_wrap = not console.is_terminal
+    return console
+
+
+def printable(text: str) -> str:
+    """Return a text with control characters escaped, except for tabs and ends of lines."""
+    return UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], text)
+
+
+def grouped(lines: Sequence[str]) -> list[str]:
+    """Return lines of a message; of many lines that differ only in names and numbers, only the first three."""
+    kinds = [SPECIFIC.sub("#", line) for line in lines]
+    count, seen, shown = Counter(kinds), Counter[str](), list[str]()
+    for kind, line in zip(kinds, lines, strict=True):
+        seen[kind] += 1
+        if count[kind] < WORTH_GROUPING or seen[kind] <= SHOWN:
+            shown.append(line)
+        elif seen[kind] == SHOWN + 1:
+            shown.append(f"... and {count[kind] - SHOWN:,} more like these {SHOWN}")
+    return shown
+
+
+def print_error(text: str, label: str = "error") -> None:
+    """Print an error to stderr, with lines of one kind grouped; further lines of its text are indented."""
+    lines = Text("\n  ".join(grouped(printable(text).splitlines())))
+    rich_console(stderr=True).print(Text.assemble((f"{label}: ", "bold"), lines))
 
 
 def number(value: float | None, spec: str) -> str:
@@ -36,10 +82,10 @@ class Console:
     """
 
     def __init__(self, *, silent: bool) -> None:
-        self._rich = RichConsole(quiet=silent, highlight=False, soft_wrap=True)
+        self._rich = rich_console(quiet=silent)
         self._in_notebook = not silent and self._rich.is_jupyter
         if self._in_notebook:  # print plain text: Jupyter sets FORCE_COLOR, which rich takes for a terminal
-            self._rich = RichConsole(force_jupyter=False, force_terminal=False, highlight=False, soft_wrap=True)
+            self._rich = rich_console(force_jupyter=False, force_terminal=False)
         self._live = not silent and self._rich.is_terminal
         self._progress: Progress | None = None
         self._panel: notebook.Panel | None = None
@@ -50,11 +96,23 @@ class Console:
 
     def say(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
-        self._rich.print(text, markup=False)
+        self._begin_line()
+        self._rich.print(printable(text))
 
     def warn(self, text: str) -> None:
         """Print a warning."""
-        self._rich.print(f"warning: {text}", style="yellow", markup=False)
+        self._begin_line()
+        self._rich.print(f"warning: {printable(text)}", style="yellow")
+
+    def _begin_line(self) -> None:
+        """Clear the terminal's line if it may hold the progress bar of another process."""
+        if self._live and self._progress is None:
+            self._rich.control(CLEAR_LINE)
+
+    def restore_terminal(self) -> None:
+        """Remove the progress bar that a killed process has left on the terminal, and show its cursor again."""
+        if self._live:
+            self._rich.control(CLEAR_LINE, Control.show_cursor(True))
 
     def table(self, title: str, rows: list[tuple[str, str]], *, caption: str = "") -> None:
         """Print a table of (name, value) rows."""
@@ -62,9 +120,16 @@ class Console:
             text = "\n".join([title, *(f"{name}: {value}" for name, value in rows), *([caption] if caption else [])])
             notebook.show(notebook.table(title, rows, caption=caption), text)
             return
-        table = Table(title=title, caption=caption, show_header=False, title_justify="left", caption_justify="left")
+        table = Table(
+            title=Text(printable(title)),
+            caption=caption,
+            show_header=False,
+            title_justify="left",
+            caption_justify="left",
+        )
         for name, value in rows:
-            table.add_row(name, value)
+            table.add_row(Text(printable(name)), Text(printable(value), overflow="fold"))
+        self._begin_line()
         self._rich.print(table)
 
     def begin(self, steps: int, done: int, earlier: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -84,7 +149,7 @@ class Console:
                 MofNCompleteColumn(table_column=fixed),
                 TimeElapsedColumn(table_column=fixed.copy()),
                 TimeRemainingColumn(table_column=fixed.copy()),
-                TextColumn("{task.description}", table_column=fixed.copy()),
+                TextColumn("{task.description}", table_column=fixed.copy(), markup=False),
                 console=self._rich,
             )
             self._task = self._progress.add_task("", total=steps, completed=done)

@@ -90,12 +90,14 @@ def test_a_disk_that_stays_full_keeps_the_last_step_in_memory_until_there_is_roo
     assert state_hash(out, STEPS) == undisturbed
 
 
-def test_a_stop_signal_on_a_full_disk_ends_with_75_and_loses_nothing(recipe, undisturbed, disk):
+def test_a_stop_signal_on_a_full_disk_ends_with_1_names_the_missing_steps_and_loses_nothing(recipe, undisturbed, disk):
     process, out = fill_while_it_trains(recipe, disk)
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate()
-    assert process.returncode == 75 and "Traceback" not in printed, printed
-    reached = live.open_region(out).snapshots()[0].step
+    assert process.returncode == 1 and "Traceback" not in printed, printed
+    reached, durable = live.open_region(out).snapshots()[0].step, store.find(out).latest.step
+    assert f"the newest checkpoint holds step {durable}: steps {durable + 1} to {reached} are not on disk" in printed
+    assert "Shared memory still holds" in printed and "durable" not in printed
     (disk / "ballast").unlink()
     go_on(recipe, out)
     assert f'"kind": "resumed", "step": {reached}' in (out / "events.jsonl").read_text()

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -53,24 +54,32 @@ class Library:
 def library() -> Library:
     """Return the compiled kernels; compile them if the cache folder does not hold them.
 
+    A library or a folder that other users may write to is not used.
+
     Raises:
-        OSError: There is no C compiler, it fails or takes too long, its library cannot be loaded, or other users may
-            write to the cache folder.
+        OSError: There is no C compiler, it fails or takes too long, or its library cannot be loaded.
         ValueError: `CC` is not a command.
     """
     compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
     source = files("lora_kit.kernels.cpu").joinpath("kernels.c").read_text()
     key = hashlib.sha256(" ".join([*compiler, *FLAGS, *LINK, source]).encode()).hexdigest()[:16]
-    folder, name = _open_folder(cache_folder("kernels")), f"cpu-{key}.so"
+    name = f"cpu-{key}.so"
+    kept = _kept(name)
+    if kept is not None:
+        with suppress(OSError):  # an incomplete file, or a library for another system: compile again
+            return _load(kept, source)
+    content = _compile(compiler, source)
     try:
-        with suppress(FileNotFoundError):
-            kept = os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder)
-            _require_private(kept, cache_folder("kernels") / name)
-            with suppress(OSError):  # an incomplete file, or a library for another system: compile again
-                return _load(kept, source)
-        compiled = _keep(_compile(compiler, source), name, folder)
-    finally:
-        os.close(folder)
+        folder = _open_folder(cache_folder("kernels"))
+        try:
+            compiled = _keep(content, name, folder)
+        finally:
+            os.close(folder)
+    except OSError as error:  # the cache is optional
+        warnings.warn(f"the kernels for CPUs are compiled again at every start: {error}", stacklevel=2)
+        compiled = os.memfd_create(name)
+        with os.fdopen(compiled, "wb", closefd=False) as file:
+            file.write(content)
     try:
         return _load(compiled, source)
     except OSError as error:
@@ -78,6 +87,22 @@ def library() -> Library:
         raise OSError(
             f"the library compiled by {command} cannot be loaded together with torch's OpenMP: {error}; try CC=gcc"
         ) from error
+
+
+def _kept(name: str) -> int | None:
+    """Return a descriptor of a library in the cache folder; None if there is none that can be trusted."""
+    try:
+        folder = _open_folder(cache_folder("kernels"))
+    except OSError:
+        return None
+    try:
+        kept = os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder)
+        _require_private(kept, cache_folder("kernels") / name)
+    except OSError:
+        return None
+    finally:
+        os.close(folder)
+    return kept
 
 
 def _open_folder(folder: Path) -> int:
@@ -151,13 +176,14 @@ def _compile(compiler: Sequence[str], source: str) -> bytes:
     with tempfile.TemporaryDirectory(prefix="lora_kit-") as name:
         folder = Path(name)
         (folder / "kernels.c").write_text(source)
-        _run([*command, *FLAGS, "-c", "kernels.c", "-o", "kernels.o"], folder)
-        _run([*command, "kernels.o", f"-L{torch_libraries}", *LINK, "-o", "kernels.so"], folder)
+        _run([*command, *FLAGS, "-c", "kernels.c", "-o", "kernels.o"], folder / "kernels.o")
+        _run([*command, "kernels.o", f"-L{torch_libraries}", *LINK, "-o", "kernels.so"], folder / "kernels.so")
         return (folder / "kernels.so").read_bytes()
 
 
-def _run(command: Sequence[str], folder: Path) -> None:
-    """Run a compiler's command in a folder; raise OSError if it fails or takes too long."""
+def _run(command: Sequence[str], output: Path) -> None:
+    """Run a compiler's command in its output's folder; raise OSError if it fails, takes too long or writes nothing."""
+    folder = output.parent
     messages = folder / "messages.txt"
     with messages.open("w") as file:  # not a pipe: a process that the compiler started may keep it open
         process = subprocess.Popen(
@@ -172,3 +198,5 @@ def _run(command: Sequence[str], folder: Path) -> None:
     if code:
         said = messages.read_text(errors="replace").strip()
         raise OSError(f"{command[0]} does not compile the kernels: {said[:500]}")
+    if not output.is_file():
+        raise OSError(f"{command[0]} ended without an error but has not written {output.name}; set CC to a C compiler")

@@ -1,0 +1,117 @@
+"""Printing never ends a run: a closed pipe, a full disk, closed descriptors, an encoding that lacks a character."""
+
+import io
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from runs import ENVIRONMENT, WAIT_SECONDS, state_hash, train
+
+from lora_kit.views.console import Console, grouped, print_error, printable
+from lora_kit.views.output import SafeStream
+
+
+class Broken(io.StringIO):
+    def write(self, text):
+        raise BrokenPipeError
+
+    def flush(self):
+        raise OSError(28, "No space left on device")
+
+
+def sent(command, environment=None):
+    """Run a command and return what became of it."""
+    together = ENVIRONMENT | (environment or {})
+    return subprocess.run(command, env=together, capture_output=True, text=True, timeout=WAIT_SECONDS)
+
+
+@pytest.mark.quick
+def test_a_console_whose_stream_fails_raises_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Broken())
+    console = Console(silent=False)
+    console.say("a line")
+    console.warn("a warning")
+    console.table("title", [("name", "value")])
+    console.tick("load")
+    console.begin(3, 0)
+    console.step({"step": 1, "loss": 1.0, "tokens_per_second": 1.0, "learning_rate": 0.1, "grad_norm": 1.0}, 3)
+    console.end()
+    monkeypatch.setattr(sys, "stderr", Broken())
+    print_error("two\nlines")
+
+
+def test_a_closed_stream_and_a_character_that_it_lacks_raise_nothing():
+    closed = io.StringIO()
+    closed.close()
+    SafeStream(closed).write("text")
+    raw = io.BytesIO()
+    stream = SafeStream(io.TextIOWrapper(raw, encoding="ascii"))
+    assert stream.write("│é") == 2 and stream.encoding == "ascii"
+    stream.flush()
+    assert raw.getvalue() == rb"\u2502\xe9"
+
+
+@pytest.mark.parametrize("to", ["| head -n 1", "> /dev/full", "> /dev/full 2>&1", ">&- 2>&-", "<&- >&- 2>&-", "| true"])
+def test_a_run_ends_well_wherever_its_output_goes(recipe_file, tmp_path, reference, to):
+    out = tmp_path / "run"
+    command = f"{sys.executable} -m lora_kit train {recipe_file} --out {out}"
+    ended = sent(["bash", "-c", f"set -o pipefail; trap '' PIPE; {command} {to}"])
+    assert ended.returncode == 0, ended.stderr
+    assert "Traceback" not in ended.stderr and "BrokenPipe" not in ended.stderr
+    assert state_hash(out, 8) == state_hash(reference(recipe_file), 8)
+
+
+def test_a_finished_run_shows_its_table_in_ascii(recipe_file, tmp_path):
+    out = tmp_path / "run"
+    train(recipe_file, out)
+    ended = sent(
+        [sys.executable, "-m", "lora_kit", "train", str(recipe_file), "--out", str(out)],
+        {"PYTHONIOENCODING": "ascii"},
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "lora-kit status" in ended.stdout and ended.stdout.isascii()
+
+
+@pytest.mark.quick
+def test_a_table_shows_markup_emoji_and_control_characters_literally(capsys):
+    Console(silent=False).table("[bold]x[/bold]", [("[red]a", ":cat: \x1b[31m[/b]")])
+    Console(silent=False).say("[bold]y[/bold] :cat: \x1b[2J")
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("[bold]x[/bold]", "[red]a", ":cat: \\x1b[31m[/b]", "[bold]y[/bold] :cat: "))
+    assert "\x1b" not in shown and printable("a\tb\n") == "a\tb\n"
+
+
+@pytest.mark.quick
+def test_a_terminal_gets_whole_words_and_a_file_whole_lines(monkeypatch, capsys):
+    text = "several words that are longer than the forty columns of this narrow terminal"
+    Console(silent=False).say(text)
+    assert capsys.readouterr().out == text + "\n"
+    monkeypatch.setenv("COLUMNS", "40")
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", terminal)
+    Console(silent=False).say(text)
+    lines = re.sub(r"\r|\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()).splitlines()
+    assert len(lines) == 2 and " ".join(line.strip() for line in lines) == text
+    assert terminal.getvalue().startswith("\r\x1b[2K"), "the bar of another process may be on this line"
+
+
+@pytest.mark.quick
+def test_many_lines_of_one_kind_are_grouped():
+    lines = [f"data.jsonl:{number}: role 'bot{number}' is unknown" for number in range(252)]
+    other = "train.steps: missing"
+    shown = grouped([*lines[:100], other, *lines[100:]])
+    assert shown == [*lines[:3], "... and 249 more like these 3", other]
+    assert grouped(lines[:4]) == lines[:4]
+
+
+def test_what_stands_on_closed_descriptors_is_not_overwritten(tmp_path):
+    """A file that is opened where stdout was closed would get its number, and everything that is printed."""
+    code = "from lora_kit.views.output import make_output_safe; import os, sys; make_output_safe()\n"
+    code += f"file = open({str(tmp_path / 'file')!r}, 'w'); os.write(1, b'printed'); print('more')\n"
+    code += "sys.stdout.flush(); file.write(str(file.fileno() > 2)); file.close()"
+    ended = sent(["bash", "-c", f'{sys.executable} -c "$CODE" <&- >&- 2>&-'], {"CODE": code})
+    assert ended.returncode == 0 and (tmp_path / "file").read_text() == "True"
+    assert os.fstat(1)

@@ -23,7 +23,7 @@ from fork_server import INJECT, MESSAGE_BYTES, NUMBER
 
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith(("RANK", "WORLD", "LOCAL_"))}
 READ_AFTER_IMPORTS = re.compile(
-    r"FAULTS|PYTEST_|WANDB_|TRACKIO_|MLFLOW_|HF_TOKEN$|(LOCAL_)?(RANK|WORLD_SIZE)$|MASTER_|GLOO_|OMPI_|SLURM_|LORA_KIT_START_REQUESTED$|CC$"
+    r"FAULTS|PYTEST_|WANDB_|TRACKIO_|MLFLOW_|HF_TOKEN$|(LOCAL_)?(RANK|WORLD_SIZE)$|MASTER_|GLOO_|OMPI_|SLURM_|LORA_KIT_START_REQUESTED$|CC$|LD_PRELOAD$"
 )
 WAIT_SECONDS = 100.0  # for anything that a test waits for; a machine under load may need tens of seconds
 POLL_SECONDS = 0.005
@@ -41,7 +41,7 @@ class Forked:
         request = {"arguments": arguments, "environment": environment, "folder": str(Path.cwd()), "code": code}
         message = json.dumps(request).encode()
         assert len(message) < MESSAGE_BYTES
-        socket.send_fds(fork_server(), [message], [output, tell])
+        socket.send_fds(fork_server(environment.get("LD_PRELOAD", "")), [message], [output, tell])
         os.close(output)
         os.close(tell)
         self.stdout = os.fdopen(reading, encoding="utf-8")
@@ -96,13 +96,17 @@ class Forked:
 
 
 @cache
-def fork_server():
-    """Start this session's fork server, which ends with this process; return the socket to it."""
+def fork_server(preload):
+    """Start this session's fork server, which ends with this process; return the socket to it.
+
+    Args:
+        preload: Libraries for LD_PRELOAD, which a process can only get at its start.
+    """
     mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     subprocess.Popen(
         [sys.executable, Path(__file__).with_name("fork_server.py"), str(theirs.fileno())],
         stdin=subprocess.DEVNULL,
-        env=ENVIRONMENT | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"},  # with this check torch's import leaves CUDA alone
+        env=ENVIRONMENT | {"LD_PRELOAD": preload, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},  # its import leaves CUDA alone
         pass_fds=[theirs.fileno()],
         start_new_session=True,
     )

@@ -22,6 +22,7 @@ from typing import Any
 import damage
 import elastic
 import kills
+import pairs
 import restart
 import resume_time
 import stall
@@ -93,6 +94,16 @@ def _flips(found: Found) -> str:
         f"{one['resumed_in_silence_with_another_model']} of {one['flips']} silent in {name.partition('.')[0]}"
         for name, one in found["trainer"].items()
     )
+
+
+def _pairs(found: Found) -> str:
+    lost, repeated = found["finished_steps_lost"], found["finished_steps_repeated"]
+    return f"{found['two_writers']} of {found['ran']} pairs with two writers, {lost} steps lost, {repeated} repeated"
+
+
+def _pairs_reached(found: Found) -> bool:
+    problems = (found["two_writers"], found["finished_steps_lost"], found["finished_steps_repeated"], found["wrong"])
+    return found["ran"] == found["pairs"] and not any(problems)
 
 
 def _all_equal(found: Found) -> bool:
@@ -189,6 +200,14 @@ MEASURES = {
         trainer=lambda found: f"{found['trainer']['resumes_that_failed']} of {found['trainer']['kills']} resumes fail",
         target="all resume, 0 steps lost, same bytes",
         reached=_kills_reached,
+    ),
+    "pairs": Measure(
+        full=pairs.measure,
+        quick=lambda folder: pairs.measure(folder, pairs=20),
+        ours=_pairs,
+        trainer=lambda found: "-",
+        target="0 of all, none skipped",
+        reached=_pairs_reached,
     ),
 }
 

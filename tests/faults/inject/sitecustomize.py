@@ -51,6 +51,10 @@ def act(kind, job):
         limits = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 28), limits[1]))
         torch.zeros(1 << 30)
+    elif kind == "grow":
+        taken = []
+        while True:
+            taken.append(bytes(b"x" * (1 << 24)))
     elif kind == "nan":
         job.state.gradient[3] = float("nan")
     elif kind == "flip":

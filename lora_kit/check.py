@@ -4,8 +4,8 @@ The data is read and tokenised as for training. No weights are loaded: sizes are
 """
 
 import io
-import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,22 @@ from lora_kit.data.files import SUFFIXES
 from lora_kit.data.plan import Plan, prepare_data
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.tokens import Prepared, Tokens, check_context
-from lora_kit.data.vocabulary import check_tokenizer_fits
-from lora_kit.errors import InputError, RecipeError
-from lora_kit.model.sizes import Estimate, Shape, estimate_memory, format_bytes, read_config
+from lora_kit.data.vocabulary import check_tokenizer_fits, untrained_labels, untrained_notes
+from lora_kit.errors import BaseError, InputError, RecipeError
+from lora_kit.model.sizes import (
+    Estimate,
+    Shape,
+    context_of,
+    estimate_memory,
+    format_bytes,
+    read_config,
+    refuse_unknown,
+)
 from lora_kit.model.source import Source, base_folder
 from lora_kit.model.tokenizer import load_renderer
+from lora_kit.model.weights import check_weights, head_rows, published_quantization, read_json
 from lora_kit.recipe.load import resolve_path
-from lora_kit.recipe.schema import Recipe
+from lora_kit.recipe.schema import Base, Recipe
 from lora_kit.runs.trackers import require
 from lora_kit.training.micro_batches import Machine, MicroBatches, choose, this_machine
 from lora_kit.views.console import grouped
@@ -214,10 +223,11 @@ def check(recipe: Recipe, *, offline: bool = False, shapes: Path | None = None, 
         report.problems.append(str(error))
     shape: Shape | None = None
     try:
-        shape = read_config(_config_path(recipe, shapes, offline=offline))
-        _check_targets(shape, recipe, report)
+        path = _config_path(recipe, shapes, offline=offline)
     except InputError as error:
         report.unchecked.append(f"sizes and memory: {error}")
+    else:
+        shape = _check_layers(path, recipe, report)
     micro_batches = report.micro_batches = choose(recipe, shape, report.machine)
     report.estimate = _estimate(recipe, shape, micro_batches, report.machine) if shape else None
     try:
@@ -227,7 +237,7 @@ def check(recipe: Recipe, *, offline: bool = False, shapes: Path | None = None, 
         message = f"data: needs the base's tokenizer: {error}"
         (report.unchecked if is_unchecked else report.problems).append(message)
         return report
-    report.problems += _file_problems(source, is_local=not _is_hub_name(recipe, recipe.base.repo))
+    report.problems += _file_problems(source, recipe.base, is_local=not _is_hub_name(recipe, recipe.base.repo))
     try:
         renderer = load_renderer(source, recipe)
         if offline and any(_is_hub_name(recipe, name) for name in (recipe.data.train, recipe.data.validation)):
@@ -235,34 +245,67 @@ def check(recipe: Recipe, *, offline: bool = False, shapes: Path | None = None, 
         else:
             data = prepare_data(recipe, renderer)
             plan = Plan(recipe, data.train, micro_batches.micro_batch_tokens, padded=False)
-            _check_data(plan, data, renderer, report, processes)
+            _check_data(plan, data, source, renderer, report, processes)
     except InputError as error:
         report.problems += str(error).splitlines()
+    report.problems = list(dict.fromkeys(report.problems))
     return report
 
 
-def _check_targets(shape: Shape, recipe: Recipe, report: Report) -> None:
-    """Report targets that are not linear layers of a decoder layer: a problem if none is, otherwise a note.
+def _check_layers(path: Path, recipe: Recipe, report: Report) -> Shape | None:
+    """Return the shape of a base of a known family, and add problems and notes about the layers to adapt.
 
-    Names with a dot and `lm_head` may still match a layer of the loaded model.
+    A base of another family is built without weights, which takes torch and a few seconds, and its layers are looked up
+    as in training.
+
+    Args:
+        path: The base's config.json.
+        recipe: The recipe.
+        report: The report.
     """
-    names, targets = [layer.name for layer in shape.linears], recipe.adapter.targets
-    unknown = [] if isinstance(targets, str) else [target for target in targets if target not in names]
-    message = f"adapter.targets: {', '.join(unknown)} not among the linear layers {', '.join(names)}"
-    if unknown and len(unknown) == len(targets) and not any("." in name or name == "lm_head" for name in unknown):
-        report.problems.append(message)
-    elif unknown:
-        report.notes.append(f"{message}; the run stops if the base has no such layer")
-
-
-def _file_problems(source: Source, *, is_local: bool) -> Iterator[str]:
-    """Yield the problems of a base's files that would prevent loading it."""
+    targets = recipe.adapter.targets
     try:
-        json.loads((source.folder / "config.json").read_text())
-    except ValueError as error:
-        yield f"base.repo: {source.folder / 'config.json'} is not JSON: {error}; download the base again"
-    if is_local and not any(source.folder.glob("*.safetensors")):
-        yield f"base.repo: {source.name} has no .safetensors weights; convert it, pickled weights are not loaded"
+        read_json(path)
+    except BaseError as error:
+        report.problems.append(str(error))
+        return None
+    try:
+        shape = read_config(path)
+    except BaseError as error:
+        report.unchecked.append(f"sizes and memory: {error}")
+        try:
+            report.notes += _layers(path, recipe)
+        except InputError as problem:
+            report.problems.append(str(problem))
+        return None
+    try:
+        if not isinstance(targets, str):
+            refuse_unknown(targets, shape.paths, [*(layer.name for layer in shape.linears), "lm_head"])
+    except RecipeError as error:
+        report.problems.append(str(error))
+    return shape
+
+
+def _layers(path: Path, recipe: Recipe) -> list[str]:
+    """Return notes about the layers of a base that get no adapter.
+
+    Raises:
+        InputError: The base is not a causal language model, or `adapter.targets` names none of its layers.
+    """
+    from lora_kit.model.base import empty_base
+    from lora_kit.model.targets import find_targets
+
+    return find_targets(empty_base(path, recipe.base), recipe.adapter).notes
+
+
+def _file_problems(source: Source, base: Base, *, is_local: bool) -> Iterator[str]:
+    """Yield the problem of a base's files that would prevent loading it."""
+    try:
+        if is_local:
+            check_weights(source.folder)
+        published_quantization(source.folder, base)
+    except BaseError as error:
+        yield str(error)
 
 
 def _is_hub_name(recipe: Recipe, source: str | float | None) -> bool:
@@ -276,7 +319,7 @@ def _is_hub_name(recipe: Recipe, source: str | float | None) -> bool:
         return False
 
 
-def _check_data(plan: Plan, data: Prepared, renderer: Renderer, report: Report, processes: int) -> None:
+def _check_data(plan: Plan, data: Prepared, source: Source, renderer: Renderer, report: Report, processes: int) -> None:
     """Add data statistics, schedule, preview, and problems of the data with this base to the report."""
     recipe = plan.recipe
     report.data = {name: counts for name, counts in asdict(data.counts).items() if counts}
@@ -293,4 +336,8 @@ def _check_data(plan: Plan, data: Prepared, renderer: Renderer, report: Report, 
         report.notes.append(idleness)
     if report.estimate is not None:
         check_tokenizer_fits(renderer.tokenizer, report.estimate.vocabulary, used=data.train)
-        check_context(data, report.estimate.context)
+    check_context(data, context_of(read_json(source.folder / "config.json")))
+    with suppress(BaseError):  # the problem of the weights is reported already
+        rows = head_rows(source.folder, check_weights(source.folder))
+        if rows is not None:
+            report.notes += untrained_notes(untrained_labels(data.train, rows), renderer)

@@ -153,7 +153,7 @@ def train(
         stack.callback(zygote.end)
         from lora_kit.recipe.load import load_recipe, resolve_path, similar_path
         from lora_kit.runs import store
-        from lora_kit.runs.resume import is_own, take_over
+        from lora_kit.runs.resume import take_over
         from lora_kit.supervise.launch import launch
         from lora_kit.training.request import TrainRequest
 
@@ -168,11 +168,12 @@ def train(
             from lora_kit.artifacts.locate import checkpoint_at  # slow to import, and most starts do not need it
 
             origin = store.open_checkpoint(checkpoint_at(start_from))
-        lease, notices = take_over(out, origin, tell=lambda text: print(f"warning: {text}", file=sys.stderr))
+        lease, notices = take_over(out, tell=lambda text: print(f"warning: {text}", file=sys.stderr))
         for notice in notices:
             print(f"warning: {notice}", file=sys.stderr)
-        begins_with = origin.path if origin and not is_own(out, origin) else None
-        request = TrainRequest(loaded, out, accept=tuple(accept), start_from=begins_with, profile=profile)
+        request = TrainRequest(
+            loaded, out, accept=tuple(accept), start_from=origin.path if origin else None, profile=profile
+        )
         raise typer.Exit(
             launch(
                 request.to_json(),
@@ -356,12 +357,17 @@ def merge(
     merged = merging.merge(path, out, dtype=dtype)
     if as_json:
         _print_json(merged.to_dict())
-        return
-    print(
-        f"{merged.folder}: merged in {merged.dtype}; compared with base and adapter at {merged.positions} "
-        f"positions: logits differ by at most {merged.largest_difference:.3g} (the largest logit is "
-        f"{merged.largest_logit:.3g}), the most likely token is the same at {merged.top1_agreement:.2%}"
-    )
+    else:
+        print(
+            f"{merged.folder}: merged in {merged.dtype}; compared with base and adapter at {merged.positions} "
+            f"positions: logits differ by at most {merged.largest_difference:.3g} (the largest logit is "
+            f"{merged.largest_logit:.3g}), the most likely token is the same at {merged.top1_agreement:.2%}"
+        )
+    if not merged.agrees:
+        raise CheckpointError(
+            f"{merged.folder}: the merged model predicts other tokens than base and adapter; do not use it: merge with "
+            "--dtype float32, or use the adapter with its base"
+        )
 
 
 @app.command("eval")

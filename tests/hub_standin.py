@@ -73,7 +73,8 @@ class Standin:
     def add(self, name: str, folder: Path, *, private: bool = False) -> Commit:
         """Publish a folder as a repository."""
         repo = self.repos.setdefault(name, Repo(private))
-        return repo.commit("main", {path.name: path.read_bytes() for path in folder.iterdir()}, "added")
+        files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        return repo.commit("main", files, "added")
 
     def commits(self, name: str, branch: str = "main") -> list[Commit]:
         """Return the commits that pushes made on a branch."""

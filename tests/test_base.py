@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
 import torch
-from conftest import make_base
+from conftest import make_base, make_tokenizer
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lora_kit.check import check
 from lora_kit.errors import BaseError
 from lora_kit.kernels.attention import SEGMENT, use_attention
 from lora_kit.model import probe
@@ -18,6 +21,7 @@ from lora_kit.model.probe import leaks_when_packed
 from lora_kit.model.source import file_hash, locate
 from lora_kit.recipe.load import load_recipe
 from lora_kit.recipe.schema import Base
+from lora_kit.runs.run import Run
 from lora_kit.training import loop
 
 SMALL = {
@@ -30,6 +34,7 @@ SMALL = {
     "max_position_embeddings": 128,
     "initializer_range": 0.3,
 }
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n"
 FAMILIES = {
     "llama": ({}, False),
     "mistral": ({"sliding_window": 8}, False),
@@ -84,12 +89,115 @@ def test_a_leaking_model_trains_on_padded_rows_and_the_log_says_so(recipe_file, 
     assert capsys.readouterr().out.count("trains on padded rows") == 1
 
 
-def test_a_bases_own_dropouts_are_off(tmp_path):
-    folder = make_base(tmp_path / "base", attention_dropout=0.5)
-    model = load_base(locate(Base(repo="x"), folder), Base(repo="x", dtype="float32"), torch.device("cpu")).train()
+def save_as(folder, family, **changes):
+    """Save a tiny random base of a family, with a tokenizer, and return its folder."""
+    vocabulary = make_tokenizer(folder)
+    shape = SMALL | {"vocab_size": vocabulary, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0} | changes
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape)).save_pretrained(folder)
+    return folder
+
+
+def loaded(folder):
+    """Return the base in a folder as training loads it."""
+    return load_base(locate(Base(repo="x"), folder), Base(repo="x", dtype="float32"), torch.device("cpu"))
+
+
+NESTED = SMALL | {"vocab_size": 106, "head_dim": 8, "attention_dropout": 0.5}
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+VISION |= {"image_size": 28, "patch_size": 14}
+RANDOM = {
+    "llama": {"attention_dropout": 0.5},
+    "phimoe": {"router_jitter_noise": 0.3, "input_jitter_noise": 0.3, "num_local_experts": 4},
+    "mixtral": {"router_jitter_noise": 0.3, "num_local_experts": 4},
+    "opt": {"layerdrop": 0.5, "dropout": 0.5, "ffn_dim": 64, "word_embed_proj_dim": 32},
+    "gemma3": {"text_config": NESTED, "vision_config": VISION},
+}
+
+
+@pytest.mark.parametrize("family", RANDOM)
+def test_a_base_draws_no_random_numbers_in_training(family, tmp_path):
+    model = loaded(save_as(tmp_path / "base", family, **RANDOM[family])).train()
     ids = torch.arange(30)[None]
-    assert torch.equal(model(ids).logits, model(ids).logits)
+    seen = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        seen.append(model(ids).logits)
+    assert all(torch.equal(seen[0], logits) for logits in seen)
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_no_configuration_switches_off_is_refused(base_folder, monkeypatch):
+    model = loaded(base_folder)
+    norm = model.model.norm
+    noisy = lambda hidden: type(norm).forward(norm, hidden) * (1 + 0.1 * norm.training * torch.rand(1))  # noqa: E731
+    monkeypatch.setattr(norm, "forward", noisy)
+    with pytest.raises(BaseError, match=r"base.repo: mine \(LlamaForCausalLM\) draws random numbers in training"):
+        probe.refuse_unfit(model, "mine", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra"])
+def test_a_base_that_is_not_causal_is_refused(family, tmp_path):
+    cpu = torch.device("cpu")
+    with pytest.raises(BaseError, match=r"is not causal.*choose a causal language model"):
+        probe.refuse_unfit(loaded(save_as(tmp_path / "base", family)), "mine", cpu)
+    probe.refuse_unfit(loaded(save_as(tmp_path / "decoder", family, is_decoder=True)), "mine", cpu)
+
+
+def test_bert_trains_no_step(recipe_file, tmp_path):
+    recipe = load_recipe(recipe_file, [f"base.repo={save_as(tmp_path / 'base', 'bert', max_position_embeddings=512)}"])
+    assert any("is not causal" in problem for problem in check(recipe).problems)
+    with pytest.raises(BaseError, match="is not causal"):
+        loop.train(recipe, tmp_path / "run")
+
+
+def change_weights(folder, change):
+    """Change the tensors of a base in place."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_a_base_that_lacks_a_tensor_is_refused(name, tmp_path, recipe_file):
+    folder = make_base(tmp_path / "base")
+    change_weights(folder, lambda weights: weights.pop(name))
+    with pytest.raises(BaseError, match=rf"{folder}: the weights lack 1 tensor.*\({name}\).*random"):
+        loop.train(load_recipe(recipe_file, [f"base.repo={folder}"]), tmp_path / "run")
+
+
+def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path):
+    folder = make_base(tmp_path / "base")
+    change_weights(folder, lambda weights: weights.update({"lm_head.weight": torch.zeros(4, 32)}))
+    told = r"/model.safetensors: lm_head.weight has the shape \[4, 32\], and \[106, 32\] in the model of config.json"
+    with pytest.raises(BaseError, match=told):
+        loaded(folder)
+
+
+def test_a_tied_head_is_not_missing(tmp_path):
+    folder = make_base(tmp_path / "base", tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    loaded(folder)
+
+
+@pytest.mark.parametrize("change", [{"num_attention_heads": "many"}, {"model_type": "t5"}, {"hidden_size": -1}])
+def test_a_configuration_that_makes_no_model_is_told(change, tmp_path):
+    folder = make_base(tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(BaseError, match=f"base.repo: {folder} cannot be loaded: "):
+        loaded(folder)
+
+
+@pytest.mark.parametrize("content", [POINTER, b"", b"{}"])
+def test_a_tokenizer_that_cannot_be_read_is_told(content, tmp_path, recipe_file):
+    folder = make_base(tmp_path / "base")
+    (folder / "tokenizer.json").write_bytes(content)
+    told = (
+        f"{folder}/tokenizer.json: a pointer of git-lfs" if content == POINTER else f"tokenizer in {folder} cannot be"
+    )
+    with pytest.raises(BaseError, match=told):
+        loop.train(load_recipe(recipe_file, [f"base.repo={folder}"]), tmp_path / "run")
 
 
 @pytest.mark.quick
@@ -131,8 +239,109 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
         locate(Base(repo="here"), tmp_path)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(BaseError, match=r"no \.safetensors weights; convert it, pickled weights are not loaded"):
+    with pytest.raises(BaseError, match=r"only pytorch_model\.bin, and pickled weights are not loaded; .*convert"):
         locate(Base(repo="here"), tmp_path)
+
+
+def in_shards(folder):
+    """Write the weights of a base again, in several files with an index; return the names of the files."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="20kB")
+    return sorted(set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values()))
+
+
+def test_the_fingerprint_covers_what_is_loaded_and_nothing_else(tmp_path):
+    folder = make_base(tmp_path / "base")
+    shards = in_shards(folder)
+    fingerprint = locate(Base(repo="x"), folder).fingerprint
+    assert len(shards) > 2 and {*shards, "model.safetensors.index.json", "config.json"} <= set(fingerprint.files)
+    others = ["LICENSE.txt", "README.md", "generation_config.json", "consolidated.safetensors", "pytorch_model.bin"]
+    for name in [*others, "convert.py"]:
+        (folder / name).write_text("{}")
+    (folder / "original").mkdir()
+    (folder / "original" / "params.json").write_text("{}")
+    assert locate(Base(repo="x"), folder).fingerprint == fingerprint
+    (folder / "added_tokens.json").write_text("{}")
+    assert locate(Base(repo="x"), folder).fingerprint != fingerprint
+    config = json.loads((folder / "config.json").read_text()) | {"auto_map": {"AutoModelForCausalLM": "convert.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "convert.py" in locate(Base(repo="x", trust_remote_code=True), folder).files
+    assert "convert.py" not in locate(Base(repo="x"), folder).files
+
+
+def test_pickled_weights_beside_others_are_not_read(tmp_path):
+    folder = make_base(tmp_path / "base")
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(BaseError, match=r"has other\.safetensors, but transformers loads only model\.safetensors"):
+        locate(Base(repo="x"), folder)
+
+
+PICKLED = "pytorch_model-00001-of-00002.bin"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (PICKLED, "index.json: it names .*bin, and pickled weights are not loaded; .*convert"),
+        ("../model.safetensors", "index.json: it names ../model.safetensors, which is not a file of this folder"),
+        ("model-00009-of-00009.safetensors", "00009.safetensors: missing, but .*index.json names it; download"),
+    ],
+)
+def test_an_index_names_only_safetensors_of_its_folder(name, message, tmp_path):
+    folder = make_base(tmp_path / "base")
+    in_shards(folder)
+    (folder / PICKLED).write_bytes(b"pickle")
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["lm_head.weight"] = name
+    path.write_text(json.dumps(index))
+    with pytest.raises(BaseError, match=message):
+        locate(Base(repo="x"), folder)
+
+
+BROKEN = {
+    "pointer": (lambda data: POINTER, "a pointer of git-lfs.*pull"),
+    "empty": (lambda data: b"", "empty; download or copy model.safetensors again"),
+    "cut": (lambda data: data[:-100], "not a whole safetensors file .*; download or copy model.safetensors again"),
+    "longer": (lambda data: data + bytes(8), "not a whole safetensors file"),
+    "cut in its header": (lambda data: data[:100], "not a whole safetensors file"),
+    "a few bytes": (lambda data: data[:5], "not a whole safetensors file"),
+    "a web page": (lambda data: b"<!DOCTYPE html><html>" * 100, "not a whole safetensors file"),
+    "zeros": (lambda data: bytes(len(data)), "not a whole safetensors file"),
+    "another shape": (lambda data: data.replace(b"[106,32]", b"[106,31]"), "not a whole safetensors file"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_weights_that_are_not_whole_are_named_by_check_and_train(kind, tmp_path, recipe_file):
+    folder = make_base(tmp_path / "base")
+    damage, message = BROKEN[kind]
+    path = folder / "model.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    recipe = load_recipe(recipe_file, [f"base.repo={folder}"])
+    with pytest.raises(BaseError, match=f"{path}: {message}"):
+        loop.train(recipe, tmp_path / "run")
+    assert any(re.search(f"{path}: {message}", problem) for problem in check(recipe).problems)
+
+
+def test_a_shard_of_a_distributed_checkpoint_is_named(tmp_path):
+    folder = make_base(tmp_path / "base")
+    shutil.copy(folder / "model.safetensors", folder / "shard-00001-model-00001-of-00001.safetensors")
+    with pytest.raises(BaseError, match=r"shard-00001.*: a shard of a distributed checkpoint.*; gather the shards"):
+        locate(Base(repo="x"), folder)
+
+
+def test_an_adapter_beside_the_base_is_named(tmp_path, trained_run, recipe_file):
+    folder = make_base(tmp_path / "base")
+    for path in Run(trained_run).latest.glob("adapter_*"):
+        shutil.copy(path, folder)
+    recipe = load_recipe(recipe_file, [f"base.repo={folder}"])
+    told = r"also has an adapter \(adapter_config.json, adapter_model.safetensors\).*; move these files"
+    with pytest.raises(BaseError, match=told):
+        loop.train(recipe, tmp_path / "run")
+    assert any(re.search(told, problem) for problem in check(recipe).problems)
 
 
 def test_a_name_that_is_nowhere_says_what_to_check():

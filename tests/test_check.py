@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TEMPLATE
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from lora_kit.check import check, estimate, preview
 from lora_kit.cli import app
-from lora_kit.errors import BaseError
+from lora_kit.errors import BaseError, DataError, RecipeError
 from lora_kit.model.sizes import FAMILIES, estimate_memory, read_config
 from lora_kit.recipe.load import load_recipe
 from lora_kit.training import loop
@@ -231,9 +233,56 @@ def test_a_missing_template_is_a_problem(recipe_file):
     assert report.problems == ["data.template: gone.jinja is not a file; expected a Jinja file"]
 
 
-def test_targets_that_the_base_does_not_have_are_reported(recipe_file):
-    (problem,) = check(load_recipe(recipe_file, ["adapter.targets=[query]"])).problems
-    assert problem.startswith("adapter.targets: query not among the linear layers q_proj, k_proj")
-    report = check(load_recipe(recipe_file, ["adapter.targets=[q_proj, query]"]))
-    assert not report.problems
-    assert any(note.startswith("adapter.targets: query not among") for note in report.notes)
+def test_targets_that_the_base_does_not_have_are_reported(recipe_file, tmp_path):
+    for targets in ("[query]", "[q_proj, query]", "[q_proj, 'layers.7.*']"):
+        recipe = load_recipe(recipe_file, [f"adapter.targets={targets}"])
+        (problem,) = check(recipe).problems
+        assert (
+            problem.startswith("adapter.targets: ['")
+            and "match no layer of the base; choose from ['q_proj'," in problem
+        )
+        with pytest.raises(RecipeError, match="match no layer of the base"):
+            loop.train(recipe, tmp_path / "run")
+
+
+def small_gpt2(folder, base_folder):
+    """Save a tiny GPT-2 with 64 positions."""
+    shutil.copytree(base_folder, folder)
+    config = AutoConfig.for_model("gpt2", vocab_size=106, n_embd=32, n_layer=2, n_head=2, n_positions=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def test_the_positions_of_gpt2_are_read(recipe_file, tmp_path, base_folder):
+    recipe = load_recipe(recipe_file, [f"base.repo={small_gpt2(tmp_path / 'base', base_folder)}"])
+    told = "tokens, the base was made for 64; set data.sequence_length=64 and data.overlong"
+    assert any(told in problem for problem in check(recipe).problems)
+    with pytest.raises(DataError, match=told):
+        loop.train(recipe, tmp_path / "run")
+
+
+@pytest.mark.parametrize("family", ["t5", "vit"])
+def test_what_is_no_causal_language_model_is_a_problem(recipe_file, tmp_path, base_folder, family):
+    folder = copy_base(base_folder, tmp_path, {"model_type": family})
+    report = check(load_recipe(recipe_file, [f"base.repo={folder}"]))
+    assert any(f"(model type {family}) is not a causal language model" in problem for problem in report.problems)
+
+
+def test_an_untrained_stop_token_is_told_once_with_the_way_out_that_works(recipe_file, tmp_path, base_folder, capsys):
+    folder = copy_base(base_folder, tmp_path, {})
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][1] = 0  # </s>
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    changes = [f"base.repo={folder}", "train.steps=1"]
+    told = "base.stop_token: '</s>' looks untrained in the base"
+    recipe = load_recipe(recipe_file, changes)
+    (note,) = [note for note in check(recipe).notes if "untrained" in note]
+    assert note.startswith(told) and "copy the chat template to a file" in note and "data.template" in note
+    loop.train(recipe, tmp_path / "run")
+    assert " ".join(capsys.readouterr().out.split()).count(told) == 1
+    changes.append("base.stop_token=<unk>")  # half of the advice: the refusal must not lead back
+    problem = check(load_recipe(recipe_file, changes)).problems[0]
+    assert "write '<unk>' in its place" in problem and "set base.stop_token" not in problem
+    (tmp_path / "template.jinja").write_text(TEMPLATE.replace("</s>", "<unk>"))
+    report = check(load_recipe(recipe_file, [*changes, f"data.template={tmp_path / 'template.jinja'}"]))
+    assert not report.problems and not any("untrained" in note for note in report.notes)

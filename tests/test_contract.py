@@ -1,6 +1,7 @@
 """A resume says what differs from the run it goes on with, and changes nothing of it in silence."""
 
 import json
+import re
 
 import pytest
 from conftest import make_base, make_records, write_jsonl
@@ -9,6 +10,7 @@ from runs import state_hash
 from lora_kit.errors import ContractError, InputError, LeaseError
 from lora_kit.recipe.load import load_recipe
 from lora_kit.runs.lease import take
+from lora_kit.runs.run import Run
 from lora_kit.training import loop
 
 
@@ -82,6 +84,40 @@ def test_zero_remaining_steps_are_said_with_how_to_go_on(recipe_file, finished, 
     printed = capsys.readouterr().out
     assert "has finished its 4 steps" in printed and "--set train.steps=8 --accept train.steps" in printed
     assert state_hash(finished, 4) == before
+
+
+@pytest.mark.parametrize("length", ["train.steps=4", "train.epochs=0.9"])
+def test_the_advice_how_to_go_on_works_as_it_is_typed(length, recipe_file, tmp_path, capsys):
+    key, _, _ = length.partition("=")
+    text = recipe_file.read_text().replace("steps: 8,", f"{length.removeprefix('train.').replace('=', ': ')},")
+    recipe_file.write_text(text)
+    for _ in range(2):
+        loop.train(load_recipe(recipe_file), tmp_path / "run")
+    (change, accepted) = re.search(r"To go on: --set (\S+) --accept (\S+)", capsys.readouterr().out).groups()
+    before = len(Run(tmp_path / "run").metrics)
+    loop.train(load_recipe(recipe_file, [change]), tmp_path / "run", accept=[accepted])
+    assert accepted == key and len(Run(tmp_path / "run").metrics) > before
+
+
+@pytest.mark.parametrize("length", ["train.steps=3", "train.epochs=0.5"])
+def test_fewer_steps_than_are_finished_are_refused_with_the_way_back(length, recipe_file, finished):
+    steps = 3 if "steps" in length else -(-23 // 2 // 5)
+    changes = [length] if "steps" in length else ["train.steps=null", length]
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file() and path.name != "lease.json"}
+    back = finished / "checkpoints" / "step-00000003"
+    accept = ["train.steps", "train.epochs"]
+    told = f"4 steps are finished, and the recipe has only {steps}; --from {back} goes back"
+    with pytest.raises(ContractError, match=told):
+        resume(recipe_file, finished, *changes, accept=accept)
+    after = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file() and path.name != "lease.json"}
+    assert before == after
+    loop.train(load_recipe(recipe_file, changes), finished, accept=accept, start_from=back)
+    assert Run(finished).result["step"] == steps == Run(finished).metrics[-1]["step"]
+
+
+def test_fewer_steps_than_every_checkpoint_has_need_another_folder(recipe_file, finished):
+    with pytest.raises(ContractError, match=r"no checkpoint up to step 2 is kept.*another --out"):
+        resume(recipe_file, finished, "train.steps=2", accept=["train.steps"])
 
 
 def test_a_folder_of_something_else_is_refused(recipe_file, tmp_path):

@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from conftest import make_base
+from conftest import TEMPLATE, make_base, write_jsonl
 from typer.testing import CliRunner
 
 import lora_kit as lk
 from lora_kit.artifacts.answering import Answering, answer
+from lora_kit.artifacts.chat import chat
 from lora_kit.cli import app
 from lora_kit.errors import BaseError, CheckpointError
 from lora_kit.kernels.attention import own_attention
@@ -58,6 +59,23 @@ def test_generate_asks_through_the_chat_template(run):
     prompt = tokenizer("<user>hello<assistant>")["input_ids"]
     expected = answer(model, tokenizer, [prompt], Answering(stop_ids=(1,), max_new_tokens=8))
     assert lk.generate(model, tokenizer, ["hello"], max_new_tokens=8) == expected
+
+
+@pytest.mark.parametrize("record", [{"prompt": "ab", "completion": "cd"}, {"text": "ab cd"}])
+def test_a_prompt_needs_no_end_of_an_answer(record, recipe_file, tmp_path):
+    """As Qwen 2.5's bases have it: their chat template ends a turn with another token than the end of sequence."""
+    folder = make_base(tmp_path / "base")
+    (folder / "chat_template.jinja").write_text(TEMPLATE.replace("</s>", "<unk>"))
+    data = write_jsonl(tmp_path / "raw.jsonl", [record] * 8)
+    recipe = lk.load_recipe(recipe_file, [f"base.repo={folder}", f"data.train={data}", "train.steps=1"])
+    run = lk.train(recipe, tmp_path / "run")
+    merging = ["merge", str(run.folder), "--out", str(tmp_path / "merged")]
+    for arguments in (["generate", str(run.folder), "ab"], merging):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, (result.output, result.exception)
+    model, tokenizer = lk.load(run.latest)
+    said = chat(model, tokenizer, ["ab", "cd"], lambda text: None, max_new_tokens=3)
+    assert [message["role"] for message in said] == ["user", "assistant"] * 2
 
 
 def test_the_command_answers_with_and_without_the_adapter(run):

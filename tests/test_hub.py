@@ -12,12 +12,15 @@ from conftest import RECIPE, TEMPLATE, make_base
 from hub_standin import TOKEN, environment, serve
 from huggingface_hub import constants
 from runs import WAIT_SECONDS
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import lora_kit as lk
 from lora_kit.artifacts import hub as door
 from lora_kit.cli import app
-from lora_kit.errors import BaseError, CheckpointError, HubError, InputError, RecipeError
+from lora_kit.errors import BaseError, CheckpointError, ContractError, HubError, InputError, RecipeError
+from lora_kit.model.source import locate
+from lora_kit.recipe.schema import Base
 from lora_kit.runs.journal import Journal
 from lora_kit.runs.status import status
 
@@ -324,6 +327,41 @@ def test_a_stop_signal_ends_the_waiting(hub, trained, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+def test_only_the_files_of_a_base_that_are_loaded_are_downloaded(hub, tmp_path):
+    folder = make_base(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="20kB")
+    (folder / "original").mkdir()
+    unused = ["consolidated.safetensors", "original/model.safetensors", "original/params.json", "pytorch_model.bin"]
+    unused += ["README.md", "LICENSE.txt", "adapter_config.json"]
+    for name in unused:
+        (folder / name).write_text("{}")
+    hub.add("them/base", folder)
+    source = locate(Base(repo="them/base"), None)
+    asked = {request.rpartition("/resolve/")[2].partition("/")[2] for request in hub.requests if "/resolve/" in request}
+    assert asked >= set(source.files) and not asked.intersection(unused)
+    assert sum(name.startswith("model-") for name in source.files) > 2
+
+
+def test_a_base_that_moved_on_the_hub_is_refused_only_if_model_or_tokenizer_changed(
+    hub, recipe_file, tmp_path, base_folder, capsys
+):
+    commit = hub.add("them/base", base_folder)
+    recipe = lk.load_recipe(recipe_file, ["base.repo=them/base", "train.steps=1"])
+    lk.train(recipe, tmp_path / "run")
+    files = commit.files | {"generation_config.json": b'{"temperature": 0.5}', "LICENSE.txt": b"free"}
+    moved = hub.repos["them/base"].commit("main", files, "other settings of generation")
+    lk.train(recipe, tmp_path / "run")
+    assert f"fingerprints.base.commit: {commit.id} -> {moved.id}" in capsys.readouterr().out
+    config = json.loads(files["config.json"]) | {"rope_theta": 5.0}
+    hub.repos["them/base"].commit("main", files | {"config.json": json.dumps(config).encode()}, "another model")
+    hint = f"--set base.revision={commit.id}"
+    with pytest.raises(ContractError, match=hint):
+        lk.train(recipe, tmp_path / "run")
+    lk.train(lk.load_recipe(recipe_file, ["base.repo=them/base", "train.steps=1", hint[6:]]), tmp_path / "run")
+
+
 def test_a_base_from_the_hub_is_pinned_and_found_again(hub, recipe_file, tmp_path, base_folder):
     """As a user has it: trained and pushed in one process, answered in another one with an empty cache."""
     commit = hub.add("them/base", base_folder)

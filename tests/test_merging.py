@@ -2,14 +2,17 @@
 
 import errno
 import json
+import os
 
 import pytest
 import torch
-from conftest import TEMPLATE
+from conftest import TEMPLATE, make_base
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from typer.testing import CliRunner
 
 import lora_kit as lk
+from lora_kit.cli import app
 from lora_kit.errors import CheckpointError, InputError
 
 
@@ -51,6 +54,67 @@ def test_it_stops_where_the_adapter_learned_to_stop(recipe_file, tmp_path):
     lk.merge(run.latest, tmp_path / "merged")
     ends = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").generation_config.eos_token_id
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").convert_tokens_to_ids("<unk>") in ends
+
+
+@pytest.mark.parametrize(
+    ("settings", "ends"),
+    [
+        ({"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [0, 5, 7]}, {1, 0, 5, 7}),
+        ({"num_beams": 1, "length_penalty": 2.0, "output_scores": True, "eos_token_id": 5}, {1, 5}),
+        ({"do_sample": True, "temperature": 0.6}, {1}),
+    ],
+)
+def test_settings_of_generation_stay_valid_and_keep_the_end_tokens_of_the_base(settings, ends, recipe_file, tmp_path):
+    folder = make_base(tmp_path / "base")
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    run = lk.train(lk.load_recipe(recipe_file, [f"base.repo={folder}", "train.steps=1"]), tmp_path / "run")
+    lk.merge(run.latest, tmp_path / "merged")
+    written = GenerationConfig.from_pretrained(tmp_path / "merged")
+    written.validate(strict=True)
+    assert set(written.eos_token_id) == ends and written.eos_token_id[0] == 1
+    assert written.temperature == (0.6 if settings.get("do_sample") else None)
+
+
+def test_files_have_the_permissions_of_new_files(trained_run, tmp_path):
+    before = os.umask(0o027)
+    try:
+        lk.merge(trained_run, tmp_path / "merged")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "merged").iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_an_adapted_head_gets_weights_of_its_own(family, recipe_file, tmp_path):
+    folder = make_base(tmp_path / "base", tie_word_embeddings=True)
+    if family != "llama":
+        save_family(folder, family)
+    changes = [f"base.repo={folder}", "train.steps=3", "adapter.targets=[lm_head, q_proj]", "optim.learning_rate=0.1"]
+    run = lk.train(lk.load_recipe(recipe_file, changes), tmp_path / "run")
+    merged = lk.merge(run.latest, tmp_path / "merged")
+    assert merged.top1_agreement == 1 and merged.largest_difference < 1e-3 * merged.largest_logit
+    weights = load_file(tmp_path / "merged" / "model.safetensors")
+    assert not torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
+
+
+def save_family(folder, family):
+    """Replace the tiny base in a folder by one of another family, with a tied head."""
+    content = json.loads((folder / "config.json").read_text())
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    shape = {key: content[key] for key in (*keys, "num_key_value_heads", "max_position_embeddings")}
+    config = AutoConfig.for_model(family, **shape, head_dim=8, eos_token_id=1, pad_token_id=0, bos_token_id=None)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+def test_a_merged_model_that_predicts_something_else_exits_with_1(trained_run, tmp_path, monkeypatch):
+    from lora_kit.artifacts import merging
+
+    found = merging._logits
+    calls = iter([1, -1])
+    monkeypatch.setattr(merging, "_logits", lambda *arguments: next(calls) * found(*arguments))
+    result = CliRunner().invoke(app, ["merge", str(trained_run), "--out", str(tmp_path / "merged")])
+    assert result.exit_code == 1 and "predicts other tokens than base and adapter; do not use it" in result.stderr
 
 
 def test_a_folder_that_holds_something_is_left_alone(trained_run, tmp_path):

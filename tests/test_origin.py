@@ -4,13 +4,14 @@ import json
 import shutil
 
 import pytest
-from runs import state_hash, train
+from runs import state_hash, train, with_faults
 from safetensors.numpy import load_file
 
-from lora_kit.errors import ContractError
+from lora_kit.errors import ContractError, InputError
 from lora_kit.model.state import FlatState
 from lora_kit.recipe.load import load_recipe
 from lora_kit.runs import store
+from lora_kit.runs.journal import Journal
 from lora_kit.training import loop
 
 
@@ -27,6 +28,58 @@ def test_going_back_repeats_the_same_bytes_and_keeps_what_was_newer(recipe_file,
     assert store.open_checkpoint(run / "checkpoints" / store.QUARANTINE / "step-00000008.1").step == 8
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 9)) and json.loads((run / "result.json").read_text())["step"] == 8
+
+
+def everything_in(run):
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lease.json"}
+
+
+REFUSED = ["adapter.rank=8", "data.train=gone.jsonl", "optim.learning_rate=0.5", "train.steps=2"]
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_going_back_that_is_refused_moves_nothing(change, recipe_file, tmp_path):
+    run = loop.train(load_recipe(recipe_file), tmp_path / "run").folder
+    before = everything_in(run)
+    with pytest.raises(InputError):
+        loop.train(load_recipe(recipe_file, [change]), run, start_from=checkpoint(run, 6))
+    assert everything_in(run) == before and before[run / "result.json"]
+
+
+def test_a_refused_command_that_goes_back_moves_nothing_either(recipe_file, tmp_path):
+    run = tmp_path / "run"
+    train(recipe_file, run)
+    before = everything_in(run)
+    train(recipe_file, run, "--set", "adapter.rank=8", "--from", str(checkpoint(run, 6)), expect=2)
+    assert everything_in(run) == before
+
+
+def test_a_restart_after_going_back_does_not_go_back_again(recipe_file, tmp_path):
+    run, done = tmp_path / "run", tmp_path / "done"
+    done.mkdir()
+    train(recipe_file, run)
+    first = state_hash(run, 8)
+    plan = [{"step": 6, "phase": "forward", "kind": "kill"}]
+    faults = {"FAULTS": json.dumps(plan), "FAULTS_DONE": str(done), "PYTHONPATH": with_faults()}
+    train(recipe_file, run, "--from", str(checkpoint(run, 3)), environment=faults)
+    assert list(done.iterdir()) and state_hash(run, 8) == first
+    events = Journal(run).read_events()
+    assert [event["step"] for event in events if event["kind"] == "went back"] == [3]
+    assert [event["step"] for event in events if event["kind"] == "resumed"] == [3, 5]
+
+
+def test_a_checkpoint_that_was_set_aside_can_be_returned_to(recipe_file, tmp_path):
+    run = tmp_path / "run"
+    loop.train(load_recipe(recipe_file), run)
+    first = state_hash(run, 8)
+    changes = ["optim.learning_rate=0.5"]
+    loop.train(load_recipe(recipe_file, changes), run, accept=["optim.learning_rate"], start_from=checkpoint(run, 6))
+    assert state_hash(run, 8) != first
+    aside = run / "checkpoints" / store.QUARANTINE
+    shutil.move(checkpoint(run, 8), aside)
+    shutil.move(aside / "step-00000008.1", checkpoint(run, 8))
+    loop.train(load_recipe(recipe_file), run, start_from=checkpoint(run, 8))
+    assert state_hash(run, 8) == first and json.loads((run / "result.json").read_text())["step"] == 8
 
 
 def test_a_new_run_begins_with_an_earlier_adapter_and_fresh_moments(

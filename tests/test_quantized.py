@@ -1,5 +1,8 @@
 """A quantised base is trained as its dequantised weights would be, exactly resumable, and never changed by it."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from plain_loop import plain_loop, relative
@@ -7,13 +10,14 @@ from runs import state_hash, train
 from transformers import AutoModelForCausalLM
 
 import lora_kit as lk
-from lora_kit.check import estimate
+from lora_kit.check import check, estimate
 from lora_kit.errors import BaseError
 from lora_kit.model import base as bases
 from lora_kit.model.base import load_base, refuse_without_bfloat16
 from lora_kit.model.probe import leaks_when_packed
 from lora_kit.model.source import locate
 from lora_kit.recipe.load import load_recipe
+from lora_kit.recipe.schema import Base
 from lora_kit.training import loop
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -111,6 +115,61 @@ def test_the_estimate_counts_the_bytes_that_are_held(recipe_file, base_folder):
         model = load_base(locate(recipe.base, base_folder), recipe.base, torch.device("cpu"))
         weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         assert weights <= estimate(recipe).base_bytes <= 1.1 * weights
+
+
+@pytest.fixture
+def published(base_folder, tmp_path):
+    """A function that publishes the base quantised and returns the folder."""
+
+    def publish(how):
+        section = Base(repo="x", quantization=how, dtype="float32")
+        folder = tmp_path / how
+        shutil.copytree(base_folder, folder)
+        load_base(locate(section, base_folder), section, torch.device("cpu")).save_pretrained(folder)
+        return folder
+
+    return publish
+
+
+@pytest.mark.parametrize("how", ["nf4", "int8"])
+@pytest.mark.parametrize("asked", ["none", "nf4", "int8"])
+def test_a_base_published_quantised_is_trained_only_as_it_is(how, asked, published, recipe_file, tmp_path):
+    recipe = load_recipe(recipe_file, [f"base.repo={published(how)}", f"base.quantization={asked}", "train.steps=1"])
+    if asked == how:
+        assert not check(recipe).problems
+        loop.train(recipe, tmp_path / "run")
+        return
+    told = f"published in {how}, and the recipe has base.quantization: {asked}; write `quantization: {how}`"
+    with pytest.raises(BaseError, match=told):
+        loop.train(recipe, tmp_path / "run")
+    assert any(told in problem for problem in check(recipe).problems)
+
+
+def test_a_quantisation_that_is_not_trained_is_named(base_folder, recipe_file, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(base_folder, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BaseError, match="published in gptq, which lora_kit does not train"):
+        loop.train(load_recipe(recipe_file, [f"base.repo={folder}"]), tmp_path / "run")
+
+
+@pytest.mark.parametrize("how", ["nf4", "int8"])
+def test_a_base_published_quantised_is_computed_and_merged_like_one_quantised_at_loading(
+    how, published, recipe_file, tmp_path, jobs, captured
+):
+    changes = [f"base.quantization={how}", "train.steps=2", "data.validation=0.2", "evaluate.every_steps=1"]
+    for name in ("at loading", "published"):
+        change = [f"base.repo={published(how)}"] if name == "published" else []
+        loop.train(load_recipe(recipe_file, [*changes, *change]), tmp_path / name)
+    for (_, first), (_, second) in zip(captured[:2], captured[2:], strict=True):
+        assert relative(first, second) < 1e-6
+    for module in linears(jobs[1].model.get_base_model()).values():
+        assert how == "int8" or not module.support_avx512bf16_for_cpu
+        assert how == "nf4" or module.state.threshold == 0
+    assert lk.merge(tmp_path / "published", tmp_path / "merged").top1_agreement == 1
+    assert not linears(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
 
 
 def test_a_missing_package_is_reported_before_anything_is_loaded(recipe_file, tmp_path, monkeypatch):

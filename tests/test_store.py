@@ -28,7 +28,7 @@ from lora_kit.errors import CheckpointError, InputError
 from lora_kit.files import write_atomically
 from lora_kit.runs import store
 from lora_kit.runs.manifest import FORMAT, manifest_bytes
-from lora_kit.runs.resume import take_over
+from lora_kit.runs.resume import go_back, open_run, take_over
 from lora_kit.runs.status import checkpoints
 from lora_kit.runs.store import find, folders, open_checkpoint, prune, set_aside, sweep
 
@@ -111,8 +111,9 @@ def test_a_newer_token_is_newer_than_a_later_step(tmp_path):
 def test_going_back_to_a_checkpoint_of_an_earlier_start_sets_aside_what_is_newer(tmp_path):
     commit(tmp_path, FILES, 10, token=5)
     target = commit(tmp_path, FILES, 12, token=3)
-    lease, notices = take_over(tmp_path, target)
-    lease.release()
+    run = open_run(tmp_path, target.path)
+    notices = go_back(run)
+    run.lease.release()
     assert len(notices) == 1 and "going back to step 12; step-00000010 is kept in" in notices[0]
     assert find(tmp_path).latest.step == 12
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 
 from lora_kit.data.messages import Conversation
 from lora_kit.data.rendering import Renderer
-from lora_kit.data.template import prompt
+from lora_kit.data.template import prompt_tokens
 from lora_kit.kernels.attention import own_attention
 
 
@@ -165,4 +165,4 @@ def prompt_ids(messages: Sequence[dict[str, str]], renderer: Renderer) -> list[i
     """Return the token ids of the prompt for an answer to the last message; without a template, only that message."""
     if renderer.tokenizer.chat_template is None:
         return renderer.tokenizer(messages[-1]["content"])["input_ids"]
-    return prompt(Conversation((*messages, {"role": "assistant", "content": ""})), renderer).ids
+    return prompt_tokens(Conversation(tuple(messages)), renderer)

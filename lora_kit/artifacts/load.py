@@ -46,14 +46,13 @@ def load(
     name = json.loads((path / store.ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
     recorded = facts.fingerprints.base
     source = locate(*pinned_base(recipe, recorded.commit, name, base=Path(base) if base else None))
-    if source.fingerprint != recorded:
+    if not source.fingerprint.same_files(recorded):
         raise BaseError(
             f"{path}: the base {source.name} in {source.folder} differs from the base of the training; give the folder "
             "of the original base: lk.load(..., base=FOLDER)"
         )
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    changes = ({"dtype": dtype} if dtype else {}) | ({} if quantized else {"quantization": "none"})
-    section = recipe.base.model_copy(update=changes)
-    model = PeftModel.from_pretrained(load_base(source, section, target), str(path))
+    section = recipe.base.model_copy(update={"dtype": dtype} if dtype else {})
+    model = PeftModel.from_pretrained(load_base(source, section, target, quantized=quantized), str(path))
     tokenizer = load_renderer(source, recipe, template=facts.template).tokenizer
     return model.eval(), set_up_tokenizer(tokenizer, recipe, facts.template)

@@ -1,21 +1,23 @@
 """Merge an adapter into its base: a model for tools that do not support adapters.
 
 Merging rounds the sum of weight and update to the dtype of the weights. Quantised weights would lose the update, so the
-base is loaded without quantisation. The written model is read back, and its logits are compared with those of base and
-adapter.
+base is loaded without quantisation, or dequantised. The written model is read back, and its logits are compared with
+those of base and adapter.
 """
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float32
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from lora_kit.artifacts.answering import prompt_ids, stop_ids
 from lora_kit.artifacts.load import load
@@ -23,6 +25,7 @@ from lora_kit.data.rendering import Renderer
 from lora_kit.errors import CheckpointError, InputError
 
 REPORT = "merge.json"
+MIN_AGREEMENT = 0.9  # of the most likely tokens; rounding to bfloat16 leaves more
 PROMPTS = (
     "What is the capital of France, and how many people live there?",
     "Write a short letter to a friend who moved to another city.",
@@ -54,6 +57,11 @@ class Merged:
     largest_logit: float
     top1_agreement: float
     positions: int
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the merged model predicts what base and adapter predict, apart from rounding."""
+        return self.top1_agreement >= MIN_AGREEMENT
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -90,9 +98,10 @@ def merge(
     renderer = Renderer(tokenizer)
     ids = [prompt_ids([{"role": "user", "content": text}], renderer) for text in prompts]
     expected = _logits(model, ids)
+    _untie_adapted_head(cast(PreTrainedModel, model.get_base_model()))
     merged = model.merge_and_unload(safe_merge=True)
     merged.config.use_cache = True
-    merged.generation_config.eos_token_id = list(stop_ids(renderer))  # the recipe may set another stop token
+    merged.generation_config = _valid(merged.generation_config, stop_ids(renderer))
     device, weights = next(merged.parameters()).device, merged.dtype
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -110,6 +119,7 @@ def merge(
             positions=len(expected),
         )
         (partial / REPORT).write_text(json.dumps(report.to_dict() | {"folder": out.name}, indent=2) + "\n")
+        _apply_umask(partial)
         if out.exists():  # perhaps the working folder, which must stay the same folder
             for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
                 file.rename(out / file.name)
@@ -122,6 +132,43 @@ def merge(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return report
+
+
+def _untie_adapted_head(base: PreTrainedModel) -> None:
+    """Give a head that has an adapter weights of its own, if it shares those of the embedding, which has none."""
+    head, embedding = cast(Any, base.get_output_embeddings()), cast(Any, base.get_input_embeddings())
+    inner = getattr(head, "base_layer", None)  # only a layer with an adapter has it
+    if inner is None or inner.weight is not embedding.weight:
+        return
+    inner.weight = torch.nn.Parameter(inner.weight.detach().clone(), requires_grad=False)
+    base.config.tie_word_embeddings = base.config.get_text_config().tie_word_embeddings = False
+    base.all_tied_weights_keys = {}
+
+
+def _valid(settings: GenerationConfig, stop: Sequence[int]) -> GenerationConfig:
+    """Return settings of generation that also end at the stop tokens, without those that transformers refuses to save.
+
+    Args:
+        settings: The base's settings. Contradictory ones, e.g. a temperature with `do_sample: false`, have no effect.
+        stop: The ids that end an answer of the adapter; the recipe may have set another stop token than the base has.
+    """
+    ends = settings.eos_token_id
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    settings.eos_token_id = list(dict.fromkeys([*stop, *ends]))
+    try:
+        settings.validate(strict=True)
+    except ValueError as error:
+        for name in re.findall(r"^- `(\w+)`:", str(error), re.MULTILINE):
+            setattr(settings, name, None)
+    return settings
+
+
+def _apply_umask(folder: Path) -> None:
+    """Give the files in a folder the permissions of new files; safetensors makes files that only their owner reads."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~umask)
 
 
 @torch.no_grad()

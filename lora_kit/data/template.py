@@ -75,8 +75,7 @@ def prompt(example: Example, renderer: Renderer) -> Prompt:
     """
     if isinstance(example, Conversation):
         last = example.answers[-1] if example.answers else len(example.messages)
-        start = apply(replace(example, messages=example.messages[:last]), renderer, prompting=True)
-        ids = _encode([start], renderer)[0].ids
+        ids = prompt_tokens(replace(example, messages=example.messages[:last]), renderer)
         if not example.answers:
             return Prompt(ids, "")
     else:
@@ -92,6 +91,15 @@ def prompt(example: Example, renderer: Renderer) -> Prompt:
         first, end = _first_token(encoding, rendered.boundary, rendered.text, renderer), len(encoding.ids)
         end -= encoding.ids[-1:] == [renderer.stop_id]
     return Prompt(ids, str(renderer.tokenizer.decode(encoding.ids[first:end], skip_special_tokens=True)))
+
+
+def prompt_tokens(conversation: Conversation, renderer: Renderer) -> list[int]:
+    """Return the token ids that the model answers after these messages. The template's end of an answer plays no part.
+
+    Raises:
+        DataError: The template cannot render the messages.
+    """
+    return _encode([apply(conversation, renderer, prompting=True)], renderer)[0].ids
 
 
 def _encode(texts: list[str], renderer: Renderer) -> "list[Encoding]":
@@ -151,11 +159,14 @@ def _span(answer: Answer, text: str, encoding: "Encoding", renderer: Renderer) -
         name = renderer.added.get(ids[token], renderer.stop)
         if end - begin >= len(name):
             endings.append(name)
-    remedy = (
-        f"set base.stop_token: {endings[-1]!r}"
-        if endings
-        else "set data.template to a template that ends answers with it"
-    )
+    remedy = "set data.template to a template that ends answers with it"
+    if endings and renderer.stop_token is None:
+        remedy = f"set base.stop_token: {endings[-1]!r}"
+    elif endings:  # the recipe wants this stop token, perhaps because the base does not know the template's
+        remedy = (
+            f"copy the chat template to a file, write {renderer.stop!r} in its place there, and set data.template to "
+            f"the file; or leave base.stop_token to {endings[-1]!r}, if the base knows that token"
+        )
     raise DataError(
         f"the chat template ends {answer.label} with {text[answer.end : answer.limit]!r}, without the stop "
         f"token {renderer.stop!r}, so the model would not learn to stop; {remedy}"

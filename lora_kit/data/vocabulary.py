@@ -4,10 +4,12 @@ LoRA on the linear layers cannot teach the model to generate a token whose froze
 the loss falls, but the token is never generated. This is worth a check before the first step.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lora_kit.data.rendering import Renderer
 from lora_kit.data.tokens import Tokens
 from lora_kit.errors import BaseError
 
@@ -90,6 +92,34 @@ def untrained_labels(tokens: Tokens, embedding: "np.ndarray | Tensor") -> list[i
         distances = squares[batch, None] + squares - 2 * rows[batch] @ rows.T
         untrained[start : start + BATCH] |= (distances < near**2).sum(axis=1) >= 3  # the row itself and two others
     return [int(label) for label in labels[untrained]]
+
+
+def untrained_notes(labels: Sequence[int], renderer: Renderer) -> list[str]:
+    """Return what the user should know about labels that the base has not learned, and what to do about it.
+
+    Args:
+        labels: From `untrained_labels`.
+        renderer: The tokenizer, with the stop token and the template of the recipe.
+    """
+    tokenizer, stop, notes = renderer.tokenizer, renderer.stop, []
+    others = [label for label in labels if label != renderer.stop_id]
+    if renderer.stop_id in labels:
+        known = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+        eos = tokenizer.eos_token
+        example = eos if eos and eos != stop and known.get(str(eos)) not in labels else "TOKEN"
+        notes.append(
+            f"base.stop_token: {stop!r} looks untrained in the base, and LoRA on linear layers cannot teach it, so "
+            f"answers may never stop; choose a token that the base knows: set base.stop_token: {example!r}, copy the "
+            f"chat template to a file, write {example!r} where it ends an answer with {stop!r}, and set data.template "
+            "to the file"
+        )
+    if others:
+        names = ", ".join(repr(tokenizer.convert_ids_to_tokens(label)) for label in others[:5])
+        notes.append(
+            f"{len(others)} label token(s) look untrained in the base ({names}): LoRA on linear layers cannot teach "
+            "them; write them as tokens that the base knows"
+        )
+    return notes
 
 
 def _rows(embedding: "np.ndarray | Tensor") -> np.ndarray:

@@ -1,25 +1,35 @@
 """Load the frozen base.
 
-The base is only read. A checkpoint records the hashes of its files, and a run resumes only on the same base.
+The base is only read. A checkpoint records the hashes of its files, and a run resumes only on the same base. Every
+tensor of the base comes from these files: transformers draws a tensor that they lack at random, so such a base is
+refused.
 """
 
+import logging
 import re
 import warnings
+from collections.abc import Collection, Mapping
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
 
 import torch
-from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging as transformers_logging
 
 from lora_kit.errors import BaseError
 from lora_kit.model.source import Source
+from lora_kit.model.weights import file_with, published_quantization
 from lora_kit.recipe.schema import Base
+
+RANDOM = re.compile(r"drop|jitter|noise")  # names of settings that make a model draw random numbers in training
 
 
 def require_quantization(base: Base) -> None:
@@ -78,54 +88,184 @@ def _forbid_repacking(model: PreTrainedModel) -> None:
     On CPUs with AVX-512 bf16, bitsandbytes 0.50 repacks the weights in the first evaluation and keeps them so, and all
     later gradients are wrong. state_dict() then converts them permanently.
     """
-    from bitsandbytes.nn import Linear4bit
+    layer: Any
+    for layer in model.modules():
+        if type(layer).__name__ == "Linear4bit":  # by name: bitsandbytes may not be installed
+            layer.support_avx512bf16_for_cpu = False
 
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
-
-def load_base(source: Source, base: Base, device: torch.device) -> PreTrainedModel:
-    """Load the frozen base onto a device in the recipe's dtype, with its dropout switched off.
+def load_base(source: Source, base: Base, device: torch.device, *, quantized: bool = True) -> PreTrainedModel:
+    """Load the frozen base onto a device in the recipe's dtype, with everything random in it switched off.
 
     Args:
         source: The files of the base.
         base: The recipe's section.
         device: The device to load onto.
+        quantized: False loads the base without the recipe's quantisation, and dequantises weights that were published
+            quantised.
 
     Raises:
-        BaseError: transformers cannot load the base, or the GPU has no bfloat16.
+        BaseError: transformers cannot load the base, its files lack tensors or have tensors of another shape, it was
+            published with another quantisation, or the GPU has no bfloat16.
     """
     transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_no_report)
     if device.type == "cuda":
         refuse_without_bfloat16(
             base.dtype, torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
         )
+    published = published_quantization(source.folder, base)
+    if not quantized and published is None:
+        base = base.model_copy(update={"quantization": "none"})
     quantization = _quantized(base)
     # peft uses an attribute that transformers 6 removes; this line can be removed with peft 0.22
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
     try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=base.trust_remote_code)
-        for name, value in config.to_dict().items():
-            if re.search(r"dropout|pdrop|_drop$", name) and isinstance(value, float):
-                setattr(config, name, 0.0)
-        model = AutoModelForCausalLM.from_pretrained(
+        config = read_config(source.folder, base)
+        if published is not None and quantization is not None:
+            config.quantization_config |= _kept_settings(quantization)
+        loading: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
             config=config,
             dtype=getattr(torch, base.dtype),
-            quantization_config=quantization,
+            quantization_config=quantization if published is None else None,
             device_map={"": device} if quantization and device.type == "cuda" else None,
             attn_implementation=None if base.attention == "auto" else base.attention,
             trust_remote_code=base.trust_remote_code,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # refused below
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BaseError(f"base.repo: {source.name} cannot be loaded: {reason}") from error
+        model, loaded = cast(tuple[PreTrainedModel, dict[str, Any]], loading)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # a damaged or foreign configuration can raise any error in transformers
+        if "allocate memory" in str(error):
+            raise
+        raise _cannot_load(source.name, error) from error
+    refuse_incomplete(source, loaded["missing_keys"], loaded["mismatched_keys"])
     model.config.use_cache = False
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    if quantization is not None:
-        _forbid_repacking(model)
+        _switch_off_randomness(vars(module))
+    _forbid_repacking(model)
+    if not quantized and published is not None:
+        model = _dequantized(model, getattr(torch, base.dtype))
     torch.nn.Module.to(model, device)
     return model.requires_grad_(False)
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    """Drop transformers' table of missing tensors, for which there is an error below."""
+    return "LOAD REPORT" not in record.getMessage()
+
+
+def read_config(path: Path, base: Base) -> PreTrainedConfig:
+    """Return the configuration of a base, with everything random in it switched off.
+
+    Args:
+        path: The folder of the base, or its config.json under any name.
+        base: The recipe's section.
+    """
+    config = AutoConfig.from_pretrained(path, trust_remote_code=base.trust_remote_code)
+    _switch_off_randomness(vars(config))
+    return config
+
+
+def empty_base(path: Path, base: Base) -> PreTrainedModel:
+    """Return a base without weights (on the device `meta`), to look at its layers.
+
+    Args:
+        path: The folder of the base, or its config.json under any name.
+        base: The recipe's section.
+
+    Raises:
+        BaseError: transformers cannot make a causal language model of this configuration.
+    """
+    try:
+        config = read_config(path, base)
+        is_remote = base.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+        if not is_remote and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise BaseError(
+                f"base.repo: {base.repo} (model type {config.model_type}) is not a causal language model of "
+                "transformers; choose another base"
+            )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=base.trust_remote_code)
+        causal = any(getattr(module, "is_causal", False) for module in model.modules())
+        if getattr(model.config, "is_decoder", None) is False and not causal:
+            raise BaseError(
+                f"base.repo: {base.repo} (model type {config.model_type}) is not causal, since its configuration says "
+                "is_decoder: false; choose a causal language model"
+            )
+        return cast(PreTrainedModel, model)
+    except BaseError:
+        raise
+    except Exception as error:  # a damaged or foreign configuration can raise any error in transformers
+        raise _cannot_load(base.repo, error) from error
+
+
+def _cannot_load(name: str, error: Exception) -> BaseError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return BaseError(
+        f"base.repo: {name} cannot be loaded: {reason}; if its files are whole, choose a base that this version of "
+        "transformers loads"
+    )
+
+
+def refuse_incomplete(source: Source, missing: Collection[str], mismatched: Collection[tuple[str, Any, Any]]) -> None:
+    """Refuse a base if tensors of the model were not loaded from its files. A head tied to the embedding needs none.
+
+    Args:
+        source: The files of the base.
+        missing: The tensors that the files do not have.
+        mismatched: The tensors that have another shape in the files: name, shape there, shape in the model.
+
+    Raises:
+        BaseError: There is such a tensor.
+    """
+    if mismatched:
+        name, found, expected = min(mismatched)
+        raise BaseError(
+            f"base.repo: {file_with(name, source.folder, source.files)}: {name} has the shape {list(found)}, and "
+            f"{list(expected)} in the model of config.json ({len(mismatched)} such tensor(s)); the two files do not "
+            "belong together, so download the base again"
+        )
+    if missing:
+        names = sorted(missing)
+        raise BaseError(
+            f"base.repo: {source.folder}: the weights lack {len(names)} tensor(s) of the model ({', '.join(names[:3])}"
+            f"{', ...' if len(names) > 3 else ''}), which would be random numbers, other ones at each start; choose a "
+            "causal language model with all its weights (embedding and classification models have no lm_head)"
+        )
+
+
+def _switch_off_randomness(settings: dict[str, Any]) -> None:
+    """Set every dropout, layer drop and router noise among the settings of a configuration or a module to zero."""
+    for name, value in settings.items():
+        if isinstance(value, PreTrainedConfig):
+            _switch_off_randomness(vars(value))
+        elif isinstance(value, dict) and not name.startswith("_"):
+            _switch_off_randomness(value)
+        elif isinstance(value, float) and RANDOM.search(name):
+            settings[name] = 0.0
+    if "p" in settings and "inplace" in settings:  # nn.Dropout and its variants
+        settings["p"] = 0.0
+
+
+def _dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Dequantise the weights of a base that was published quantised, so that it is a plain model and can be saved."""
+    plain: Any = model.dequantize(dtype)
+    conversions = getattr(plain, "_weight_conversions", None) or []
+    # save_pretrained would try to revert the reading of quantised weights, which bitsandbytes does not support
+    plain._weight_conversions = [
+        conversion
+        for conversion in conversions
+        if not any("bitsandbytes" in type(operation).__module__ for operation in getattr(conversion, "operations", ()))
+    ]
+    return cast(PreTrainedModel, plain)
+
+
+def _kept_settings(quantization: BitsAndBytesConfig) -> Mapping[str, Any]:
+    """Return the settings of the recipe's quantisation that hold for published weights too; they change no weight."""
+    kept = ("llm_int8_threshold", "bnb_4bit_compute_dtype")
+    return {key: value for key, value in quantization.to_dict().items() if key in kept}

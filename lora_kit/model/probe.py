@@ -1,4 +1,4 @@
-"""Test whether a base computes packed examples independently, and choose its attention implementation."""
+"""Test how a base computes (causally, without random numbers, packed examples apart), and choose its attention."""
 
 import numpy as np
 import torch
@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lora_kit.data.packing import MicroBatch
+from lora_kit.errors import BaseError
 from lora_kit.kernels.attention import SEGMENT, attention_of, own_attention, use_attention
 from lora_kit.kernels.segments import Segments
 from lora_kit.model.forward import model_inputs
@@ -15,6 +16,10 @@ PROBE_TOLERANCE = {
     torch.float32: 1e-3,
     torch.bfloat16: 5e-2,
 }  # largest relative difference of logits; a leak causes 0.4 or more, rounding 1e-6 (float32) or 1e-2 (bfloat16)
+LOOK_AHEAD_TOLERANCE = {
+    torch.float32: 1e-4,
+    torch.bfloat16: 1e-2,
+}  # largest relative difference of a prefix's logits when what follows it changes; a causal model has none or rounding
 MAX_TOLERANCE = 0.25  # the tolerance for a base so wide or deep that rounding errors are larger than usual
 
 
@@ -36,6 +41,44 @@ def choose_attention(model: PreTrainedModel, base: Base, device: torch.device) -
         use_attention(model, default)
     leaks = leaks_when_packed(model, vocabulary, device)
     return default, "padded" if leaks else "packed"
+
+
+@torch.no_grad()
+def refuse_unfit(model: PreTrainedModel, name: str, device: torch.device) -> None:
+    """Check that a base is causal, and that its forward pass in training repeats: it draws no random numbers.
+
+    Args:
+        model: The base.
+        name: Its name, for the message.
+        device: The device of the model.
+
+    Raises:
+        BaseError: The logits of a prefix depend on what follows it, or the logits depend on the random seed.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.arange(3, 20, device=device)[None] * 7 % vocabulary
+    changed = ids.clone()
+    changed[:, 9:] = (changed[:, 9:] + 1) % vocabulary
+    logits, other = (model(input_ids=row, use_cache=False).logits[0, :9] for row in (ids, changed))
+    if not _relative_difference(other, logits) <= LOOK_AHEAD_TOLERANCE[logits.dtype]:
+        raise BaseError(
+            f"base.repo: {name} ({type(model).__name__}) is not causal: its logits at a token depend on later tokens, "
+            "so it would learn to copy what it must predict; choose a causal language model"
+        )
+    was_training = model.training
+    model.train()
+    with torch.random.fork_rng():
+        seen = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            seen.append(model(input_ids=ids, use_cache=False).logits[0])
+    model.train(was_training)
+    noise = _relative_difference(seen[1], seen[0])  # of kernels that add in a varying order
+    if not _relative_difference(seen[2], seen[0]) <= max(2 * noise, 1e-6):
+        raise BaseError(
+            f"base.repo: {name} ({type(model).__name__}) draws random numbers in training that its configuration does "
+            "not switch off, so no run could be repeated; choose another base"
+        )
 
 
 @torch.no_grad()

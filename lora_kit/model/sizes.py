@@ -7,12 +7,13 @@ pass.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from lora_kit.errors import BaseError
+from lora_kit.errors import BaseError, RecipeError
 from lora_kit.kernels.limits import GATED_MLP, LOGITS, LOGITS_IN_CACHE, QUERIES, ROW_MULTIPLE
 from lora_kit.recipe.schema import Recipe
 
@@ -26,6 +27,7 @@ HEAD_SIZES = {  # the default of transformers, if the configuration has no head_
 BYTES = {"bfloat16": 2, "float32": 4}
 HEADER_BYTES = 320  # estimate of what a tensor takes in the header of a safetensors file
 MANIFEST_BYTES = 8_000
+CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")  # names for the number of positions
 NORMED = ("attention", "mlp")  # activations that are outputs of a norm, recomputed from its input in backward
 
 
@@ -86,9 +88,70 @@ class Shape:
         embeddings = self.vocabulary * self.width * (1 if self.tied else 2)
         return self.layers * (linear + self.norms) + embeddings + self.width
 
+    @property
+    def paths(self) -> dict[str, Linear]:
+        """All linear layers of the base, by their full names."""
+        blocks = {"attention": "self_attn", "attended": "self_attn", "mlp": "mlp", "inner": "mlp"}
+        paths = {
+            f"model.layers.{number}.{blocks[layer.reads]}.{layer.name}": layer
+            for number in range(self.layers)
+            for layer in self.linears
+        }
+        return paths | {"lm_head": Linear("lm_head", "output", self.width, self.vocabulary)}
+
+    def selected(self, targets: str | tuple[str, ...]) -> list[Linear]:
+        """Return the layers of the whole base that get an adapter, for the recipe's `adapter.targets`."""
+        paths = self.paths
+        if isinstance(targets, str):
+            return [layer for layer in paths.values() if layer.name != "lm_head"]
+        return [paths[path] for path in dict.fromkeys(path for target in targets for path in named(target, paths))]
+
     def adapted(self, targets: str | tuple[str, ...]) -> list[Linear]:
-        """Return the linear layers of a decoder layer that get an adapter, for the recipe's `adapter.targets`."""
-        return [layer for layer in self.linears if targets == "all-linear" or layer.name in targets]
+        """Return the linear layers of a decoder layer that get an adapter in any decoder layer."""
+        names = {layer.name for layer in self.selected(targets)}
+        return [layer for layer in self.linears if layer.name in names]
+
+
+def named(target: str, paths: Iterable[str]) -> list[str]:
+    """Return the paths that one of `adapter.targets` selects.
+
+    Args:
+        target: A path or its last parts, e.g. `q_proj` or `self_attn.q_proj`; or a pattern for them with `*`, `?` and
+            `[...]`, e.g. `layers.1?.*.q_proj`.
+        paths: The full names of layers.
+    """
+    return [path for path in paths if fnmatchcase(path, target) or fnmatchcase(path, f"*.{target}")]
+
+
+def refuse_unknown(targets: Iterable[str], paths: Iterable[str], available: Iterable[str]) -> None:
+    """Check that each of `adapter.targets` selects a layer.
+
+    Args:
+        targets: Names or patterns.
+        paths: The full names of the layers that can be adapted.
+        available: Names to choose from, for the message.
+
+    Raises:
+        RecipeError: A target selects no layer.
+    """
+    paths = list(paths)
+    if unknown := [target for target in targets if not named(target, paths)]:
+        raise RecipeError(
+            f"adapter.targets: {unknown} match no layer of the base; choose from {list(available)}, or give a pattern "
+            "such as 'layers.1?.*.q_proj'"
+        )
+
+
+def context_of(config: Mapping[str, Any]) -> int | None:
+    """Return the number of positions that a base was made for; None if its configuration does not say.
+
+    Args:
+        config: The content of config.json.
+    """
+    text = config.get("text_config")
+    parts = [text, config] if isinstance(text, Mapping) else [config]
+    found = (part.get(name) for part in parts for name in CONTEXT)
+    return next((value for value in found if isinstance(value, int) and value > 0), None)
 
 
 def read_config(path: Path) -> Shape:
@@ -216,8 +279,8 @@ def estimate_memory(shape: Shape, recipe: Recipe, *, tokens: int, recompute: boo
         recompute: Whether activations are recomputed in the backward pass.
         device: "cpu" or "cuda".
     """
-    adapted = shape.adapted(recipe.adapter.targets)
-    trainable = shape.layers * recipe.adapter.rank * sum(layer.inputs + layer.outputs for layer in adapted)
+    selected = shape.selected(recipe.adapter.targets)
+    trainable = recipe.adapter.rank * sum(layer.inputs + layer.outputs for layer in selected)
     size = BYTES[recipe.base.dtype]
     sums = max(1, (recipe.train.batch_size - 1).bit_length())
     layer = _kept_by_layer(shape, recipe, tokens)
@@ -232,7 +295,7 @@ def estimate_memory(shape: Shape, recipe: Recipe, *, tokens: int, recompute: boo
         activation_checkpointing=recompute,
         activation_bytes=layers + outside,
         working_bytes=_working_bytes(shape, recipe, tokens, device),
-        checkpoint_bytes=12 * trainable + 6 * HEADER_BYTES * shape.layers * len(adapted) + MANIFEST_BYTES,
+        checkpoint_bytes=12 * trainable + 6 * HEADER_BYTES * len(selected) + MANIFEST_BYTES,
         vocabulary=shape.vocabulary,
         context=shape.context,
     )

@@ -1,4 +1,8 @@
-"""Find a base (folder, Hub download or shipped) and hash its files. No weights are loaded here."""
+"""Find a base (folder, Hub download or shipped) and hash the files that determine model and tokenizer.
+
+No weights are loaded here. Files that transformers does not read, or that decide neither model nor tokenizer (licences,
+`generation_config.json`, weights in other formats), are neither downloaded nor hashed.
+"""
 
 import hashlib
 import re
@@ -11,12 +15,17 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from lora_kit.errors import BaseError
 from lora_kit.files import cache_folder, sha256_of, write_atomically
+from lora_kit.model.weights import INDEX_ENDING, WEIGHTS, check_weights, read_json, weight_files
 from lora_kit.recipe.load import BUILTIN, resolve_path
 from lora_kit.recipe.schema import Base, Recipe
 from lora_kit.runs.manifest import BaseFingerprint
 
-WITHOUT_WEIGHTS = ["*.json", "*.jinja", "*.model", "*.txt", "*.py"]
-ALL_FILES = [*WITHOUT_WEIGHTS, "*.safetensors"]
+DECIDING = [  # besides the weights
+    *("config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "tekken.json"),
+    *("vocab*", "merges.txt", "*.model", "*.tiktoken", "*.jinja"),
+]
+SMALL_FILES = [*DECIDING, f"*{INDEX_ENDING}", "generation_config.json", "*.py"]
+ADAPTER_CONFIG = "adapter_config.json"  # transformers loads an adapter with the base whose folder has this file
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,11 @@ class Source:
     files: dict[str, str]
 
     @property
+    def weight_bytes(self) -> int:
+        """The size of the weights on disk."""
+        return sum((self.folder / name).stat().st_size for name in self.files if name.endswith(".safetensors"))
+
+    @property
     def fingerprint(self) -> BaseFingerprint:
         """The identity of the base in a manifest: equal fingerprints mean equal files."""
         return BaseFingerprint(self.commit, self.files)
@@ -49,18 +63,23 @@ def locate(base: Base, folder: Path | None) -> Source:
         folder: The base's local folder; None if `base.repo` is a Hub name.
 
     Raises:
-        BaseError: The folder or repository does not exist, or has no safetensors weights.
+        BaseError: The folder or repository does not exist, or its weights are missing, damaged or not safetensors.
     """
     path = base_folder(base, folder)
-    names = {file.name for pattern in ALL_FILES for file in path.glob(pattern)}
-    if not any(name.endswith(".safetensors") for name in names):
-        raise BaseError(
-            f"base.repo: {base.repo} has no .safetensors weights; convert it, pickled weights are not loaded"
-        )
-    ordered = sorted(names)
+    weights = check_weights(path)
+    patterns = [*DECIDING, *(["*.py"] if base.trust_remote_code and _names_code(path) else [])]
+    others = {file.name for pattern in patterns for file in path.glob(pattern) if file.is_file()}
+    ordered = sorted(others.union(weights))
     with ThreadPoolExecutor() as threads:  # a large base has many files, and hashlib releases the GIL
         hashes = dict(zip(ordered, threads.map(file_hash, [path / name for name in ordered]), strict=True))
-    return Source(base.repo if folder is None else str(folder), path, None if folder else path.name, hashes)
+    commit = None if folder else path.name
+    return Source(base.repo if folder is None else str(folder), path, commit, hashes)
+
+
+def _names_code(folder: Path) -> bool:
+    """Return whether a base has Python files that transformers runs if it may."""
+    configurations = (folder / name for name in ("config.json", "tokenizer_config.json"))
+    return any("auto_map" in read_json(path) for path in configurations if path.is_file())
 
 
 def pinned_base(recipe: Recipe, commit: str | None, name: str, *, base: Path | None = None) -> tuple[Base, Path | None]:
@@ -102,18 +121,34 @@ def base_folder(base: Base, folder: Path | None, *, weights: bool = True, offlin
         offline: Whether to use only files that are already in the local cache of the Hub.
 
     Raises:
-        BaseError: The folder or repository does not exist, or has no config.json.
+        BaseError: The folder or repository does not exist, has no config.json, or has an adapter beside the base.
     """
-    path = folder or _download(base, ALL_FILES if weights else WITHOUT_WEIGHTS, offline=offline)
+    path = folder or _download(base, SMALL_FILES, base.revision, offline=offline)
     if not (path / "config.json").is_file():
         raise BaseError(f"base.repo: {base.repo} has no config.json ({path}); expected a model folder or a Hub name")
+    if folder is None and weights:  # of the same commit, even if the branch has moved since
+        _download(base, [WEIGHTS], path.name, offline=offline)
+        _download(base, weight_files(path), path.name, offline=offline)
+    if (path / ADAPTER_CONFIG).is_file():
+        stray = ", ".join(sorted(file.name for file in path.glob("adapter_*")))
+        raise BaseError(
+            f"base.repo: {path} also has an adapter ({stray}), which transformers would load as a part of the base; "
+            "move these files to a folder of their own, or merge the adapter into the base first"
+        )
     return path
 
 
-def _download(base: Base, patterns: list[str], *, offline: bool) -> Path:
+def _download(base: Base, names: list[str], revision: str | None, *, offline: bool) -> Path:
+    """Download files of the repository's top folder and return the folder with them."""
     try:
         return Path(
-            snapshot_download(base.repo, revision=base.revision, allow_patterns=patterns, local_files_only=offline)
+            snapshot_download(
+                base.repo,
+                revision=revision,
+                allow_patterns=names,
+                ignore_patterns=["*/*", "adapter_*"],
+                local_files_only=offline,
+            )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         where = f"base.repo: {base.repo} (revision {base.revision or 'main'}) is not a local folder and"

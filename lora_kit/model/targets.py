@@ -4,17 +4,19 @@
 mixture-of-experts model, the routers and the experts. A router trained on few examples would unbalance the experts. The
 experts of a layer are a single three-dimensional tensor, and adapting it needs a copy of the tensor in every forward
 pass; so experts are adapted only if the recipe names them. Layers for which peft would adapt a different layer are left
-out of `all-linear`, and are an error if the recipe names them.
+out of `all-linear`, and are an error if the recipe names them. In a base that also sees or hears, only the language
+model is adapted, because examples are text: the layers of its other towers would get no gradient.
 """
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from lora_kit.errors import RecipeError
+from lora_kit.model.sizes import named, refuse_unknown
 from lora_kit.recipe.schema import Adapter
 
 ROUTER = re.compile(r"(^|[._])(gate|router)(\.|$)")
@@ -29,32 +31,68 @@ class Targets:
     Attributes:
         modules: Linear layers.
         experts: Three-dimensional expert parameters.
-        left_out: Layers that all-linear does not select, for a note to the user; without layer numbers.
+        left_out: Layers of the language model that all-linear does not select; without layer numbers.
+        towers: The modules outside of the language model that have linear layers, e.g. `model.vision_tower`.
     """
 
     modules: tuple[str, ...]
     experts: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    towers: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know about layers without an adapter."""
+        notes = []
+        if self.left_out:
+            notes.append(
+                f"adapter.targets: all-linear leaves out {', '.join(self.left_out)}; routers stay as they are, experts "
+                "are trained when adapter.targets names them"
+            )
+        if self.towers:
+            notes.append(
+                f"adapter.targets: {', '.join(self.towers)} get no adapter, because text does not reach these layers; "
+                "only the language model is adapted"
+            )
+        return notes
 
 
 def find_targets(base: PreTrainedModel, adapter: Adapter) -> Targets:
     """Return the layers of a base that `adapter.targets` selects.
 
     Raises:
-        RecipeError: A name matches neither a linear layer nor an expert parameter.
+        RecipeError: A name or pattern matches neither a linear layer nor an expert parameter of the language model.
     """
-    linear = [path for path, module in base.named_modules() if is_linear(module)]
-    experts = [name for name, tensor in base.named_parameters() if "experts" in name.split(".") and tensor.ndim == 3]
+    every = [path for path, module in base.named_modules() if is_linear(module)]
+    linear = _in_language_model(base, every)
+    tensors = [name for name, tensor in base.named_parameters() if "experts" in name.split(".") and tensor.ndim == 3]
+    experts = _in_language_model(base, tensors)
+    outside = [path for path in every if path not in set(linear)]
+    towers = tuple(dict.fromkeys(".".join(path.split(".")[:2]) for path in outside))
     if isinstance(adapter.targets, str):
-        return _all_linear(base, linear, experts)
-    unknown = [target for target in adapter.targets if not _named(target, [*linear, *experts])]
-    if unknown:
-        available = [*sorted({path.rpartition(".")[2] for path in linear}), *_without_numbers(experts)]
-        raise RecipeError(f"adapter.targets: {unknown} match no layer of the base; choose from {available}")
-    modules, tensors = (
-        [name for target in adapter.targets for name in _named(target, names)] for names in (linear, experts)
+        return replace(_all_linear(base, linear, experts), towers=towers)
+    if only_outside := [name for name in adapter.targets if named(name, outside) and not named(name, linear + experts)]:
+        raise RecipeError(
+            f"adapter.targets: {only_outside} match only layers that text does not reach ({', '.join(towers)}); choose "
+            "layers of the language model"
+        )
+    available = [*sorted({path.rpartition(".")[2] for path in linear}), *_without_numbers(experts)]
+    refuse_unknown(adapter.targets, [*linear, *experts], available)
+    modules, parameters = (
+        [name for target in adapter.targets for name in named(target, names)] for names in (linear, experts)
     )
-    return Targets(tuple(dict.fromkeys(modules)), tuple(dict.fromkeys(tensors)))
+    return Targets(tuple(dict.fromkeys(modules)), tuple(dict.fromkeys(parameters)), towers=towers)
+
+
+def _in_language_model(base: PreTrainedModel, names: list[str]) -> list[str]:
+    """Return the layers or parameters that belong to the language model, or to its head: all of them in most bases."""
+    decoder, head = base.get_decoder(), base.get_output_embeddings()
+    if base.config.get_text_config() is base.config:
+        return names
+    own = [path for path, module in base.named_modules() if path and (module is decoder or module is head)]
+    if not any(base.get_submodule(path) is decoder for path in own):
+        return names
+    return [name for name in names if name.startswith(tuple(f"{path}." for path in own)) or name in own]
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -80,11 +118,6 @@ def _all_linear(base: PreTrainedModel, linear: list[str], experts: list[str]) ->
     routers = [path for path, _ in base.named_modules() if mixture and ROUTER.search(path)]
     left_out = dict.fromkeys([path for path in body if path not in kept] + routers + experts)
     return Targets(tuple(kept), (), tuple(_without_numbers(left_out)))
-
-
-def _named(target: str, paths: list[str]) -> list[str]:
-    """Return the paths whose last parts are the target, e.g. `q_proj` or `self_attn.q_proj`."""
-    return [path for path in paths if path == target or path.endswith(f".{target}")]
 
 
 def _without_numbers(paths: Iterable[str]) -> list[str]:

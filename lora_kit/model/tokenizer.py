@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from lora_kit.data.rendering import Renderer
 from lora_kit.errors import BaseError, DataError
 from lora_kit.model.source import Source
+from lora_kit.model.weights import POINTER_REMEDY, is_pointer
 from lora_kit.recipe.load import resolve_path
 from lora_kit.recipe.schema import Recipe
 
@@ -28,9 +29,13 @@ def load_renderer(source: Source, recipe: Recipe, *, template: str | None = None
     """
     try:
         tokenizer = _load_tokenizer(source.folder, trust_remote_code=recipe.base.trust_remote_code)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BaseError(f"base.repo: the tokenizer in {source.folder} cannot be loaded: {reason}") from error
+    except Exception as error:  # a damaged tokenizer.json raises a plain Exception in tokenizers
+        if pointers := [path for path in sorted(source.folder.iterdir()) if is_pointer(path)]:
+            raise BaseError(f"base.repo: {pointers[0]}: {POINTER_REMEDY}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BaseError(
+            f"base.repo: the tokenizer in {source.folder} cannot be loaded: {reason}; download it again"
+        ) from error
     if template is None and recipe.data.template is not None:
         path = resolve_path(recipe, recipe.data.template)
         if path is None or not path.is_file():

@@ -89,11 +89,13 @@ class Adapter(Section):
     alpha: COUNT = 32
     """Scaling: the adapter's output is multiplied by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout on the input of A. The dropout layers of the base are switched off."""
+    """Dropout on the input of A. All randomness of the base (dropout, layer drop, noise of routers)
+    is switched off."""
     targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = "all-linear"
     """The layers that get an adapter. all-linear selects every linear layer except the output head and, in a
-    mixture-of-experts model, the routers and the experts. A list selects layers by name, e.g. `[q_proj, v_proj]`, and
-    experts by parameter name, e.g. `experts.gate_up_proj`."""
+    mixture-of-experts model, the routers and the experts. A list selects layers by name or pattern, e.g.
+    `[q_proj, "layers.1?.mlp.*_proj"]`, and experts by parameter name, e.g. `experts.gate_up_proj`. In a base with a
+    vision or audio tower, only the language model is adapted."""
 
 
 class Objective(Section):

@@ -22,7 +22,7 @@ from typing_extensions import TypedDict  # pydantic reads this one before Python
 from lora_kit.data.counts import Count
 from lora_kit.files import write_atomically
 from lora_kit.runs import formats
-from lora_kit.runs.formats import Amount, Figure, Finite, RunId, finite
+from lora_kit.runs.formats import Amount, Figure, Finite, RunId, Token, finite
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 REQUIRED = {  # the fields that an event of a kind must have
@@ -83,6 +83,7 @@ class Event(TypedDict):
     run_id: NotRequired[RunId]
     reached: NotRequired[Count]
     launched: NotRequired[Finite]
+    token: NotRequired[Token]
     signal: NotRequired[str]
     cause: NotRequired[str]
     what: NotRequired[str]
@@ -163,6 +164,10 @@ class Journal:
         """Return the run id of the last `started` event; None if there is none."""
         started = [event["run_id"] for event in self.read_events() if event["kind"] == "started"]
         return started[-1] if started else None
+
+    def went_back(self, token: int) -> bool:
+        """Return whether the start with this fencing token has gone back to an older checkpoint already."""
+        return any(event["kind"] == "went back" and event.get("token") == token for event in self.read_events())
 
     def skipped_after(self, step: int) -> frozenset[int]:
         """Return the skipped steps after `step`, which a resume skips again; a start or going back clears them."""

@@ -459,9 +459,14 @@ def open_region(run: Path, *, run_id: str | None = None, most: int = 2**63) -> R
         run_id: The run's id, if it is known.
         most: A region with a higher fencing token belongs to another start.
     """
-    run_id, path = run_id or run_id_of(run), str(run.resolve())
+    least, path = 0, str(run.resolve())
+    if run_id is None:
+        run_id = run_id_of(run)
+        with suppress(CheckpointError, OSError):
+            if record := lease.read(run / lease.FILE):
+                least = record.token  # a region of an earlier holder, who was paused, may still be there
     found = [region for region, owner in _regions(run_id) if owner.path == path] if run_id else []
-    found = [region for region in found if region.words[Word.TOKEN] <= most]
+    found = [region for region in found if least <= region.words[Word.TOKEN] <= most]
     return max(found, key=lambda region: region.words[Word.TOKEN], default=None)
 
 

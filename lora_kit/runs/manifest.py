@@ -21,6 +21,7 @@ from lora_kit.runs.journal import METRICS, STEP_RECORD
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+ONCE_RECORDED = ("generation_config.json",)  # files of a base that older checkpoints name and that decide nothing
 
 
 def _line(text: str) -> str:
@@ -39,10 +40,17 @@ Kernel = Annotated[str, Field(pattern="^(lora|mlp|norm|rotary|loss|last mlp)$")]
 
 @dataclass(frozen=True)
 class BaseFingerprint:
-    """The base's commit on the Hub (None for a local folder) and the SHA-256 of each of its files."""
+    """The base's commit on the Hub (None for a local folder) and the SHA-256 of each file that decides what it is."""
 
     commit: str | None
     files: dict[str, str]
+
+    def same_files(self, other: "BaseFingerprint") -> bool:
+        """Return whether two bases have the same model and tokenizer, wherever their files are."""
+        first, second = (
+            {name: digest for name, digest in one.files.items() if name not in ONCE_RECORDED} for one in (self, other)
+        )
+        return first == second
 
 
 @dataclass(frozen=True)

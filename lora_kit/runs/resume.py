@@ -6,6 +6,7 @@ difference is a row with a verdict: harmless, needs `--accept KEY`, or refused. 
 
 import fnmatch
 import secrets
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,9 +19,9 @@ from lora_kit.recipe.load import difference
 from lora_kit.recipe.schema import Recipe
 from lora_kit.runs import live, store
 from lora_kit.runs.journal import Journal
-from lora_kit.runs.lease import Lease, inherited, take
+from lora_kit.runs.lease import Fence, Lease, inherited, take
 from lora_kit.runs.live import Live
-from lora_kit.runs.manifest import BaseFingerprint, Environment, Origin, RunFacts
+from lora_kit.runs.manifest import ONCE_RECORDED, BaseFingerprint, Environment, Origin, RunFacts
 from lora_kit.runs.store import Checkpoint
 
 Verdict = Literal["harmless", "accept", "refused"]
@@ -45,6 +46,7 @@ VERDICTS: dict[str, Verdict] = {  # the first pattern that matches a key decides
     "track.*": "harmless",
     "fingerprints.validation": "harmless",
     "fingerprints.base.commit": "harmless",  # `fingerprints.base.files` compares the files of the commit
+    **{f"fingerprints.base.files.{name}": "harmless" for name in ONCE_RECORDED},
     "fingerprints.*": "refused",
     "versions.*": "harmless",
     "machine.processes": "harmless",
@@ -122,10 +124,40 @@ def enforce(rows: Sequence[Row], accepted: Sequence[str], run: Path) -> None:
     advice = []
     if refused:
         advice.append(f"{', '.join(refused)} cannot change within a run; use another --out for a new one")
+    if commit := _commit_to_return_to(rows):
+        advice.append(f"the base's repository on the Hub has changed; to resume: --set base.revision={commit}")
     if missing:
         advice.append("to resume with the change: " + " ".join(f"--accept {key}" for key in missing))
     raise ContractError(
         f"{run}: this start differs from the run's checkpoint:\n{table(rows, accepted)}\n" + "\n".join(advice)
+    )
+
+
+def _commit_to_return_to(rows: Sequence[Row]) -> str | None:
+    """Return the commit of the checkpoint's base if files of the base differ because its repository has changed."""
+    commit = next((row for row in rows if row.key == "fingerprints.base.commit" and row.then and row.now), None)
+    changed = any(row.key.startswith("fingerprints.base.files.") and row.verdict == "refused" for row in rows)
+    return str(commit.then) if commit and changed else None
+
+
+def refuse_fewer_steps(folder: Path, finished: int, steps: int) -> None:
+    """Check that the recipe has at least as many steps as the run has finished.
+
+    Args:
+        folder: The run's folder.
+        finished: The number of finished steps.
+        steps: The number of steps of the recipe.
+
+    Raises:
+        ContractError: More steps are finished; the message names a checkpoint to go back to, if there is one.
+    """
+    if finished <= steps:
+        return
+    kept = next((path for path in store.folders(folder) if store.step_of(path) <= steps), None)
+    way = f"--from {shlex.quote(str(kept))} goes back" if kept else f"no checkpoint up to step {steps} is kept"
+    raise ContractError(
+        f"{folder}: {finished} steps are finished, and the recipe has only {steps}; {way}. Otherwise set train.steps "
+        "or train.epochs to what the run has, or use another --out"
     )
 
 
@@ -143,6 +175,7 @@ class OpenRun:
         lease: The right to write to it, with the fencing token.
         run_id: Chosen at the first start; every resume keeps it.
         latest: The checkpoint or live snapshot to resume from; None for a new run.
+        goes_back: Whether `latest` is an older checkpoint that `--from` names; `go_back` then sets aside newer ones.
         origin: The checkpoint whose adapter a new run begins with; None for a fresh adapter.
         reached: The newest step in metrics.jsonl at the time of opening.
         notices: Messages for the user about opening the run, such as a checkpoint that was set aside.
@@ -152,19 +185,17 @@ class OpenRun:
     lease: Lease
     run_id: str
     latest: Checkpoint | Live | None
+    goes_back: bool
     origin: Checkpoint | None
     reached: int
     notices: tuple[str, ...]
 
 
-def take_over(
-    folder: Path, origin: Checkpoint | None = None, *, tell: Callable[[str], None] = lambda text: None
-) -> tuple[Lease, list[str]]:
-    """Acquire a run's lease; set aside damaged checkpoints and, when going back to `origin`, newer checkpoints.
+def take_over(folder: Path, *, tell: Callable[[str], None] = lambda text: None) -> tuple[Lease, list[str]]:
+    """Acquire a run's lease; set aside damaged checkpoints.
 
     Args:
         folder: The run's folder.
-        origin: The checkpoint that `--from` names.
         tell: Called with messages for the user that must not wait, such as the reason for waiting.
 
     Returns:
@@ -199,8 +230,7 @@ def take_over(
             ) from error
         live.adopt(lease)
         live.delete_orphans()
-        notices = list(_go_back(folder, origin)) if origin and is_own(folder, origin) else []
-        found = store.find(folder)
+        found, notices = store.find(folder), list[str]()
         for path, reason in found.broken.items():
             if _still_broken(path):
                 try:
@@ -213,9 +243,9 @@ def take_over(
     return lease, notices
 
 
-def is_own(folder: Path, origin: Checkpoint) -> bool:
+def is_own(folder: Path, checkpoint: Path) -> bool:
     """Return whether a checkpoint is in this run's folder."""
-    return origin.path.resolve().parent == (folder / "checkpoints").resolve()
+    return checkpoint.resolve().parent == (folder / "checkpoints").resolve()
 
 
 def open_run(
@@ -237,31 +267,35 @@ def open_run(
         CheckpointError: `start_from` is damaged.
         ContractError: The run in the folder has begun with another adapter.
     """
-    origin = None if start_from is None else store.open_checkpoint(start_from)
     lease, notices = inherited(folder), list[str]()
+    if lease and start_from and is_own(folder, start_from) and Journal(folder).went_back(lease.token):
+        start_from = None  # this process is a restart: going back again would repeat what has been trained since
+    origin, target = None if start_from is None else store.open_checkpoint(start_from), None
     if lease is None:
-        lease, notices = take_over(folder, origin, tell=tell)
-    if origin is not None and is_own(folder, origin):
-        origin = None
+        lease, notices = take_over(folder, tell=tell)
+    if origin is not None and is_own(folder, origin.path):
+        origin, target = None, origin
     with ExitStack() as on_error:
         on_error.callback(lease.release)
         durable = store.find(folder).latest
         snapshot, problems = live.newest(lease)
         states = [state for state in (durable, snapshot) if state]
-        latest = max(states, key=lambda state: state.manifest.order, default=None)
+        latest = target or max(states, key=lambda state: state.manifest.order, default=None)
         if origin is not None and latest and latest.manifest.run.origin != describe(origin):
             raise ContractError(
                 f"{folder}: this run began with {latest.manifest.run.origin or 'a fresh adapter'}, not with "
                 f"{describe(origin)}; leave --from out to resume it, or use another --out"
             )
         reached = Journal(folder).last_step()
-        notices += [*problems, *_steps_lost(folder, latest.step if latest else 0, problems)]
+        notices += problems
+        if target is None:
+            notices += _steps_lost(folder, latest.step if latest else 0, problems)
         on_error.pop_all()
-    return OpenRun(folder, lease, lease.record.run_id, latest, origin, reached, tuple(notices))
+    return OpenRun(folder, lease, lease.record.run_id, latest, target is not None, origin, reached, tuple(notices))
 
 
 def _steps_lost(folder: Path, start: int, problems: Sequence[str]) -> Iterator[str]:
-    """Yield a warning if a start begins at an earlier step than the logs show, unless it was asked to go back."""
+    """Yield a warning if a start begins at an earlier step than the logs show, unless the run went back before."""
     journal = Journal(folder)
     kinds = [event for event in journal.read_events() if event["kind"] in ("started", "resumed", "went back")]
     went_back = bool(kinds) and kinds[-1]["kind"] == "went back"
@@ -285,10 +319,17 @@ def describe(checkpoint: Checkpoint) -> Origin:
     return Origin(manifest.run.run_id, checkpoint.step, manifest.files[store.ADAPTER].sha256)
 
 
-def _go_back(folder: Path, target: Checkpoint) -> Iterator[str]:
-    """Set aside every checkpoint that is newer than the target. No checkpoint is deleted."""
-    Journal(folder).event("went back", step=target.step)
-    region = live.open_region(folder)
+def go_back(run: OpenRun) -> list[str]:
+    """Set aside every checkpoint that is newer than the one that the run goes back to. No checkpoint is deleted.
+
+    Called once the contract holds, so that a start that is refused has moved nothing.
+
+    Returns:
+        Messages for the user: where each checkpoint is kept.
+    """
+    folder, target, notices = run.folder, run.latest, list[str]()
+    assert target is not None
+    region = live.open_region(folder, run_id=run.run_id, most=run.lease.token)
     if region is not None:
         region.clear()
     readable, _ = store.newest_first(folder)
@@ -296,8 +337,10 @@ def _go_back(folder: Path, target: Checkpoint) -> Iterator[str]:
         newer = path in readable and readable[path].order > target.manifest.order
         if newer or store.step_of(path) > target.step:
             kept = store.set_aside(folder, path, "went back")
-            yield f"going back to step {target.step}; {path.name} is kept in {kept}"
+            notices.append(f"going back to step {target.step}; {path.name} is kept in {kept}")
     (folder / "result.json").unlink(missing_ok=True)
+    Journal(folder, Fence(run.lease)).event("went back", step=target.step, token=run.lease.token)
+    return notices
 
 
 def enforce_origin(origin: Checkpoint, recipe: Recipe, fingerprint: BaseFingerprint) -> None:
@@ -310,7 +353,7 @@ def enforce_origin(origin: Checkpoint, recipe: Recipe, fingerprint: BaseFingerpr
     then, now = origin.recipe.model_dump(mode="json")["adapter"], recipe.model_dump(mode="json")["adapter"]
     changed = [key for key in now if key != "dropout" and then[key] != now[key]]
     problems = [f"adapter.{key}: {then[key]} in the checkpoint, {now[key]} in the recipe" for key in changed]
-    if origin.manifest.run.fingerprints.base != fingerprint:
+    if not origin.manifest.run.fingerprints.base.same_files(fingerprint):
         problems.append("base: the checkpoint was trained on a base with other files")
     if problems:
         raise ContractError("\n  ".join([f"{origin.path}: this run cannot begin with it:", *problems]))

@@ -72,9 +72,8 @@ def threads(source: Source, processes: Processes) -> int | None:
     """
     if processes.device.type != "cpu":
         return None
-    weights = sum(path.stat().st_size for path in source.folder.glob("*.safetensors"))
     share = min(processes.gather([host_cores()])) // processes.count
-    return max(1, min(share, max(FEWEST_THREADS, weights // BYTES_PER_THREAD)))
+    return max(1, min(share, max(FEWEST_THREADS, source.weight_bytes // BYTES_PER_THREAD)))
 
 
 def host_cores() -> int:

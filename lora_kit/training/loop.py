@@ -61,8 +61,7 @@ def train(
         profile: Profile a few steps and write the result to the folder `profile` of the run.
 
     Raises:
-        InputError: Recipe, data, base, launcher or folder cannot work; nothing was trained. With `start_from`, newer
-            checkpoints of this run may have been moved aside already.
+        InputError: Recipe, data, base, launcher or folder cannot work; nothing was trained, and no checkpoint moved.
         Stopped: A stop signal came; the last finished step is durable and the same call resumes.
         CheckpointError: The final checkpoint could not be written.
     """
@@ -77,7 +76,7 @@ def train(
         # 1. the inputs: the files of the base, the tokenizer, the tokens
         inputs = read_inputs(recipe, processes, console)
         # 2. the resume contract: what has changed since the checkpoint, and whether it may
-        rows = check_contract(recipe, run, inputs, processes, accept)
+        rows = check_contract(recipe, run, inputs, processes, accept, console)
         # 3. the base with the adapter, and what is chosen by looking at it
         changed = {row.key for row in rows}
         adapted = build_model(recipe, run, inputs, changed, objective, processes, console)
@@ -285,9 +284,11 @@ def finish(job: Job, publisher: Publisher, console: Console, stop: StopRequest) 
     """Evaluate base and adapter, write result.json and show the table; for a run that is finished already, say so."""
     run = Run(job.run.folder)
     if finished_step(run, console) == job.plan.steps:
+        epochs = job.recipe.train.epochs
+        key, value = ("train.steps", 2 * job.plan.steps) if epochs is None else ("train.epochs", 2 * epochs)
         console.say(
             f"{run.folder} has finished its {job.plan.steps} steps; nothing is left to do. To go on: "
-            f"--set train.steps={2 * job.plan.steps} --accept train.steps"
+            f"--set {key}={value} --accept {key}"
         )
         if job.processes.is_main:
             job.journal.event("finished", step=job.plan.steps)
@@ -303,8 +304,7 @@ def finish(job: Job, publisher: Publisher, console: Console, stop: StopRequest) 
     scores = held_out_of(job).compare(tick)
     if job.processes.is_main:
         job.run.lease.require()
-        base_bytes = sum(file.stat().st_size for file in job.inputs.source.folder.glob("*.safetensors"))
-        write_result(run, job.plan.steps, plain(scores), base_bytes=base_bytes)
+        write_result(run, job.plan.steps, plain(scores), base_bytes=job.inputs.source.weight_bytes)
         job.journal.event("finished", step=job.plan.steps)
         console.end()
         show(run, job.recipe, console)

@@ -25,16 +25,19 @@ from lora_kit.artifacts.locate import checkpoint_at
 from lora_kit.data.plan import Plan, prepare_data
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.tokens import Prepared, check_context
-from lora_kit.data.vocabulary import check_tokenizer_fits, untrained_labels
+from lora_kit.data.vocabulary import check_tokenizer_fits, untrained_labels, untrained_notes
 from lora_kit.kernels import fusing
 from lora_kit.kernels.attention import use_attention
 from lora_kit.kernels.identity import identity
 from lora_kit.model.adapter import inject
 from lora_kit.model.base import load_base, require_quantization
+from lora_kit.model.probe import refuse_unfit
+from lora_kit.model.sizes import context_of
 from lora_kit.model.source import Source, locate
 from lora_kit.model.state import flatten
 from lora_kit.model.targets import find_targets
 from lora_kit.model.tokenizer import load_renderer
+from lora_kit.model.weights import published_quantization
 from lora_kit.recipe.load import resolve_path
 from lora_kit.recipe.schema import Recipe
 from lora_kit.runs.journal import Journal
@@ -49,7 +52,18 @@ from lora_kit.runs.manifest import (
     Resolved,
     RunFacts,
 )
-from lora_kit.runs.resume import OpenRun, Row, contract, describe, enforce, enforce_origin, open_run, still_bitwise
+from lora_kit.runs.resume import (
+    OpenRun,
+    Row,
+    contract,
+    describe,
+    enforce,
+    enforce_origin,
+    go_back,
+    open_run,
+    refuse_fewer_steps,
+    still_bitwise,
+)
 from lora_kit.runs.trackers import Trackers
 from lora_kit.training import choices
 from lora_kit.training.job import AdaptedModel, Inputs, Job
@@ -90,6 +104,7 @@ def read_inputs(recipe: Recipe, processes: Processes, console: Console) -> Input
     require_quantization(recipe.base)
     console.tick("base: fingerprint")
     source = processes.main_decides(lambda: locate(recipe.base, resolve_path(recipe, recipe.base.repo)))
+    published_quantization(source.folder, recipe.base)  # raises before the data is read
     renderer = load_renderer(source, recipe)
     console.tick("data: render and tokenise")
     data = processes.main_decides(lambda: prepare_data(recipe, renderer))
@@ -122,17 +137,28 @@ def environment(
 
 
 def check_contract(
-    recipe: Recipe, run: OpenRun, inputs: Inputs, processes: Processes, accept: Sequence[str]
+    recipe: Recipe, run: OpenRun, inputs: Inputs, processes: Processes, accept: Sequence[str], console: Console
 ) -> tuple[Row, ...]:
     """Return the differences between a resume and its checkpoint, all of them permitted; empty for a new run.
+
+    If the run goes back to an older checkpoint, the newer ones are set aside here, after everything is permitted.
 
     Raises:
         ContractError: A difference is not permitted, or the run cannot begin with the given adapter.
     """
     rows = contract(run.latest.manifest.run, recipe, inputs.environment) if run.latest else []
-    processes.main_decides(lambda: enforce(rows, accept, run.folder))
+    finished, steps = run.latest.step if run.latest else 0, Plan(recipe, inputs.data.train, 1, padded=False).steps
+
+    def refuse() -> None:
+        refuse_fewer_steps(run.folder, finished, steps)
+        enforce(rows, accept, run.folder)
+
+    processes.main_decides(refuse)
     if run.origin is not None:
         enforce_origin(run.origin, recipe, inputs.source.fingerprint)
+    if run.goes_back:
+        for notice in processes.main_decides(lambda: go_back(run)):
+            console.warn(notice)
     return tuple(rows)
 
 
@@ -165,6 +191,7 @@ def build_model(
     base = load_base(inputs.source, recipe.base, processes.device)
     check_base_fits(base, inputs)
     if before is None:
+        refuse_unfit(base, inputs.source.name, processes.device)
         warn_about_untrained(base, recipe, inputs, console)
     attention, layout = choices.attention(base, recipe, before, changed, processes)
     use_attention(base, attention)
@@ -198,7 +225,7 @@ def check_base_fits(base: PreTrainedModel, inputs: Inputs) -> None:
     """
     embedding = cast(torch.Tensor, base.get_input_embeddings().weight)
     check_tokenizer_fits(inputs.renderer.tokenizer, len(embedding), used=inputs.data.train)
-    check_context(inputs.data, base.config.to_dict().get("max_position_embeddings"))
+    check_context(inputs.data, context_of(base.config.to_dict()))
 
 
 def warn_about_untrained(base: PreTrainedModel, recipe: Recipe, inputs: Inputs, console: Console) -> None:
@@ -206,21 +233,10 @@ def warn_about_untrained(base: PreTrainedModel, recipe: Recipe, inputs: Inputs, 
 
     LoRA on linear layers cannot teach the base to write a token whose row in the head was never trained.
     """
-    targets = find_targets(base, recipe.adapter)
-    if targets.left_out:
-        console.warn(
-            f"adapter.targets: all-linear leaves out {', '.join(targets.left_out)}; routers stay as they are, experts "
-            "are trained when adapter.targets names them"
-        )
     head = cast(torch.Tensor, (base.get_output_embeddings() or base.get_input_embeddings()).weight)
     labels = untrained_labels(inputs.data.train, head)
-    if labels:
-        tokenizer = inputs.renderer.tokenizer
-        names = ", ".join(repr(tokenizer.convert_ids_to_tokens(label)) for label in labels[:5])
-        console.warn(
-            f"{len(labels)} label token(s) look untrained in the base ({names}): LoRA on linear layers cannot teach "
-            "them; if the stop token is among them, name one that the base knows with base.stop_token"
-        )
+    for note in [*find_targets(base, recipe.adapter).notes, *untrained_notes(labels, inputs.renderer)]:
+        console.warn(note)
 
 
 def make_job(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lora_kit.artifacts.merging import merge as merge
     from lora_kit.check import estimate as estimate
     from lora_kit.check import preview as preview
+    from lora_kit.data.messages import question as question
     from lora_kit.recipe.load import load_recipe as load_recipe
     from lora_kit.runs.run import Run as Run
     from lora_kit.training.evaluation import evaluate as evaluate
@@ -51,6 +52,7 @@ _HOME = {
     "Run": "runs.run",
     "load": "artifacts.load",
     "generate": "artifacts.answering",
+    "question": "data.messages",
     "evaluate": "training.evaluation",
     "push": "artifacts.hub",
     "merge": "artifacts.merging",

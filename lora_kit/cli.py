@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from lora_kit.errors import CheckpointError, LaunchError, LoraKitError
+from lora_kit.errors import CheckpointError, InputError, LaunchError, LoraKitError
 from lora_kit.version import VERSION
 from lora_kit.views.console import print_error, rich_console
 from lora_kit.views.output import make_output_safe
@@ -116,8 +116,8 @@ def train(
         typer.Option(
             "--from",
             metavar="PATH",
-            help="Another run or checkpoint, or a Hub name: begin a new run with its adapter. One of this run's own "
-            "checkpoints: go back to it; newer checkpoints are set aside, not deleted.",
+            help="Another run or checkpoint, a PEFT adapter, or a Hub name: begin a new run with its adapter. One of "
+            "this run's own checkpoints: go back to it; newer checkpoints are set aside, not deleted.",
         ),
     ] = None,
     profile: Annotated[
@@ -152,7 +152,7 @@ def train(
         zygote = Zygote()  # imports torch while this process does the rest
         stack.callback(zygote.end)
         from lora_kit.recipe.load import load_recipe, resolve_path, similar_path
-        from lora_kit.runs import store
+        from lora_kit.runs.origin import open_origin
         from lora_kit.runs.resume import take_over
         from lora_kit.supervise.launch import launch
         from lora_kit.training.request import TrainRequest
@@ -167,7 +167,7 @@ def train(
         if start_from:
             from lora_kit.artifacts.locate import checkpoint_at  # slow to import, and most starts do not need it
 
-            origin = store.open_checkpoint(checkpoint_at(start_from))
+            origin = open_origin(checkpoint_at(start_from, plain=True))
         lease, notices = take_over(out, tell=lambda text: print(f"warning: {text}", file=sys.stderr))
         for notice in notices:
             print(f"warning: {notice}", file=sys.stderr)
@@ -281,13 +281,35 @@ Weights = Annotated[
 ]
 
 
+Messages = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Conversations to continue, with their tools: a JSON or JSONL file of records of the format messages.",
+    ),
+]
+BasePath = Annotated[
+    Path | None,
+    typer.Option("--base-path", metavar="FOLDER", help="The base's folder, if it is not where it was in training."),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Let transformers run the Python files of the checkpoint's base."),
+]
+
+
 @command
 def generate(
     path: Weights,
-    prompts: Annotated[list[str], typer.Argument(help="Prompts; each is answered as one user message.")],
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT...", help="Prompts; each is answered as one user message.")
+    ] = None,
+    messages: Messages = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy decoding.")] = 0.0,
     base: Annotated[bool, typer.Option("--base", help="Answer with the base model, without the adapter.")] = False,
+    base_path: BasePath = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer prompts with a trained adapter."""
@@ -295,11 +317,15 @@ def generate(
         from lora_kit.artifacts import answering
         from lora_kit.artifacts.load import load
 
-    model, tokenizer = load(path)
+    asked: list[Any] = [*(prompts or []), *(answering.read_questions(messages) if messages else [])]
+    if not asked:
+        raise InputError("no prompt: give a PROMPT, or --messages FILE")
+    model, tokenizer = load(path, base=base_path, trust_remote_code=trust_remote_code)
     with model.disable_adapter() if base else nullcontext():
-        answers = answering.generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature)
+        answers = answering.generate(model, tokenizer, asked, max_new_tokens=max_new_tokens, temperature=temperature)
     if as_json:
-        _print_json([{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)])
+        shown = [one if isinstance(one, str) else one.messages for one in asked]
+        _print_json([{"prompt": p, "answer": a} for p, a in zip(shown, answers, strict=True)])
     else:
         print("\n\n".join(answers))
 
@@ -308,15 +334,22 @@ def generate(
 def chat(
     path: Weights,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    messages: Messages = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy decoding.")] = 0.0,
+    base_path: BasePath = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Chat with a trained adapter. `/adapter off` switches to the base model, `/help` lists the commands."""
     with imports(f"loading {path}"):
         from lora_kit.artifacts import chat as chatting
+        from lora_kit.artifacts.answering import read_questions
         from lora_kit.artifacts.load import load
 
-    model, tokenizer = load(path)
+    beginning = read_questions(messages) if messages else [None]
+    if len(beginning) > 1:
+        raise InputError(f"{messages}: {len(beginning)} conversations; chat begins with one")
+    model, tokenizer = load(path, base=base_path, trust_remote_code=trust_remote_code)
     print("/help for the commands, Ctrl-D to leave", file=sys.stderr)
     chatting.chat(
         model,
@@ -324,21 +357,38 @@ def chat(
         _typed(),
         lambda piece: print(piece, end="", flush=True),
         system=system,
+        beginning=beginning[0],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
     )
 
 
 def _typed() -> Iterator[str]:
-    """Yield the lines of stdin until Ctrl-D or Ctrl-C; in a terminal with a prompt and a history."""
+    """Yield what the user enters until Ctrl-D or a second Ctrl-C; in a terminal with a prompt and a history.
+
+    A pasted text of several lines is one message (bracketed paste).
+    """
     if not sys.stdin.isatty():
         yield from sys.stdin
         return
     with suppress(ImportError):
-        import readline  # noqa: F401  (once imported, input() uses it)
-    with suppress(EOFError, KeyboardInterrupt):
-        while True:
-            yield input("> ")
+        import readline  # once imported, input() uses it
+
+        readline.parse_and_bind("set enable-bracketed-paste on")
+    interrupted = False
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if interrupted:
+                return
+            interrupted = True
+            print("\nCtrl-C again, or Ctrl-D, leaves the conversation", file=sys.stderr)
+            continue
+        interrupted = False
+        yield line
 
 
 @command
@@ -348,13 +398,15 @@ def merge(
     dtype: Annotated[
         Literal["bfloat16", "float32"] | None, typer.Option(help="Precision of the weights. [default: as in training]")
     ] = None,
+    base_path: BasePath = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Merge an adapter into its base model and report how much the merged model's logits differ."""
     with imports(f"merging {path} into its base"):
         from lora_kit.artifacts import merging
 
-    merged = merging.merge(path, out, dtype=dtype)
+    merged = merging.merge(path, out, base=base_path, dtype=dtype, trust_remote_code=trust_remote_code)
     if as_json:
         _print_json(merged.to_dict())
     else:
@@ -406,12 +458,14 @@ def push(
     revision: Annotated[
         str | None, typer.Option(help="The branch; created if it does not exist. [default: main]")
     ] = None,
+    base_path: BasePath = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Publish an adapter on the Hub in one commit: weights, tokenizer, chat template, recipe and model card."""
     from lora_kit.artifacts import hub
 
-    pushed = hub.push(path, to, private=private, revision=revision)
+    pushed = hub.push(path, to, private=private, revision=revision, base=base_path, trust_remote_code=trust_remote_code)
     if as_json:
         _print_json(pushed.to_dict())
     else:

@@ -1,10 +1,12 @@
-"""The cache folder, the SHA-256 of a file, reading only regular files, and writing a file atomically."""
+"""The cache folder, which no other user may change; SHA-256 of files; reading only regular files; atomic writes."""
 
 import errno
 import hashlib
 import os
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 
@@ -16,6 +18,77 @@ CACHE = "LORA_KIT_CACHE"  # the environment variable that sets another cache fol
 def cache_folder(name: str) -> Path:
     """Return the user's cache folder of this name; it may not exist yet."""
     return Path(os.environ.get(CACHE) or platformdirs.user_cache_dir("lora_kit")) / name
+
+
+@dataclass(frozen=True)
+class PrivateFolder:
+    """An open folder that only this user can change.
+
+    Its files are opened by the folder's descriptor and checked by their own, so nobody can exchange the folder or a
+    file between the check and the use.
+    """
+
+    path: Path
+    descriptor: int
+
+    def open(self, name: str) -> int:
+        """Return a descriptor of a file, for reading.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            OSError: Another user owns the file or may write to it, or it is a link.
+        """
+        file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.descriptor)
+        try:
+            _require_private(file, self.path / name)
+        except OSError:
+            os.close(file)
+            raise
+        return file
+
+    def write(self, name: str, content: bytes) -> int:
+        """Write a file in one rename; return a descriptor of it, for reading.
+
+        Raises:
+            OSError: The file could not be written; an old file is unchanged.
+        """
+        partial, flags = f".{name}.{os.getpid()}.partial", os.O_RDWR | os.O_CREAT | os.O_TRUNC
+        file = os.open(partial, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self.descriptor)
+        try:
+            with os.fdopen(file, "wb", closefd=False) as writer:
+                writer.write(content)
+            os.replace(partial, name, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
+        except OSError:
+            os.close(file)
+            with suppress(OSError):
+                os.unlink(partial, dir_fd=self.descriptor)
+            raise
+        return file
+
+
+@contextmanager
+def private_folder(path: Path) -> Iterator[PrivateFolder]:
+    """Open a folder for this user alone; create it if it is missing.
+
+    Raises:
+        OSError: The folder cannot be created or opened, or another user owns it or may write to it.
+    """
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _require_private(descriptor, path)
+        yield PrivateFolder(path, descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _require_private(descriptor: int, path: Path) -> None:
+    """Raise OSError if another user owns an open file or folder or may write to it."""
+    status = os.fstat(descriptor)
+    if status.st_uid != os.getuid():
+        raise OSError(f"{path} belongs to another user (uid {status.st_uid}); remove it or set {CACHE}")
+    if status.st_mode & 0o022:
+        raise OSError(f"other users may write to {path} (mode {status.st_mode & 0o777:o}); run chmod go-w on it")
 
 
 def sha256_of(path: Path) -> str:

@@ -226,12 +226,18 @@ def test_a_file_is_hashed_once_until_it_changes(tmp_path, monkeypatch):
     assert file_hash(path) != first
 
 
-def test_a_file_of_the_hubs_cache_is_named_by_its_hash(tmp_path):
-    (tmp_path / "blobs").mkdir()
-    blob = tmp_path / "blobs" / ("ab" * 32)
-    blob.write_bytes(b"large")
-    (tmp_path / "model.safetensors").symlink_to(blob)
-    assert file_hash(tmp_path / "model.safetensors") == "ab" * 32
+def test_a_file_of_the_hubs_cache_is_named_by_its_hash(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    files = []
+    for place in ("hub", "elsewhere"):
+        blob = tmp_path / place / "blobs" / ("ab" * 32)
+        blob.parent.mkdir(parents=True)
+        blob.write_bytes(b"large")
+        files.append(tmp_path / place / "model.safetensors")
+        files[-1].symlink_to(blob)
+    assert file_hash(files[0]) == "ab" * 32 != file_hash(files[1])
+    (tmp_path / "hub" / "blobs" / ("ab" * 32)).chmod(0o666)
+    assert file_hash(files[0]) == file_hash(files[1])
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

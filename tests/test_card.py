@@ -10,7 +10,7 @@ import lora_kit as lk
 from lora_kit.artifacts.card import model_card
 from lora_kit.artifacts.hub import CARD, publication
 from lora_kit.runs import store
-from lora_kit.runs.manifest import MANIFEST, read_manifest
+from lora_kit.runs.manifest import MANIFEST, LineageEntry, Origin, read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +26,13 @@ def run(tmp_path_factory, base_folder, data_file):
 def manifest(run, tmp_path_factory):
     """The manifest that is published of the last checkpoint."""
     path = tmp_path_factory.mktemp("published") / MANIFEST
-    path.write_bytes(publication(store.open_checkpoint(run.latest), "me/x")[MANIFEST])
+    path.write_bytes(published(run.latest)[MANIFEST])
     return read_manifest(path)
+
+
+def published(path):
+    checkpoint = store.open_checkpoint(path)
+    return publication(checkpoint, checkpoint.recipe, "me/x")
 
 
 def with_recipe(manifest, section, **changes):
@@ -37,7 +42,7 @@ def with_recipe(manifest, section, **changes):
 
 
 def card_of(path):
-    return publication(store.open_checkpoint(path), "me/x")[CARD].decode()
+    return published(path)[CARD].decode()
 
 
 @pytest.mark.quick
@@ -97,6 +102,16 @@ def test_what_is_not_known_is_left_out(manifest):
     bare = replace(manifest, progress=replace(manifest.progress, held_out_loss=None))
     card = model_card("me/x", with_recipe(bare, "hub", licence=None))
     assert "## Validation" not in card and "license" not in card and "None" not in card
+
+
+def test_a_card_says_where_the_run_began_and_what_changed(manifest):
+    assert "## Lineage" not in model_card("me/x", manifest)
+    run = replace(manifest.run, lineage=(LineageEntry(3, "optim.learning_rate", 0.1, 0.2),))
+    card = model_card("me/x", replace(manifest, run=replace(run, origin=Origin("ab" * 8, 40, "c" * 64, "me/y@1234"))))
+    began = f"The run began with the adapter of run `{'ab' * 8}` after step 40, `me/y@1234` on the Hub (SHA-256 of "
+    assert began in card and "c" * 64 in card and "| 3 | `optim.learning_rate` | 0.1 | 0.2 |" in card
+    card = model_card("me/x", replace(manifest, run=replace(run, origin=Origin(None, None, "c" * 64))))
+    assert "The run began with an adapter that lora_kit did not train (SHA-256 of " in card
 
 
 def test_equal_checkpoints_have_equal_cards(run):

@@ -1,13 +1,21 @@
 """A conversation is what `generate` would answer turn by turn, with the adapter on or off as told."""
 
+import json
+import os
+import pty
+import select
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from runs import ENVIRONMENT, WAIT_SECONDS
+from typer.testing import CliRunner
 
 import lora_kit as lk
 from lora_kit.artifacts.chat import HELP, chat
+from lora_kit.cli import app
 
 
 def talk(loaded, *lines):
@@ -32,7 +40,7 @@ def test_the_adapter_is_off_for_as_long_as_it_was_asked(trained_run):
     adapter = lk.generate(*loaded, ["hello there"], max_new_tokens=8)[0]
     assert base != adapter
     written, messages = talk(loaded, "hello there", "/adapter off", "/again", "/adapter on", "/again", "/quit", "never")
-    assert written == f"{adapter}\n[base] {base}\n{adapter}\n"
+    assert written == f"{adapter}\n[base] {base} [cut at 8 tokens; --max-new-tokens allows more]\n{adapter}\n"
     assert [one["role"] for one in messages] == ["user", "assistant"]
 
 
@@ -64,3 +72,111 @@ def test_it_is_driven_by_a_pipe(trained_run):
     )
     assert done.returncode == 0 and "/help" in done.stderr
     assert done.stdout.strip() == lk.generate(*lk.load(trained_run), ["hello there"], max_new_tokens=8)[0]
+
+
+def test_an_answer_that_the_limit_cut_is_marked_and_another_is_not(trained_run):
+    loaded = lk.load(trained_run)
+    written, mark = [], " [cut at 8 tokens; --max-new-tokens allows more]"
+    messages = chat(*loaded, ["/adapter off", "hello there", "/adapter on", "/again"], written.append, max_new_tokens=8)
+    assert written.count(mark) == 1 and written.index(mark) < written.index("")
+    assert messages[-1]["content"] == lk.generate(*loaded, ["hello there"], max_new_tokens=8)[0]
+    cut = chat(*loaded, ["/adapter off", "hello there"], written.append, max_new_tokens=8)[-1]["content"]
+    with loaded[0].disable_adapter():
+        assert cut == lk.generate(*loaded, ["hello there"], max_new_tokens=8)[0]
+
+
+def test_a_text_of_several_lines_is_one_message(trained_run):
+    loaded = lk.load(trained_run)
+    _, messages = talk(loaded, "/first line\nsecond line\nthird line")
+    assert [one["content"] for one in messages if one["role"] == "user"] == ["/first line\nsecond line\nthird line"]
+
+
+def test_it_begins_with_messages_and_tools(trained_run):
+    """The result of a tool is typed with /tool. The template of this base ignores tools, so it gets another."""
+    loaded = lk.load(trained_run)
+    loaded[1].chat_template = "{{ tools | length if tools }}" + loaded[1].chat_template
+    seen = []
+    beginning = lk.question([{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}], [TOOL])
+    messages = chat(*loaded, ["/tool 5", "three"], seen.append, beginning=beginning, max_new_tokens=4)
+    assert [one["role"] for one in messages] == ["user", "assistant", "tool", "assistant", "user", "assistant"]
+    assert messages[3]["content"] == lk.generate(*loaded, [lk.question(messages[:3], [TOOL])], max_new_tokens=4)[0]
+    assert messages[3]["content"] != lk.generate(*loaded, [lk.question(messages[:3])], max_new_tokens=4)[0]
+
+
+TOOL = {"name": "add", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}
+
+
+def test_generate_continues_the_conversations_of_a_file(trained_run, tmp_path):
+    loaded = lk.load(trained_run)
+    records = [{"messages": [{"role": "user", "content": text}], "tools": [TOOL]} for text in ("one", "two")]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "one.json").write_text(json.dumps(records[0]["messages"]))
+    for name, count in (("asked.jsonl", 2), ("one.json", 1)):
+        told = CliRunner().invoke(
+            app, ["generate", str(trained_run), "--messages", str(tmp_path / name), "--json", "--max-new-tokens", "4"]
+        )
+        answers = [one["answer"] for one in json.loads(told.stdout)]
+        assert answers == lk.generate(*loaded, ["one", "two"][:count], max_new_tokens=4)
+    (tmp_path / "bad.json").write_text('[{"role": "nobody", "content": "x"}]')
+    told = CliRunner().invoke(app, ["generate", str(trained_run), "--messages", str(tmp_path / "bad.json")])
+    assert told.exit_code == 2 and "bad.json:1: messages[0].role is 'nobody'" in told.stderr
+    assert CliRunner().invoke(app, ["generate", str(trained_run)]).exit_code == 2
+
+
+def test_notices_of_transformers_stay_out_of_the_answers(trained_run, capfd):
+    model, tokenizer = lk.load(trained_run)
+    model.generation_config.temperature, model.generation_config.top_k = 0.3, 7  # unused without sampling
+    written = []
+    chat(model, tokenizer, ["hello"], written.append, max_new_tokens=2)
+    lk.generate(model, tokenizer, ["hello"], max_new_tokens=2)
+    assert capfd.readouterr() == ("", "")
+
+
+class Terminal:
+    """A chat at a terminal, with the keys that a person types."""
+
+    def __init__(self, run):
+        pid, self.descriptor = pty.fork()
+        if pid == 0:
+            command = [sys.executable, "-m", "lora_kit", "chat", str(run), "--max-new-tokens", "8"]
+            os.execve(sys.executable, command, ENVIRONMENT | {"TERM": "xterm"})
+        self.pid, self.screen = pid, ""
+
+    def wait_for(self, text):
+        end = time.monotonic() + WAIT_SECONDS
+        while text not in self.screen:
+            assert time.monotonic() < end, self.screen
+            if select.select([self.descriptor], [], [], 0.1)[0]:
+                try:
+                    self.screen += os.read(self.descriptor, 4096).decode()
+                except OSError:
+                    break
+        seen, found, self.screen = self.screen.partition(text)
+        assert found, seen
+        return seen
+
+    def type(self, keys):
+        os.write(self.descriptor, keys.encode())
+
+
+def test_at_a_terminal_a_paste_is_one_message_and_ctrl_c_leaves_only_when_repeated(trained_run):
+    terminal = Terminal(trained_run)
+    try:
+        terminal.wait_for("> ")
+        terminal.type("\x1b[200~one\ntwo\nthree\x1b[201~\r")
+        terminal.wait_for("> ")
+        terminal.type("\x03")
+        assert "> " not in terminal.wait_for("Ctrl-C again"), "there was one answer"
+        terminal.wait_for("> ")
+        terminal.type("/again\r")
+        assert "/adapter off" not in terminal.wait_for("> "), "the conversation is still there"
+        terminal.type("\x03")
+        terminal.wait_for("Ctrl-C again")
+        terminal.wait_for("> ")
+        terminal.type("\x03")
+        assert os.waitstatus_to_exitcode(os.waitpid(terminal.pid, 0)[1]) == 0
+    except BaseException:
+        os.kill(terminal.pid, signal.SIGKILL)
+        raise
+    finally:
+        os.close(terminal.descriptor)

@@ -120,7 +120,7 @@ def test_processes_that_compute_differently_are_refused_before_the_first_step(
     if dtype == "bfloat16":
         need_c()
     arguments = ["train", recipe_file, "--out", tmp_path / "run", "--set", f"base.dtype={dtype}"]
-    first, second = environments(2)
+    first, second = environments(2, tmp_path)
     processes = [started(arguments, first), started(arguments, second | of_one)]
     said = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [2, 2], said

@@ -18,6 +18,8 @@ from typer.testing import CliRunner
 from lora_kit.cli import app
 from lora_kit.data.formats import FORMATS
 from lora_kit.data.packing import collate
+from lora_kit.data.rendering import TEXT_CHARACTERS
+from lora_kit.data.sandbox import MEMORY_BYTES, SECONDS
 from lora_kit.data.tokens import Tokens
 from lora_kit.errors import DataError
 from lora_kit.recipe.load import load_recipe
@@ -247,6 +249,18 @@ def test_every_test_that_a_page_names_exists():
         named = set(re.findall(r"`(test_\w+)`", page.read_text()))
         assert not named - known, page
     assert len(set(re.findall(r"`(test_\w+)`", RELIABILITY.read_text()))) > 50
+
+
+def test_every_statement_about_security_names_its_test():
+    rows = re.findall(r"^\| (.*) \|$", (ROOT / "docs" / "security.md").read_text(), re.M)
+    statements = [row for row in rows if not re.match(r"---|it cannot|they cannot|promise", row)]
+    assert len(statements) > 15 and not [row for row in statements if not re.search(r"`test_\w+`", row)]
+
+
+def test_the_page_on_security_names_the_limits_of_a_template():
+    page = (ROOT / "docs" / "security.md").read_text()
+    limits = (f"{SECONDS} s of processor time", f"{MEMORY_BYTES >> 30} GB of memory", f"{TEXT_CHARACTERS:,} characters")
+    assert all(limit in page for limit in limits)
 
 
 def test_the_page_on_reliability_quotes_what_was_measured():

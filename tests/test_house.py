@@ -161,6 +161,7 @@ def test_nothing_unpickles():
     for path in MODULES:
         assert not {"pickle", "torch.load", "joblib", "dill"} & {module for module, _ in imports_of(path)}, path
         assert "torch.load(" not in path.read_text(), path
+        assert not re.search(r"(broadcast|gather|scatter|send|recv)_object", path.read_text()), path
 
 
 def test_three_frames_of_ours_lead_from_the_command_to_the_model(recipe_file, tmp_path, monkeypatch):

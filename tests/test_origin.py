@@ -1,13 +1,21 @@
 """A run may begin with an earlier adapter, or go back to one of its own checkpoints; neither loses anything."""
 
 import json
+import re
 import shutil
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from runs import state_hash, train, with_faults
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as torch_load_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from lora_kit.cli import app
 from lora_kit.errors import ContractError, InputError
+from lora_kit.files import sha256_of
 from lora_kit.model.state import FlatState
 from lora_kit.recipe.load import load_recipe
 from lora_kit.runs import store
@@ -117,3 +125,61 @@ def test_another_base_is_refused(recipe_file, tmp_path, trained_run, base_folder
     (other / "config.json").write_text((other / "config.json").read_text() + " ")
     with pytest.raises(ContractError, match="base: the checkpoint was trained on a base with other files"):
         loop.train(load_recipe(recipe_file, [f"base.repo={other}"]), tmp_path / "run", start_from=trained_run)
+
+
+@pytest.fixture
+def plain(base_folder, tmp_path):
+    """A function that saves an adapter as PEFT and TRL do, in bfloat16, with changes to its settings."""
+
+    def save(**changes):
+        base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16)
+        settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False} | changes
+        config = LoraConfig(task_type="CAUSAL_LM", **settings)
+        get_peft_model(base, config, autocast_adapter_dtype=False).save_pretrained(tmp_path / "plain")
+        return tmp_path / "plain"
+
+    return save
+
+
+def test_a_new_run_begins_with_an_adapter_of_another_program(plain, recipe_file, tmp_path, monkeypatch):
+    filled, fill = [], FlatState.load_weights
+    monkeypatch.setattr(FlatState, "load_weights", lambda self, a: (fill(self, a), filled.append(self.weights.clone())))
+    folder = plain()
+    (folder / "optimizer.pt").write_bytes(b"a pickle, as TRL leaves it here")
+    printed = train(recipe_file, tmp_path / "run", "--from", folder, "--set", "train.steps=1")
+    assert f"starts with the adapter of {folder}" in printed and "nothing verifies that its base was" in printed
+    loop.train(load_recipe(recipe_file, ["train.steps=1"]), tmp_path / "here", start_from=folder)
+    saved = torch_load_file(folder / "adapter_model.safetensors").values()
+    expected = [value for tensor in saved for value in tensor.float().ravel().tolist()]
+    assert sorted(filled[0].tolist()) == sorted(expected)
+    assert state_hash(tmp_path / "run", 1) == state_hash(tmp_path / "here", 1)
+    origin = store.open_checkpoint(checkpoint(tmp_path / "run", 1)).manifest.run.origin
+    assert (origin.run_id, origin.step, origin.adapter) == (None, None, sha256_of(folder / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"r": 2}, r"adapter\.rank: 2 in .* 4 in "),
+        ({"use_rslora": True}, r"use_rslora: True in the adapter, which lora_kit does not train"),
+        ({"use_dora": True}, r"use_dora: True in the adapter"),
+        ({"target_modules": ["q_proj"]}, "tensor names differ"),
+    ],
+)
+def test_an_adapter_of_another_program_that_does_not_fit_is_refused(changes, problem, plain, recipe_file, tmp_path):
+    printed = train(recipe_file, tmp_path / "run", "--from", plain(**changes), expect=2)
+    assert re.search(problem, printed) and "Traceback" not in printed
+
+
+def test_a_pickled_adapter_is_refused(plain, recipe_file, tmp_path):
+    folder = plain()
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    printed = train(recipe_file, tmp_path / "run", "--from", folder, expect=1)
+    assert "pickles are never read" in printed and "Traceback" not in printed
+
+
+def test_generate_and_merge_say_that_an_adapter_of_another_program_is_for_from(plain, tmp_path):
+    folder = plain()
+    for arguments in (["generate", folder, "hello"], ["merge", folder, "--out", tmp_path / "merged"]):
+        told = CliRunner().invoke(app, list(map(str, arguments)))
+        assert told.exit_code == 1 and f"lora-kit train --from {folder}" in told.stderr

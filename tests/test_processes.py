@@ -21,6 +21,7 @@ from lora_kit.data.packing import reduction_schedule
 from lora_kit.training.loop import add_to_tree
 from lora_kit.errors import DataError
 processes = Processes.start("float32")
+torch.distributed.distributed_c10d._pickler = torch.distributed.distributed_c10d._unpickler = None
 out = []
 for count in (1, 2, 3, 5, 8, 11):
     leaves = torch.randn(count, 1003, generator=torch.Generator().manual_seed(count)) * 10
@@ -32,7 +33,9 @@ for count in (1, 2, 3, 5, 8, 11):
     processes.tree_sum(flat, contributors=min(count, processes.count))
     out.append(flat.numpy().tobytes().hex())
 assert processes.gather([processes.index] * 2) == [i for i in range(processes.count) for _ in range(2)]
+assert processes.gather([{"index": processes.index, "text": "x" * processes.index}])[-1]["index"] + 1 == processes.count
 assert processes.main_decides(lambda: processes.index) == 0
+assert processes.main_decides(lambda: None) is None
 def refuse():
     raise DataError("told to all")
 try:
@@ -57,7 +60,10 @@ def in_one_process(count):
 
 @pytest.mark.parametrize("processes", [2, 3, 4])
 def test_many_processes_sum_like_one(tmp_path, processes):
-    workers = [started([tmp_path / "sums"], environment, code=WORKER) for environment in launch.environments(processes)]
+    workers = [
+        started([tmp_path / "sums"], environment, code=WORKER)
+        for environment in launch.environments(processes, tmp_path)
+    ]
     for worker in workers:
         printed, _ = worker.communicate()
         assert worker.returncode == 0, printed

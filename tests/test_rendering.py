@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from lora_kit.data.formats import Completion, Conversation
 from lora_kit.data.rendering import Renderer, apply, check_renderer, render
+from lora_kit.data.sandbox import check_template
 from lora_kit.errors import BaseError, DataError
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
@@ -192,8 +193,8 @@ def test_a_tokenizer_without_an_end_needs_one_named(renderer, tmp_path):
 @pytest.mark.parametrize("extra", ["", "{{ strftime_now('%Y') }}"])
 def test_a_template_that_is_not_jinja_is_reported_with_its_line(renderer, extra):
     with pytest.raises(DataError, match=r"^data\.template: line 3 is not valid Jinja: "):
-        check_renderer(replace(renderer, template=f"{extra}\n\n{{% if %}}x{{% endif %}}\n"))
+        check_template(replace(renderer, template=f"{extra}\n\n{{% if %}}x{{% endif %}}\n"))
 
 
 def test_a_template_that_only_refuses_a_lone_question_passes_the_check(renderer):
-    check_renderer(replace(renderer, template="{{ raise_exception('no') }}"))
+    check_template(replace(renderer, template="{{ raise_exception('no') }}"))

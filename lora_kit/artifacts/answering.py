@@ -1,18 +1,24 @@
 """Generate answers to prompts, greedily or by sampling, in batches of similar length."""
 
+import json
 import threading
-from collections.abc import Generator, Sequence
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
+from transformers.utils import logging as transformers_logging
 
-from lora_kit.data.messages import Conversation
+from lora_kit.data.messages import Conversation, question
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.template import prompt_tokens
+from lora_kit.errors import DataError
 from lora_kit.kernels.attention import own_attention
 
 
@@ -53,7 +59,7 @@ def answer(
     answers = [""] * len(prompts)
     for start in range(0, len(prompts), settings.batch_size):
         members = shortest_first[start : start + settings.batch_size]
-        with own_attention(model):
+        with own_attention(model), _quiet():
             texts = _answer_batch(model, [prompts[index] for index in members], settings)
         for index, ids in zip(members, texts, strict=True):
             answers[index] = str(tokenizer.decode(ids, skip_special_tokens=True))
@@ -82,8 +88,26 @@ def _generate_arguments(settings: Answering) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep notices of transformers, e.g. about unused settings of a base, out of the answers."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
 def stream(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], settings: Answering
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int],
+    settings: Answering,
+    *,
+    on_cut: Callable[[], object] = lambda: None,
 ) -> Generator[str, None, None]:
     """Yield the answer to a prompt piece by piece, while the model generates it in another thread.
 
@@ -94,24 +118,26 @@ def stream(
         tokenizer: Its tokenizer.
         ids: The token ids of the prompt.
         settings: The settings of generation.
+        on_cut: Called after the last piece if `max_new_tokens` ended the answer.
 
     Raises:
         Exception: Any error of the model, after the last piece.
     """
     pieces = TextIteratorStreamer(cast(Any, tokenizer), skip_prompt=True, skip_special_tokens=True)
-    closed, errors = threading.Event(), []
+    closed, errors, rows = threading.Event(), [], []
 
     def run() -> None:
         row = torch.tensor([list(ids)], device=next(model.parameters()).device)
         try:
-            with torch.no_grad(), own_attention(model):
-                model.generate(
+            with torch.no_grad(), own_attention(model), _quiet():
+                output = model.generate(
                     input_ids=row,
                     attention_mask=torch.ones_like(row),
                     streamer=pieces,
                     stopping_criteria=[lambda *_: closed.is_set()],
                     **_generate_arguments(settings),
                 )
+            rows.append(output[0].tolist())
         except BaseException as error:  # raised again in the thread that reads the pieces
             errors.append(error)
             pieces.end()
@@ -125,6 +151,8 @@ def stream(
         thread.join()
     if errors:
         raise errors[0]
+    if rows[0][-1] not in settings.stop_ids:
+        on_cut()
 
 
 def stop_ids(renderer: Renderer) -> tuple[int, ...]:
@@ -136,20 +164,19 @@ def stop_ids(renderer: Renderer) -> tuple[int, ...]:
 def generate(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Conversation],
     *,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
 ) -> list[str]:
     """Answer prompts with a model and tokenizer from `lora_kit.load`.
 
-    If the tokenizer has a chat template, each prompt is rendered as a user message. Otherwise the model continues the
-    prompt as plain text.
+    If the tokenizer has a chat template, a text is rendered as a user message. Otherwise the model continues the text.
 
     Args:
         model: A causal language model, with or without an adapter.
         tokenizer: Its tokenizer.
-        prompts: The prompts.
+        prompts: Texts, or conversations with messages and tools from `lora_kit.question`.
         max_new_tokens: The maximum length of an answer, in tokens.
         temperature: The sampling temperature; 0 generates greedily.
 
@@ -157,12 +184,41 @@ def generate(
         The answer to each prompt.
     """
     renderer = Renderer(tokenizer)
-    ids = [prompt_ids([{"role": "user", "content": text}], renderer) for text in prompts]
+    asked = [question([{"role": "user", "content": one}]) if isinstance(one, str) else one for one in prompts]
+    ids = [prompt_ids(conversation, renderer) for conversation in asked]
     return answer(model, tokenizer, ids, Answering(stop_ids(renderer), max_new_tokens, temperature))
 
 
-def prompt_ids(messages: Sequence[dict[str, str]], renderer: Renderer) -> list[int]:
-    """Return the token ids of the prompt for an answer to the last message; without a template, only that message."""
+def prompt_ids(conversation: Conversation, renderer: Renderer) -> list[int]:
+    """Return the token ids of the prompt for the next message; without a chat template, only of the last message."""
     if renderer.tokenizer.chat_template is None:
-        return renderer.tokenizer(messages[-1]["content"])["input_ids"]
-    return prompt_tokens(Conversation(tuple(messages)), renderer)
+        return renderer.tokenizer(conversation.messages[-1]["content"])["input_ids"]
+    return prompt_tokens(conversation, renderer)
+
+
+def read_questions(path: Path) -> list[Conversation]:
+    """Read conversations to be continued: records of the format `messages`, or only their messages.
+
+    Args:
+        path: A JSON file with a conversation or a list of them, or a JSONL file with a conversation in each line.
+
+    Raises:
+        DataError: The file cannot be read, or a conversation is malformed.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        lines = [line for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else [text]
+        values = [json.loads(line) for line in lines]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON: {error}") from error
+    if path.suffix != ".jsonl" and isinstance(values[0], list) and "role" not in (values[0] or [{}])[0]:
+        values = values[0]
+    return [_question(value, f"{path}:{number}") for number, value in enumerate(values, 1)]
+
+
+def _question(value: Any, where: str) -> Conversation:
+    record = value if isinstance(value, dict) else {"messages": value}
+    try:
+        return question(record.get("messages"), record.get("tools"))
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error

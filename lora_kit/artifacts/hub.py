@@ -18,7 +18,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
 from lora_kit.artifacts.card import model_card
 from lora_kit.artifacts.hub_errors import FAILURES, TOKEN, reason_of, scrub
-from lora_kit.artifacts.locate import checkpoint_at
+from lora_kit.artifacts.locate import checkpoint_at, recipe_of
 from lora_kit.errors import BaseError, HubError, InputError, LoraKitError
 from lora_kit.model.source import Source, base_folder, file_hash, pinned_base
 from lora_kit.model.tokenizer import load_renderer, set_up_tokenizer
@@ -64,6 +64,8 @@ def push(
     *,
     private: bool = False,
     revision: str | None = None,
+    base: str | Path | None = None,
+    trust_remote_code: bool = False,
     pause: Callable[[float], object] = time.sleep,
 ) -> Pushed:
     """Publish an adapter in a single commit: weights, configuration, tokenizer, template, recipe and model card.
@@ -75,6 +77,8 @@ def push(
         to: The repository, `user/name`; it is created if it does not exist.
         private: Whether to create it as private. An existing public repository is then an error.
         revision: The branch; it is created if it does not exist. None takes the default branch.
+        base: The base's folder, if it is not where it was in training.
+        trust_remote_code: Whether the base's tokenizer may run Python files of the base.
         pause: Called with the seconds to wait before a retry. If it returns a true value, there is no retry.
 
     Raises:
@@ -86,8 +90,11 @@ def push(
     """
     if not HUB_NAME.fullmatch(to):
         raise InputError(f"{to!r} is not a Hub name; expected user/name, e.g. me/first-adapter")
-    files = publication(store.open_checkpoint(checkpoint_at(path)), to, revision=revision)
+    checkpoint = store.open_checkpoint(checkpoint_at(path))
+    recipe = recipe_of(checkpoint, trust_remote_code=trust_remote_code)
+    files = publication(checkpoint, recipe, to, base=Path(base) if base else None, revision=revision)
     options = "".join([" --private" if private else "", f" --revision {revision}" if revision else ""])
+    options += (f" --base-path {base}" if base else "") + (" --trust-remote-code" if trust_remote_code else "")
     again = f"to repeat the push: lora-kit push {path} --to {to}{options}"
     token = None
     for seconds in (*RETRY_PAUSES, None):
@@ -128,12 +135,16 @@ def _commit(api: HfApi, files: Mapping[str, bytes | Path], to: str, *, private: 
     return Pushed(to, revision, done.oid, done.oid != before.sha, f"{api.endpoint}/{to}{branch}")
 
 
-def publication(checkpoint: store.Checkpoint, to: str, *, revision: str | None = None) -> dict[str, bytes | Path]:
+def publication(
+    checkpoint: store.Checkpoint, recipe: Recipe, to: str, *, base: Path | None = None, revision: str | None = None
+) -> dict[str, bytes | Path]:
     """Return the files to publish by name: their content, or for the weights the path.
 
     Args:
         checkpoint: The checkpoint.
+        recipe: Its recipe, from `recipe_of`.
         to: The repository, for the model card.
+        base: The base's folder, if it is not where it was in training.
         revision: The branch, for the model card.
 
     Raises:
@@ -141,7 +152,7 @@ def publication(checkpoint: store.Checkpoint, to: str, *, revision: str | None =
     """
     manifest, facts = checkpoint.manifest, checkpoint.manifest.run
     config = json.loads((checkpoint.path / store.ADAPTER_CONFIG).read_text())
-    files = tokenizer_files(checkpoint, config["base_model_name_or_path"])
+    files = tokenizer_files(checkpoint, recipe, config["base_model_name_or_path"], base=base)
     public = without_paths(checkpoint.recipe)
     if facts.fingerprints.base.commit is None:
         config["base_model_name_or_path"] = public["base"]["repo"]  # it was a path on this machine
@@ -165,18 +176,22 @@ def without_paths(recipe: Recipe) -> dict[str, Any]:
     return public
 
 
-def tokenizer_files(checkpoint: store.Checkpoint, base_name: str) -> dict[str, bytes]:
+def tokenizer_files(
+    checkpoint: store.Checkpoint, recipe: Recipe, base_name: str, *, base: Path | None = None
+) -> dict[str, bytes]:
     """Return the files of the tokenizer of a checkpoint's training, with its chat template, as transformers saves it.
 
     Args:
         checkpoint: The checkpoint.
+        recipe: Its recipe, from `recipe_of`.
         base_name: The base's name in adapter_config.json.
+        base: The base's folder, if it is not where it was in training.
 
     Raises:
         BaseError: The base is missing, or its tokenizer changed after the training.
     """
-    facts, recipe = checkpoint.manifest.run, checkpoint.recipe
-    section, folder = pinned_base(recipe, facts.fingerprints.base.commit, base_name)
+    facts = checkpoint.manifest.run
+    section, folder = pinned_base(recipe, facts.fingerprints.base.commit, base_name, base=base)
     path = base_folder(section, folder, weights=False)
     for name, digest in facts.fingerprints.base.files.items():
         if name.startswith(("tokenizer", "chat_template")) and file_hash(path / name) != digest:
@@ -238,7 +253,14 @@ def push_finished(
         return
     console.tick(f"hub: push to {hub.repo}")
     try:
-        pushed = push(folder, hub.repo, private=hub.private, revision=hub.revision, pause=pause)
+        pushed = push(
+            folder,
+            hub.repo,
+            private=hub.private,
+            revision=hub.revision,
+            trust_remote_code=recipe.base.trust_remote_code,
+            pause=pause,
+        )
     except Exception as error:  # the checkpoint is on disk, so the run succeeded
         message = str(error)
         if not isinstance(error, LoraKitError):

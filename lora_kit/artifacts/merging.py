@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from lora_kit.artifacts.answering import prompt_ids, stop_ids
 from lora_kit.artifacts.load import load
+from lora_kit.data.messages import question
 from lora_kit.data.rendering import Renderer
 from lora_kit.errors import CheckpointError, InputError
 
@@ -74,6 +75,7 @@ def merge(
     *,
     base: str | Path | None = None,
     dtype: str | None = None,
+    trust_remote_code: bool = False,
     prompts: Sequence[str] = PROMPTS,
 ) -> Merged:
     """Merge an adapter into its base, write the model, and compare it with base and adapter.
@@ -84,6 +86,7 @@ def merge(
             config.json appears last.
         base: The base's folder, if it is not where it was in training.
         dtype: `bfloat16` or `float32`; None takes the dtype of the training.
+        trust_remote_code: Whether transformers may run Python files of the base, as for `lora_kit.load`.
         prompts: User messages for the comparison.
 
     Raises:
@@ -94,9 +97,9 @@ def merge(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: it exists and is not an empty folder; choose another --out")
     partial = out.with_name(f".{out.name}.partial")
-    model, tokenizer = load(path, base=base, dtype=dtype, quantized=False)
+    model, tokenizer = load(path, base=base, dtype=dtype, quantized=False, trust_remote_code=trust_remote_code)
     renderer = Renderer(tokenizer)
-    ids = [prompt_ids([{"role": "user", "content": text}], renderer) for text in prompts]
+    ids = [prompt_ids(question([{"role": "user", "content": text}]), renderer) for text in prompts]
     expected = _logits(model, ids)
     _untie_adapted_head(cast(PreTrainedModel, model.get_base_model()))
     merged = model.merge_and_unload(safe_merge=True)
@@ -108,8 +111,10 @@ def merge(
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         del model, merged  # free the memory for the model that is read back
-        written = AutoModelForCausalLM.from_pretrained(partial, dtype=weights).to(device).eval()
-        found = _logits(written, ids)
+        written = AutoModelForCausalLM.from_pretrained(
+            partial, dtype=weights, use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+        found = _logits(written.to(device).eval(), ids)
         report = Merged(
             folder=str(out),
             dtype=str(weights).removeprefix("torch."),

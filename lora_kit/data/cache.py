@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-import tempfile
+import warnings
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from lora_kit import randomness
 from lora_kit.data import sources
@@ -27,13 +27,14 @@ from lora_kit.data.rendering import Renderer
 from lora_kit.data.template import Prompt
 from lora_kit.data.tokens import Prepared, Tokens
 from lora_kit.errors import LoraKitError
-from lora_kit.files import sha256_of
+from lora_kit.files import PrivateFolder, private_folder, sha256_of
 from lora_kit.recipe.schema import Recipe
 from lora_kit.version import VERSION
 
 MAX_ENTRIES, MAX_BYTES = 20, 8 << 30  # the limits of the cache
 PACKAGES = ("transformers", "tokenizers", "datasets", "jinja2", "numpy", "pyarrow")
 COMMIT = re.compile("[0-9a-f]{40}")
+SUFFIX = ".safetensors"
 TRAIN, VALIDATION = "train.", "validation."  # prefixes of the names of the arrays in a file
 ABOUT = TypeAdapter(tuple[tuple[Prompt, ...], DataCounts, tuple[str, ...]])  # prompts, counts and notes
 
@@ -78,46 +79,73 @@ def _code() -> list[str]:
 
 
 def read(path: Path) -> Prepared | None:
-    """Return the prepared data that `write` saved; None if the file is missing or damaged."""
+    """Return the prepared data that `write` saved; None if the file is missing, damaged, or may be another user's."""
     try:
-        with safe_open(path, framework="numpy") as file:
-            about, checksum = (file.metadata()[name] for name in ("about", "checksum"))
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        train, validation = _tokens(arrays, TRAIN), _tokens(arrays, VALIDATION)
-        if train is None or checksum != _checksum(about, train, validation):
-            return None
-    except (OSError, SafetensorError, KeyError, TypeError):
+        with private_folder(path.parent) as folder, os.fdopen(folder.open(path.name), "rb") as file:
+            os.utime(file.fileno())  # the time of last use
+            return _read(file.fileno())
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    with suppress(OSError):  # the file may belong to another user; then its time of last use stays older
-        os.utime(path)
-    prompts, counts, notes = ABOUT.validate_json(about)
-    return Prepared(train, validation, prompts, counts, notes)
 
 
 def write(path: Path, prepared: Prepared) -> None:
-    """Save prepared data atomically, and delete the least recently used entries; failures are ignored."""
+    """Save prepared data, and delete the least recently used entries. A failure is a warning; the cache is optional."""
+    try:
+        with private_folder(path.parent) as folder:
+            os.close(folder.write(path.name, pack(prepared)))
+            _prune(folder)
+    except OSError as error:  # e.g. a full or read-only disk, or a folder of another user
+        warnings.warn(f"prepared data is not kept for the next start: {error}", stacklevel=2)
+
+
+def pack(prepared: Prepared) -> bytes:
+    """Return prepared data as the bytes of a safetensors file with a checksum."""
     about = ABOUT.dump_json((prepared.prompts, prepared.counts, prepared.notes)).decode()
     arrays = {TRAIN + name: array for name, array in vars(prepared.train).items()}
     if prepared.validation is not None:
         arrays |= {VALIDATION + name: array for name, array in vars(prepared.validation).items()}
     checksum = _checksum(about, prepared.train, prepared.validation)
-    with suppress(OSError, SafetensorError):  # e.g. a full or read-only disk; the next start tokenises again
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
-            save_file(arrays, Path(folder) / path.name, {"about": about, "checksum": checksum})
-            (Path(folder) / path.name).replace(path)
-        prune(path.parent)
+    return save(arrays, {"about": about, "checksum": checksum})
 
 
-def prune(folder: Path) -> None:
+def unpack(content: bytes) -> Prepared:
+    """Return the prepared data of the bytes of `pack`.
+
+    Raises:
+        ValueError, KeyError, TypeError: The bytes are not such data, or are damaged.
+    """
+    with os.fdopen(os.memfd_create("tokens"), "wb") as file:
+        file.write(content)
+        file.flush()
+        return _read(file.fileno())
+
+
+def _read(descriptor: int) -> Prepared:
+    """Return the prepared data in an open file. A path could lead to another file by now."""
+    try:
+        with safe_open(f"/proc/self/fd/{descriptor}", "numpy") as file:
+            metadata = file.metadata()
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    train, validation = _tokens(arrays, TRAIN), _tokens(arrays, VALIDATION)
+    if train is None or metadata["checksum"] != _checksum(metadata["about"], train, validation):
+        raise ValueError("the checksum does not match")
+    prompts, counts, notes = ABOUT.validate_json(metadata["about"])
+    return Prepared(train, validation, prompts, counts, notes)
+
+
+def _prune(folder: PrivateFolder) -> None:
     """Delete the least recently used entries until the cache is within its limits; the newest entry always stays."""
-    entries = [(path, path.stat()) for path in folder.glob("*.safetensors")]
+    names = [name for name in os.listdir(folder.descriptor) if name.endswith(SUFFIX)]  # noqa: PTH208  (a descriptor)
+    entries = [(name, os.stat(name, dir_fd=folder.descriptor, follow_symlinks=False)) for name in names]
     entries.sort(key=lambda entry: -entry[1].st_mtime_ns)
     total = 0
-    for rank, (path, stat) in enumerate(entries):
+    for rank, (name, stat) in enumerate(entries):
         total += stat.st_size
         if rank and (rank >= MAX_ENTRIES or total > MAX_BYTES):
-            path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=folder.descriptor)
 
 
 def _checksum(about: str, train: Tokens, validation: Tokens | None) -> str:

@@ -70,6 +70,22 @@ def conversation(parts: Sequence[Sequence[Labelled]], tools: Any) -> Conversatio
     return result
 
 
+def question(messages: Any, tools: Any = None) -> Conversation:
+    """Build a conversation that the model shall continue, and check it; none of its messages is trained.
+
+    Args:
+        messages: A list of messages, as in a record.
+        tools: Tool schemas, as in a record.
+
+    Raises:
+        DataError: A message or a tool is malformed, or there are no messages.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"messages is {kind(messages)}; expected a list with at least one message")
+    checked = tuple(_message(raw, label) for label, raw in labelled(messages, "messages"))
+    return Conversation(checked, _tools(tools), frozenset(range(len(checked))))
+
+
 def _message(raw: Any, label: str) -> dict[str, Any]:
     if not isinstance(raw, Mapping):
         raise DataError(f"{label} is {kind(raw)}; expected an object with role and content")

@@ -18,6 +18,13 @@ from lora_kit.errors import BaseError, DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TEXT_CHARACTERS = 1 << 26  # of one rendered conversation
+
+
+class TooLongError(Exception):
+    """A template writes more than `TEXT_CHARACTERS`."""
+
+
 # Some templates print today's date with strftime_now(format). The same data must give the same tokens tomorrow, because
 # a resume refuses changed data. transformers has no argument for the date, so this macro replaces the function.
 RENDERED_DATE = "2025-01-01"
@@ -63,7 +70,8 @@ class Renderer:
                 "the tokenizer has no chat template, and the data is conversations; set data.template to a "
                 "Jinja file, or use prompt-completion or text data"
             )
-        return FIXED_DATE + template if "strftime_now" in template else template
+        prints_date = "strftime_now" in template and not template.startswith(FIXED_DATE)
+        return FIXED_DATE + template if prints_date else template
 
     @property
     def stop(self) -> str:
@@ -154,14 +162,11 @@ class Rendered(NamedTuple):
 
 
 def check_renderer(renderer: Renderer) -> None:
-    """Check tokenizer, stop token and template before any example is read.
+    """Check tokenizer and stop token before any example is read.
 
     Raises:
         BaseError: The tokenizer is not a fast tokenizer, or does not have the stop token.
-        DataError: The recipe's template is not valid Jinja.
     """
-    from jinja2 import TemplateSyntaxError
-
     if not renderer.tokenizer.is_fast:
         kind = type(renderer.tokenizer).__name__
         raise BaseError(
@@ -169,14 +174,20 @@ def check_renderer(renderer: Renderer) -> None:
             "choose a base with a tokenizer.json"
         )
     _ = renderer.stop_id  # raises
-    if renderer.template is not None:
-        try:
-            apply(Conversation(({"role": "user", "content": "x"},)), renderer)
-        except DataError as error:
-            cause = error.__cause__  # other errors may be due to this artificial conversation
-            if isinstance(cause, TemplateSyntaxError):
-                line = cause.lineno - renderer.chat_template.count("\n") + renderer.template.count("\n")
-                raise DataError(f"data.template: line {line} is not valid Jinja: {cause.message}") from cause
+
+
+def syntax_problem(renderer: Renderer, example: Conversation) -> str | None:
+    """Return where and why the template is not valid Jinja; None if it is. transformers parses it for an example."""
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        apply(example, renderer)
+    except DataError as error:
+        cause = error.__cause__  # other errors may be due to the example
+        if isinstance(cause, TemplateSyntaxError):
+            line = cause.lineno - (FIXED_DATE.count("\n") if renderer.chat_template.startswith(FIXED_DATE) else 0)
+            return f"data.template: line {line} is not valid Jinja: {cause.message}"
+    return None
 
 
 def render(example: Example, renderer: Renderer) -> Rendered:
@@ -206,6 +217,8 @@ def apply(conversation: Conversation, renderer: Renderer, *, prompting: bool = F
 
     Raises:
         DataError: The template fails.
+        TooLongError: The text is too long.
+        MemoryError: The template needs more memory than there is.
     """
     try:
         text: Any = renderer.tokenizer.apply_chat_template(
@@ -215,15 +228,17 @@ def apply(conversation: Conversation, renderer: Renderer, *, prompting: bool = F
             add_generation_prompt=prompting,
             tokenize=False,
         )
-        return str(text)
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # a template is a program and can raise any error
         roles = ", ".join(message["role"] for message in conversation.messages) or "no messages"
         raise DataError(
-            f"the chat template cannot render {roles}: {error}; change the record, or set another template "
+            f"the chat template cannot render {roles}: {str(error)[:1000]}; change the record, or set another template "
             "(data.template)"
         ) from error
+    if len(text) > TEXT_CHARACTERS:
+        raise TooLongError
+    return str(text)
 
 
 def _marked_tokens(conversation: Conversation, renderer: Renderer) -> list[bool]:

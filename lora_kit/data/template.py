@@ -6,12 +6,12 @@ tokens map these positions to tokens. The trained tokens are those of an answer 
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from lora_kit.data.formats import Example
 from lora_kit.data.messages import Conversation
-from lora_kit.data.rendering import Answer, Rendered, Renderer, apply, render
+from lora_kit.data.rendering import Answer, Rendered, Renderer
+from lora_kit.data.sandbox import render_all, render_prompt
 from lora_kit.errors import DataError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def tokenize_all(examples: Sequence[Example | DataError], renderer: Renderer) ->
 
     The error of an example is that the template cannot render it, or that the positions of its answers are ambiguous.
     """
-    rendered = [attempt(partial(render, renderer=renderer), example) for example in examples]
+    rendered = render_all(examples, renderer)
     encodings = iter(_encode([item.text for item in rendered if isinstance(item, Rendered)], renderer))
     return [attempt(lambda item: _mask(item, next(encodings), renderer), item) for item in rendered]
 
@@ -83,7 +83,9 @@ def prompt(example: Example, renderer: Renderer) -> Prompt:
         ids = _missing_bos(ids, renderer) + ids
         if not ids:
             raise DataError("text without a prompt cannot be answered: the tokenizer has no BOS token to start from")
-    rendered = render(example, replace(renderer, train_on="assistant"))
+    (rendered,) = render_all([example], replace(renderer, train_on="assistant"))
+    if isinstance(rendered, DataError):
+        raise rendered
     encoding = _encode([rendered.text], renderer)[0]
     if rendered.boundary is None:
         first, end = _span(rendered.answers[-1], rendered.text, encoding, renderer)
@@ -99,7 +101,7 @@ def prompt_tokens(conversation: Conversation, renderer: Renderer) -> list[int]:
     Raises:
         DataError: The template cannot render the messages.
     """
-    return _encode([apply(conversation, renderer, prompting=True)], renderer)[0].ids
+    return _encode([render_prompt(conversation, renderer)], renderer)[0].ids
 
 
 def _encode(texts: list[str], renderer: Renderer) -> "list[Encoding]":

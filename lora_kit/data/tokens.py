@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_kit.data import sources
+from lora_kit.data import sandbox, sources
 from lora_kit.data.counts import Counts, DataCounts
 from lora_kit.data.formats import detect, to_example
 from lora_kit.data.rendering import RENDERED_DATE, Renderer, check_renderer
@@ -151,13 +151,17 @@ def prepare(data: "Data", renderer: Renderer, *, base_dir: Path, seed: int, prom
         BaseError: The tokenizer is not a fast tokenizer, or does not have the stop token.
     """
     check_renderer(renderer)
+    sandbox.check_template(renderer)
     opened = _open(data, base_dir, seed)
     if prompts and len(opened) == 1:
         raise DataError(
             f"evaluate.generate is {prompts}, but there is no validation data to answer; set data.validation"
         )
     problems: list[Problem] = []
-    results = [_tokenise(records, data, renderer, problems) for records in opened]
+    try:
+        results = [_tokenise(records, data, renderer, problems) for records in opened]
+    finally:
+        sandbox.close()
     if problems:
         lines = [f"{records.where(index)}: {message}" for records, index, message in problems[:MAX_SHOWN]]
         if len(problems) > MAX_SHOWN:

@@ -1,19 +1,27 @@
-"""Add the LoRA adapter to the base with peft, with a reproducible initialisation."""
+"""Add the LoRA adapter to the base with peft: a new one with a reproducible initialisation, or a saved one."""
 
+import json
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float32
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lora_kit.errors import RecipeError
-from lora_kit.model.state import saved_name, trainable
+from lora_kit.errors import CheckpointError, RecipeError
+from lora_kit.model.state import fill, saved_name, trainable
 from lora_kit.model.targets import find_targets, refuse_others
 from lora_kit.randomness import mix
 from lora_kit.recipe.schema import Adapter
+from lora_kit.runs.store import ADAPTER, ADAPTER_CONFIG
+
+PICKLED = "adapter_model.bin"
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports bitsandbytes, which logs at import
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
@@ -53,6 +61,57 @@ def inject(base: PreTrainedModel, adapter: Adapter, *, seed: int, name: str, rev
         if ".lora_A." in parameter_name:
             parameter.data.copy_(initial_a(parameter, mix(seed, 3, *saved_name(parameter_name).encode())))
     return model
+
+
+def restore(base: PreTrainedModel, adapter: Adapter, folder: Path) -> PeftModel:
+    """Return the base with the adapter of a checkpoint.
+
+    Anyone may have written the checkpoint. So of adapter_config.json only the adapted layers are read, because peft
+    also finds names of modules to import and of pickles there. The weights are read as safetensors and nothing else.
+
+    Args:
+        base: The frozen model, already on its device.
+        adapter: The section of the checkpoint's recipe.
+        folder: The checkpoint.
+
+    Raises:
+        CheckpointError: The files do not describe an adapter of this base, or a tensor is missing, superfluous or of
+            another shape.
+    """
+    where = folder / ADAPTER_CONFIG
+    saved = json.loads(where.read_text())
+    targets = [saved.get(key) or [] for key in ("target_modules", "target_parameters")]
+    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in targets):
+        raise CheckpointError(f"{where}: target_modules and target_parameters are not lists of names")
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=targets[0],
+        target_parameters=targets[1] or None,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        model = get_peft_model(base, config)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: it does not fit the base: {error}") from error
+    config.base_model_name_or_path, config.revision = saved.get("base_model_name_or_path"), saved.get("revision")
+    fill(model, saved_weights(folder))
+    return model.requires_grad_(False)
+
+
+def saved_weights(folder: Path) -> dict[str, np.ndarray]:
+    """Return the tensors of a saved adapter as float32. A pickle (adapter_model.bin) is never read.
+
+    Raises:
+        CheckpointError: There is no adapter_model.safetensors, or it cannot be read.
+    """
+    path = folder / ADAPTER
+    try:
+        return {name: tensor.float().numpy() for name, tensor in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        pickled = "; adapter_model.bin is a pickle, which is never read" if (folder / PICKLED).exists() else ""
+        raise CheckpointError(f"{path}: cannot be read: {error}{pickled}; save the adapter as safetensors") from error
 
 
 def initial_a(like: Tensor, seed: int) -> Float32[Tensor, "rank inputs"]:

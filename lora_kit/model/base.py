@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from lora_kit.errors import BaseError
-from lora_kit.model.source import Source
+from lora_kit.model.source import Source, reason_of
 from lora_kit.model.weights import file_with, published_quantization
 from lora_kit.recipe.schema import Base
 
@@ -205,11 +205,8 @@ def empty_base(path: Path, base: Base) -> PreTrainedModel:
 
 
 def _cannot_load(name: str, error: Exception) -> BaseError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return BaseError(
-        f"base.repo: {name} cannot be loaded: {reason}; if its files are whole, choose a base that this version of "
-        "transformers loads"
-    )
+    advice = "if its files are whole, choose a base that this version of transformers loads"
+    return BaseError(f"base.repo: {name} cannot be loaded: {reason_of(error, advice)}")
 
 
 def refuse_incomplete(source: Source, missing: Collection[str], mismatched: Collection[tuple[str, Any, Any]]) -> None:

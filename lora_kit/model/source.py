@@ -5,16 +5,19 @@ No weights are loaded here. Files that transformers does not read, or that decid
 """
 
 import hashlib
+import os
 import re
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from lora_kit.errors import BaseError
-from lora_kit.files import cache_folder, sha256_of, write_atomically
+from lora_kit.files import cache_folder, private_folder, sha256_of
 from lora_kit.model.weights import INDEX_ENDING, WEIGHTS, check_weights, read_json, weight_files
 from lora_kit.recipe.load import BUILTIN, resolve_path
 from lora_kit.recipe.schema import Base, Recipe
@@ -105,8 +108,8 @@ def pinned_base(recipe: Recipe, commit: str | None, name: str, *, base: Path | N
         return recipe.base, resolve_path(recipe, recipe.base.repo)
     if not Path(name).is_absolute():
         raise BaseError(
-            f"base {name}: it was a local folder on another machine, and is not on the Hub; give its folder here: "
-            "lk.load(..., base=FOLDER)"
+            f"base {name}: it was a local folder on another machine, and is not on the Hub; name its folder here: "
+            "--base-path FOLDER, in Python base=FOLDER"
         )
     return recipe.base, Path(name)
 
@@ -161,20 +164,36 @@ def _download(base: Base, names: list[str], revision: str | None, *, offline: bo
         ) from error
 
 
+def reason_of(error: Exception, advice: str) -> str:
+    """Return why transformers cannot load a part of a base, with advice, which is another one for Python files."""
+    text = str(error).strip() or type(error).__name__
+    if "trust_remote_code" in text:
+        return (
+            "it needs Python files of its own, which run only with base.trust_remote_code=true in the recipe, or "
+            "--trust-remote-code for a checkpoint; read them first"
+        )
+    return f"{text.splitlines()[0]}; {advice}"
+
+
 def file_hash(path: Path) -> str:
     """Return a file's SHA-256, cached by path, size, modification time and inode, because a base is large.
 
-    A file in the Hub's cache whose name is its SHA-256 is not read.
+    A file in this user's cache of the Hub whose name is its SHA-256 is not read.
     """
     real = path.resolve()
-    if real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name):
-        return real.name
     stat = real.stat()
+    own = Path(constants.HF_HUB_CACHE).resolve() in real.parents and stat.st_uid == os.getuid()
+    if own and not stat.st_mode & 0o022 and re.fullmatch("blobs/[0-9a-f]{64}", f"{real.parent.name}/{real.name}"):
+        return real.name
     key = hashlib.sha256(repr((str(real), stat.st_size, stat.st_mtime_ns, stat.st_ino)).encode()).hexdigest()
-    cached = cache_folder("sha256") / key
-    if cached.is_file() and len(digest := cached.read_text()) == 64:
-        return digest
-    digest = sha256_of(real)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(cached, digest)
-    return digest
+    digest = ""
+    try:
+        with private_folder(cache_folder("sha256")) as folder:
+            with suppress(FileNotFoundError), os.fdopen(folder.open(key), encoding="ascii", errors="replace") as kept:
+                digest = kept.read(65)
+            if not re.fullmatch("[0-9a-f]{64}", digest):
+                digest = sha256_of(real)
+                os.close(folder.write(key, digest.encode()))
+    except OSError as error:  # the cache is optional
+        warnings.warn(f"hashes of base files are not remembered: {error}", stacklevel=2)
+    return digest or sha256_of(real)

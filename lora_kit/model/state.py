@@ -104,6 +104,16 @@ class FlatState:
             _fill(self.names, self._split(buffer), arrays)
 
 
+def fill(model: nn.Module, adapter: Arrays) -> None:
+    """Copy a saved adapter into the trainable parameters of a model.
+
+    Raises:
+        CheckpointError: The names or a shape do not match the model's adapter.
+    """
+    names, parameters = zip(*trainable(model), strict=True)
+    _fill(tuple(map(saved_name, names)), [parameter.data for parameter in parameters], adapter)
+
+
 def _fill(names: tuple[str, ...], views: list[Tensor], arrays: Arrays) -> None:
     if set(names) != set(arrays):
         different = sorted(set(names) ^ set(arrays))

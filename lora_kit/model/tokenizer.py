@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lora_kit.data.rendering import Renderer
 from lora_kit.errors import BaseError, DataError
-from lora_kit.model.source import Source
+from lora_kit.model.source import Source, reason_of
 from lora_kit.model.weights import POINTER_REMEDY, is_pointer
 from lora_kit.recipe.load import resolve_path
 from lora_kit.recipe.schema import Recipe
@@ -32,10 +32,8 @@ def load_renderer(source: Source, recipe: Recipe, *, template: str | None = None
     except Exception as error:  # a damaged tokenizer.json raises a plain Exception in tokenizers
         if pointers := [path for path in sorted(source.folder.iterdir()) if is_pointer(path)]:
             raise BaseError(f"base.repo: {pointers[0]}: {POINTER_REMEDY}") from error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BaseError(
-            f"base.repo: the tokenizer in {source.folder} cannot be loaded: {reason}; download it again"
-        ) from error
+        reason = reason_of(error, "download it again")
+        raise BaseError(f"base.repo: the tokenizer in {source.folder} cannot be loaded: {reason}") from error
     if template is None and recipe.data.template is not None:
         path = resolve_path(recipe, recipe.data.template)
         if path is None or not path.is_file():

@@ -7,7 +7,7 @@ resolves paths and compares recipes.
 import difflib
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import StringIO
 from itertools import groupby
 from pathlib import Path
@@ -26,6 +26,7 @@ from lora_kit.recipe.schema import Recipe, Section
 ASSETS = Path(__file__).parents[1] / "assets"
 BUILTIN = "builtin:"
 HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*(:[^@]+)?(@.+)?")  # of a model, or name:config@revision of a dataset
+SECRET = re.compile(r"hf_\w{20,}|\w://[^\s/@]+@|[?&](token|key|password|signature|sig)=", re.IGNORECASE)
 PATHS = (("base", "repo"), ("data", "train"), ("data", "validation"), ("data", "template"))  # fields that may be paths
 MAX_BYTES, MAX_ALIASES = 100_000, 20  # of a recipe; a few aliases of aliases can stand for millions of values
 FOUND = reprlib.Repr()  # shows a value that was found, shortened
@@ -89,6 +90,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if not isinstance(content.get(section), dict):
             content[section] = {}
         content[section][field] = value
+    if secrets := list(_with_secrets(content)):  # first, since other messages quote the values
+        raise RecipeError("\n".join(secrets))
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
@@ -99,6 +102,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError("\n".join(dict.fromkeys(problems)))
     recipe._folder = path.resolve().parent if path.is_file() else Path.cwd()  # a pipe has no folder of its own
     return recipe
+
+
+def _with_secrets(content: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a problem for each field that contains credentials; the recipe is copied to manifests and model cards."""
+    for section, fields in content.items():
+        for field, value in fields.items() if isinstance(fields, Mapping) else ():
+            if SECRET.search(str(value)):
+                yield (
+                    f"{section}.{field}: it contains a token or a password, which would be copied to manifests and "
+                    "model cards; remove it and log in with `hf auth login` or set HF_TOKEN"
+                )
 
 
 def _read(path: Path) -> tuple[CommentedMap, dict[str, Any]]:

@@ -104,11 +104,19 @@ class Resolved:
 
 @dataclass(frozen=True)
 class Origin:
-    """The checkpoint whose adapter a run began with; `adapter` is the SHA-256 of its weights file."""
+    """The adapter that a run began with.
 
-    run_id: RunId
-    step: Count
+    Attributes:
+        run_id: The run that trained it; None if it was not trained by lora_kit.
+        step: The step after which it was saved; None if it was not trained by lora_kit.
+        adapter: The SHA-256 of its weights file.
+        hub: `user/name@commit` if it came from the Hub.
+    """
+
+    run_id: RunId | None
+    step: Count | None
     adapter: Digest
+    hub: str | None = None
 
 
 @dataclass(frozen=True)

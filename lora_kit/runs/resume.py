@@ -21,7 +21,8 @@ from lora_kit.runs import live, store
 from lora_kit.runs.journal import Journal
 from lora_kit.runs.lease import Fence, Lease, inherited, take
 from lora_kit.runs.live import Live
-from lora_kit.runs.manifest import ONCE_RECORDED, BaseFingerprint, Environment, Origin, RunFacts
+from lora_kit.runs.manifest import ONCE_RECORDED, Environment, RunFacts
+from lora_kit.runs.origin import PlainAdapter, begins_with, describe, open_origin
 from lora_kit.runs.store import Checkpoint
 
 Verdict = Literal["harmless", "accept", "refused"]
@@ -176,7 +177,7 @@ class OpenRun:
         run_id: Chosen at the first start; every resume keeps it.
         latest: The checkpoint or live snapshot to resume from; None for a new run.
         goes_back: Whether `latest` is an older checkpoint that `--from` names; `go_back` then sets aside newer ones.
-        origin: The checkpoint whose adapter a new run begins with; None for a fresh adapter.
+        origin: The checkpoint or PEFT adapter that a new run begins with; None for a fresh adapter.
         reached: The newest step in metrics.jsonl at the time of opening.
         notices: Messages for the user about opening the run, such as a checkpoint that was set aside.
     """
@@ -186,7 +187,7 @@ class OpenRun:
     run_id: str
     latest: Checkpoint | Live | None
     goes_back: bool
-    origin: Checkpoint | None
+    origin: Checkpoint | PlainAdapter | None
     reached: int
     notices: tuple[str, ...]
 
@@ -270,10 +271,10 @@ def open_run(
     lease, notices = inherited(folder), list[str]()
     if lease and start_from and is_own(folder, start_from) and Journal(folder).went_back(lease.token):
         start_from = None  # this process is a restart: going back again would repeat what has been trained since
-    origin, target = None if start_from is None else store.open_checkpoint(start_from), None
+    origin, target = None if start_from is None else open_origin(start_from), None
     if lease is None:
         lease, notices = take_over(folder, tell=tell)
-    if origin is not None and is_own(folder, origin.path):
+    if isinstance(origin, Checkpoint) and is_own(folder, origin.path):
         origin, target = None, origin
     with ExitStack() as on_error:
         on_error.callback(lease.release)
@@ -281,7 +282,7 @@ def open_run(
         snapshot, problems = live.newest(lease)
         states = [state for state in (durable, snapshot) if state]
         latest = target or max(states, key=lambda state: state.manifest.order, default=None)
-        if origin is not None and latest and latest.manifest.run.origin != describe(origin):
+        if origin is not None and latest and not begins_with(latest.manifest.run.origin, origin):
             raise ContractError(
                 f"{folder}: this run began with {latest.manifest.run.origin or 'a fresh adapter'}, not with "
                 f"{describe(origin)}; leave --from out to resume it, or use another --out"
@@ -313,12 +314,6 @@ def _steps_lost(folder: Path, start: int, problems: Sequence[str]) -> Iterator[s
         )
 
 
-def describe(checkpoint: Checkpoint) -> Origin:
-    """Return the `Origin` that a run records in its manifest if it begins with this checkpoint."""
-    manifest = checkpoint.manifest
-    return Origin(manifest.run.run_id, checkpoint.step, manifest.files[store.ADAPTER].sha256)
-
-
 def go_back(run: OpenRun) -> list[str]:
     """Set aside every checkpoint that is newer than the one that the run goes back to. No checkpoint is deleted.
 
@@ -341,22 +336,6 @@ def go_back(run: OpenRun) -> list[str]:
     (folder / "result.json").unlink(missing_ok=True)
     Journal(folder, Fence(run.lease)).event("went back", step=target.step, token=run.lease.token)
     return notices
-
-
-def enforce_origin(origin: Checkpoint, recipe: Recipe, fingerprint: BaseFingerprint) -> None:
-    """Refuse to begin with an adapter that was trained on another base or has other adapter settings.
-
-    Raises:
-        ContractError: The base or a setting differs; the message names each difference.
-        CheckpointError: The recipe of the checkpoint is not of this version.
-    """
-    then, now = origin.recipe.model_dump(mode="json")["adapter"], recipe.model_dump(mode="json")["adapter"]
-    changed = [key for key in now if key != "dropout" and then[key] != now[key]]
-    problems = [f"adapter.{key}: {then[key]} in the checkpoint, {now[key]} in the recipe" for key in changed]
-    if not origin.manifest.run.fingerprints.base.same_files(fingerprint):
-        problems.append("base: the checkpoint was trained on a base with other files")
-    if problems:
-        raise ContractError("\n  ".join([f"{origin.path}: this run cannot begin with it:", *problems]))
 
 
 def _still_broken(path: Path) -> bool:

@@ -2,15 +2,16 @@
 
 A stop signal to this process or to any training process ends all training processes at once, and the keeper writes the
 newest finished step. If a training process is killed, crashes or hangs, the others are killed too, and all start again
-from the newest step. No training process has to cooperate. Every attempt gets new ranks and a new port, so it cannot
+from the newest step. No training process has to cooperate. Every attempt gets new ranks and a new store, so it cannot
 meet a process of an earlier attempt.
 """
 
 import os
+import secrets
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -32,6 +33,7 @@ from lora_kit.views.console import Console, print_error
 
 STOPPED, FAILED = Stopped.exit_code, LoraKitError.exit_code
 PRELOAD = ("lora_kit.training.loop",)
+STORE = "LORA_KIT_STORE"  # environment variable of training processes: the file through which they meet
 WORKER = "lora_kit.cli:train_worker"  # the function that a training process calls with the request
 AHEAD = "lora_kit.training.ahead"  # the module that prepares the data of a request while torch is imported
 SAME_FAILURES = 3  # after so many equal failures at the same step a run ends
@@ -73,15 +75,20 @@ class Attempt:
         return (own or self.failures)[0]
 
 
-def environments(processes: int) -> list[dict[str, str]]:
-    """Return the environment variables of each training process of an attempt."""
+def environments(processes: int, meeting: str) -> list[dict[str, str]]:
+    """Return the environment variables of each training process of an attempt.
+
+    Args:
+        processes: The number of training processes.
+        meeting: A folder that only this user can open. The processes meet through a new file in it, because the store
+            of torch.distributed would listen to everyone who can reach this machine.
+    """
     requested = {START_REQUESTED: str(time.time())}
     if processes == 1:
         return [requested]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    common = requested | {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
-    common |= {"MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
+    common = requested | {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    common |= {STORE: str(Path(meeting) / secrets.token_hex(8))}
+    common |= {name: os.environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
     return [common | {"RANK": str(index), "LOCAL_RANK": str(index)} for index in range(processes)]
 
 
@@ -108,6 +115,7 @@ class Launch:
         self._ahead = _start_ahead(request)
         self.attempt = Attempt()
         self._unreported: float | None = None  # since when a training process has ended without a report
+        self._meeting = tempfile.TemporaryDirectory(prefix="lora_kit_store-")  # with mode 0700
         self._life = (0, 0, 0)  # the counters that show signs of life, as last seen
         self._silent, self._longest, self._cpu_seconds, self._looked = 0.0, 0.0, 0.0, time.monotonic()
 
@@ -151,6 +159,7 @@ class Launch:
             raise AssertionError("the last attempt returns")
         finally:
             self.zygote.end()
+            self._meeting.cleanup()
             self._end_ahead()
             self.console.restore_terminal()
             self.keeper.end()
@@ -167,7 +176,8 @@ class Launch:
         self._looked = time.monotonic()
         self.keeper.prepare_restart()
         keeper = {KEEPER: self.keeper.lease.to_json()}
-        self.zygote.start(WORKER, self._request, [each | keeper for each in environments(self._processes)])
+        started = environments(self._processes, self._meeting.name)
+        self.zygote.start(WORKER, self._request, [each | keeper for each in started])
 
     def _end_ahead(self) -> None:
         if self._ahead is not None:

@@ -12,6 +12,7 @@ from lora_kit.files import read_regular, write_atomically
 from lora_kit.kernels import fusing
 from lora_kit.recipe.load import dump
 from lora_kit.runs.lease import START_REQUESTED
+from lora_kit.runs.origin import PlainAdapter
 from lora_kit.runs.resume import Row, table
 from lora_kit.runs.trackers import STATE, Curves, tracker_id
 from lora_kit.training.job import Job
@@ -81,6 +82,11 @@ def log_start(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Con
     job.journal.event("started", **facts, run_id=run.run_id, origin=origin and asdict(origin))
     if run.origin is not None:
         console.say(f"starts with the adapter of {run.origin.path}; its moments and steps are not taken over")
+    if isinstance(run.origin, PlainAdapter):
+        console.warn(
+            f"{run.origin.path}: another program trained this adapter, so nothing verifies that its base was "
+            f"{job.recipe.base.repo}; it names {run.origin.base or 'none'}"
+        )
 
 
 def start_seconds(began: Mapping[str, float]) -> dict[str, float]:

@@ -126,7 +126,8 @@ def evaluate(recipe: Recipe, checkpoint: str | Path) -> dict[str, Score]:
     """Measure a checkpoint's base and adapter on a recipe's validation data.
 
     Args:
-        recipe: The recipe, with the validation data and the base.
+        recipe: The recipe, with the validation data and the base; its `base.trust_remote_code` decides whether the base
+            may run Python files.
         checkpoint: A checkpoint, a run for its newest checkpoint, or a Hub name.
 
     Raises:
@@ -135,7 +136,12 @@ def evaluate(recipe: Recipe, checkpoint: str | Path) -> dict[str, Score]:
     processes = Processes.start(recipe.base.dtype)
     try:
         checkpoint = checkpoint_at(checkpoint)
-        model, tokenizer = load(checkpoint, base=resolve_path(recipe, recipe.base.repo), device=str(processes.device))
+        model, tokenizer = load(
+            checkpoint,
+            base=resolve_path(recipe, recipe.base.repo),
+            device=str(processes.device),
+            trust_remote_code=recipe.base.trust_remote_code,
+        )
         facts = read_manifest(checkpoint / MANIFEST).run
         resolved = facts.resolved
         use_attention(model, resolved.attention)

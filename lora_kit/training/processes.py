@@ -6,6 +6,7 @@ processes if that number is a power of two; for other numbers the results are eq
 """
 
 import atexit
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,15 +17,18 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import broadcast_object_list, gather_object, wait_for_everyone
+from accelerate.utils import wait_for_everyone
 from jaxtyping import Float32
 from torch import Tensor
 
+from lora_kit import errors
 from lora_kit.errors import LaunchError, LoraKitError
 from lora_kit.kernels.cpu.allocator import PRODUCTS_KEPT, keep_freed_memory
 from lora_kit.kernels.cpu.buffers import pool
+from lora_kit.supervise.launch import STORE
 
 T = TypeVar("T")
+RESULT, ERROR = b"=", b"!"  # the first byte of a message tells what follows
 
 CONTRADICTIONS = {  # settings of `accelerate launch`: the value that a recipe allows, and why
     "ACCELERATE_MIXED_PRECISION": ("no", "the recipe's base.dtype decides the precision"),
@@ -37,6 +41,10 @@ CONTRADICTIONS = {  # settings of `accelerate launch`: the value that a recipe a
     "ACCELERATE_USE_MEGATRON_LM": ("false", "lora_kit does not train through Megatron-LM"),
     "ACCELERATE_DYNAMO_BACKEND": ("no", "the recipe does not compile the model"),
 }
+
+
+def _as_json(value: Any) -> bytes:
+    return json.dumps(value).encode()
 
 
 def refuse_contradictions(environment: dict[str, str], dtype: str) -> None:
@@ -91,6 +99,7 @@ class Processes:
         undo.callback(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode())
         undo.callback(setattr, memory, "fill_uninitialized_memory", memory.fill_uninitialized_memory)
         undo.callback(pool.release)
+        _meet(os.environ)
         accelerator = Accelerator(cpu=not torch.cuda.is_available())
         if accelerator.device.type == "cuda":
             torch.set_deterministic_debug_mode("warn")
@@ -111,26 +120,63 @@ class Processes:
         """Whether this process writes the run's files."""
         return self.index == 0
 
-    def main_decides(self, decide: Callable[[], T]) -> T:
+    def main_decides(
+        self,
+        decide: Callable[[], T],
+        dump: Callable[[T], bytes] = _as_json,
+        load: Callable[[bytes], T] = json.loads,
+    ) -> T:
         """Run `decide` on the main process, and return its result on all processes.
 
         If `decide` raises a LoraKitError, all processes raise it. Any other error is raised on the main process only.
+
+        Args:
+            decide: The function.
+            dump: Serialises its result. Nothing is pickled, since unpickling would run the code of whoever can write
+                to a connection between processes.
+            load: Returns the result from what `dump` returned.
         """
-        outcome: list[Any] = [None, None]
+        if self.count == 1:
+            return decide()
+        result, error, message = list[T](), None, b""
         if self.is_main:
             try:
-                outcome[0] = decide()
-            except LoraKitError as error:
-                outcome[1] = error
-        if self.count > 1:
-            broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+                result.append(decide())
+                message = RESULT + dump(result[0])
+            except LoraKitError as raised:
+                error, message = raised, ERROR + _as_json([type(raised).__name__, str(raised)])
+        message = self._broadcast(message)
+        if error is not None:
+            raise error
+        if message.startswith(ERROR):
+            name, text = json.loads(message.removeprefix(ERROR))
+            raise getattr(errors, name)(text)
+        return result[0] if self.is_main else load(message.removeprefix(RESULT))
+
+    def _broadcast(self, message: bytes) -> bytes:
+        """Return the message of the main process, which is not empty."""
+        size = torch.tensor([len(message)], device=self.device)
+        dist.broadcast(size, 0)
+        content = torch.empty(int(size), dtype=torch.uint8, device=self.device)
+        if self.is_main:
+            content.copy_(torch.frombuffer(bytearray(message), dtype=torch.uint8))
+        dist.broadcast(content, 0)
+        return content.cpu().numpy().tobytes()
 
     def gather(self, items: Sequence[T]) -> list[T]:
-        """Return the items of all processes, in the order of the processes."""
-        return gather_object(list(items)) if self.count > 1 else list(items)
+        """Return the items of all processes, in the order of the processes; they are values of JSON."""
+        if self.count == 1:
+            return list(items)
+        message = _as_json(list(items))
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.count)]
+        dist.all_gather(sizes, torch.tensor([len(message)], device=self.device))
+        longest = int(torch.cat(sizes).max())
+        padded = torch.zeros(longest, dtype=torch.uint8, device=self.device)
+        padded[: len(message)].copy_(torch.frombuffer(bytearray(message), dtype=torch.uint8))
+        contents = [torch.empty_like(padded) for _ in range(self.count)]
+        dist.all_gather(contents, padded)
+        messages = (content[: int(size)].cpu().numpy().tobytes() for content, size in zip(contents, sizes, strict=True))
+        return [item for message in messages for item in json.loads(message)]
 
     def tree_sum(self, flat: Float32[Tensor, "length"], contributors: int) -> None:
         """Replace `flat` on every process by the sum over the first `contributors` processes, in tree order.
@@ -184,6 +230,20 @@ class Processes:
     def barrier(self) -> None:
         """Wait for all processes."""
         wait_for_everyone()
+
+
+def _meet(environment: Mapping[str, str]) -> None:
+    """Form the process group of `lora-kit train` through a file that only this user can open.
+
+    Under another launcher accelerate forms the group, through the launcher's store.
+    """
+    if STORE not in environment:
+        return
+    rank, count = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(environment["LOCAL_RANK"]) % torch.cuda.device_count())
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=dist.FileStore(environment[STORE], count), rank=rank, world_size=count)
 
 
 def _end_group() -> None:

@@ -19,17 +19,20 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
 from lora_kit.artifacts.locate import checkpoint_at
+from lora_kit.data.cache import pack, unpack
 from lora_kit.data.plan import Plan, prepare_data
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.tokens import Prepared, check_context
 from lora_kit.data.vocabulary import check_tokenizer_fits, untrained_labels, untrained_notes
+from lora_kit.errors import CheckpointError, ContractError
 from lora_kit.kernels import fusing
 from lora_kit.kernels.attention import use_attention
 from lora_kit.kernels.identity import identity
-from lora_kit.model.adapter import inject
+from lora_kit.model.adapter import inject, saved_weights
 from lora_kit.model.base import load_base, require_quantization
 from lora_kit.model.probe import refuse_unfit
 from lora_kit.model.sizes import context_of
@@ -52,13 +55,12 @@ from lora_kit.runs.manifest import (
     Resolved,
     RunFacts,
 )
+from lora_kit.runs.origin import describe, enforce_origin
 from lora_kit.runs.resume import (
     OpenRun,
     Row,
     contract,
-    describe,
     enforce,
-    enforce_origin,
     go_back,
     open_run,
     refuse_fewer_steps,
@@ -72,6 +74,7 @@ from lora_kit.training.processes import Processes
 from lora_kit.version import VERSION
 from lora_kit.views.console import Console
 
+_OPEN_RUN, _SOURCE = TypeAdapter(OpenRun), TypeAdapter(Source)
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers")
 
 
@@ -81,7 +84,9 @@ def open_folder(
 ) -> Iterator[OpenRun]:
     """Hold the lease of a run's folder until the block ends, then restore the settings of the processes."""
     run = processes.main_decides(
-        lambda: open_run(folder, checkpoint_at(start_from) if start_from else None, tell=console.warn)
+        lambda: open_run(folder, checkpoint_at(start_from, plain=True) if start_from else None, tell=console.warn),
+        _OPEN_RUN.dump_json,
+        _OPEN_RUN.validate_json,
     )
     try:
         for notice in run.notices:
@@ -103,11 +108,13 @@ def read_inputs(recipe: Recipe, processes: Processes, console: Console) -> Input
     """
     require_quantization(recipe.base)
     console.tick("base: fingerprint")
-    source = processes.main_decides(lambda: locate(recipe.base, resolve_path(recipe, recipe.base.repo)))
+    source = processes.main_decides(
+        lambda: locate(recipe.base, resolve_path(recipe, recipe.base.repo)), _SOURCE.dump_json, _SOURCE.validate_json
+    )
     published_quantization(source.folder, recipe.base)  # raises before the data is read
     renderer = load_renderer(source, recipe)
     console.tick("data: render and tokenise")
-    data = processes.main_decides(lambda: prepare_data(recipe, renderer))
+    data = processes.main_decides(lambda: prepare_data(recipe, renderer), pack, unpack)
     found = environment(recipe, source, renderer, data, processes)
     processes.require_same(found.versions | found.computed_by)
     return Inputs(source, renderer, data, found)
@@ -205,7 +212,10 @@ def build_model(
     if run.latest is not None:
         state.load(*run.latest.state())
     elif run.origin is not None:
-        state.load_weights(run.origin.weights())
+        try:
+            state.load_weights(saved_weights(run.origin.path))
+        except CheckpointError as error:
+            raise ContractError(f"{run.origin.path}: this run cannot begin with it: {error}") from error
     resolved = Resolved(
         threads=threads,
         attention=attention,

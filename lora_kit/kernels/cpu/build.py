@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from lora_kit.files import cache_folder
+from lora_kit.files import cache_folder, private_folder
 
 AVX512 = ("f", "bw", "dq", "vl", "bf16")
 FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-mfma", *(f"-mavx512{x}" for x in AVX512)]
@@ -64,17 +64,16 @@ def library() -> Library:
     source = files("lora_kit.kernels.cpu").joinpath("kernels.c").read_text()
     key = hashlib.sha256(" ".join([*compiler, *FLAGS, *LINK, source]).encode()).hexdigest()[:16]
     name = f"cpu-{key}.so"
-    kept = _kept(name)
+    kept = None
+    with suppress(OSError), private_folder(cache_folder("kernels")) as folder:  # none, or none that can be trusted
+        kept = folder.open(name)
     if kept is not None:
         with suppress(OSError):  # an incomplete file, or a library for another system: compile again
             return _load(kept, source)
     content = _compile(compiler, source)
     try:
-        folder = _open_folder(cache_folder("kernels"))
-        try:
-            compiled = _keep(content, name, folder)
-        finally:
-            os.close(folder)
+        with private_folder(cache_folder("kernels")) as folder:
+            compiled = folder.write(name, content)
     except OSError as error:  # the cache is optional
         warnings.warn(f"the kernels for CPUs are compiled again at every start: {error}", stacklevel=2)
         compiled = os.memfd_create(name)
@@ -87,43 +86,6 @@ def library() -> Library:
         raise OSError(
             f"the library compiled by {command} cannot be loaded together with torch's OpenMP: {error}; try CC=gcc"
         ) from error
-
-
-def _kept(name: str) -> int | None:
-    """Return a descriptor of a library in the cache folder; None if there is none that can be trusted."""
-    try:
-        folder = _open_folder(cache_folder("kernels"))
-    except OSError:
-        return None
-    try:
-        kept = os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder)
-        _require_private(kept, cache_folder("kernels") / name)
-    except OSError:
-        return None
-    finally:
-        os.close(folder)
-    return kept
-
-
-def _open_folder(folder: Path) -> int:
-    """Return a descriptor of the folder; no other user can change the folder."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        _require_private(descriptor, folder)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _require_private(descriptor: int, path: Path) -> None:
-    """Raise OSError if another user owns an open file or folder or may write to it."""
-    status = os.fstat(descriptor)
-    if status.st_uid != os.getuid():
-        raise OSError(f"{path} belongs to another user (uid {status.st_uid}); remove it or set LORA_KIT_CACHE")
-    if status.st_mode & 0o022:
-        raise OSError(f"other users may write to {path} (mode {status.st_mode & 0o777:o}); run chmod go-w on it")
 
 
 def _load(descriptor: int, source: str) -> Library:
@@ -149,22 +111,6 @@ def _load(descriptor: int, source: str) -> Library:
     compiler = ctypes.c_char_p.in_dll(kernels, "COMPILER").value or b""
     content = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
     return Library(kernels, hashlib.sha256(content).hexdigest(), compiler.decode())
-
-
-def _keep(content: bytes, name: str, folder: int) -> int:
-    """Write a library to the folder in one rename; return its descriptor."""
-    partial = f".{name}.{os.getpid()}.partial"
-    descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600, dir_fd=folder)
-    try:
-        with os.fdopen(descriptor, "wb", closefd=False) as file:
-            file.write(content)
-        os.replace(partial, name, src_dir_fd=folder, dst_dir_fd=folder)
-    except OSError:
-        os.close(descriptor)
-        with suppress(OSError):
-            os.unlink(partial, dir_fd=folder)
-        raise
-    return descriptor
 
 
 def _compile(compiler: Sequence[str], source: str) -> bytes:

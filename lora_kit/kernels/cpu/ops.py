@@ -161,15 +161,16 @@ def weight_gradient(left: Tensor, right: Tensor) -> Tensor:
         raise TypeError(f"weight_gradient: left is {left.dtype}, right {right.dtype}; expected {BF16} on cpu")
     if rows != right_rows:
         raise ValueError(f"weight_gradient: left has {rows} rows, right {right_rows}; expected the same number")
-    if outputs > inputs:
-        return weight_gradient(right, left).T
+    swapped = outputs > inputs  # the kernel wants the narrower matrix on the left
+    if swapped:
+        left, right, outputs, inputs = right, left, inputs, outputs
     left, right = (tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (left, right))
     threads, kernels = torch.get_num_threads(), library().kernels
     gradient, size = left.new_empty(outputs, inputs, dtype=FP32), kernels.weight_gradient_workspace(outputs)
     workspace = pool.workspace(threads * size)
     pointers = (left.data_ptr(), left.stride(0), right.data_ptr(), right.stride(0), gradient.data_ptr())
     kernels.weight_gradient(*pointers, rows, outputs, inputs, workspace.data_ptr(), size, threads)
-    return gradient
+    return gradient.T if swapped else gradient
 
 
 @operator(lambda rows, weight, epsilon, gemma: (torch.empty_like(rows), rows.new_empty(len(rows), 1, dtype=FP32)))

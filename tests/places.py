@@ -41,12 +41,12 @@ mounts += [["mount", "--bind", place["shm"], "/dev/shm"]] if place["shm"] else [
 mounts += [["mount", "--bind", place["boot"], "/proc/sys/kernel/random/boot_id"]] if place["boot"] else []
 mounts += [["mount", "-t", "tmpfs", "tmpfs", place["covered"]]] if place["covered"] else []
 mounts += [["hostname", place["host"]]] if place["host"] else []
-closed = [folder for folder in Path(sys.base_prefix).parents if not folder.stat().st_mode & 1]
-if place["user"] and closed:  # Python is in the home of the user who runs the tests
-    kept = tempfile.mkdtemp()
-    mounts += [["mount", "--bind", sys.base_prefix, kept]]
-    mounts += [["mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", closed[-1]], ["mkdir", "-p", sys.base_prefix]]
-    mounts += [["mount", "--move", kept, sys.base_prefix]]
+if place["user"]:  # Python may be in the home of the user who runs the tests, and the caches that it knows are
+    kept, home = tempfile.mkdtemp(), Path.home()
+    below = Path(sys.base_prefix).is_relative_to(home)
+    mounts += [["mount", "--bind", sys.base_prefix, kept]] if below else []
+    mounts += [["mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", home]]
+    mounts += [["mkdir", "-p", sys.base_prefix], ["mount", "--move", kept, sys.base_prefix]] if below else []
 for command in mounts:
     if subprocess.run(command).returncode:
         sys.exit(77)
@@ -55,6 +55,7 @@ if place["user"]:
     os.setgroups([])
     os.setgid(place["user"])
     os.setuid(place["user"])
+    os.environ.pop("LORA_KIT_CACHE", None)
     libc.prctl(4, 1)  # PR_SET_DUMPABLE: the process may look at itself in /proc
 sys.path.insert(0, tests)
 from fork_server import fork_the_zygote

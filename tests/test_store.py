@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from lora_kit import files
 from lora_kit.cli import app
-from lora_kit.errors import CheckpointError, InputError
+from lora_kit.errors import CheckpointError, InputError, LeaseError
 from lora_kit.files import write_atomically
 from lora_kit.runs import store
 from lora_kit.runs.manifest import FORMAT, manifest_bytes
@@ -420,6 +420,21 @@ def test_pruning_keeps_the_newest_and_never_fewer_than_two(tmp_path):
     assert [path.name[-1] for path in folders(tmp_path)] == ["5", "4", "3"]
     prune(tmp_path, 1)
     assert [path.name[-1] for path in folders(tmp_path)] == ["5", "4"]
+
+
+def test_a_job_that_is_overtaken_while_it_prunes_deletes_nothing_more(tmp_path):
+    """It may be paused between two deletions."""
+    checks = iter([None, LeaseError("overtaken")])
+
+    def require():
+        if (error := next(checks)) is not None:
+            raise error
+
+    for step in range(1, 6):
+        store.commit(tmp_path, {store.ADAPTER: [b"a"]}, run_facts(), step_facts(step))
+    with pytest.raises(LeaseError, match="overtaken"):
+        store.prune(tmp_path, 2, require=require)
+    assert [path.name[-1] for path in store.folders(tmp_path)] == ["5", "4", "2", "1"]
 
 
 def test_nothing_is_pruned_while_the_newest_does_not_verify(tmp_path):

@@ -210,7 +210,7 @@ def take_over(folder: Path, *, tell: Callable[[str], None] = lambda text: None) 
         raise InputError(f"{folder}: a file, not a folder; choose another --out")
     known = {"checkpoints", "recipe.yaml", "lease.json", "events.jsonl"}
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    names = {name for name in names if not name.startswith(".lease-")}  # of a start that was killed at once
+    names = {name for name in names if not name.startswith(".lease")}  # of a start that was killed at once
     if names and not names & known:
         raise InputError(f"{folder}: not empty and not a run's folder (it holds {min(names)}); choose another --out")
     try:

@@ -504,7 +504,14 @@ def best_of(run: Path) -> Checkpoint | None:
     return min(measured, key=lambda pair: pair[0])[1] if measured else None
 
 
-def prune(run: Path, keep: int, *, keep_every: int | None = None, best: bool = False) -> None:
+def prune(
+    run: Path,
+    keep: int,
+    *,
+    keep_every: int | None = None,
+    best: bool = False,
+    require: Callable[[], None] = lambda: None,
+) -> None:
     """Verify the newest checkpoint, then delete older checkpoints that are neither recent, pinned nor selected.
 
     Checkpoints whose manifest cannot be read are neither counted nor deleted.
@@ -514,6 +521,7 @@ def prune(run: Path, keep: int, *, keep_every: int | None = None, best: bool = F
         keep: The number of newest checkpoints that stay, at least two.
         keep_every: Checkpoints whose step is a multiple of this stay too.
         best: Whether the checkpoint with the lowest held-out loss stays too.
+        require: Called right before each deletion; raises if the run belongs to another process by now.
 
     Raises:
         CheckpointError: The newest checkpoint is damaged; nothing was deleted.
@@ -530,6 +538,7 @@ def prune(run: Path, keep: int, *, keep_every: int | None = None, best: bool = F
         # a half-deleted folder must not look like a checkpoint
         renamed = folder.with_name(f".tmp-pruned-{folder.name}")
         with contextlib.suppress(OSError):
+            require()
             folder.rename(renamed)
             shutil.rmtree(renamed)
 

@@ -102,6 +102,8 @@ def open_to_all(recipe, so, tmp_path, base_folder, data_file):
     for needed in (tmp_path, recipe.parent, so.parent, base_folder, data_file.parent):
         for folder in (needed, *needed.parents[:-2]):
             folder.chmod(folder.stat().st_mode | 0o055)
+    for file in base_folder.iterdir():
+        file.chmod(0o644)
     tmp_path.chmod(0o777)
 
 

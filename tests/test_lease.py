@@ -210,6 +210,12 @@ def test_a_claim_whose_process_was_killed_is_skipped(tmp_path, written, quick):
     assert [path.name for path in tmp_path.glob(".lease-*")] == [".lease-2"]
 
 
+def test_a_start_that_was_killed_while_it_wrote_its_lease_refuses_no_other(tmp_path, quick):
+    (tmp_path / ".lease-1").touch()
+    (tmp_path / ".lease.json.17.partial").touch()
+    assert take_over(tmp_path)[0].token == 2
+
+
 def test_a_living_process_that_is_taking_the_lease_is_respected(tmp_path):
     lease._claim(tmp_path, 1, own_identity())
     with pytest.raises(LeaseError, match="is training here"):

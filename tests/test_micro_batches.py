@@ -319,11 +319,9 @@ class Two:
     [(1000, 16, 6), (1000, 4, 2), (1000, 2, 1), (12, 16, 3), (0.1, 16, 2), (0.1, 2, 1)],
     ids=["the fewest cores decide", "shared", "one core each", "small base", "tiny base", "tiny base, one core each"],
 )
-def test_threads_follow_from_the_base_and_the_cores(monkeypatch, tmp_path, megabytes, cores, expected):
-    with (tmp_path / "model.safetensors").open("wb") as file:
-        file.truncate(int(megabytes * 1e6))
+def test_threads_follow_from_the_base_and_the_cores(monkeypatch, megabytes, cores, expected):
     monkeypatch.setattr(choices, "host_cores", lambda: cores)
-    assert choices.threads(SimpleNamespace(folder=tmp_path), Two) == expected
+    assert choices.threads(SimpleNamespace(weight_bytes=int(megabytes * 1e6)), Two) == expected
 
 
 def test_cores_outside_the_affinity_mask_or_the_limit_of_a_container_do_not_count(monkeypatch):

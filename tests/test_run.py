@@ -2,7 +2,6 @@
 
 import math
 import shutil
-from dataclasses import replace
 
 import pytest
 from conftest import make_records, write_jsonl
@@ -11,7 +10,8 @@ from runs import start, state_hash, train, wait_for_lines
 import lora_kit as lk
 from lora_kit.errors import CheckpointError, RecipeError
 from lora_kit.runs import store
-from lora_kit.training import evaluation, loop
+from lora_kit.training import loop
+from lora_kit.training.evaluation import HeldOut
 
 CHANGES = ("train.steps=4", "optim.learning_rate=0.05", "checkpoint.every_steps=2")  # those of `trained_run`
 
@@ -89,12 +89,7 @@ def test_a_damaged_result_is_told_and_written_again(recipe_file, tmp_path, train
 def test_a_held_out_loss_that_is_not_finite_is_told_and_stored_as_null(
     recipe_file, tmp_path, watched, monkeypatch, capsys
 ):
-    score = evaluation.score
-
-    def poisoned(*arguments, **named):
-        return replace(score(*arguments, **named), loss=math.nan, perplexity=math.inf)
-
-    monkeypatch.setattr(evaluation, "score", poisoned)
+    monkeypatch.setattr(HeldOut, "loss", lambda *_: math.nan)
     recipe = lk.load_recipe(recipe_file, [*watched, "train.steps=4", "checkpoint.best=true"])
     for _ in range(2):
         run = lk.train(recipe, tmp_path / "run")

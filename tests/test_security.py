@@ -109,9 +109,9 @@ def edit(path, **changes):
 def forge(checkpoint, **changes):
     """Seal a checkpoint again after its files were changed, with other keys in its manifest, as anyone can."""
     manifest = json.loads((checkpoint / "manifest.json").read_text()) | changes
+    manifest["files"] = {name: entry for name, entry in manifest["files"].items() if (checkpoint / name).exists()}
     for name, entry in manifest["files"].items():
-        if (checkpoint / name).exists():
-            entry |= {"size": (checkpoint / name).stat().st_size, "sha256": sha256_of(checkpoint / name)}
+        entry |= {"size": (checkpoint / name).stat().st_size, "sha256": sha256_of(checkpoint / name)}
     (checkpoint / "manifest.json").write_bytes(manifest_bytes(manifest))
 
 
@@ -159,7 +159,7 @@ def test_a_run_that_begins_with_a_strangers_adapter_runs_no_code_of_its_base(wit
 
 
 def test_a_resume_runs_the_code_of_a_base_only_if_its_recipe_says_so(with_code):
-    with pytest.raises(BaseError, match="trust_remote_code"):
+    with pytest.raises(ContractError, match="trust_remote_code: True -> False"):
         lk.train(lk.load_recipe(with_code.recipe, ["train.steps=1", "data.validation=0.2"]), with_code.run.folder)
     assert not with_code.ran()
 
@@ -169,7 +169,7 @@ def test_a_base_with_code_is_refused_whatever_the_checkpoint_says(with_code, tmp
     recipe = json.loads((checkpoint / "manifest.json").read_text())["recipe"]
     recipe["base"]["trust_remote_code"] = False
     forge(checkpoint, recipe=recipe)
-    with pytest.raises(BaseError, match="cannot be loaded"):
+    with pytest.raises(BaseError, match="differs from the base"):
         lk.load(checkpoint)
     assert not with_code.ran()
 
@@ -209,6 +209,7 @@ def test_an_adapter_has_exactly_its_tensors(change, stranger):
     else:
         weights[name] = weights[name][:, :-1].copy()
     save_file(weights, stranger / "adapter_model.safetensors")
+    (stranger / "optimizer.safetensors").unlink()  # its moments would show another number of weights
     forge(stranger)
     with pytest.raises(CheckpointError, match=r"tensor names differ|has shape"):
         lk.load(stranger)

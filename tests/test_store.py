@@ -374,7 +374,7 @@ def test_a_power_cut_in_a_repeated_commit_never_loses_both_copies(tmp_path, monk
         if ended:
             break
         cut += 1
-    assert cut >= 4
+    assert cut >= 3  # renames, exchanges and deletions
 
 
 class PowerCut(BaseException):
@@ -431,7 +431,7 @@ def test_a_job_that_is_overtaken_while_it_prunes_deletes_nothing_more(tmp_path):
             raise error
 
     for step in range(1, 6):
-        store.commit(tmp_path, {store.ADAPTER: [b"a"]}, run_facts(), step_facts(step))
+        commit(tmp_path, FILES, step)
     with pytest.raises(LeaseError, match="overtaken"):
         store.prune(tmp_path, 2, require=require)
     assert [path.name[-1] for path in store.folders(tmp_path)] == ["5", "4", "2", "1"]

@@ -1,6 +1,7 @@
 """A claim to the bit is for what computed the run: another compiler, processor or limit of instructions ends it."""
 
 import shutil
+import socket
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,6 @@ from lora_kit.recipe.load import load_recipe
 from lora_kit.runs.manifest import MANIFEST, Environment, Machine, read_manifest
 from lora_kit.runs.resume import contract, still_bitwise
 from lora_kit.runs.store import checkpoint_folder
-from lora_kit.supervise.launch import environments
 from lora_kit.training.processes import Processes
 
 STEPS, HALF = 8, 4
@@ -106,6 +106,14 @@ LIMIT_ONE = {"ATEN_CPU_CAPABILITY": "default"}
 BREAK_ONE = {"CC": "/nonexistent/cc"}
 
 
+def launched(processes):
+    """Return the variables that torchrun and `accelerate launch` give to each of several processes."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "GLOO_SOCKET_IFNAME": "lo"}
+    sizes = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    return [meeting | sizes | {"RANK": str(index), "LOCAL_RANK": str(index)} for index in range(processes)]
+
+
 @pytest.mark.parametrize(
     ("of_one", "dtype", "found"),
     [
@@ -120,7 +128,7 @@ def test_processes_that_compute_differently_are_refused_before_the_first_step(
     if dtype == "bfloat16":
         need_c()
     arguments = ["train", recipe_file, "--out", tmp_path / "run", "--set", f"base.dtype={dtype}"]
-    first, second = environments(2, tmp_path)
+    first, second = launched(2)
     processes = [started(arguments, first), started(arguments, second | of_one)]
     said = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [2, 2], said

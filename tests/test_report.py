@@ -112,6 +112,7 @@ def held(tmp_path):
     lease = take(tmp_path, run_id="r")
     Journal(tmp_path).event("started", step=0, steps=10, run_id="r", launched=time.time())
     region = live.create_region(lease, 12)
+    region.words[Word.TOKEN] = lease.token
     yield tmp_path, region
     live.discard(region)
     lease.release()

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -359,16 +358,19 @@ def test_an_interrupted_rendering_leaves_no_answers_to_the_next(base_folder, mon
 
 
 def test_processes_of_a_run_listen_to_this_machine_alone_and_meet_through_a_private_file(recipe_file, tmp_path):
-    process = start(recipe_file, tmp_path / "run", "--set", "train.steps=500", processes=2)
+    own = tmp_path / "tmp"  # other runs on this machine have stores of their own
+    own.mkdir()
+    steps, environment = ["--set", "train.steps=500"], {"TMPDIR": str(own)}
+    process = start(recipe_file, tmp_path / "run", *steps, processes=2, environment=environment, fresh=True)
     wait_for_lines(tmp_path / "run" / "metrics.jsonl", 2, process)
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     sockets = [one.laddr.ip for member in family for one in member.net_connections("tcp") if one.status == "LISTEN"]
     assert all(ip.startswith("127.") or ip == "::1" for ip in sockets), sockets
-    stores = [path for path in Path(tempfile.gettempdir()).glob("lora_kit_store-*") if any(path.iterdir())]
+    stores = [path for path in own.glob("lora_kit_store-*") if any(path.iterdir())]
     assert stores and all(path.stat().st_mode & 0o777 == 0o700 for path in stores)
     process.terminate()
     process.communicate()
-    assert process.returncode == 75 and not any(path.exists() for path in stores)
+    assert process.returncode == 75 and not list(own.glob("lora_kit_store-*"))
 
 
 def test_a_restart_meets_through_another_file(tmp_path):

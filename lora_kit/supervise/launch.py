@@ -47,7 +47,8 @@ LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "gloo", "N
 
 def follow_launcher() -> None:
     """Get SIGTERM, and save, when the launcher of this process dies: `accelerate launch` does not forward that signal
-    to a single process (accelerate issue 2741)."""
+    to a single process (accelerate issue 2741). Its processes meet in its store, not in that of another run."""
+    os.environ.pop(STORE, None)
     end_with_parent(signal.SIGTERM)
 
 
@@ -115,7 +116,8 @@ class Launch:
         self._ahead = _start_ahead(request)
         self.attempt = Attempt()
         self._unreported: float | None = None  # since when a training process has ended without a report
-        self._meeting = tempfile.TemporaryDirectory(prefix="lora_kit_store-")  # with mode 0700
+        # with mode 0700; a killed process that has not ended yet may still write to it while it is deleted
+        self._meeting = tempfile.TemporaryDirectory(prefix="lora_kit_store-", ignore_cleanup_errors=True)
         self._life = (0, 0, 0)  # the counters that show signs of life, as last seen
         self._silent, self._longest, self._cpu_seconds, self._looked = 0.0, 0.0, 0.0, time.monotonic()
 
@@ -128,6 +130,7 @@ class Launch:
         self._signals.append((time.monotonic(), number))
         if self._signals[-1][0] - self._signals[0][0] > FORWARDED_SECONDS:
             self.zygote.process.kill()
+            self._meeting.cleanup()
             os._exit(128 + number)
 
     def run(self, max_restarts: int) -> int:

@@ -144,6 +144,18 @@ def test_a_base_that_is_not_causal_is_refused(family, tmp_path):
     probe.refuse_unfit(loaded(save_as(tmp_path / "decoder", family, is_decoder=True)), "mine", cpu)
 
 
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_logit_that_is_not_finite_hides_and_proves_nothing(family, tmp_path):
+    model = loaded(save_as(tmp_path / "base", family, **({"is_decoder": False} if family == "bert" else {})))
+    with torch.no_grad():
+        model.get_output_embeddings().weight[2] = torch.nan  # a token that the probe does not read, if this is its embedding too
+    if family == "bert":
+        with pytest.raises(BaseError, match="is not causal"):
+            probe.refuse_unfit(model, "mine", torch.device("cpu"))
+    else:
+        probe.refuse_unfit(model, "mine", torch.device("cpu"))
+
+
 def test_bert_trains_no_step(recipe_file, tmp_path):
     recipe = load_recipe(recipe_file, [f"base.repo={save_as(tmp_path / 'base', 'bert', max_position_embeddings=512)}"])
     assert any("is not causal" in problem for problem in check(recipe).problems)
@@ -353,3 +365,14 @@ def test_an_adapter_beside_the_base_is_named(tmp_path, trained_run, recipe_file)
 def test_a_name_that_is_nowhere_says_what_to_check():
     with pytest.raises(BaseError, match=r"nobody/nothing .* is not a local folder and cannot be downloaded"):
         locate(Base(repo="nobody/nothing"), None)
+
+
+def test_weights_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    folder = make_base(tmp_path / "base")
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(bases, "file_hash", refused)
+    with pytest.raises(BaseError, match=r"base/\S+ cannot be read: Permission denied; see that this user may read"):
+        locate(Base(repo=str(folder)), folder)

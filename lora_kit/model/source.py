@@ -66,15 +66,22 @@ def locate(base: Base, folder: Path | None) -> Source:
         folder: The base's local folder; None if `base.repo` is a Hub name.
 
     Raises:
-        BaseError: The folder or repository does not exist, or its weights are missing, damaged or not safetensors.
+        BaseError: The folder or repository does not exist, or its weights are missing, damaged, not safetensors or not
+            readable.
     """
     path = base_folder(base, folder)
-    weights = check_weights(path)
-    patterns = [*DECIDING, *(["*.py"] if base.trust_remote_code and _names_code(path) else [])]
-    others = {file.name for pattern in patterns for file in path.glob(pattern) if file.is_file()}
-    ordered = sorted(others.union(weights))
-    with ThreadPoolExecutor() as threads:  # a large base has many files, and hashlib releases the GIL
-        hashes = dict(zip(ordered, threads.map(file_hash, [path / name for name in ordered]), strict=True))
+    try:
+        weights = check_weights(path)
+        patterns = [*DECIDING, *(["*.py"] if base.trust_remote_code and _names_code(path) else [])]
+        others = {file.name for pattern in patterns for file in path.glob(pattern) if file.is_file()}
+        ordered = sorted(others.union(weights))
+        with ThreadPoolExecutor() as threads:  # a large base has many files, and hashlib releases the GIL
+            hashes = dict(zip(ordered, threads.map(file_hash, [path / name for name in ordered]), strict=True))
+    except OSError as error:
+        raise BaseError(
+            f"base.repo: {error.filename or path} cannot be read: {error.strerror or error}; see that this user may "
+            "read the base's files"
+        ) from error
     commit = None if folder else path.name
     return Source(base.repo if folder is None else str(folder), path, commit, hashes)
 

@@ -147,8 +147,8 @@ def test_a_base_that_is_not_causal_is_refused(family, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_a_logit_that_is_not_finite_hides_and_proves_nothing(family, tmp_path):
     model = loaded(save_as(tmp_path / "base", family, **({"is_decoder": False} if family == "bert" else {})))
-    with torch.no_grad():
-        model.get_output_embeddings().weight[2] = torch.nan  # a token that the probe does not read, if this is its embedding too
+    with torch.no_grad():  # a token that the probe does not read, for its embedding may be the same tensor
+        model.get_output_embeddings().weight[2] = torch.nan
     if family == "bert":
         with pytest.raises(BaseError, match="is not causal"):
             probe.refuse_unfit(model, "mine", torch.device("cpu"))

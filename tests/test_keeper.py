@@ -14,12 +14,14 @@ from manifests import run_facts, step_facts
 from runs import WAIT_SECONDS, wait_until
 
 from lora_kit.errors import CheckpointError, LeaseError
+from lora_kit.recipe.load import load_recipe
 from lora_kit.runs import lease, live, store
 from lora_kit.runs.journal import Journal
 from lora_kit.runs.lease import take
 from lora_kit.runs.live import Header, JobFile, Phase, Word
 from lora_kit.supervise import keeper as keeping
 from lora_kit.supervise.keeper import Keeper
+from lora_kit.training import loop
 
 SHAPES = {"base_model.model.q.lora_A.weight": (2, 8), "base_model.model.q.lora_B.weight": (8, 2)}
 SIZE = 32
@@ -261,3 +263,10 @@ def test_what_writes_checkpoints_knows_neither_torch_nor_the_network(tmp_path):
     code = "import sys, lora_kit.supervise.keeper; print(*{name.partition('.')[0] for name in sys.modules})"
     known = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "transformers", "peft", "huggingface_hub", "requests", "httpx", "pickle5"} & set(known)
+
+
+def test_a_trainer_does_not_wait_for_a_snapshot_that_no_keeper_can_see(recipe_file, tmp_path, monkeypatch):
+    publish = live.Region.publish
+    monkeypatch.setattr(live.Region, "publish", lambda *given: None if given[2].due else publish(*given))
+    with pytest.raises(CheckpointError, match="the header of the newest live snapshot is damaged"):
+        loop.train(load_recipe(recipe_file, ["train.steps=2"]), tmp_path / "run")

@@ -1,6 +1,7 @@
 """The live region: the newest snapshot is whole at every moment, and a region never grows or comes from others."""
 
 import fcntl
+import json
 import os
 import shutil
 import subprocess
@@ -160,6 +161,14 @@ def test_a_header_without_room_is_refused(region):
     slot = region.acquire(never)
     with pytest.raises(CheckpointError, match="bytes of header, more than the"):
         region.publish(slot, Header(0, 1, 0, False, step_facts(1, skipped_steps=tuple(range(20_000)))))
+
+
+def test_a_header_that_no_reader_accepts_is_refused(region):
+    slot, facts = region.acquire(never), step_facts(1)
+    wrong = replace(facts, line=json.dumps(json.loads(facts.line) | {"examples": 0.5}))
+    with pytest.raises(CheckpointError, match=r"the snapshot of step 1: not valid: progress\.line: .*examples"):
+        region.publish(slot, Header(0, 1, 0, False, wrong))
+    assert not region.snapshots()
 
 
 def test_a_region_is_reserved_whole_and_does_not_grow(region):

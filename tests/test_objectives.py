@@ -13,7 +13,7 @@ from lora_kit.training.objectives.sft import Sft
 class WithMetrics(Sft):
     """Supervised fine-tuning that also counts what the data says exactly: trained tokens and examples."""
 
-    metrics = ("trained", "examples")
+    metrics = ("trained", "conversations")
 
     def loss(self, model, batch, device):
         loss = super().loss(model, batch, device)
@@ -33,7 +33,7 @@ def test_metrics_are_summed_over_the_step_and_divided_by_its_weight(
         members = [example for group in plan.micro_batches(record["step"] - 1) for example in group]
         weight = sum(tokens.weight(example) for example in members)
         assert record["trained"] == pytest.approx(1.0, rel=1e-6)
-        assert record["examples"] == pytest.approx(len(members) / weight, rel=1e-6)
+        assert record["conversations"] == pytest.approx(len(members) / weight, rel=1e-6)
 
 
 def test_metrics_change_no_bit_of_the_adapter(recipe_file, tmp_path, monkeypatch, jobs):
@@ -42,6 +42,13 @@ def test_metrics_change_no_bit_of_the_adapter(recipe_file, tmp_path, monkeypatch
     loop.train(load_recipe(recipe_file, ["train.steps=3"]), tmp_path / "metrics")
     assert torch.equal(jobs[0].state.weights, jobs[1].state.weights)
     assert not torch.equal(jobs[0].state.weights, torch.zeros_like(jobs[0].state.weights))
+
+
+def test_a_metric_with_the_name_of_a_number_of_the_log_is_refused_at_the_start(recipe_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(WithMetrics, "metrics", ("trained", "examples"))
+    monkeypatch.setattr(loop, "Sft", WithMetrics)
+    with pytest.raises(ValueError, match=r"WithMetrics: metrics: metrics\.jsonl has another number named examples"):
+        loop.train(load_recipe(recipe_file, ["train.steps=1"]), tmp_path / "run")
 
 
 def test_the_weight_of_examples_is_that_of_their_micro_batches(recipe_file, tmp_path, jobs):

@@ -42,12 +42,13 @@ class Memory:
 
         load = AutoModelForCausalLM.from_pretrained
 
-        def watched(*arguments: Any, **named: Any) -> torch.nn.Module:
-            model = load(*arguments, **named)
+        def watched(*arguments: Any, **named: Any) -> Any:
+            loaded = load(*arguments, **named)
+            model = loaded[0] if isinstance(loaded, tuple) else loaded  # a pair with `output_loading_info`
             for parameter in model.parameters():
                 parameter.data = parameter.data.clone()  # in memory now, and no file that is mapped
             self._begin(sum(one.nbytes for one in model.parameters()))
-            return model
+            return loaded
 
         AutoModelForCausalLM.from_pretrained = watched
 

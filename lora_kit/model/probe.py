@@ -60,7 +60,7 @@ def refuse_unfit(model: PreTrainedModel, name: str, device: torch.device) -> Non
     changed = ids.clone()
     changed[:, 9:] = (changed[:, 9:] + 1) % vocabulary
     logits, other = (model(input_ids=row, use_cache=False).logits[0, :9] for row in (ids, changed))
-    if not _relative_difference(other, logits) <= LOOK_AHEAD_TOLERANCE[logits.dtype]:
+    if _finite_difference(other, logits) > LOOK_AHEAD_TOLERANCE[logits.dtype]:
         raise BaseError(
             f"base.repo: {name} ({type(model).__name__}) is not causal: its logits at a token depend on later tokens, "
             "so it would learn to copy what it must predict; choose a causal language model"
@@ -73,8 +73,8 @@ def refuse_unfit(model: PreTrainedModel, name: str, device: torch.device) -> Non
             torch.manual_seed(seed)
             seen.append(model(input_ids=ids, use_cache=False).logits[0])
     model.train(was_training)
-    noise = _relative_difference(seen[1], seen[0])  # of kernels that add in a varying order
-    if not _relative_difference(seen[2], seen[0]) <= max(2 * noise, 1e-6):
+    noise = _finite_difference(seen[1], seen[0])  # of kernels that add in a varying order
+    if _finite_difference(seen[2], seen[0]) > max(2 * noise, 1e-6):
         raise BaseError(
             f"base.repo: {name} ({type(model).__name__}) draws random numbers in training that its configuration does "
             "not switch off, so no run could be repeated; choose another base"
@@ -120,6 +120,15 @@ def leaks_when_packed(model: PreTrainedModel, vocabulary: int, device: torch.dev
 
 def _relative_difference(logits: Tensor, expected: Tensor) -> float:
     return float((logits - expected).abs().max() / expected.abs().max())
+
+
+def _finite_difference(logits: Tensor, expected: Tensor) -> float:
+    """Return the largest relative difference where both logits are finite; a logit that is not tells nothing."""
+    finite = logits.isfinite() & expected.isfinite()
+    difference = (logits - expected)[finite].abs()
+    if not difference.any():
+        return 0.0
+    return float(difference.max() / expected[finite].abs().max())
 
 
 def _knows_windows(config: PreTrainedConfig, passed: list[int | None]) -> bool:

@@ -317,12 +317,15 @@ class Region:
 
         Raises:
             LeaseError: Another process has taken over the run.
+            CheckpointError: No reader would accept the header, so the keeper would never see the snapshot.
         """
         if header.token != self.words[Word.TOKEN]:
             raise LeaseError(
                 f"{self.path}: another process has taken over this run; this process ends and writes nothing"
             )
-        _write_cell(self._header(slot), json.dumps(asdict(header)).encode())
+        text = json.dumps(asdict(header)).encode()
+        formats.parse(_HEADER, text, f"{self.path}: the snapshot of step {header.progress.step}")
+        _write_cell(self._header(slot), text)
 
     def clear(self) -> None:
         """Erase the headers of all slots."""

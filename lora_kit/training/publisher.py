@@ -176,6 +176,8 @@ class Publisher:
         words = self._region.words
         while words[Word.HANDLED] < self._sequence:
             self._check()
+            if all(snapshot.header.sequence < self._sequence for snapshot in self._region.snapshots()):
+                raise CheckpointError(f"{self._region.path}: the header of the newest live snapshot is damaged")
             self._region.beat()
             time.sleep(0.001)
         if words[Word.COMMITTED] < self._sequence:

@@ -43,7 +43,7 @@ from lora_kit.model.tokenizer import load_renderer
 from lora_kit.model.weights import published_quantization
 from lora_kit.recipe.load import resolve_path
 from lora_kit.recipe.schema import Recipe
-from lora_kit.runs.journal import Journal
+from lora_kit.runs.journal import METRICS, Journal, StepRecord
 from lora_kit.runs.lease import Fence
 from lora_kit.runs.manifest import (
     Claim,
@@ -189,6 +189,11 @@ def build_model(
         processes: The processes that train together.
         console: Shows what is being done.
     """
+    if same := sorted(StepRecord.__annotations__.keys() & set(objective.metrics)):
+        raise ValueError(
+            f"{type(objective).__name__}: metrics: {METRICS} has another number named {', '.join(same)}; "
+            "choose other names"
+        )
     before = run.latest.manifest.run.resolved if run.latest else None
     micro_batches = choices.micro_batches(recipe, before, changed, inputs.source, processes)
     threads = before.threads if before else choices.threads(inputs.source, processes)

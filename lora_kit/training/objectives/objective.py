@@ -37,7 +37,8 @@ class Objective(Protocol):
     """A loss and what the loop must know about it.
 
     Attributes:
-        metrics: The names of the metrics other than the loss, as in metrics.jsonl.
+        metrics: The names of the metrics other than the loss, as in metrics.jsonl. They differ from the fields of
+            `StepRecord`.
         split: The function that groups the examples of a step into micro-batches.
     """
 

@@ -150,7 +150,8 @@ def kill_all():
         if process.poll() is None:
             with suppress(ProcessLookupError):  # it may not have its session yet
                 os.killpg(process.pid, signal.SIGKILL)
-            process.kill()
+            with suppress(ProcessLookupError):  # it has just ended
+                process.kill()
             process.wait(WAIT_SECONDS)
 
 

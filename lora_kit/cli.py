@@ -317,15 +317,17 @@ def generate(
         from lora_kit.artifacts import answering
         from lora_kit.artifacts.load import load
 
-    asked: list[Any] = [*(prompts or []), *(answering.read_questions(messages) if messages else [])]
-    if not asked:
+    questions: list[Any] = [*(prompts or []), *(answering.read_questions(messages) if messages else [])]
+    if not questions:
         raise InputError("no prompt: give a PROMPT, or --messages FILE")
     model, tokenizer = load(path, base=base_path, trust_remote_code=trust_remote_code)
     with model.disable_adapter() if base else nullcontext():
-        answers = answering.generate(model, tokenizer, asked, max_new_tokens=max_new_tokens, temperature=temperature)
+        answers = answering.generate(
+            model, tokenizer, questions, max_new_tokens=max_new_tokens, temperature=temperature
+        )
     if as_json:
-        shown = [one if isinstance(one, str) else one.messages for one in asked]
-        _print_json([{"prompt": p, "answer": a} for p, a in zip(shown, answers, strict=True)])
+        texts = [question if isinstance(question, str) else question.messages for question in questions]
+        _print_json([{"prompt": p, "answer": a} for p, a in zip(texts, answers, strict=True)])
     else:
         print("\n\n".join(answers))
 

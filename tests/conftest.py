@@ -256,6 +256,21 @@ def recipe_file(tmp_path, base_folder, data_file):
     return path
 
 
+@pytest.fixture(scope="module")
+def recipe(request, tmp_path_factory, base_folder, data_file):
+    """A recipe with as many steps as the module's STEPS says."""
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    steps = f"steps: {request.module.STEPS}"
+    path.write_text(RECIPE.format(base=base_folder, data=data_file).replace("steps: 8", steps))
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(request, recipe, reference):
+    """The hash of the state with which a run that nothing disturbed ends."""
+    return runs.state_hash(reference(recipe), request.module.STEPS)
+
+
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory, base_folder, data_file, reference):
     """A finished run of four steps whose adapter answers other than its base."""

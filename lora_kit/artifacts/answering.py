@@ -184,8 +184,10 @@ def generate(
         The answer to each prompt.
     """
     renderer = Renderer(tokenizer)
-    asked = [question([{"role": "user", "content": one}]) if isinstance(one, str) else one for one in prompts]
-    ids = [prompt_ids(conversation, renderer) for conversation in asked]
+    conversations = [
+        question([{"role": "user", "content": prompt}]) if isinstance(prompt, str) else prompt for prompt in prompts
+    ]
+    ids = [prompt_ids(conversation, renderer) for conversation in conversations]
     return answer(model, tokenizer, ids, Answering(stop_ids(renderer), max_new_tokens, temperature))
 
 

@@ -30,9 +30,9 @@ T = TypeVar("T")
 def finite(value: Any) -> Any:
     """Return a JSON value with None for each number in it that is not finite."""
     if isinstance(value, dict):
-        return {key: finite(one) for key, one in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [finite(one) for one in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

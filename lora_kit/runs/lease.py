@@ -19,7 +19,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from lora_kit.errors import CheckpointError, LeaseError
-from lora_kit.files import read_regular, write_atomically
+from lora_kit.files import read_regular, sync_folder, write_atomically
 from lora_kit.runs import formats
 from lora_kit.runs.formats import Amount, RunId, Token
 from lora_kit.runs.identity import Identity, Life, life_of, own_identity
@@ -354,9 +354,5 @@ def _heartbeat(run: Path, token: int) -> bytes:
 
 def _write(path: Path, record: Record) -> None:
     write_atomically(path, RECORD.dump_json(record) + b"\n")
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some file systems refuse to sync a folder
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with suppress(OSError):  # the file itself is synced, and the lease is held without the folder
+        sync_folder(path.parent)

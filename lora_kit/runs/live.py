@@ -131,8 +131,8 @@ class Owner:
 
     Attributes:
         run_id: The run's id.
-        folder: The run's folder as the device and the number of its inode.
-        parent: The folder in which it lies, likewise.
+        folder: The device and the inode number of the run's folder.
+        parent: The device and the inode number of the folder that contains the run's folder.
         path: The run's folder as an absolute path.
     """
 
@@ -156,13 +156,13 @@ class Owner:
     def is_gone(self) -> bool:
         """Return whether the folder is known to be deleted.
 
-        That a path does not exist proves nothing: its disk may not be mounted here. The run is gone if the folder in
-        which it lay, on the same disk, is here and has it under no name.
+        A missing path proves nothing, because its disk may not be mounted here. The run is gone if its parent folder
+        exists, on the same disk, and contains the run under no name.
         """
         parent = Path(self.path).parent
         with suppress(CheckpointError, OSError):
-            found = [lease.read(sibling / lease.FILE) for sibling in parent.iterdir()]
-            renamed = any(one is not None and one.run_id == self.run_id for one in found)
+            leases = [lease.read(sibling / lease.FILE) for sibling in parent.iterdir()]
+            renamed = any(record is not None and record.run_id == self.run_id for record in leases)
             same = _inode(parent) == self.parent and self.parent[0] == self.folder[0]
             return same and self.is_there() is False and not renamed
         return False

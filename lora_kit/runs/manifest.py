@@ -48,7 +48,7 @@ class BaseFingerprint:
     def same_files(self, other: "BaseFingerprint") -> bool:
         """Return whether two bases have the same model and tokenizer, wherever their files are."""
         first, second = (
-            {name: digest for name, digest in one.files.items() if name not in ONCE_RECORDED} for one in (self, other)
+            {name: digest for name, digest in base.files.items() if name not in ONCE_RECORDED} for base in (self, other)
         )
         return first == second
 

@@ -27,7 +27,7 @@ from safetensors.numpy import load_file
 from typing_extensions import TypedDict  # pydantic reads this one before Python 3.12
 
 from lora_kit.errors import CheckpointError, LeaseError
-from lora_kit.files import open_regular
+from lora_kit.files import open_regular, sync_folder
 from lora_kit.recipe.schema import Recipe
 from lora_kit.runs import formats
 from lora_kit.runs.manifest import MANIFEST, FileEntry, Manifest, RunFacts, StepFacts, manifest_bytes, read_manifest
@@ -194,14 +194,14 @@ def commit(
         remove(staging)
         staging.mkdir(parents=True)
         if not folders(run):  # the first checkpoint: the folders above it must be on disk too
-            _sync_folder(run)
-            _sync_folder(run.absolute().parent)
+            sync_folder(run)
+            sync_folder(run.absolute().parent)
         entries = {name: _write_synced(staging / name, pieces) for name, pieces in files.items()}
         if (written := {name: entry.size for name, entry in entries.items()}) != predicted:
             raise CheckpointError(f"{staging}: {written} bytes written, expected {predicted}")
         manifest = Manifest(facts, progress, entries)
         _write_synced(staging / MANIFEST, [manifest_bytes(manifest.to_dict())])
-        _sync_folder(staging)
+        sync_folder(staging)
         require()
         _put(run, staging, final)
     except (OSError, LeaseError) as error:
@@ -222,13 +222,13 @@ def _put(run: Path, staging: Path, final: Path) -> None:
         _settle(run, earlier)
         staging.rename(earlier)
         if not _exchange(earlier, final):
-            _sync_folder(final.parent)
+            sync_folder(final.parent)
             _move(final, staging)  # after a crash here, `sweep` puts the new one in its place
             earlier.rename(final)
             staging.rename(earlier)
     else:
         staging.rename(final)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
     _settle(run, earlier)
 
 
@@ -287,20 +287,6 @@ def _write_synced(path: Path, pieces: Pieces) -> FileEntry:
         file.flush()
         os.fsync(file.fileno())
     return FileEntry(path.stat().st_size, digest.hexdigest())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (
-            errno.EINVAL,
-            errno.ENOTSUP,
-        ):  # some file systems sync no folders
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def remove(path: Path) -> None:
@@ -387,8 +373,8 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(path, "numpy") as file:
             slices = {name: file.get_slice(name) for name in file.offset_keys()}
-            kinds = {one.get_dtype() for one in slices.values()}
-            shapes = {name: tuple(one.get_shape()) for name, one in slices.items()}
+            kinds = {tensor.get_dtype() for tensor in slices.values()}
+            shapes = {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     if kinds != {"F32"}:

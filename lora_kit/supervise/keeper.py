@@ -149,8 +149,8 @@ class Keeper:
                 )
             facts = replace(job.facts, fencing_token=self.lease.token)
             files = live.files_of(job, region.payload(snapshot.slot))
-            made = store.commit(self.run, files, facts, snapshot.header.progress, require=self.lease.require_now)
             require = self.lease.require_now
+            made = store.commit(self.run, files, facts, snapshot.header.progress, require=require)
             store.prune(self.run, job.keep, keep_every=job.keep_every, best=job.best, require=require)
             self._written, self._late = snapshot.order, False
             region.words[Word.COMMITTED] = sequence

@@ -28,12 +28,11 @@ from lora_kit.runs.live import LEAST_TIMEOUT_SECONDS, TIMEOUT_FACTOR, Phase, Wor
 from lora_kit.supervise import oom
 from lora_kit.supervise.keeper import POLL_SECONDS, Keeper
 from lora_kit.supervise.stopping import FORWARDED_SECONDS, STOP_SIGNALS
-from lora_kit.supervise.zygote import Zygote, end_with_parent
+from lora_kit.supervise.zygote import STORE, Zygote, end_with_parent
 from lora_kit.views.console import Console, print_error
 
 STOPPED, FAILED = Stopped.exit_code, LoraKitError.exit_code
 PRELOAD = ("lora_kit.training.loop",)
-STORE = "LORA_KIT_STORE"  # environment variable of training processes: the file through which they meet
 WORKER = "lora_kit.cli:train_worker"  # the function that a training process calls with the request
 AHEAD = "lora_kit.training.ahead"  # the module that prepares the data of a request while torch is imported
 SAME_FAILURES = 3  # after so many equal failures at the same step a run ends
@@ -414,7 +413,5 @@ def _cpu_seconds(process: int) -> float:
 
 
 def _suspended(process: int) -> bool:
-    try:
-        return psutil.Process(process).status() == psutil.STATUS_STOPPED
-    except psutil.NoSuchProcess:
-        return False
+    state = process_state(process)
+    return state is not None and state[0] == "T"

@@ -30,9 +30,10 @@ MESSAGE_BYTES = 120_000  # Linux: an argument of exec is at most 131,072 bytes
 TRACE_CHARACTERS = 8000
 ERROR_CHARACTERS = 15_000
 BUFFER_BYTES = 1 << 20
+STORE = "LORA_KIT_STORE"  # environment variable of training processes: the file through which they meet
 RANKS = re.compile(  # variables by which torch, accelerate and MPI libraries find out that a process is one of several
     r"(LOCAL_|NODE_|GROUP_|ROLE_|CROSS_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|(TORCHELASTIC|OMPI|PMIX?|PMI2|MV2|I_MPI)_.*"
-    r"|MPI_LOCAL(RANKID|NRANKS)|LORA_KIT_STORE|SLURM_(PROCID|LOCALID|NODEID|NTASKS|NPROCS|STEP_.*)"
+    rf"|MPI_LOCAL(RANKID|NRANKS)|{STORE}|SLURM_(PROCID|LOCALID|NODEID|NTASKS|NPROCS|STEP_.*)"
 )
 
 

@@ -25,7 +25,7 @@ from lora_kit import errors
 from lora_kit.errors import LaunchError, LoraKitError
 from lora_kit.kernels.cpu.allocator import PRODUCTS_KEPT, keep_freed_memory
 from lora_kit.kernels.cpu.buffers import pool
-from lora_kit.supervise.launch import STORE
+from lora_kit.supervise.zygote import STORE
 
 T = TypeVar("T")
 RESULT, ERROR = b"=", b"!"  # the first byte of a message tells what follows

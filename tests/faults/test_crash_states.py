@@ -30,7 +30,7 @@ def test_every_state_reads_back_where_two_folders_cannot_be_exchanged():
 
 
 def test_a_writer_that_does_not_sync_is_found_out():
-    assert "reads back, expected" in look(600, without="store._sync_folder = lambda folder: None").stdout
+    assert "reads back, expected" in look(600, without="store.sync_folder = lambda folder: None").stdout
 
 
 def test_what_is_certain_is_what_was_synced_afterwards(tmp_path):

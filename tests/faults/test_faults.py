@@ -34,11 +34,6 @@ def recipe(tmp_path_factory, base_folder, data_file):
     return path
 
 
-@pytest.fixture(scope="module")
-def undisturbed(recipe, reference):
-    return state_hash(reference(recipe), STEPS)
-
-
 @pytest.fixture
 def faults(tmp_path, monkeypatch):
     """Return the environment in which the faults of a plan happen, once each."""

@@ -5,7 +5,6 @@ import signal
 import subprocess
 
 import pytest
-from conftest import RECIPE
 from runs import go_on, start, state_hash, wait_for_lines, wait_until, with_faults
 
 from lora_kit.runs import live, store
@@ -13,18 +12,6 @@ from lora_kit.runs.live import Word
 
 STEPS = 30
 SLOWLY = {"FAULTS_SLEEP": "0.05", "PYTHONPATH": with_faults()}
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory, base_folder, data_file):
-    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
-    path.write_text(RECIPE.format(base=base_folder, data=data_file).replace("steps: 8", f"steps: {STEPS}"))
-    return path
-
-
-@pytest.fixture(scope="module")
-def undisturbed(recipe, reference):
-    return state_hash(reference(recipe), STEPS)
 
 
 @pytest.fixture

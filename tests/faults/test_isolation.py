@@ -12,7 +12,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import RECIPE
 from runs import go_on, gone, start, started, state_hash, wait_for_lines, wait_until, with_faults
 
 from lora_kit.runs import live, store
@@ -58,18 +57,6 @@ else:
     fork_the_zygote()
     app(["train", recipe, "--out", out])
 """
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory, base_folder, data_file):
-    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
-    path.write_text(RECIPE.format(base=base_folder, data=data_file).replace("steps: 8", f"steps: {STEPS}"))
-    return path
-
-
-@pytest.fixture(scope="module")
-def undisturbed(recipe, reference):
-    return state_hash(reference(recipe), STEPS)
 
 
 def start_inside(place, recipe, out, environment=None):

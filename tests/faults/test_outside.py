@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import RECIPE
 from places import NOT_ALLOWED, Place, Shim, family, library, start_at
 from runs import go_on, gone, state_hash, wait_for_lines, wait_until
 
@@ -31,18 +30,6 @@ def so(tmp_path_factory):
     if found is None:
         pytest.skip("needs a C compiler")
     return found
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory, base_folder, data_file):
-    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
-    path.write_text(RECIPE.format(base=base_folder, data=data_file).replace("steps: 8", f"steps: {STEPS}"))
-    return path
-
-
-@pytest.fixture(scope="module")
-def undisturbed(recipe, reference):
-    return state_hash(reference(recipe), STEPS)
 
 
 @pytest.fixture

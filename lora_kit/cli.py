@@ -50,7 +50,7 @@ def error_messages() -> Iterator[None]:
     try:
         yield
     except LoraKitError as error:
-        # all processes raise an error with another exit code, and only process 0 prints it
+        # an error with exit code 1 may be that of one process; all processes raise the others, so process 0 prints them
         if not launched_by_another() or os.environ.get("RANK", "0") == "0" or error.exit_code == 1:
             print_error(str(error) or type(error).__name__, "stopped" if error.exit_code == 75 else "error")
         raise SystemExit(error.exit_code) from None

@@ -174,7 +174,6 @@ class OpenRun:
     Attributes:
         folder: The run's folder.
         lease: The right to write to it, with the fencing token.
-        run_id: Chosen at the first start; every resume keeps it.
         latest: The checkpoint or live snapshot to resume from; None for a new run.
         goes_back: Whether `latest` is an older checkpoint that `--from` names; `go_back` then sets aside newer ones.
         origin: The checkpoint or PEFT adapter that a new run begins with; None for a fresh adapter.
@@ -184,12 +183,16 @@ class OpenRun:
 
     folder: Path
     lease: Lease
-    run_id: str
     latest: Checkpoint | Live | None
     goes_back: bool
     origin: Checkpoint | PlainAdapter | None
     reached: int
     notices: tuple[str, ...]
+
+    @property
+    def run_id(self) -> str:
+        """The run's id, chosen at the first start; every resume keeps it."""
+        return self.lease.record.run_id
 
 
 def take_over(folder: Path, *, tell: Callable[[str], None] = lambda text: None) -> tuple[Lease, list[str]]:
@@ -292,7 +295,7 @@ def open_run(
         if target is None:
             notices += _steps_lost(folder, latest.step if latest else 0, problems)
         on_error.pop_all()
-    return OpenRun(folder, lease, lease.record.run_id, latest, target is not None, origin, reached, tuple(notices))
+    return OpenRun(folder, lease, latest, target is not None, origin, reached, tuple(notices))
 
 
 def _steps_lost(folder: Path, start: int, problems: Sequence[str]) -> Iterator[str]:

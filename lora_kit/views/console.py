@@ -25,7 +25,7 @@ from lora_kit.views import notebook
 from lora_kit.views.output import SafeStream
 
 SECONDS_BETWEEN_LINES = 5.0
-SHOWN, WORTH_GROUPING = 3, 5  # of so many lines of one kind, so many are shown
+WORTH_GROUPING, SHOWN = 5, 3  # of five or more lines of one kind, only the first three are shown
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a terminal would obey them
 SPECIFIC = re.compile(r"'[^']*'|\"[^\"]*\"|\S*\d\S*")  # the parts in which lines of one kind differ
 CLEAR_LINE = Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2))

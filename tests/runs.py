@@ -23,7 +23,8 @@ from fork_server import INJECT, MESSAGE_BYTES, NUMBER
 
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith(("RANK", "WORLD", "LOCAL_"))}
 READ_AFTER_IMPORTS = re.compile(
-    r"FAULTS|PYTEST_|WANDB_|TRACKIO_|MLFLOW_|HF_TOKEN$|(LOCAL_)?(RANK|WORLD_SIZE)$|MASTER_|GLOO_|OMPI_|SLURM_|LORA_KIT_START_REQUESTED$|CC$|LD_PRELOAD$"
+    r"FAULTS|PYTEST_|WANDB_|TRACKIO_|MLFLOW_|HF_TOKEN$|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)$|MASTER_|GLOO_|OMPI_|SLURM_|PMI"
+    r"|TORCHELASTIC_|LORA_KIT_ST(ORE|ART_REQUESTED)$|CC$|LD_PRELOAD$"
 )
 WAIT_SECONDS = 100.0  # for anything that a test waits for; a machine under load may need tens of seconds
 POLL_SECONDS = 0.005

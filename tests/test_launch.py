@@ -174,6 +174,9 @@ def test_a_second_signal_does_not_wait_unless_it_was_only_forwarded(monkeypatch)
         {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"},
         {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
         {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "3", "MASTER_ADDR": "nowhere"},
+        {"PMI_RANK": "1", "PMI_SIZE": "2", "PMIX_RANK": "1"},
+        {"TORCHELASTIC_RUN_ID": "old", "GROUP_RANK": "1", "ROLE_WORLD_SIZE": "2"},
+        {"LORA_KIT_STORE": "/nowhere/store"},
     ],
     ids=lambda left: "+".join(left),
 )

@@ -60,10 +60,7 @@ def in_one_process(count):
 
 @pytest.mark.parametrize("processes", [2, 3, 4])
 def test_many_processes_sum_like_one(tmp_path, processes):
-    workers = [
-        started([tmp_path / "sums"], environment, code=WORKER)
-        for environment in launch.environments(processes, tmp_path)
-    ]
+    workers = [started([tmp_path / "sums"], environment, code=WORKER) for environment in launch.environments(processes)]
     for worker in workers:
         printed, _ = worker.communicate()
         assert worker.returncode == 0, printed

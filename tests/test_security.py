@@ -357,24 +357,23 @@ def test_an_interrupted_rendering_leaves_no_answers_to_the_next(base_folder, mon
     assert render_all([second], renderer) == expected == [render(second, renderer)]
 
 
-def test_processes_of_a_run_listen_to_this_machine_alone_and_meet_through_a_private_file(recipe_file, tmp_path):
-    own = tmp_path / "tmp"  # other runs on this machine have stores of their own
-    own.mkdir()
-    steps, environment = ["--set", "train.steps=500"], {"TMPDIR": str(own)}
-    process = start(recipe_file, tmp_path / "run", *steps, processes=2, environment=environment, fresh=True)
+def test_processes_of_a_run_listen_to_this_machine_alone_and_meet_through_a_file_without_a_name(recipe_file, tmp_path):
+    process = start(recipe_file, tmp_path / "run", "--set", "train.steps=500", processes=2)
     wait_for_lines(tmp_path / "run" / "metrics.jsonl", 2, process)
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     sockets = [one.laddr.ip for member in family for one in member.net_connections("tcp") if one.status == "LISTEN"]
     assert all(ip.startswith("127.") or ip == "::1" for ip in sockets), sockets
-    stores = [path for path in own.glob("lora_kit_store-*") if any(path.iterdir())]
-    assert stores and all(path.stat().st_mode & 0o777 == 0o700 for path in stores)
+    files = Path(f"/proc/{process.pid}/fd")
+    (store,) = [file for file in files.iterdir() if "LORA_KIT_STORE" in os.readlink(file)]
+    assert store.stat().st_size and os.readlink(store).startswith("/memfd:"), "a killed keeper leaves no file behind"
+    assert files.stat().st_mode & 0o777 == 0o500, "only this user can open it"
     process.terminate()
     process.communicate()
-    assert process.returncode == 75 and not list(own.glob("lora_kit_store-*"))
+    assert process.returncode == 75
 
 
-def test_a_restart_meets_through_another_file(tmp_path):
-    first, second = (launch.environments(2, str(tmp_path)) for _ in range(2))
+def test_a_restart_meets_through_another_file():
+    first, second = (launch.environments(2) for _ in range(2))
     assert first[0][launch.STORE] == first[1][launch.STORE] != second[0][launch.STORE]
     assert "MASTER_PORT" not in first[0]
 

@@ -7,11 +7,9 @@ meet a process of an earlier attempt.
 """
 
 import os
-import secrets
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -75,19 +73,19 @@ class Attempt:
         return (own or self.failures)[0]
 
 
-def environments(processes: int, meeting: str) -> list[dict[str, str]]:
+def environments(processes: int) -> list[dict[str, str]]:
     """Return the environment variables of each training process of an attempt.
 
-    Args:
-        processes: The number of training processes.
-        meeting: A folder that only this user can open. The processes meet through a new file in it, because the store
-            of torch.distributed would listen to everyone who can reach this machine.
+    The processes meet through a new file in memory, because the store of torch.distributed would listen to everyone who
+    can reach this machine. The file has no name but that in /proc, under which only this user can open it, so a kill of
+    this process leaves nothing behind. It stays open: a process of an earlier attempt that has not ended yet must not
+    find the file of a later attempt under the same descriptor.
     """
     requested = {START_REQUESTED: str(time.time())}
     if processes == 1:
         return [requested]
     common = requested | {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    common |= {STORE: str(Path(meeting) / secrets.token_hex(8))}
+    common |= {STORE: f"/proc/{os.getpid()}/fd/{os.memfd_create(STORE)}"}
     common |= {name: os.environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
     return [common | {"RANK": str(index), "LOCAL_RANK": str(index)} for index in range(processes)]
 
@@ -115,8 +113,6 @@ class Launch:
         self._ahead = _start_ahead(request)
         self.attempt = Attempt()
         self._unreported: float | None = None  # since when a training process has ended without a report
-        # with mode 0700; a killed process that has not ended yet may still write to it while it is deleted
-        self._meeting = tempfile.TemporaryDirectory(prefix="lora_kit_store-", ignore_cleanup_errors=True)
         self._life = (0, 0, 0)  # the counters that show signs of life, as last seen
         self._silent, self._longest, self._cpu_seconds, self._looked = 0.0, 0.0, 0.0, time.monotonic()
 
@@ -129,7 +125,6 @@ class Launch:
         self._signals.append((time.monotonic(), number))
         if self._signals[-1][0] - self._signals[0][0] > FORWARDED_SECONDS:
             self.zygote.process.kill()
-            self._meeting.cleanup()
             os._exit(128 + number)
 
     def run(self, max_restarts: int) -> int:
@@ -161,7 +156,6 @@ class Launch:
             raise AssertionError("the last attempt returns")
         finally:
             self.zygote.end()
-            self._meeting.cleanup()
             self._end_ahead()
             self.console.restore_terminal()
             self.keeper.end()
@@ -178,7 +172,7 @@ class Launch:
         self._looked = time.monotonic()
         self.keeper.prepare_restart()
         keeper = {KEEPER: self.keeper.lease.to_json()}
-        started = environments(self._processes, self._meeting.name)
+        started = environments(self._processes)
         self.zygote.start(WORKER, self._request, [each | keeper for each in started])
 
     def _end_ahead(self) -> None:

@@ -75,11 +75,22 @@ def main(
 
 
 @contextmanager
-def imports(what: str) -> Iterator[None]:
-    """Say on stderr what begins, and import without garbage collections, which would take a third of the time."""
-    print(f"lora_kit {VERSION}: {what} ...", file=sys.stderr, flush=True)
+def imports(what: str, path: Path) -> Iterator[Path]:
+    """Say on stderr what begins, and import without what would take a third of the time and a quarter.
+
+    That is garbage collections, and bitsandbytes, which peft imports, unless the checkpoint at `path` needs it. Yields
+    the checkpoint's folder.
+    """
+    print(f"lora_kit {VERSION}: {what} {path} ...", file=sys.stderr, flush=True)
+    from lora_kit.artifacts.locate import checkpoint_at
+    from lora_kit.runs.manifest import MANIFEST, read_manifest
+
+    path = checkpoint_at(path)
+    base = read_manifest(path / MANIFEST).run.recipe.get("base", {})
+    if base.get("quantization") == "none" and "peft" not in sys.modules:
+        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # as if it were not installed
     gc.disable()
-    yield
+    yield path
     gc.freeze()
     gc.enable()
 
@@ -313,7 +324,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Answer prompts with a trained adapter."""
-    with imports(f"loading {path}"):
+    with imports("loading", path) as path:
         from lora_kit.artifacts import answering
         from lora_kit.artifacts.load import load
 
@@ -343,7 +354,7 @@ def chat(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Chat with a trained adapter. `/adapter off` switches to the base model, `/help` lists the commands."""
-    with imports(f"loading {path}"):
+    with imports("loading", path) as path:
         from lora_kit.artifacts import chat as chatting
         from lora_kit.artifacts.answering import read_questions
         from lora_kit.artifacts.load import load
@@ -405,7 +416,7 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Merge an adapter into its base model and report how much the merged model's logits differ."""
-    with imports(f"merging {path} into its base"):
+    with imports("merging", path) as path:
         from lora_kit.artifacts import merging
 
     merged = merging.merge(path, out, base=base_path, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -433,7 +444,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Evaluate the base and the adapter on the recipe's validation data: loss, perplexity, exact match."""
-    with imports(f"evaluating {path}"):
+    with imports("evaluating", path) as path:
         from lora_kit.recipe.load import load_recipe
         from lora_kit.training import evaluation
 

@@ -8,19 +8,21 @@ import shutil
 import pytest
 import torch
 from conftest import make_base, make_tokenizer
+from runs import run_code
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from lora_kit.check import check
 from lora_kit.errors import BaseError
 from lora_kit.kernels.attention import SEGMENT, use_attention
 from lora_kit.model import probe
 from lora_kit.model import source as bases
-from lora_kit.model.base import load_base
+from lora_kit.model.base import load_base, read_config
 from lora_kit.model.probe import leaks_when_packed
 from lora_kit.model.source import file_hash, locate
 from lora_kit.recipe.load import load_recipe
 from lora_kit.recipe.schema import Base
+from lora_kit.runs.manifest import ONCE_RECORDED
 from lora_kit.runs.run import Run
 from lora_kit.training import loop
 
@@ -376,3 +378,67 @@ def test_weights_that_cannot_be_read_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(bases, "file_hash", refused)
     with pytest.raises(BaseError, match=r"base/\S+ cannot be read: Permission denied; see that this user may read"):
         locate(Base(repo=str(folder)), folder)
+
+
+def test_a_configuration_for_some_versions_is_part_of_the_fingerprint(tmp_path):
+    folder = make_base(tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.5.0.0.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    (folder / "config.json").write_text(json.dumps(config | {"configuration_files": ["config.5.0.0.json"]}))
+    assert read_config(folder, Base(repo="x")).rms_norm_eps == 0.5, "transformers reads it"
+    assert "config.5.0.0.json" in locate(Base(repo="x"), folder).files
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_python_files_of_another_repository_are_refused(name, tmp_path):
+    folder = make_base(tmp_path / "base")
+    content = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(content | {"auto_map": {"AutoConfig": "someone/else--configuration.Own"}}))
+    with pytest.raises(BaseError, match=f"{name}: it takes Python files from another repository on the Hub"):
+        locate(Base(repo="x", trust_remote_code=True), folder)
+    assert locate(Base(repo="x"), folder).files, "without permission they do not run"
+
+
+def test_weights_that_only_the_class_of_a_model_names_are_refused(tmp_path, monkeypatch):
+    folder = make_base(tmp_path / "base")
+    source, base = locate(Base(repo="x"), folder), Base(repo="x", dtype="float32")
+    monkeypatch.setattr(LlamaConfig, "extra_files", ("head.safetensors",))
+    load_base(source, base, torch.device("cpu"))
+    save_file({"head": torch.ones(1)}, folder / "head.safetensors")
+    with pytest.raises(BaseError, match=r"head\.safetensors: the model reads weights from this file, which lora_kit"):
+        load_base(source, base, torch.device("cpu"))
+
+
+OPENED = """
+import json, sys
+from pathlib import Path
+import torch
+from lora_kit.model.base import load_base
+from lora_kit.model.source import locate
+from lora_kit.model.tokenizer import load_renderer
+from lora_kit.recipe.load import load_recipe
+
+recipe, folder, opened = load_recipe(sys.argv[1]), Path(sys.argv[2]), set()
+source = locate(recipe.base, folder)
+
+def note(event, arguments):
+    if event == "open" and isinstance(arguments[0], str) and arguments[0].startswith(str(folder)):
+        opened.add(arguments[0][len(str(folder)) + 1:])
+
+sys.addaudithook(note)
+load_base(source, recipe.base, torch.device("cpu"))
+load_renderer(source, recipe)
+print(json.dumps([sorted(opened), sorted(source.files)]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "GPT2Tokenizer", "LlamaTokenizer", None])
+def test_every_file_that_transformers_opens_is_part_of_the_fingerprint(kind, recipe_file, tmp_path, base_folder):
+    folder = shutil.copytree(base_folder, tmp_path / "base")
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"tokenizer_class": kind}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    decoys = ["processor_config.json", "preprocessor_config.json", "special_tokens_map.json", "added_tokens.json"]
+    for name in [*decoys, "chat_template.json", "video_preprocessor_config.json", "custom_generate.json"]:
+        (folder / name).write_text("{}")
+    opened, hashed = json.loads(run_code(OPENED, recipe_file, folder).splitlines()[-1])
+    assert "config.json" in opened and set(opened) - set(hashed) <= set(ONCE_RECORDED)

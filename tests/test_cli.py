@@ -1,6 +1,7 @@
 """Every verb teaches in its help, answers a script in JSON, and ends with the code that it promises."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -9,8 +10,10 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import lora_kit as lk
+from lora_kit import cli
 from lora_kit.cli import app
 from lora_kit.runs import resume
+from lora_kit.runs.manifest import manifest_bytes
 from lora_kit.supervise import zygote
 
 VERBS = ("train", "check", "status", "verify", "generate", "eval", "push")
@@ -109,3 +112,27 @@ def test_every_argument_and_option_of_every_command_has_help():
     for name, command in get_command(app).commands.items():
         without = [parameter.name for parameter in command.params if not getattr(parameter, "help", None)]
         assert command.help and not without, f"{name}: {without}"
+
+
+@pytest.mark.parametrize(("quantization", "kept"), [("none", False), ("nf4", True)])
+def test_bitsandbytes_is_imported_only_for_a_checkpoint_that_needs_it(
+    quantization, kept, trained_run, tmp_path, monkeypatch
+):
+    checkpoint = shutil.copytree(lk.Run(trained_run).latest, tmp_path / "checkpoint")
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["recipe"]["base"]["quantization"] = quantization
+    (checkpoint / "manifest.json").write_bytes(manifest_bytes(manifest))
+    monkeypatch.delitem(sys.modules, "peft", raising=False)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", "here")
+    monkeypatch.delitem(sys.modules, "bitsandbytes")
+    with cli.imports("loading", checkpoint) as path:
+        assert path == checkpoint and ("bitsandbytes" not in sys.modules) == kept
+    with cli.imports("loading", trained_run):
+        assert "bitsandbytes" in sys.modules
+
+
+def test_a_process_that_has_imported_peft_is_left_as_it_is(trained_run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", sys)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", sys)
+    with cli.imports("loading", trained_run):
+        assert sys.modules["bitsandbytes"] is sys

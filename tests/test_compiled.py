@@ -1,5 +1,7 @@
 """The compiled backends against plain PyTorch: Triton, by its interpreter where there is no GPU, and C."""
 
+import os
+import shutil
 from dataclasses import dataclass
 
 import pytest
@@ -181,3 +183,27 @@ def test_where_triton_compiles_nothing_there_is_a_warning_and_plain_pytorch(monk
     dispatch._triton.cache_clear()
     with pytest.warns(UserWarning, match="Triton cannot compile its kernels, .*: Failed to find C compiler"):
         assert dispatch._triton() is dispatch.PLAIN
+
+
+def test_triton_keeps_its_kernels_elsewhere_where_home_cannot_be_written(tmp_path, monkeypatch):
+    home, cache, temporary = (tmp_path / name for name in ("home", "cache", "temporary"))
+    temporary.mkdir()
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("LORA_KIT_CACHE", str(cache))
+    monkeypatch.setattr(dispatch.tempfile, "gettempdir", lambda: str(temporary))
+
+    def moved():
+        monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+        dispatch._move_triton_cache()
+        return os.environ.get("TRITON_CACHE_DIR")
+
+    assert moved() is None and (home / ".triton" / "cache").is_dir()
+    shutil.rmtree(home)
+    home.write_text("a file: nothing can be written below it, also not by root")
+    assert moved() == str(cache / "triton")
+    (cache / "triton").chmod(0o777)
+    assert moved() == str(temporary / f"lora_kit-triton-{os.getuid()}"), "others could exchange the kernels"
+    (temporary / f"lora_kit-triton-{os.getuid()}").chmod(0o777)
+    assert moved() is None, "then it falls back to PyTorch, with a warning"

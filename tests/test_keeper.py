@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -21,7 +22,8 @@ from lora_kit.runs.lease import take
 from lora_kit.runs.live import Header, JobFile, Phase, Word
 from lora_kit.supervise import keeper as keeping
 from lora_kit.supervise.keeper import Keeper
-from lora_kit.training import loop
+from lora_kit.supervise.stopping import STOP_SIGNALS
+from lora_kit.training import loop, publisher
 
 SHAPES = {"base_model.model.q.lora_A.weight": (2, 8), "base_model.model.q.lora_B.weight": (8, 2)}
 SIZE = 32
@@ -270,3 +272,46 @@ def test_a_trainer_does_not_wait_for_a_snapshot_that_no_keeper_can_see(recipe_fi
     monkeypatch.setattr(live.Region, "publish", lambda *given: None if given[2].due else publish(*given))
     with pytest.raises(CheckpointError, match="the header of the newest live snapshot is damaged"):
         loop.train(load_recipe(recipe_file, ["train.steps=2"]), tmp_path / "run")
+
+
+ENDING = {
+    "raises": ("import sys; raise SystemExit(1)", "exit code 1"),
+    "killed": ("import os; os.kill(os.getpid(), 9)", "killed by SIGKILL"),
+}
+
+
+@pytest.mark.parametrize("ending", ENDING)
+def test_a_keeper_that_ends_again_and_again_ends_the_run_with_the_cause(ending, recipe_file, tmp_path, monkeypatch):
+    code, how = ENDING[ending]
+    started = []
+
+    def start_keeper(lease):
+        started.append(subprocess.Popen([sys.executable, "-c", code]))
+        return started[-1]
+
+    monkeypatch.setattr(publisher, "start_keeper", start_keeper)
+    with pytest.raises(CheckpointError, match=rf"keeper, .* has ended 3 times without a checkpoint, .*\({how}") as told:
+        loop.train(load_recipe(recipe_file, ["checkpoint.every_steps=1"]), tmp_path / "run")
+    assert told.value.exit_code == 1 and len(started) == 3
+    monkeypatch.undo()
+    run = loop.train(load_recipe(recipe_file, ["checkpoint.every_steps=1"]), tmp_path / "run")
+    assert next(event["step"] for event in run.events if event["kind"] == "resumed") >= 1
+
+
+def test_a_keeper_that_fails_tells_its_trainer_why(trainer, monkeypatch):
+    monkeypatch.setattr(Keeper, "poll", lambda self: 1 / 0)
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    try:
+        with pytest.raises(ZeroDivisionError):
+            keeping.run_keeper(trainer.lease, 1)
+    finally:
+        for number, handler in zip(STOP_SIGNALS, before, strict=True):
+            signal.signal(number, handler)
+    assert trainer.region.fault == "ZeroDivisionError: division by zero"
+
+
+def test_a_keeper_that_finds_no_region_says_so(trainer):
+    trainer.region.path.parent.chmod(0o777)  # others could exchange its files, so it is not used
+    with pytest.raises(SystemExit, match="the live region of this run cannot be found"):
+        keeping.run_keeper(trainer.lease, 1)
+    trainer.region.path.parent.chmod(0o700)

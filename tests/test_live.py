@@ -20,6 +20,7 @@ from lora_kit.runs.journal import Journal
 from lora_kit.runs.live import Header, JobFile, Region, Word
 
 FLOATS = 300  # weights and two moments
+PARENT_FOLDERS = live._parent_folders
 
 
 class Held:
@@ -401,3 +402,16 @@ def test_a_kill_while_the_job_file_is_replaced_leaves_one_that_is_valid(run, reg
             write_job(region, template="a new one")
         replaced.append(live.read_job(region).facts.template)
     assert replaced == [None, "a new one"]
+
+
+def test_shared_memory_is_enough_where_no_temporary_folder_can_be_written(run, monkeypatch):
+    def nowhere():
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(live.tempfile, "gettempdir", nowhere)
+    assert PARENT_FOLDERS() == [Path("/dev/shm")]
+    monkeypatch.setattr(live, "_parent_folders", list)
+    with pytest.raises(
+        CheckpointError, match=r"neither has them \(neither can be used\); free that much, or set TMPDIR"
+    ):
+        live.create_region(Held(run), 4 * FLOATS)

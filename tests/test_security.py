@@ -364,8 +364,8 @@ def test_processes_of_a_run_listen_to_this_machine_alone_and_meet_through_a_file
     sockets = [one.laddr.ip for member in family for one in member.net_connections("tcp") if one.status == "LISTEN"]
     assert all(ip.startswith("127.") or ip == "::1" for ip in sockets), sockets
     files = Path(f"/proc/{process.pid}/fd")
-    (store,) = [file for file in files.iterdir() if "LORA_KIT_STORE" in os.readlink(file)]
-    assert store.stat().st_size and os.readlink(store).startswith("/memfd:"), "a killed keeper leaves no file behind"
+    (store,) = [file for file in files.iterdir() if "LORA_KIT_STORE" in str(file.readlink())]
+    assert store.stat().st_size and str(store.readlink()).startswith("/memfd:"), "a killed keeper leaves no file behind"
     assert files.stat().st_mode & 0o777 == 0o500, "only this user can open it"
     process.terminate()
     process.communicate()
@@ -401,3 +401,16 @@ def test_secrets_of_the_environment_reach_no_file_of_a_run(recipe_file, tmp_path
     printed = train(recipe_file, tmp_path / "run", "--set", "train.steps=1", environment=secrets)
     files = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
     assert files and b"s3cret" not in files + printed.encode()
+
+
+@pytest.mark.parametrize("train_section", [{}, {"micro_batch_tokens": "auto"}])
+def test_a_checkpoint_that_does_not_record_how_it_was_packed_is_measured_with_a_size_of_its_own(
+    train_section, stranger, recipe_file
+):
+    manifest = json.loads((stranger / "manifest.json").read_text())
+    recipe = manifest["recipe"] | {"train": train_section}
+    forge(stranger, recipe=recipe, resolved=manifest["resolved"] | {"micro_batch_tokens": None})
+    evaluated = ("eval", recipe_file, stranger, "--set", "data.validation=0.2")
+    told = run_command(*evaluated, "--set", "train.micro_batch_tokens=auto")
+    assert told.exit_code == 2 and "train.micro_batch_tokens: " in told.stderr and "set a number" in told.stderr
+    assert run_command(*evaluated).exit_code == 0

@@ -1,13 +1,18 @@
 """Choose the backend that computes a tensor: C on CPUs in bf16, Triton on GPUs, otherwise plain PyTorch."""
 
+import os
 import sys
+import tempfile
 import warnings
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lora_kit.files import cache_folder, private_folder
 from lora_kit.kernels.backend import Backend
 from lora_kit.kernels.plain import Plain
 
@@ -34,6 +39,7 @@ def _triton() -> Backend:
     """
     if find_spec("triton") is None:
         return PLAIN
+    _move_triton_cache()
     try:
         from lora_kit.kernels.triton.backend import Triton, try_kernels
 
@@ -42,6 +48,24 @@ def _triton() -> Backend:
         _warn("Triton cannot compile its kernels", error)
         return PLAIN
     return Triton()
+
+
+def _move_triton_cache() -> None:
+    """Set another folder for compiled kernels if Triton's own, below HOME, cannot be written.
+
+    Triton loads what it finds there, so it must be a folder that only this user can change.
+    """
+    home = os.environ.get("TRITON_HOME") or Path.home()
+    own = Path(os.environ.get("TRITON_CACHE_DIR") or Path(home, ".triton", "cache"))
+    for folder in (own, cache_folder("triton"), Path(tempfile.gettempdir(), f"lora_kit-triton-{os.getuid()}")):
+        with suppress(OSError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+            if folder != own:
+                with private_folder(folder):
+                    os.environ["TRITON_CACHE_DIR"] = str(folder)
+            return
 
 
 @cache

@@ -144,6 +144,12 @@ def load_base(source: Source, base: Base, device: torch.device, *, quantized: bo
             raise
         raise _cannot_load(source.name, error) from error
     refuse_incomplete(source, loaded["missing_keys"], loaded["mismatched_keys"])
+    extra = (name for name in getattr(type(model.config), "extra_files", ()) if (source.folder / name).exists())
+    if unknown := next((name for name in extra if name not in source.files), None):
+        raise BaseError(
+            f"base.repo: {source.folder / unknown}: the model reads weights from this file, which lora_kit does not "
+            "compare at a resume; choose another base"
+        )
     model.config.use_cache = False
     for module in model.modules():
         _switch_off_randomness(vars(module))

@@ -24,8 +24,8 @@ from lora_kit.recipe.schema import Base, Recipe
 from lora_kit.runs.manifest import BaseFingerprint
 
 DECIDING = [  # besides the weights
-    *("config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "tekken.json"),
-    *("vocab*", "merges.txt", "*.model", "*.tiktoken", "*.jinja"),
+    *("config.json", "config.*.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "tekken.json"),
+    *("vocab*", "merges.txt", "*.model", "*.tiktoken", "*.jinja", "*.codes", "dict.txt", "emoji.json"),
 ]
 SMALL_FILES = [*DECIDING, f"*{INDEX_ENDING}", "generation_config.json", "*.py"]
 ADAPTER_CONFIG = "adapter_config.json"  # transformers loads an adapter with the base whose folder has this file
@@ -87,9 +87,20 @@ def locate(base: Base, folder: Path | None) -> Source:
 
 
 def _names_code(folder: Path) -> bool:
-    """Return whether a base has Python files that transformers runs if it may."""
-    configurations = (folder / name for name in ("config.json", "tokenizer_config.json"))
-    return any("auto_map" in read_json(path) for path in configurations if path.is_file())
+    """Return whether a base has Python files that transformers runs if it may.
+
+    Raises:
+        BaseError: They are in another repository, so neither its revision nor its files are those of the base.
+    """
+    paths = [folder / name for name in ("config.json", "tokenizer_config.json") if (folder / name).is_file()]
+    found = {path: str(code) for path in paths if (code := read_json(path).get("auto_map"))}
+    for path, code in found.items():
+        if "--" in code:
+            raise BaseError(
+                f"{path}: it takes Python files from another repository on the Hub, which may change at any time "
+                f"({code}); copy them into this folder, and name them without the repository"
+            )
+    return bool(found)
 
 
 def pinned_base(recipe: Recipe, commit: str | None, name: str, *, base: Path | None = None) -> tuple[Base, Path | None]:

@@ -385,7 +385,10 @@ def copy_hashed(target: memoryview, sources: Sequence[memoryview]) -> int:
 
 def _parent_folders() -> list[Path]:
     """Return the folders in which a region may be, best first."""
-    return [folder for folder in (Path("/dev/shm"), Path(tempfile.gettempdir())) if folder.is_dir()]
+    folders = [Path("/dev/shm")]
+    with suppress(FileNotFoundError):  # no temporary folder can be written
+        folders.append(Path(tempfile.gettempdir()))
+    return [folder for folder in folders if folder.is_dir()]
 
 
 def _since_boot() -> int:
@@ -535,7 +538,7 @@ def _create(owner: Owner, payload_bytes: int) -> Region:
     needed = SLOTS * payload_bytes / 1e9
     raise CheckpointError(
         f"live region: {needed:.2f} GB are needed in shared memory or in the temporary folder, and neither has them "
-        f"({'; '.join(problems)}); free that much, or set TMPDIR to a folder on a larger local disk"
+        f"({'; '.join(problems) or 'neither can be used'}); free that much, or set TMPDIR to a folder on a larger disk"
     )
 
 

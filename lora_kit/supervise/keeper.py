@@ -160,9 +160,8 @@ class Keeper:
             self._heart.loss = self.lease.loss()
         except Exception as error:
             self._late, self._not_before = True, time.monotonic() + RETRY_SECONDS
-            expected = isinstance(error, (CheckpointError, OSError))
             with contextlib.suppress(LeaseError):
-                self.tell(str(error) if expected else f"{type(error).__name__}: {error}", step=snapshot.step)
+                self.tell(_cause(error), step=snapshot.step)
         finally:
             region.words[Word.HANDLED] = max(region.words[Word.HANDLED], sequence)
             region.words[Word.READING] = 0
@@ -218,6 +217,10 @@ class Keeper:
         return step
 
 
+def _cause(error: Exception) -> str:
+    return str(error) if isinstance(error, (CheckpointError, OSError)) else f"{type(error).__name__}: {error}"
+
+
 def start_keeper(lease: Lease) -> "subprocess.Popen[bytes]":
     """Start a keeper as the child of this training process, for a run that `lora-kit train` did not start.
 
@@ -247,11 +250,22 @@ def run_keeper(lease: Lease, trainer: int) -> None:
         signal.signal(number, lambda received, _: stop.append(received))
     keeper = Keeper(lease)
     if keeper.region is None:
-        return
-    flushed = False
+        sys.exit(f"{lease.run}: the live region of this run cannot be found")
+    try:
+        _keep(keeper, trainer, stop)
+    except LeaseError:
+        raise
+    except Exception as error:  # this process has no terminal of its own; the trainer shows why it has ended
+        keeper.region.report_fault(_cause(error))
+        raise
+
+
+def _keep(keeper: Keeper, trainer: int, stop: list[int]) -> None:
+    flushed, region = False, keeper.region
+    assert region is not None
     while True:
         keeper.poll()
-        words = keeper.region.words
+        words = region.words
         if stop:
             words[Word.STOP] = stop[0]
         if words[Word.STOP] and not flushed:

@@ -17,13 +17,14 @@ from lora_kit.data.plan import Plan, prepare_data
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.template import Prompt
 from lora_kit.data.tokens import Prepared, Tokens
-from lora_kit.errors import DataError
+from lora_kit.errors import DataError, RecipeError
 from lora_kit.kernels.attention import use_attention
 from lora_kit.kernels.fusing import use_kernels
 from lora_kit.recipe.load import resolve_path
 from lora_kit.recipe.schema import Recipe
 from lora_kit.runs.formats import finite
 from lora_kit.runs.manifest import MANIFEST, read_manifest
+from lora_kit.runs.store import Checkpoint
 from lora_kit.training.objectives.objective import Objective
 from lora_kit.training.objectives.sft import Sft
 from lora_kit.training.processes import Processes
@@ -142,14 +143,16 @@ def evaluate(recipe: Recipe, checkpoint: str | Path) -> dict[str, Score]:
             device=str(processes.device),
             trust_remote_code=recipe.base.trust_remote_code,
         )
-        facts = read_manifest(checkpoint / MANIFEST).run
-        resolved = facts.resolved
+        opened = Checkpoint(checkpoint, read_manifest(checkpoint / MANIFEST))
+        resolved = opened.manifest.run.resolved
         use_attention(model, resolved.attention)
         use_kernels(model, resolved.kernels or ())
         renderer = Renderer(tokenizer, stop_token=recipe.base.stop_token)
-        data, named = prepare_data(recipe, renderer), recipe.train.micro_batch_tokens
-        recorded = resolved.micro_batch_tokens or facts.recipe["train"]["micro_batch_tokens"]
-        tokens = named if isinstance(named, int) else recorded
+        data = prepare_data(recipe, renderer)
+        sizes = (recipe.train.micro_batch_tokens, resolved.micro_batch_tokens, opened.recipe.train.micro_batch_tokens)
+        tokens = next((size for size in sizes if isinstance(size, int)), None)
+        if tokens is None:
+            raise RecipeError(f"train.micro_batch_tokens: {checkpoint} does not record it; set a number")
         if data.validation is None:
             raise DataError("data.validation: the recipe names none; add a file, a Hub name or a fraction such as 0.05")
         plan = Plan(recipe, data.train, tokens, resolved.layout == "padded")

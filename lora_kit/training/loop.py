@@ -125,6 +125,7 @@ def train(
                 if last:
                     stopping, queued = log.settle(queued) or stopping, None
                     publisher.wait_durable()
+                    log.show_fault()
                     if stopping:
                         raise stopped(job, done)
             # 10. the end: the final evaluation, result.json, the Hub

@@ -128,11 +128,15 @@ class StepLog:
             if facts.skipped:
                 self._report_skipped(queued)
             self.write(record)
-            if fault := self._publisher.new_fault():
-                self._console.warn(fault)
+            self.show_fault()
             if journal.trouble and len(journal.late) % LATE_LINES == 1:
                 self._console.warn(journal.trouble)
         return queued.values().stop
+
+    def show_fault(self) -> None:
+        """Show the keeper's last fault if it is new."""
+        if fault := self._publisher.new_fault():
+            self._console.warn(fault)
 
     def _report_skipped(self, queued: QueuedStep) -> None:
         values, done = queued.values(), queued.step + 1

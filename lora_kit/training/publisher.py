@@ -8,6 +8,7 @@ be lost with the process.
 
 import json
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -18,10 +19,11 @@ from contextlib import contextmanager, suppress
 import numpy as np
 import torch
 
-from lora_kit.errors import CheckpointError, InputError, LaunchError
+from lora_kit.errors import CheckpointError, LaunchError, LoraKitError
 from lora_kit.model.adapter import saved_config
 from lora_kit.model.state import FlatState
 from lora_kit.runs import live
+from lora_kit.runs.journal import Journal
 from lora_kit.runs.lease import Fence, Lease
 from lora_kit.runs.live import Header, JobFile, Live, Phase, Region, Word
 from lora_kit.runs.manifest import StepFacts
@@ -29,6 +31,8 @@ from lora_kit.supervise import oom
 from lora_kit.supervise.keeper import start_keeper
 from lora_kit.supervise.stopping import StopRequest
 from lora_kit.training.job import Job
+
+MOST_KEEPERS = 3  # that end in a row without a checkpoint: another one would end too
 
 
 class Publisher:
@@ -45,6 +49,7 @@ class Publisher:
         self._lease, self._fence, self._state = lease, Fence(lease), state
         self._region: Region | None = None
         self._keeper: subprocess.Popen[bytes] | None = None
+        self._keepers_ended, self._committed = 0, 0  # how many since this sequence number was committed
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._pending: Future[StepFacts] | None = None
         self._copy_queued = threading.Event()
@@ -191,25 +196,42 @@ class Publisher:
         return self._region.fault
 
     def _check(self) -> None:
-        """Check that the lease is held and that the keeper lives; start another if this process's keeper was killed.
+        """Check that the lease is held and that the keeper lives; start another if this process's keeper has ended.
 
         Raises:
             LeaseError: The lease is lost.
-            LaunchError: The keeper was killed, and another keeper could not find the region.
+            LaunchError: The keeper has ended, and another keeper could not find the region.
+            CheckpointError: `MOST_KEEPERS` keepers have ended without a checkpoint.
         """
         self._fence()
-        if self._keeper is None or self._region is None or self._keeper.poll() is None:
+        if self._keeper is None or self._region is None or (code := self._keeper.poll()) is None:
             return
         self._lease.require()
-        if self._region.is_removed():
+        region, committed = self._region, self._region.words[Word.COMMITTED]
+        if region.is_removed():
             raise LaunchError(
-                f"{self._region.path}: the live region was removed, and the process that wrote checkpoints from its "
+                f"{region.path}: the live region was removed, and the process that wrote checkpoints from its "
                 "memory was killed, so nothing can be saved any more; the same command resumes the run"
             )
-        live.write_job(self._region, self._job_file)
+        self._keepers_ended = 1 if committed != self._committed else self._keepers_ended + 1
+        self._committed = committed
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        if fault := self.new_fault():
+            how += f", {fault}"
+        if self._keepers_ended == MOST_KEEPERS:
+            self._keeper = None
+            raise CheckpointError(
+                f"{self._lease.run}: the keeper, which writes the checkpoints, has ended {MOST_KEEPERS} times without "
+                f"a checkpoint, so the run ends ({how}); earlier checkpoints are unchanged, and the same command "
+                "resumes from the newest finished step"
+            )
+        live.write_job(region, self._job_file)
         self._keeper = start_keeper(self._lease)
         oom.offer_to_the_oom_killer(os.getpid())  # the new keeper has inherited the score of this process
-        self._region.report_fault("the keeper, which writes the checkpoints, was killed; another one was started")
+        told = f"the keeper, which writes the checkpoints, has ended ({how}); another one was started"
+        region.report_fault(told)
+        with suppress(OSError):
+            Journal(self._lease.run, self._fence).event("fault", what=told)
 
     def end(self) -> None:
         """Let the keeper write the newest snapshot as a checkpoint, and wait for it if this process started it."""
@@ -222,9 +244,9 @@ class Publisher:
             _unregister(self._region.memory)
         self._region.words[Word.PHASE] = Phase.ENDED
         if self._keeper is not None:
-            with suppress(InputError):  # then there is nothing left to write
+            with suppress(LoraKitError):  # then nothing can be written; the newest step stays live if its region does
                 self._check()
-            self._keeper.wait()
+                self._keeper.wait()
 
 
 def _register(memory: memoryview) -> bool:

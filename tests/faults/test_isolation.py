@@ -247,7 +247,8 @@ def test_a_keeper_beside_a_script_that_is_killed_is_told_at_the_next_step_and_an
     process = started([recipe, out, Path(__file__).parents[1]], SLOWLY, code=KEEPER_KILLED)
     printed, _ = process.communicate()
     assert process.returncode == 0, printed
-    assert "warning: the keeper, which writes the checkpoints, was killed; another one was started" in printed, printed
+    told = "the keeper, which writes the checkpoints, has ended (killed by SIGKILL); another one was started"
+    assert f"warning: {told}" in printed and [event["what"] for event in events(out, "fault")] == [told], printed
     nothing_was_lost(out, undisturbed)
 
 

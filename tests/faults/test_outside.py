@@ -6,6 +6,7 @@ The jobs are those of tests/places.py. What the kernel does not allow here is sk
 import errno
 import json
 import os
+import shutil
 import signal
 import tempfile
 from pathlib import Path
@@ -24,12 +25,14 @@ pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root, for namesp
 
 
 @pytest.fixture(scope="module")
-def so(tmp_path_factory):
-    """The library that all jobs have preloaded."""
-    found = library(tmp_path_factory.mktemp("shim"))
-    if found is None:
-        pytest.skip("needs a C compiler")
-    return found
+def so():
+    """The library that all jobs have preloaded, also those of other users."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        found = library(folder)
+        if found is None:
+            pytest.skip("needs a C compiler")
+        yield found
 
 
 @pytest.fixture
@@ -84,25 +87,30 @@ def kill_all(process):
 
 
 @pytest.fixture
-def open_to_all(recipe, so, tmp_path, base_folder, data_file):
-    """Let every user read what a job needs, and write to this test's folder."""
-    for needed in (tmp_path, recipe.parent, so.parent, base_folder, data_file.parent):
-        for folder in (needed, *needed.parents[:-2]):
-            folder.chmod(folder.stat().st_mode | 0o055)
-    for file in base_folder.iterdir():
-        file.chmod(0o644)
-    tmp_path.chmod(0o777)
+def open_to_all(recipe, base_folder, data_file):
+    """A folder with a recipe and all that it names, where every user may read and write.
+
+    It is not among pytest's own folders: every start of pytest on this machine closes those to other users.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder, text = Path(name), recipe.read_text()
+        shutil.copytree(base_folder, folder / "base")
+        shutil.copy(data_file, folder / "train.jsonl")
+        text = text.replace(str(base_folder), f"{name}/base").replace(str(data_file), f"{name}/train.jsonl")
+        (folder / "recipe.yaml").write_text(text)
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o777 if path.is_dir() else 0o644)
+        yield folder
 
 
 @pytest.mark.slow
-def test_random_pairs_of_jobs_never_write_at_once_and_lose_nothing(
-    recipe, undisturbed, so, tmp_path, open_to_all, monkeypatch
-):
+def test_random_pairs_of_jobs_never_write_at_once_and_lose_nothing(undisturbed, so, open_to_all, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARK)
     import pairs
 
     assert pairs.STEPS == STEPS
-    found = pairs.run_pairs(tmp_path, so, recipe, undisturbed, pairs=6, seed=1, together=3)
+    recipe = open_to_all / "recipe.yaml"
+    found = pairs.run_pairs(open_to_all, so, recipe, undisturbed, pairs=6, seed=1, together=3)
     assert not found["skipped"] and found["ran"] == 6
     assert not found["wrong"], json.dumps(found, indent=1)
     assert not found["two_writers"] and not found["finished_steps_lost"] and not found["finished_steps_repeated"]
@@ -130,13 +138,14 @@ def test_a_step_of_the_clock_frees_no_run_and_costs_nothing(job, undisturbed, tm
     assert len(events(job.out, "started", "resumed")) == 1
 
 
-def test_another_users_job_on_a_living_run_is_refused_though_proc_hides_it(job, undisturbed, open_to_all):
-    first = job()
-    reaches(first, job.out, 2)
-    code, printed = ended(job(place=Place(user=20001, hidden=True)))
+def test_another_users_job_on_a_living_run_is_refused_though_proc_hides_it(undisturbed, so, open_to_all):
+    recipe, out, shim = open_to_all / "recipe.yaml", open_to_all / "run", Shim(open_to_all / "shim", "/run/")
+    first = start_at(Place(), recipe, out, shim=shim, so=so)
+    reaches(first, out, 2)
+    code, printed = ended(start_at(Place(user=20001, hidden=True), recipe, out, shim=shim, so=so))
     assert code == 2 and ("is training here" in printed or "lease.json" in printed), printed
     assert ended(first)[0] == 0
-    nothing_was_lost(job.out, undisturbed)
+    nothing_was_lost(out, undisturbed)
 
 
 FAILING = {"sync": errno.EIO, "folder_sync": errno.EIO, "rename": errno.ENOSPC}

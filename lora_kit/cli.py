@@ -46,7 +46,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text
 
 @contextmanager
 def error_messages() -> Iterator[None]:
-    """Turn lora_kit's errors into a message and an exit code; any other error keeps its traceback."""
+    """Turn lora_kit's errors and those of files into a message and an exit code; others keep their traceback."""
     try:
         yield
     except LoraKitError as error:
@@ -54,6 +54,11 @@ def error_messages() -> Iterator[None]:
         if not launched_by_another() or os.environ.get("RANK", "0") == "0" or error.exit_code == 1:
             print_error(str(error) or type(error).__name__, "stopped" if error.exit_code == 75 else "error")
         raise SystemExit(error.exit_code) from None
+    except OSError as error:  # a file or a folder that cannot be read or written, or a name that is too long
+        if error.filename is None:
+            raise
+        print_error(f"{error.filename}: {error.strerror}")
+        raise SystemExit(1) from None
 
 
 def launched_by_another() -> bool:

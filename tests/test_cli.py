@@ -136,3 +136,34 @@ def test_a_process_that_has_imported_peft_is_left_as_it_is(trained_run, monkeypa
     monkeypatch.setitem(sys.modules, "bitsandbytes", sys)
     with cli.imports("loading", trained_run):
         assert sys.modules["bitsandbytes"] is sys
+
+
+FIRST_LINE = """
+import builtins, sys
+import_module = builtins.__import__
+
+def light(name, *rest, **named):
+    if name.partition(".")[0] in ("torch", "pydantic", "numpy", "yaml", "huggingface_hub", "jinja2", "psutil"):
+        sys.exit(9)
+    return import_module(name, *rest, **named)
+
+builtins.__import__ = light
+from lora_kit.cli import app
+app(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["train", "r.yaml", "--out", "run"], "r.yaml is trained in run"),
+        (["generate", "run", "hello"], "loading run ..."),
+        (["merge", "run", "--out", "merged"], "merging run ..."),
+        (["eval", "r.yaml", "run"], "evaluating run ..."),
+    ],
+)
+def test_the_first_line_comes_before_anything_slow_is_imported(arguments, line, tmp_path):
+    command = [sys.executable, "-c", FIRST_LINE, *arguments]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert said.returncode == 9, "something slow is imported"
+    assert said.stdout + said.stderr == f"lora_kit {lk.__version__}: {line}\n"

@@ -146,3 +146,14 @@ def test_a_log_that_is_no_regular_file_is_not_waited_for(tmp_path, name):
     os.mkfifo(tmp_path / name)
     with pytest.raises(CheckpointError, match=f"{name}: cannot be read: not a regular file"):
         status(tmp_path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("elsewhere")])
+def test_what_is_put_in_the_place_of_a_log_keeps_nobody_waiting_and_loses_no_line(make, tmp_path):
+    journal, path = Journal(tmp_path), tmp_path / "metrics.jsonl"
+    make(path)
+    journal.metrics(step_record(1))
+    assert str(path) in journal.trouble and len(journal.late) == 1 and not (tmp_path / "elsewhere").exists()
+    path.rename(tmp_path / "moved")
+    journal.metrics(step_record(2))
+    assert [record["step"] for record in journal.read_metrics()] == [1, 2] and not journal.trouble

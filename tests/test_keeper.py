@@ -315,3 +315,17 @@ def test_a_keeper_that_finds_no_region_says_so(trainer):
     with pytest.raises(SystemExit, match="the live region of this run cannot be found"):
         keeping.run_keeper(trainer.lease, 1)
     trainer.region.path.parent.chmod(0o700)
+
+
+def test_a_keeper_that_is_stopped_keeps_nobody_waiting(recipe_file, tmp_path, monkeypatch):
+    keepers, start_keeper = [], publisher.start_keeper
+
+    def start_and_stop(lease):
+        keepers.append(start_keeper(lease))
+        if len(keepers) == 1:
+            keepers[0].send_signal(signal.SIGSTOP)
+        return keepers[-1]
+
+    monkeypatch.setattr(publisher, "start_keeper", start_and_stop)
+    run = loop.train(load_recipe(recipe_file, ["checkpoint.every_steps=1"]), tmp_path / "run")
+    assert len(keepers) == 2 and "killed by SIGKILL" in next(e["what"] for e in run.events if e["kind"] == "fault")

@@ -287,3 +287,23 @@ def test_a_fresh_interpreter_gets_the_same_argument_and_reports_its_errors():
     assert json.loads(mine.recv(MESSAGE_BYTES))["text"] == "/nowhere.yaml: no such file"
     assert called("builtins:int", "x").returncode == 1
     assert "ValueError" in json.loads(mine.recv(MESSAGE_BYTES))["error"]
+
+
+def test_under_nohup_a_lost_terminal_stops_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopping.stop_signals() as wanted:
+            signal.raise_signal(signal.SIGHUP)
+            assert not wanted.is_set() and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with stopping.stop_signals() as wanted:
+            signal.raise_signal(signal.SIGHUP)
+            assert wanted.is_set()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_stands_in_the_place_of_the_recipe_s_copy_is_told_and_ends_no_run(recipe_file, tmp_path, capsys):
+    (tmp_path / "run" / "recipe.yaml").mkdir(parents=True)
+    run = loop.train(load_recipe(recipe_file, ["train.steps=1"]), tmp_path / "run")
+    assert "recipe.yaml: not written: Is a directory" in capsys.readouterr().err and run.latest

@@ -331,3 +331,21 @@ def test_a_start_that_fails_gives_its_lease_back(tmp_path, monkeypatch):
     for _ in range(2):
         with pytest.raises(CheckpointError, match="no space"):
             take_over(tmp_path / "run")
+
+
+@pytest.mark.parametrize("left", ["", "garbage", "{}", '{"path": "/nowhere", "record": null}'])
+def test_a_variable_that_is_no_lease_is_not_inherited(left, tmp_path, monkeypatch):
+    monkeypatch.setenv(lease.KEEPER, left)
+    assert inherited(tmp_path / "run") is None
+
+
+def test_a_path_that_is_not_utf_8_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"run\\\\udcff'?: its path is not UTF-8; choose another --out"):
+        take_over(tmp_path / os.fsdecode(b"run\xff"))
+
+
+@pytest.mark.parametrize("name", ["a\nb", "[bold]x[/bold]".replace("/", ""), 'it\'s "q" $x', "läuft 🚀", "d" * 255])
+def test_a_run_may_have_any_other_name(name, tmp_path):
+    held, _ = take_over(tmp_path / name)
+    assert Lease.borrowed_from(held.to_json()).run == tmp_path / name
+    held.release()

@@ -136,3 +136,8 @@ def test_a_write_that_fails_leaves_nothing(trained_run, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="No space left on device; the partial model was deleted"):
         lk.merge(trained_run, tmp_path / "merged")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_current_folder_can_be_named(trained_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert lk.merge(trained_run, ".").folder == tmp_path and (tmp_path / "config.json").is_file()

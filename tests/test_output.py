@@ -8,9 +8,24 @@ import sys
 
 import pytest
 from runs import ENVIRONMENT, WAIT_SECONDS, state_hash, train
+from typer.testing import CliRunner
 
+from lora_kit.cli import app
 from lora_kit.views.console import Console, grouped, print_error, printable
 from lora_kit.views.output import SafeStream
+
+COMMANDS = [
+    ["check", "{}"],
+    ["check", "{}", "--offline", "--shapes", "{}"],
+    ["train", "{}", "--out", "run"],
+    ["status", "{}"],
+    ["verify", "{}"],
+    ["generate", "{}", "hello"],
+    ["chat", "{}"],
+    ["merge", "{}", "--out", "merged"],
+    ["eval", "{}", "{}"],
+    ["push", "{}", "--to", "user/name"],
+]
 
 
 class Broken(io.StringIO):
@@ -115,3 +130,22 @@ def test_what_stands_on_closed_descriptors_is_not_overwritten(tmp_path):
     ended = sent(["bash", "-c", f'{sys.executable} -c "$CODE" <&- >&- 2>&-'], {"CODE": code})
     assert ended.returncode == 0 and (tmp_path / "file").read_text() == "True"
     assert os.fstat(1)
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=lambda arguments: arguments[0])
+@pytest.mark.parametrize("path", ["x" * 3000, "y/" * 1500 + "z" * 300, "a\nb", "[bold]x[/bold]"], ids=len)
+def test_a_path_that_cannot_be_used_is_an_error_and_no_traceback(arguments, path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = CliRunner().invoke(app, [argument.format(path) for argument in arguments])
+    assert told.exit_code in (1, 2) and isinstance(told.exception, SystemExit), told.exception
+    assert told.stderr.splitlines()[-1 - path.count("\n") :], told.stderr
+
+
+@pytest.mark.slow
+def test_a_home_and_caches_that_cannot_be_written_end_no_run(recipe_file, tmp_path, reference):
+    (tmp_path / "file").touch()
+    nowhere = str(tmp_path / "file" / "below")  # root could write to a folder without permissions
+    caches = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "LORA_KIT_CACHE", "HF_HOME"), nowhere)
+    printed = train(recipe_file, tmp_path / "run", environment=caches)
+    assert "hashes of base files are not remembered" in printed and "Traceback" not in printed
+    assert state_hash(tmp_path / "run", 8) == state_hash(reference(recipe_file), 8)

@@ -69,6 +69,17 @@ def test_a_run_that_was_moved_goes_on_to_the_same_bytes(recipe_file, tmp_path):
     assert not any(str(whole).encode() in path.read_bytes() for path in written)
 
 
+def test_a_run_behind_links_is_the_run_that_they_lead_to(recipe_file, tmp_path, reference):
+    real, disk, link = tmp_path / "real", tmp_path / "disk", tmp_path / "link"
+    real.mkdir()
+    disk.mkdir()
+    link.symlink_to(real)
+    (real / "checkpoints").symlink_to(disk)
+    go_on(recipe_file, link, "train.steps=3")
+    more = loop.train(load_recipe(recipe_file), real, accept=["train.steps"]).folder
+    assert state_hash(more, 8) == state_hash(reference(recipe_file), 8) and list(disk.glob("step-*"))
+
+
 def test_other_micro_batches_train_the_same_examples_at_the_same_rates(recipe_file, tmp_path):
     wanted = {}
     for tokens in (256, 512):

@@ -403,7 +403,7 @@ def test_secrets_of_the_environment_reach_no_file_of_a_run(recipe_file, tmp_path
     assert files and b"s3cret" not in files + printed.encode()
 
 
-@pytest.mark.parametrize("train_section", [{}, {"micro_batch_tokens": "auto"}])
+@pytest.mark.parametrize("train_section", [{"steps": 4}, {"steps": 4, "micro_batch_tokens": "auto"}])
 def test_a_checkpoint_that_does_not_record_how_it_was_packed_is_measured_with_a_size_of_its_own(
     train_section, stranger, recipe_file
 ):

@@ -530,8 +530,23 @@ def test_a_file_system_that_cannot_rename_folders_is_found_out_at_the_start(tmp_
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(InputError, match=r"this file system cannot rename a folder \(Operation not supported\)"):
+    with pytest.raises(InputError, match=r"cannot be made and renamed \(Operation not supported\)"):
         take_over(tmp_path / "run")
     monkeypatch.undo()
     lease, _ = take_over(tmp_path / "run")
     assert lease.token > 1 and not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+
+def test_a_full_quota_at_the_start_is_no_error_and_a_file_in_place_of_the_checkpoints_is(tmp_path, monkeypatch):
+    def refuse(path, **named):
+        if path.name.startswith(".tmp-try"):
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        make(path, **named)
+
+    make = Path.mkdir
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    store.try_rename(tmp_path)
+    monkeypatch.undo()
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(NotADirectoryError):
+        store.try_rename(tmp_path)

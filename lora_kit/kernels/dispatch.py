@@ -55,7 +55,7 @@ def _move_triton_cache() -> None:
 
     Triton loads what it finds there, so it must be a folder that only this user can change.
     """
-    home = os.environ.get("TRITON_HOME") or Path.home()
+    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")  # noqa: PTH111 (raises nothing without a home)
     own = Path(os.environ.get("TRITON_CACHE_DIR") or Path(home, ".triton", "cache"))
     for folder in (own, cache_folder("triton"), Path(tempfile.gettempdir(), f"lora_kit-triton-{os.getuid()}")):
         with suppress(OSError):

@@ -202,7 +202,8 @@ def _cut(path: Path, expected: TypeAdapter[T], stays: Callable[[T], bool]) -> No
 
 
 def _append(path: Path, line: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)  # no link, and no waiting at a FIFO
     try:
         written = os.write(descriptor, line)
         if written < len(line):  # the disk is full: remove the part that it took

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from lora_kit.errors import CheckpointError, LeaseError
 from lora_kit.files import read_regular, sync_folder, write_atomically
@@ -202,14 +202,21 @@ def read(path: Path) -> Record | None:
         return None
 
 
+def lent() -> Lease | None:
+    """Return the lease that the environment names; None if this process has no keeper that holds one."""
+    try:
+        return Lease.borrowed_from(os.environ.get(KEEPER, ""))
+    except ValidationError:
+        return None
+
+
 def inherited(run: Path) -> Lease | None:
     """Return the lease that the keeper of this process holds; None if this process has no keeper for this run.
 
     Raises:
         LeaseError: The keeper has lost the lease.
     """
-    text = os.environ.get(KEEPER)
-    lease = Lease.borrowed_from(text) if text else None
+    lease = lent()
     if lease is None or lease.run.resolve() != run.resolve():
         return None
     lease.require()

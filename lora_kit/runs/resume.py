@@ -211,6 +211,10 @@ def take_over(folder: Path, *, tell: Callable[[str], None] = lambda text: None) 
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: a file, not a folder; choose another --out")
+    try:
+        str(folder.resolve()).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{str(folder)!a}: its path is not UTF-8; choose another --out") from None
     known = {"checkpoints", "recipe.yaml", "lease.json", "events.jsonl"}
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     names = {name for name in names if not name.startswith(".lease")}  # of a start that was killed at once
@@ -229,8 +233,8 @@ def take_over(folder: Path, *, tell: Callable[[str], None] = lambda text: None) 
             store.try_rename(folder)
         except OSError as error:
             raise InputError(
-                f"{folder}: this file system cannot rename a folder ({error.strerror}), but every checkpoint "
-                "needs that; choose an --out on another file system"
+                f"{folder}: a folder in it cannot be made and renamed ({error.strerror}), but every checkpoint needs "
+                "that; choose an --out on another file system, or with a shorter path"
             ) from error
         live.adopt(lease)
         live.delete_orphans()
@@ -336,7 +340,7 @@ def go_back(run: OpenRun) -> list[str]:
         if newer or store.step_of(path) > target.step:
             kept = store.set_aside(folder, path, "went back")
             notices.append(f"going back to step {target.step}; {path.name} is kept in {kept}")
-    (folder / "result.json").unlink(missing_ok=True)
+    store.remove(folder / "result.json")
     Journal(folder, Fence(run.lease)).event("went back", step=target.step, token=run.lease.token)
     return notices
 

@@ -299,25 +299,23 @@ def remove(path: Path) -> None:
 
 
 def try_rename(run: Path) -> None:
-    """Rename a folder where checkpoints will be, as every checkpoint needs it; a full disk is no error here.
+    """Make and rename a folder where checkpoints will be, as every checkpoint needs it; a full disk is no error here.
 
     Raises:
-        OSError: The file system cannot rename folders.
+        OSError: Folders cannot be made or renamed there.
     """
     before, after = (run / "checkpoints" / f".tmp-try-{name}" for name in ("before", "after"))
     remove(before)
     remove(after)
-    with contextlib.suppress(OSError):
+    try:
         before.mkdir(parents=True)
-    if before.is_dir():
-        try:
-            before.rename(after)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-        finally:
-            remove(before)
-            remove(after)
+        before.rename(after)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+    finally:
+        remove(before)
+        remove(after)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -23,7 +23,7 @@ from lora_kit.runs.identity import own_identity
 from lora_kit.runs.journal import Journal
 from lora_kit.runs.lease import Fence, Heart, Lease, lost
 from lora_kit.runs.live import JobFile, Phase, Region, Snapshot, Word
-from lora_kit.supervise.stopping import STOP_SIGNALS
+from lora_kit.supervise.stopping import signals_to_hear
 
 POLL_SECONDS = 0.01
 LOOK_SECONDS = 0.1  # between two searches for a region
@@ -246,7 +246,7 @@ def run_keeper(lease: Lease, trainer: int) -> None:
         LeaseError: The lease is lost.
     """
     stop = list[int]()
-    for number in STOP_SIGNALS:
+    for number in signals_to_hear():
         signal.signal(number, lambda received, _: stop.append(received))
     keeper = Keeper(lease)
     if keeper.region is None:

@@ -25,7 +25,7 @@ from lora_kit.runs.lease import KEEPER, START_REQUESTED, Lease
 from lora_kit.runs.live import LEAST_TIMEOUT_SECONDS, TIMEOUT_FACTOR, Phase, Word
 from lora_kit.supervise import oom
 from lora_kit.supervise.keeper import POLL_SECONDS, Keeper
-from lora_kit.supervise.stopping import FORWARDED_SECONDS, STOP_SIGNALS
+from lora_kit.supervise.stopping import FORWARDED_SECONDS, STOP_SIGNALS, signals_to_hear
 from lora_kit.supervise.zygote import STORE, Zygote, end_with_parent
 from lora_kit.views.console import Console, print_error
 
@@ -44,8 +44,9 @@ LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "gloo", "N
 
 def follow_launcher() -> None:
     """Get SIGTERM, and save, when the launcher of this process dies: `accelerate launch` does not forward that signal
-    to a single process (accelerate issue 2741). Its processes meet in its store, not in that of another run."""
-    os.environ.pop(STORE, None)
+    to a single process (accelerate issue 2741). Its processes know the store and the keeper of no other run."""
+    for left in (STORE, KEEPER):
+        os.environ.pop(left, None)
     end_with_parent(signal.SIGTERM)
 
 
@@ -129,7 +130,7 @@ class Launch:
 
     def run(self, max_restarts: int) -> int:
         """Train, restart after every failure but at most `max_restarts` times, and return the exit code."""
-        for number in STOP_SIGNALS:
+        for number in signals_to_hear():
             signal.signal(number, self.handle_signal)
         traces_by_failure: dict[tuple[str, int], list[str]] = {}
         try:

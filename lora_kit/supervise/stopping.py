@@ -6,7 +6,6 @@ step durable whatever this process does. A main thread that is not blocked finis
 processes and raises `Stopped`.
 """
 
-import os
 import signal
 import socket
 import threading
@@ -15,10 +14,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from lora_kit.runs.lease import KEEPER
+from lora_kit.runs.lease import lent
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
 FORWARDED_SECONDS = 2.0  # a signal so soon after the first was forwarded by a launcher; it is no second request
+
+
+def signals_to_hear() -> list[signal.Signals]:
+    """Return the stop signals without SIGHUP where it is ignored, as under nohup."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in STOP_SIGNALS if not (number is signal.SIGHUP and ignored)]
 
 
 class StopRequest(threading.Event):
@@ -45,7 +50,7 @@ class StopRequest(threading.Event):
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Let SIGTERM, SIGUSR1 and SIGINT (a notebook's stop button) set a `StopRequest` inside this context.
+    """Let stop signals (SIGINT is a notebook's stop button) set a `StopRequest` inside this context.
 
     A process with a keeper installs no handlers: there the keeper receives the signals.
     """
@@ -60,11 +65,11 @@ def stop_signals() -> Iterator[StopRequest]:
             signal.raise_signal(number)
         request.set()
 
-    if KEEPER in os.environ or threading.current_thread() is not threading.main_thread():
+    if lent() or threading.current_thread() is not threading.main_thread():
         with request.reading, request.writing:
             yield request
         return
-    before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, handle) for number in signals_to_hear()}
     wakeup = signal.set_wakeup_fd(request.writing.fileno(), warn_on_full_buffer=False)
     try:
         yield request

@@ -11,7 +11,7 @@ from lora_kit.artifacts.hub import push_notes
 from lora_kit.files import read_regular, write_atomically
 from lora_kit.kernels import fusing
 from lora_kit.recipe.load import dump
-from lora_kit.runs.lease import START_REQUESTED
+from lora_kit.runs.lease import START_REQUESTED, lent
 from lora_kit.runs.origin import PlainAdapter
 from lora_kit.runs.resume import Row, table
 from lora_kit.runs.trackers import STATE, Curves, tracker_id
@@ -26,7 +26,7 @@ def announce(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Cons
         return
     job.run.lease.require()  # loading may have taken long
     start_trackers(job)
-    keep_recipe(job)
+    keep_recipe(job, console)
     log_start(job, rows, accept, console)
     describe(job, console)
 
@@ -51,13 +51,16 @@ def start_trackers(job: Job) -> None:
     job.trackers.begin(settings.names, Curves(settings.project, name, run_id, run.folder, facts), job.journal)
 
 
-def keep_recipe(job: Job) -> None:
-    """Write recipe.yaml, unless it exists with the same content: a resume must not fail because the disk is full."""
+def keep_recipe(job: Job, console: Console) -> None:
+    """Write recipe.yaml, unless it exists with the same content. A failure is a warning: manifests have the recipe."""
     path, content = job.run.folder / "recipe.yaml", dump(job.recipe).encode()
     with suppress(OSError):
         if read_regular(path, len(content)) == content:
             return
-    write_atomically(path, content)
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        console.warn(f"{path}: not written: {error.strerror}")
 
 
 def log_start(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Console) -> None:
@@ -96,7 +99,7 @@ def start_seconds(began: Mapping[str, float]) -> dict[str, float]:
         began: The Unix time at which each part began, in order. Under `lora-kit train` a part `start` precedes them. It
             begins when the keeper requests this process, so it contains the fork or the imports.
     """
-    marks = {"start": float(os.environ[START_REQUESTED])} if START_REQUESTED in os.environ else {}
+    marks = {"start": float(os.environ[START_REQUESTED])} if lent() else {}
     marks |= began
     ends = [*list(marks.values())[1:], time.time()]
     return {name: round(end - begin, 3) for (name, begin), end in zip(marks.items(), ends, strict=True)}

@@ -23,6 +23,7 @@ from lora_kit.errors import CheckpointError, LaunchError, LoraKitError
 from lora_kit.model.adapter import saved_config
 from lora_kit.model.state import FlatState
 from lora_kit.runs import live
+from lora_kit.runs.identity import process_state
 from lora_kit.runs.journal import Journal
 from lora_kit.runs.lease import Fence, Lease
 from lora_kit.runs.live import Header, JobFile, Live, Phase, Region, Word
@@ -204,7 +205,13 @@ class Publisher:
             CheckpointError: `MOST_KEEPERS` keepers have ended without a checkpoint.
         """
         self._fence()
-        if self._keeper is None or self._region is None or (code := self._keeper.poll()) is None:
+        if self._keeper is None or self._region is None:
+            return
+        state = process_state(self._keeper.pid)
+        if state is not None and state[0] == "T":  # SIGSTOP: it would keep this process waiting for ever
+            self._keeper.kill()
+            self._keeper.wait()
+        if (code := self._keeper.poll()) is None:
             return
         self._lease.require()
         region, committed = self._region, self._region.words[Word.COMMITTED]

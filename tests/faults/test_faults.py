@@ -19,6 +19,7 @@ from runs import go_on, gone, run_code, start, state_hash, train, wait_for_lines
 
 from lora_kit.runs import live, store
 from lora_kit.runs.manifest import MANIFEST
+from lora_kit.supervise.stopping import STOP_SIGNALS
 
 STEPS = 20
 EVERY = ["--set", "checkpoint.every_steps=7"]
@@ -146,7 +147,7 @@ def test_a_stop_signal_makes_the_last_finished_step_durable(recipe, undisturbed,
     )
     wait_for_lines(out / "metrics.jsonl", 2, process)
     wait_until(lambda: fired(tmp_path) == len(plan), process)
-    number = random.Random(situation + target).choice([signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+    number = random.Random(situation + target).choice(STOP_SIGNALS)
     zygote = psutil.Process(process.pid).children()[0]
     workers = zygote.children()
     (psutil.Process(process.pid) if target == "launcher" else workers[0]).send_signal(number)

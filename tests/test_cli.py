@@ -143,7 +143,7 @@ import builtins, sys
 import_module = builtins.__import__
 
 def light(name, *rest, **named):
-    if name.partition(".")[0] in ("torch", "pydantic", "numpy", "yaml", "huggingface_hub", "jinja2", "psutil"):
+    if name.partition(".")[0] in ("torch", "numpy", "yaml", "huggingface_hub", "jinja2", "psutil"):
         sys.exit(9)
     return import_module(name, *rest, **named)
 

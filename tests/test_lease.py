@@ -340,7 +340,7 @@ def test_a_variable_that_is_no_lease_is_not_inherited(left, tmp_path, monkeypatc
 
 
 def test_a_path_that_is_not_utf_8_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"run\\\\udcff'?: its path is not UTF-8; choose another --out"):
+    with pytest.raises(InputError, match=r"udcff': its path is not UTF-8; choose another --out"):
         take_over(tmp_path / os.fsdecode(b"run\xff"))
 
 

@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 
 ENDED = ("Z", "X")  # states in /proc/PID/stat: zombie, dead
 
@@ -38,6 +38,9 @@ class Identity:
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
+
+
+IDENTITY = TypeAdapter(Identity)
 
 
 class Life(Enum):

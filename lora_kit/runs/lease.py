@@ -22,7 +22,7 @@ from lora_kit.errors import CheckpointError, LeaseError
 from lora_kit.files import read_regular, sync_folder, write_atomically
 from lora_kit.runs import formats
 from lora_kit.runs.formats import Amount, RunId, Token
-from lora_kit.runs.identity import Identity, Life, life_of, own_identity
+from lora_kit.runs.identity import IDENTITY, Identity, Life, life_of, own_identity
 
 FILE = "lease.json"
 KEEPER = "LORA_KIT_KEEPER"  # environment variable of training processes: the lease that their keeper holds, as JSON
@@ -134,7 +134,7 @@ class Lease:
         _beat_file(self.run, self.token).unlink(missing_ok=True)
 
 
-RECORD, _LEASE, _IDENTITY = TypeAdapter(Record), TypeAdapter(Lease), TypeAdapter(Identity)
+RECORD, _LEASE = TypeAdapter(Record), TypeAdapter(Lease)
 
 
 def lost(run: Path, loss: str) -> LeaseError:
@@ -330,7 +330,7 @@ def _claim(run: Path, token: int, holder: Identity) -> bool:
     except FileExistsError:
         return False
     try:
-        os.write(descriptor, f"{0:020d}\n".encode() + _IDENTITY.dump_json(holder))
+        os.write(descriptor, f"{0:020d}\n".encode() + IDENTITY.dump_json(holder))
     finally:
         os.close(descriptor)
     return True
@@ -338,7 +338,7 @@ def _claim(run: Path, token: int, holder: Identity) -> bool:
 
 def _claimant(run: Path, token: int) -> Identity | None:
     with suppress(CheckpointError):
-        return formats.parse(_IDENTITY, _heartbeat(run, token).partition(b"\n")[2], _beat_file(run, token))
+        return formats.parse(IDENTITY, _heartbeat(run, token).partition(b"\n")[2], _beat_file(run, token))
     return None  # killed before it wrote who it is
 
 

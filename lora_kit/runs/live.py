@@ -25,7 +25,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import Annotated, BinaryIO, TypeVar
 
 import numpy as np
 import xxhash
@@ -36,7 +36,7 @@ from lora_kit.errors import CheckpointError, LeaseError
 from lora_kit.files import write_atomically
 from lora_kit.runs import formats, lease, store
 from lora_kit.runs.formats import Amount, Token
-from lora_kit.runs.identity import Identity, Life, life_of
+from lora_kit.runs.identity import IDENTITY, Identity, Life, life_of
 from lora_kit.runs.journal import Journal
 from lora_kit.runs.manifest import Manifest, RunFacts, StepFacts
 from lora_kit.runs.store import ADAPTER, ADAPTER_CONFIG, OPTIMIZER, Tensors, headers_of, split
@@ -49,6 +49,9 @@ PATIENCE_SECONDS = 0.5  # for the exclusive lock of another process, which is he
 TIMEOUT_FACTOR = 10.0  # without train.step_timeout a step may take this many times the longest step so far,
 LEAST_TIMEOUT_SECONDS = 60.0  # and at least this long
 REGION, JOB, PARTIAL = "region", "job.json", "region.partial"
+
+
+T = TypeVar("T")
 
 
 class Word(IntEnum):
@@ -173,7 +176,7 @@ def _inode(path: Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-_OWNER, _IDENTITY = TypeAdapter(Owner), TypeAdapter(Identity)
+_OWNER = TypeAdapter(Owner)
 
 
 class Region:
@@ -222,9 +225,12 @@ class Region:
         return sorted(published, key=lambda snapshot: snapshot.order, reverse=True)
 
     def _read_header(self, slot: int) -> Header | None:
-        text = _read_cell(self._header(slot))
+        return self._parse_cell(_HEADER, self._header(slot))
+
+    def _parse_cell(self, expected: TypeAdapter[T], cell: memoryview) -> T | None:
+        text = _read_cell(cell)
         with suppress(CheckpointError):
-            return formats.parse(_HEADER, text, self.path) if text else None
+            return formats.parse(expected, text, self.path) if text else None
         return None
 
     def is_valid(self, snapshot: Snapshot) -> bool:
@@ -271,14 +277,11 @@ class Region:
     @property
     def keeper(self) -> Identity | None:
         """The process that writes checkpoints from this region; None before a keeper has opened it."""
-        text = _read_cell(self._map[KEEPER_AT:FAULT_AT])
-        with suppress(CheckpointError):
-            return formats.parse(_IDENTITY, text, self.path) if text else None
-        return None
+        return self._parse_cell(IDENTITY, self._map[KEEPER_AT:FAULT_AT])
 
     @keeper.setter
     def keeper(self, keeper: Identity) -> None:
-        _write_cell(self._map[KEEPER_AT:FAULT_AT], _IDENTITY.dump_json(keeper))
+        _write_cell(self._map[KEEPER_AT:FAULT_AT], IDENTITY.dump_json(keeper))
         self.words[Word.READING] = 0
 
     @property

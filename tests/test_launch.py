@@ -306,4 +306,4 @@ def test_under_nohup_a_lost_terminal_stops_nothing():
 def test_what_stands_in_the_place_of_the_recipe_s_copy_is_told_and_ends_no_run(recipe_file, tmp_path, capsys):
     (tmp_path / "run" / "recipe.yaml").mkdir(parents=True)
     run = loop.train(load_recipe(recipe_file, ["train.steps=1"]), tmp_path / "run")
-    assert "recipe.yaml: not written: Is a directory" in capsys.readouterr().err and run.latest
+    assert "recipe.yaml: not written: Is a directory" in capsys.readouterr().out and run.latest

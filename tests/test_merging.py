@@ -140,4 +140,4 @@ def test_a_write_that_fails_leaves_nothing(trained_run, tmp_path, monkeypatch):
 
 def test_the_current_folder_can_be_named(trained_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert lk.merge(trained_run, ".").folder == tmp_path and (tmp_path / "config.json").is_file()
+    assert lk.merge(trained_run, ".").folder == str(tmp_path) and (tmp_path / "config.json").is_file()

@@ -38,7 +38,10 @@ def load_renderer(source: Source, recipe: Recipe, *, template: str | None = None
         path = resolve_path(recipe, recipe.data.template)
         if path is None or not path.is_file():
             raise DataError(f"data.template: {recipe.data.template} is not a file; expected a Jinja file")
-        template = path.read_text()
+        try:
+            template = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"data.template: {path} cannot be read: {error}; expected a Jinja file in UTF-8") from error
     return Renderer(tokenizer, template, train_on=recipe.objective.train_on, stop_token=recipe.base.stop_token)
 
 

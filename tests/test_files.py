@@ -1,9 +1,11 @@
 """Every value of a file arrives as it stands there, and what cannot be read is named by file and line."""
 
 import json
+import os
 
 import pytest
 
+from lora_kit.data import sources
 from lora_kit.data.files import load_rows, open_file
 from lora_kit.errors import DataError
 
@@ -192,3 +194,21 @@ def test_a_reader_that_fails_says_why_in_one_line(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(DataError, match=r"^x: cannot be read: disk$"):
         load_rows("x", "name")
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [("[" * 100_000, "nested too deeply"), (r'{"text": "\ud800 x"}', r"'\ud800' is no character")],
+)
+def test_json_that_no_tokenizer_takes_is_a_problem_of_that_record(write, value, problem):
+    first, second = records(write("a.jsonl", '{"text": "a"}\n' + value + "\n"))
+    assert first == {"text": "a"} and str(second).startswith(f"not JSON: {problem}")
+    assert refusal(write("a.json", f'[{{"text": "a"}},\n{value}]')).startswith(f"a.json:1: not JSON: {problem}")
+    pair = json.dumps({"text": "\U0001f44d"})
+    assert "\\ud83d" in pair and records(write("b.jsonl", pair)) == [{"text": "\U0001f44d"}]
+
+
+def test_a_pipe_is_refused_because_data_is_read_more_than_once(tmp_path):
+    os.mkfifo(tmp_path / "data.jsonl")
+    with pytest.raises(DataError, match=r"data\.jsonl: not a regular file; .* write it to a file first"):
+        sources.files(str(tmp_path / "data.jsonl"), tmp_path)

@@ -75,9 +75,12 @@ def test_a_run_behind_links_is_the_run_that_they_lead_to(recipe_file, tmp_path, 
     disk.mkdir()
     link.symlink_to(real)
     (real / "checkpoints").symlink_to(disk)
-    go_on(recipe_file, link, "train.steps=3")
-    more = loop.train(load_recipe(recipe_file), real, accept=["train.steps"]).folder
-    assert state_hash(more, 8) == state_hash(reference(recipe_file), 8) and list(disk.glob("step-*"))
+    go_on(recipe_file, link)
+    assert {path.name for path in disk.iterdir()} >= {"step-00000006", "step-00000008"}
+    shutil.rmtree(disk / "step-00000008")
+    (real / "result.json").unlink()
+    go_on(recipe_file, real)
+    assert state_hash(link, 8) == state_hash(reference(recipe_file), 8)
 
 
 def test_other_micro_batches_train_the_same_examples_at_the_same_rates(recipe_file, tmp_path):

@@ -169,7 +169,7 @@ def _json_list(path: Path, label: str) -> list[Any] | None:
     if not (is_object or first.startswith("[")) or (is_object and isinstance(_parse(first), dict)):
         return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = _loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         if is_object:  # JSONL with a wrong line, which will be reported by its number
             return None
@@ -185,9 +185,27 @@ def _json_list(path: Path, label: str) -> list[Any] | None:
 
 def _parse(line: str) -> Record | DataError:
     try:
-        return _object(json.loads(line.lstrip("\ufeff")))
+        return _object(_loads(line.lstrip("\ufeff")))
     except json.JSONDecodeError as error:
         return DataError(f"not JSON: {error.msg} (column {error.colno}): {line[:60]!r}")
+
+
+def _loads(text: str) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        json.JSONDecodeError: The text is not JSON, is nested too deeply, or has half of a surrogate pair, which no
+            tokenizer takes.
+    """
+    try:
+        value = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", text, 0) from None
+    except UnicodeEncodeError as error:
+        raise json.JSONDecodeError(f"{error.object[error.start]!a} is no character", text, 0) from None
+    return value
 
 
 def _object(value: Any) -> Record | DataError:

@@ -109,12 +109,15 @@ def files(source: str, base_dir: Path) -> dict[str, Path] | None:
     """Return the files of a source by their names in messages, in the order of reading; None for a Hub dataset.
 
     Raises:
-        DataError: The source does not exist, or is a folder without data files or with files of several formats.
+        DataError: The source does not exist or is not a regular file, or it is a folder without data files or with
+            files of several formats.
     """
     path, split_name = _local(source, base_dir)
     if path is None:
         return None
     if not path.is_dir():
+        if not path.is_file():
+            raise DataError(f"{source}: not a regular file; data is read more than once, so write it to a file first")
         return {source: path}
     folder = source.partition("[")[0].rstrip("/")
     return {f"{folder}/{file.relative_to(path)}": file for file in _files_of(path, source, split_name)}

@@ -114,5 +114,14 @@ def test_a_card_says_where_the_run_began_and_what_changed(manifest):
     assert "The run began with an adapter that lora_kit did not train (SHA-256 of " in card
 
 
+def test_a_manifest_that_anyone_may_have_sealed_has_a_card(manifest):
+    """Its types are checked, but nobody has checked that what belongs together is there."""
+    run = replace(manifest.run, origin=Origin("ab" * 8, None, "c" * 64), versions={}, template=None)
+    progress = replace(manifest.progress, held_out_loss=1.0)
+    for data in (run.data, replace(run.data, validation=None)):
+        card = model_card("me/x", replace(manifest, run=replace(run, data=data), progress=progress))
+        assert "The run began with the adapter of run" in card and "Trained with lora_kit;" in card
+
+
 def test_equal_checkpoints_have_equal_cards(run):
     assert card_of(run.latest) == card_of(run.latest)

@@ -85,7 +85,7 @@ def test_a_due_step_is_written_also_when_the_write_before_it_is_slow(trainer, mo
     going_on, commit = threading.Event(), store.commit
 
     def slow(*arguments, **named):
-        going_on.wait(10)
+        going_on.wait(WAIT_SECONDS)
         return commit(*arguments, **named)
 
     monkeypatch.setattr(store, "commit", slow)

@@ -203,8 +203,8 @@ def test_a_hung_process_is_found_by_the_keepers_clock_and_all_start_again(recipe
     workers = psutil.Process(process.pid).children(recursive=True)
     printed, _ = process.communicate()
     assert process.returncode == 0 and "a hang" in printed, printed
-    (restart,) = events(out, "restart")
-    assert "no sign of life" in restart["cause"]
+    causes = [event["cause"] for event in events(out, "restart")]  # under load another step may take two seconds too
+    assert causes and all("no sign of life" in cause for cause in causes)
     assert gone(workers)
     assert state_hash(out, STEPS) == undisturbed
     nothing_was_lost(out)

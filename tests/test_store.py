@@ -24,9 +24,10 @@ from typer.testing import CliRunner
 
 from lora_kit import files
 from lora_kit.cli import app
-from lora_kit.errors import CheckpointError, InputError, LeaseError
+from lora_kit.errors import CheckpointError, InputError, LeaseError, LoraKitError
 from lora_kit.files import write_atomically
 from lora_kit.runs import store
+from lora_kit.runs.journal import Journal
 from lora_kit.runs.manifest import FORMAT, manifest_bytes
 from lora_kit.runs.resume import go_back, open_run, take_over
 from lora_kit.runs.status import checkpoints
@@ -550,3 +551,38 @@ def test_a_full_quota_at_the_start_is_no_error_and_a_file_in_place_of_the_checkp
     (tmp_path / "checkpoints").touch()
     with pytest.raises(NotADirectoryError):
         store.try_rename(tmp_path)
+
+
+STRANGE = {
+    "a folder": lambda path: path.mkdir(),
+    "a FIFO": os.mkfifo,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "a link to nothing": lambda path: path.symlink_to("/nowhere/x"),
+    "a link to itself": lambda path: path.symlink_to(path),
+    "a file": lambda path: path.write_text("x"),
+}
+PLACES = ["metrics.jsonl", "events.jsonl", "lease.json", ".lease-1", ".lease-9", "result.json", "checkpoints"]
+PLACES += [f"checkpoints/{name}" for name in ("step-00000002", "step-00000009", store.QUARANTINE, ".tmp-2")]
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+@pytest.mark.parametrize("name", PLACES)
+def test_whatever_stands_in_a_runs_folder_every_command_ends_with_a_message(tmp_path, name, kind):
+    run = tmp_path / "run"
+    held, _ = take_over(run)
+    for step in (1, 2):
+        store.commit(run, files_of(step), run_facts(fencing_token=held.token), step_facts(step))
+    Journal(run).event("started", step=0, steps=4, run_id=held.record.run_id)
+    held.release()
+    store.remove(run / name)
+    STRANGE[kind](run / name)
+    for command in ("status", "verify"):
+        assert isinstance(CliRunner().invoke(app, [command, str(run)]).exception, SystemExit | None)
+    try:
+        opened = open_run(run)
+    except LoraKitError as error:
+        assert str(run) in str(error)
+        return
+    Journal(run).cut(2, samples=2)
+    assert opened.latest is None or opened.latest.step in (1, 2)
+    opened.lease.release()

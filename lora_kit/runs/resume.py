@@ -225,7 +225,8 @@ def take_over(folder: Path, *, tell: Callable[[str], None] = lambda text: None) 
         above = max(store.newest_token(folder), live.newest_token(run_id))
         lease = take(folder, run_id=run_id, above=above, tell=tell)
     except OSError as error:
-        raise InputError(f"{folder}: cannot be written: {error.strerror}; fix that or choose another --out") from error
+        where = error.filename or folder
+        raise InputError(f"{where}: cannot be written: {error.strerror}; fix that or choose another --out") from error
     with ExitStack() as on_error:
         on_error.callback(lease.release)
         store.sweep(folder)

@@ -414,3 +414,12 @@ def test_a_checkpoint_that_does_not_record_how_it_was_packed_is_measured_with_a_
     told = run_command(*evaluated, "--set", "train.micro_batch_tokens=auto")
     assert told.exit_code == 2 and "train.micro_batch_tokens: " in told.stderr and "set a number" in told.stderr
     assert run_command(*evaluated).exit_code == 0
+
+
+def test_a_base_that_has_moved_is_named_on_the_command_line(stranger, base_folder):
+    edit(stranger / "adapter_config.json", base_model_name_or_path="/gone/base")
+    forge(stranger)
+    asked = ("generate", stranger, "hello", "--max-new-tokens", "2")
+    told = run_command(*asked)
+    assert told.exit_code == 2 and "/gone/base" in told.stderr
+    assert run_command(*asked, "--base-path", base_folder).exit_code == 0

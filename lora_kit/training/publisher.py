@@ -197,7 +197,7 @@ class Publisher:
         return self._region.fault
 
     def _check(self) -> None:
-        """Check that the lease is held and that the keeper lives; start another if this process's keeper has ended.
+        """Check that the lease is held and that the keeper works; replace this process's keeper if it has ended.
 
         Raises:
             LeaseError: The lease is lost.
@@ -211,18 +211,21 @@ class Publisher:
         if state is not None and state[0] == "T":  # SIGSTOP: it would keep this process waiting for ever
             self._keeper.kill()
             self._keeper.wait()
-        if (code := self._keeper.poll()) is None:
-            return
-        self._lease.require()
-        region, committed = self._region, self._region.words[Word.COMMITTED]
+        if (code := self._keeper.poll()) is not None:
+            self._lease.require()
+            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            self._replace_keeper(self._region, how)
+
+    def _replace_keeper(self, region: Region, how: str) -> None:
+        """Start another keeper, and tell how the last one has ended. See `_check` for what is raised."""
         if region.is_removed():
             raise LaunchError(
                 f"{region.path}: the live region was removed, and the process that wrote checkpoints from its "
                 "memory was killed, so nothing can be saved any more; the same command resumes the run"
             )
+        committed = region.words[Word.COMMITTED]
         self._keepers_ended = 1 if committed != self._committed else self._keepers_ended + 1
         self._committed = committed
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         if fault := self.new_fault():
             how += f", {fault}"
         if self._keepers_ended == MOST_KEEPERS:

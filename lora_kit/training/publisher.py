@@ -55,7 +55,7 @@ class Publisher:
         self._pending: Future[StepFacts] | None = None
         self._copy_queued = threading.Event()
         self._registered = False
-        self._faults = 0
+        self._faults, self._replaced = 0, ""
         self._starts_keeper = not lease.borrowed  # the parent of this process is not the keeper
         if job_file is not None:
             self._open(job_file, keep=keep)
@@ -190,7 +190,11 @@ class Publisher:
             raise CheckpointError(self._region.fault)
 
     def new_fault(self) -> str:
-        """Return the message of the keeper's last failed write; empty if none has failed since the last call."""
+        """Return what is new of a replaced keeper or of the keeper's last failed write; empty if nothing is new."""
+        replaced, self._replaced = self._replaced, ""
+        return replaced or self._keepers_fault()
+
+    def _keepers_fault(self) -> str:
         if self._region is None or self._region.words[Word.FAULTS] == self._faults:
             return ""
         self._faults = self._region.words[Word.FAULTS]
@@ -226,7 +230,7 @@ class Publisher:
         committed = region.words[Word.COMMITTED]
         self._keepers_ended = 1 if committed != self._committed else self._keepers_ended + 1
         self._committed = committed
-        if fault := self.new_fault():
+        if fault := self._keepers_fault():
             how += f", {fault}"
         if self._keepers_ended == MOST_KEEPERS:
             self._keeper = None
@@ -238,10 +242,8 @@ class Publisher:
         live.write_job(region, self._job_file)
         self._keeper = start_keeper(self._lease)
         oom.offer_to_the_oom_killer(os.getpid())  # the new keeper has inherited the score of this process
-        told = f"the keeper, which writes the checkpoints, has ended ({how}); another one was started"
-        region.report_fault(told)
-        with suppress(OSError):
-            Journal(self._lease.run, self._fence).event("fault", what=told)
+        self._replaced = f"the keeper, which writes the checkpoints, has ended ({how}); another one was started"
+        Journal(self._lease.run, self._fence).event("fault", what=self._replaced)
 
     def end(self) -> None:
         """Let the keeper write the newest snapshot as a checkpoint, and wait for it if this process started it."""

@@ -74,6 +74,11 @@ def main(
 ) -> None:
     """LoRA fine-tuning that never loses a step."""
     make_output_safe()
+    with error_messages():
+        try:
+            Path.cwd()
+        except OSError as error:
+            raise InputError(f"the current folder: {error.strerror}; change to another folder") from None
     if version:
         print(f"lora_kit {VERSION}")
         raise typer.Exit

@@ -167,3 +167,13 @@ def test_the_first_line_comes_before_anything_slow_is_imported(arguments, line, 
     said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert said.returncode == 9, "something slow is imported"
     assert said.stdout + said.stderr == f"lora_kit {lk.__version__}: {line}\n"
+
+
+def test_a_current_folder_that_was_deleted_is_told(tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = f"rmdir {gone}; {sys.executable} -m lora_kit status run"
+    said = subprocess.run(["bash", "-c", command], cwd=gone, capture_output=True, text=True, check=False)
+    assert said.returncode == 2 and said.stderr == (
+        "error: the current folder: No such file or directory; change to another folder\n"
+    )

@@ -19,6 +19,7 @@ from lora_kit import cli
 from lora_kit.cli import app, train_worker
 from lora_kit.errors import LaunchError
 from lora_kit.recipe.load import load_recipe
+from lora_kit.supervise import launch as launching
 from lora_kit.supervise import stopping
 from lora_kit.supervise.zygote import MESSAGE_BYTES, Zygote
 from lora_kit.training import loop
@@ -307,3 +308,7 @@ def test_what_stands_in_the_place_of_the_recipe_s_copy_is_told_and_ends_no_run(r
     (tmp_path / "run" / "recipe.yaml").mkdir(parents=True)
     run = loop.train(load_recipe(recipe_file, ["train.steps=1"]), tmp_path / "run")
     assert "recipe.yaml: not written: Is a directory" in capsys.readouterr().out and run.latest
+
+
+def test_a_process_may_be_killed_by_a_signal_without_a_name():
+    assert launching._died(signal.SIGSEGV) == "killed by SIGSEGV" and launching._died(40) == "killed by signal 40"

@@ -25,7 +25,7 @@ from lora_kit.runs.lease import KEEPER, START_REQUESTED, Lease
 from lora_kit.runs.live import LEAST_TIMEOUT_SECONDS, TIMEOUT_FACTOR, Phase, Word
 from lora_kit.supervise import oom
 from lora_kit.supervise.keeper import POLL_SECONDS, Keeper
-from lora_kit.supervise.stopping import FORWARDED_SECONDS, STOP_SIGNALS, signals_to_hear
+from lora_kit.supervise.stopping import FORWARDED_SECONDS, STOP_SIGNALS, name_of, signals_to_hear
 from lora_kit.supervise.zygote import STORE, Zygote, end_with_parent
 from lora_kit.views.console import Console, print_error
 
@@ -331,7 +331,7 @@ class Launch:
         self.zygote.end()
         finished = max(self._newest_step(), self.keeper.journal.last_step())
         step = self.keeper.end()  # of a checkpoint whose every byte was read back
-        name = signal.Signals(signal_number).name
+        name = name_of(signal_number)
         self.console.restore_terminal()
         self.keeper.journal.event("stopped", step=step, signal=name)
         if step >= finished:
@@ -395,8 +395,9 @@ def _start_ahead(request: str) -> "subprocess.Popen[bytes] | None":
 
 def _died(number: int) -> str:
     """Return the cause of death of a process that a signal killed."""
-    name = signal.Signals(number).name
-    return f"killed by {name}" + (" (out of memory?)" if number == signal.SIGKILL and oom.kernel_has_killed() else "")
+    return f"killed by {name_of(number)}" + (
+        " (out of memory?)" if number == signal.SIGKILL and oom.kernel_has_killed() else ""
+    )
 
 
 def _cpu_seconds(process: int) -> float:

@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from lora_kit.runs.lease import lent
@@ -24,6 +24,13 @@ def signals_to_hear() -> list[signal.Signals]:
     """Return the stop signals without SIGHUP where it is ignored, as under nohup."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [number for number in STOP_SIGNALS if not (number is signal.SIGHUP and ignored)]
+
+
+def name_of(number: int) -> str:
+    """Return the name of a signal, or its number: most real-time signals have no name."""
+    with suppress(ValueError):
+        return signal.Signals(number).name
+    return f"signal {number}"
 
 
 class StopRequest(threading.Event):

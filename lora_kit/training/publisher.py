@@ -8,7 +8,6 @@ be lost with the process.
 
 import json
 import os
-import signal
 import subprocess
 import threading
 import time
@@ -30,7 +29,7 @@ from lora_kit.runs.live import Header, JobFile, Live, Phase, Region, Word
 from lora_kit.runs.manifest import StepFacts
 from lora_kit.supervise import oom
 from lora_kit.supervise.keeper import start_keeper
-from lora_kit.supervise.stopping import StopRequest
+from lora_kit.supervise.stopping import StopRequest, name_of
 from lora_kit.training.job import Job
 
 MOST_KEEPERS = 3  # that end in a row without a checkpoint: another one would end too
@@ -217,7 +216,7 @@ class Publisher:
             self._keeper.wait()
         if (code := self._keeper.poll()) is not None:
             self._lease.require()
-            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            how = f"killed by {name_of(-code)}" if code < 0 else f"exit code {code}"
             self._replace_keeper(self._region, how)
 
     def _replace_keeper(self, region: Region, how: str) -> None:

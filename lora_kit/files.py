@@ -3,16 +3,20 @@
 import errno
 import hashlib
 import os
+import re
 import stat
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
+from typing import BinaryIO
 
 import platformdirs
 
 CACHE = "LORA_KIT_CACHE"  # the environment variable that sets another cache folder
+PARTIAL = ".partial"  # the end of the name of a file that is being written
 
 
 def cache_folder(name: str) -> Path:
@@ -46,19 +50,26 @@ class PrivateFolder:
             raise
         return file
 
-    def write(self, name: str, content: bytes) -> int:
+    def write(self, name: str, content: bytes | Callable[[BinaryIO], object]) -> int:
         """Write a file in one rename; return a descriptor of it, for reading.
+
+        Args:
+            name: The file's name.
+            content: Its content, or a function that writes the content to the file.
 
         Raises:
             OSError: The file could not be written; an old file is unchanged.
         """
-        partial, flags = f".{name}.{os.getpid()}.partial", os.O_RDWR | os.O_CREAT | os.O_TRUNC
+        partial, flags = f".{name}.{os.getpid()}{PARTIAL}", os.O_RDWR | os.O_CREAT | os.O_TRUNC
         file = os.open(partial, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self.descriptor)
         try:
             with os.fdopen(file, "wb", closefd=False) as writer:
-                writer.write(content)
+                if isinstance(content, bytes):
+                    writer.write(content)
+                else:
+                    content(writer)
             os.replace(partial, name, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
-        except OSError:
+        except BaseException:
             os.close(file)
             with suppress(OSError):
                 os.unlink(partial, dir_fd=self.descriptor)
@@ -95,6 +106,27 @@ def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's content as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remembered_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, remembered in the cache by path, size, times and inode.
+
+    The time of the last change of the inode is among them, which no program can set back.
+    """
+    real = path.resolve()
+    stat = real.stat()
+    facts = (str(real), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, stat.st_ino)
+    key, digest = hashlib.sha256(repr(facts).encode()).hexdigest(), ""
+    try:
+        with private_folder(cache_folder("sha256")) as folder:
+            with suppress(FileNotFoundError), os.fdopen(folder.open(key), encoding="ascii", errors="replace") as kept:
+                digest = kept.read(65)
+            if not re.fullmatch("[0-9a-f]{64}", digest):
+                digest = sha256_of(real)
+                os.close(folder.write(key, digest.encode()))
+    except OSError as error:  # the cache is optional
+        warnings.warn(f"hashes of files are not remembered: {error}", stacklevel=3)
+    return digest or sha256_of(real)
 
 
 def open_regular(path: Path) -> BufferedReader:

@@ -122,9 +122,10 @@ class ForkedZygote:
 
 def wait_to_be_the_zygote(orders):
     """Wait for the keeper's call of Popen, then do what its command says; end if the keeper ends without that call."""
+    from lora_kit.host import end_with_parent
     from lora_kit.supervise import zygote
 
-    zygote.end_with_parent(signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)
     message, pipes, *_ = socket.recv_fds(orders, MESSAGE_BYTES, 1)
     if not message:
         os._exit(0)

@@ -3,21 +3,29 @@
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import make_records, make_tokenizer, write_jsonl
+from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
-from lora_kit.data import cache, plan
+from lora_kit import files
+from lora_kit.data import arrays, cache, plan
 from lora_kit.data.plan import prepare_data
 from lora_kit.data.rendering import Renderer
+from lora_kit.data.tokens import Tokens
 from lora_kit.errors import DataError
+from lora_kit.files import sha256_of
 from lora_kit.model.source import locate
 from lora_kit.model.tokenizer import load_renderer
 from lora_kit.recipe.load import load_recipe, resolve_path
-from lora_kit.training import ahead
+from lora_kit.training import ahead, setup
+from lora_kit.training import processes as processes_module
+from lora_kit.training.processes import Processes
 from lora_kit.training.request import TrainRequest
+from lora_kit.views.console import Console
 
 RECIPE = """
 base: {repo: base}
@@ -176,6 +184,115 @@ def test_a_damaged_entry_is_made_again(folder, made):
         assert same(first, data_of(folder))
     made.clear()
     assert same(first, data_of(folder)) and entries(folder) == [path] and not made
+
+
+def test_a_large_entry_is_mapped_and_the_same_and_damage_in_it_is_noticed(folder, made, monkeypatch):
+    first = data_of(folder)
+    monkeypatch.setattr(arrays, "SPILL_BYTES", 100)
+    monkeypatch.setattr(arrays, "CHUNK_BYTES", 1000)  # several pieces
+    (path,) = entries(folder)
+    mapped = data_of(folder)
+    assert same(first, mapped) and len(made) == 1 and str(path) in Path("/proc/self/maps").read_text()
+    copied = Tokens(*(np.array(getattr(mapped.train, name)) for name in ("ids", "trained", "offsets")))
+    assert copied.fingerprint == mapped.train.fingerprint == first.train.fingerprint
+    assert copied.largest == mapped.train.largest == copied.ids.max()
+    assert (copied.label_counts() == np.bincount(copied.labels, minlength=copied.largest + 1)).all()
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 997):
+        broken = bytearray(whole)
+        broken[place] ^= 1
+        path.write_bytes(broken)
+        assert cache.read(path) is None, f"byte {place}"
+    path.write_bytes(whole + b"x")
+    assert cache.read(path) is None
+    assert same(first, data_of(folder)) and len(made) == 2
+
+
+def test_an_entry_is_a_safetensors_file(folder):
+    made = data_of(folder)
+    (path,) = entries(folder)
+    assert (load_file(path)["train.ids"] == made.train.ids).all()
+
+
+def test_a_resume_makes_no_pass_over_the_tokens(folder, monkeypatch):
+    first = data_of(folder)
+    monkeypatch.setattr("lora_kit.data.tokens.chunks", lambda array: pytest.fail("a pass over the tokens"))
+    again = data_of(folder)
+    assert again.train.fingerprint == first.train.fingerprint and again.train.largest == first.train.largest
+    assert again.train.lengths_of([3, 0]) == again.train.lengths[[3, 0]].tolist()
+
+
+def test_another_process_opens_the_entry_that_is_named_and_no_other(folder):
+    first = data_of(folder)
+    name = cache.name_entry(first)
+    assert same(cache.open_entry(name), first)
+    other = data_of(folder, "train.seed=1")
+    other.entry.path.replace(first.entry.path)
+    assert cache.open_entry(name) is None and cache.open_entry(cache.name_entry(None)) is None
+
+
+@pytest.mark.parametrize("place", ["cached", "not cached"])
+def test_data_is_copied_to_a_process_that_cannot_open_the_entry(folder, monkeypatch, place):
+    """The main process sends pieces, and the other one appends them; each is played in turn."""
+    recipe, renderer = load_recipe(folder / "recipe.yaml"), Renderer(AutoTokenizer.from_pretrained(folder / "base"))
+    if place == "not cached":
+        (folder / "cache").write_text("in the way")
+    sent = []
+
+    class Main:
+        is_main = True
+
+        def main_decides(self, decide, dump, load):
+            sent.append(dump(decided := decide()))
+            return decided
+
+        gather = staticmethod(lambda items: [*items, True])
+        copy_to_all = Processes.copy_to_all
+
+    class Other(Main):
+        is_main = False
+
+        def main_decides(self, decide, dump, load):
+            message = sent.pop(0)
+            return None if load is cache.open_entry else load(message)
+
+    monkeypatch.setattr(processes_module, "COPIED_BYTES", 1000)
+    data = [setup.read_data(recipe, renderer, process, Console(silent=True)) for process in (Main(), Other())]
+    assert same(*data) and not sent
+
+
+def test_the_hash_of_a_large_file_is_remembered_until_the_file_changes(folder, monkeypatch):
+    path = folder / "train.jsonl"
+    hashed = []
+    monkeypatch.setattr(files, "sha256_of", lambda path: hashed.append(path) or sha256_of(path))
+    monkeypatch.setattr(cache, "WORTH_REMEMBERING", 0)
+    monkeypatch.setattr(cache, "SETTLED_SECONDS", -1e9)
+    first = cache._content_hash(path)
+    assert first == cache._content_hash(path) == sha256_of(path) and len(hashed) == 1
+    stat = path.stat()
+    path.write_bytes(path.read_bytes().replace(b"user", b"USER"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert cache._content_hash(path) == sha256_of(path) != first and len(hashed) == 2
+    monkeypatch.setattr(cache, "SETTLED_SECONDS", 1e9)
+    assert cache._content_hash(path) == sha256_of(path) and len(hashed) == 2, "not remembered, so not looked up"
+
+
+def test_a_file_that_a_killed_process_left_unfinished_is_deleted_later(folder):
+    data_of(folder)
+    left = [folder / "cache" / "tokens" / f".{number}.safetensors.1.partial" for number in range(2)]
+    for path in left:
+        path.write_bytes(b"x")
+    os.utime(left[0], (0, 0))
+    data_of(folder, "train.seed=1")
+    assert not left[0].exists() and left[1].exists()
+
+
+@pytest.mark.parametrize("package", cache.PACKAGES)
+def test_another_version_of_a_package_is_another_entry(folder, monkeypatch, package):
+    recipe, renderer = load_recipe(folder / "recipe.yaml"), Renderer(AutoTokenizer.from_pretrained(folder / "base"))
+    before, installed = cache.key_of(recipe, renderer), cache.version
+    monkeypatch.setattr(cache, "version", lambda name: "0" if name == package else installed(name))
+    assert cache.key_of(recipe, renderer) != before
 
 
 def test_data_that_changes_while_it_is_read_is_not_cached(folder, monkeypatch):

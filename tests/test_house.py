@@ -19,7 +19,7 @@ pytestmark = pytest.mark.quick
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lora_kit"
 LAYERS = [
-    {"version", "files", "randomness", "errors", "views", "assets"},
+    {"version", "files", "host", "randomness", "errors", "views", "assets"},
     {"recipe", "kernels"},
     {"data"},
     {"runs"},

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_kit import check as checking
+from lora_kit import host
 from lora_kit.errors import ContractError
 from lora_kit.kernels import fusing
 from lora_kit.kernels.attention import inner_of
@@ -325,15 +326,15 @@ def test_threads_follow_from_the_base_and_the_cores(monkeypatch, megabytes, core
 
 
 def test_cores_outside_the_affinity_mask_or_the_limit_of_a_container_do_not_count(monkeypatch):
-    monkeypatch.setattr(choices.psutil, "cpu_count", lambda logical: 64)
-    monkeypatch.setattr(choices.os, "sched_getaffinity", lambda process: set(range(16)))
+    monkeypatch.setattr("psutil.cpu_count", lambda logical: 64)
+    monkeypatch.setattr(host.os, "sched_getaffinity", lambda process: set(range(16)))
     limit = "max 100000\n"
-    monkeypatch.setattr(choices, "Path", lambda path: SimpleNamespace(read_text=lambda: limit))
-    assert choices.host_cores() == 16
+    monkeypatch.setattr(host, "Path", lambda path: SimpleNamespace(read_text=lambda: limit))
+    assert host.host_cores() == 16
     limit = "250000 100000\n"
-    assert choices.host_cores() == 2
+    assert host.host_cores() == 2
     limit = "50000 100000\n"
-    assert choices.host_cores() == 1
+    assert host.host_cores() == 1
 
 
 def test_a_check_tells_what_a_run_would_choose(open_recipe, monkeypatch):

@@ -57,6 +57,31 @@ def test_a_console_whose_stream_fails_raises_nothing(monkeypatch):
     print_error("two\nlines")
 
 
+@pytest.mark.quick
+def test_counting_tells_the_time_that_is_left_and_nothing_of_short_work(monkeypatch, capsys):
+    from lora_kit.views import console as module
+
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    console = Console(silent=False)
+    for done in range(0, 101, 10):
+        console.count("data", done, 1000)
+        now[0] += 3
+    console.count("data", 1000, 1000)
+    assert capsys.readouterr().out.splitlines() == [
+        "data 20/1,000, 294 s left",
+        "data 40/1,000, 288 s left",
+        "data 60/1,000, 282 s left",
+        "data 80/1,000, 276 s left",
+        "data 100/1,000, 270 s left",
+    ]
+    for done in (0, 50, 100):
+        now[0] += 1
+        console.count("short", done, 100)
+    console.end()
+    assert not capsys.readouterr().out
+
+
 def test_a_closed_stream_and_a_character_that_it_lacks_raise_nothing():
     closed = io.StringIO()
     closed.close()

@@ -36,6 +36,13 @@ assert processes.gather([processes.index] * 2) == [i for i in range(processes.co
 assert processes.gather([{"index": processes.index, "text": "x" * processes.index}])[-1]["index"] + 1 == processes.count
 assert processes.main_decides(lambda: processes.index) == 0
 assert processes.main_decides(lambda: None) is None
+import tempfile
+with tempfile.TemporaryFile() as file:
+    if processes.is_main:
+        file.write(b"content" * 5_000_000)
+    processes.copy_to_all(file)
+    file.seek(0)
+    assert file.read() == b"content" * 5_000_000
 def refuse():
     raise DataError("told to all")
 try:

@@ -271,7 +271,8 @@ def test_a_cache_that_another_user_may_change_is_not_read(name, read, spoil, wha
     else:
         prepared = cache.read(entry)
         train = replace(prepared.train, ids=prepared.train.ids + 1)
-        entry.write_bytes(cache.pack(replace(prepared, train=train)))
+        with entry.open("wb+") as file:
+            cache.save(file, replace(prepared, train=train))
     assert read(tmp_path, recipe_file) != expected, "the test's own forgery is well formed"
     spoil(folder if what == "folder" else entry)
     assert read(tmp_path, recipe_file) == expected

@@ -10,32 +10,37 @@ import hashlib
 import json
 import os
 import re
+import time
 import warnings
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from pydantic import TypeAdapter
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from lora_kit import randomness
-from lora_kit.data import sources
+from lora_kit.data import arrays, sources
 from lora_kit.data.counts import DataCounts
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.template import Prompt
-from lora_kit.data.tokens import Prepared, Tokens
+from lora_kit.data.tokens import Entry, Prepared, Tokens
 from lora_kit.errors import LoraKitError
-from lora_kit.files import PrivateFolder, private_folder, sha256_of
+from lora_kit.files import PARTIAL, PrivateFolder, private_folder, remembered_sha256, sha256_of
 from lora_kit.recipe.schema import Recipe
 from lora_kit.version import VERSION
 
 MAX_ENTRIES, MAX_BYTES = 20, 8 << 30  # the limits of the cache
+ABANDONED_SECONDS = 3600  # after which a file that was not completed is deleted
+WORTH_REMEMBERING = 1 << 26  # bytes of a data file whose hash is remembered
+SETTLED_SECONDS = 2
 PACKAGES = ("transformers", "tokenizers", "datasets", "jinja2", "numpy", "pyarrow")
 COMMIT = re.compile("[0-9a-f]{40}")
 SUFFIX = ".safetensors"
 TRAIN, VALIDATION = "train.", "validation."  # prefixes of the names of the arrays in a file
+FIELDS = ("ids", "trained", "offsets")
+DAMAGED = (OSError, ValueError, KeyError, TypeError)  # what reading a damaged or foreign file raises
 ABOUT = TypeAdapter(tuple[tuple[Prompt, ...], DataCounts, tuple[str, ...]])  # prompts, counts and notes
 
 
@@ -69,90 +74,120 @@ def _contents(source: str, base_dir: Path) -> list[str] | None:
     """Return the suffixes and hashes of a source's files, or its name if it names a commit; None if it may change."""
     files = sources.files(source, base_dir)
     if files is not None:
-        return [part for file in files.values() for part in (file.suffix, sha256_of(file))]
+        return [part for file in files.values() for part in (file.suffix, _content_hash(file))]
     name = sources.parse_hub_name(source)
     return [source] if name and COMMIT.fullmatch(name.revision or "") else None
+
+
+def _content_hash(path: Path) -> str:
+    """Return the SHA-256 of a data file. That of a large file is remembered if the file has not just been changed.
+
+    A clock that ticks slowly could otherwise give a second change the time of the first.
+    """
+    stat = path.stat()
+    settled = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > SETTLED_SECONDS * 1e9
+    return remembered_sha256(path) if stat.st_size > WORTH_REMEMBERING and settled else sha256_of(path)
 
 
 def _code() -> list[str]:
     return [sha256_of(path) for path in sorted([*Path(__file__).parent.rglob("*.py"), Path(randomness.__file__)])]
 
 
-def read(path: Path) -> Prepared | None:
-    """Return the prepared data that `write` saved; None if the file is missing, damaged, or may be another user's."""
+def read(path: Path, checksum: str | None = None) -> Prepared | None:
+    """Return the prepared data that `write` saved; None if the file is missing, damaged, or may be another user's.
+
+    Args:
+        path: The file.
+        checksum: The checksum that the file must have; None accepts any file without damage.
+    """
     try:
         with private_folder(path.parent) as folder, os.fdopen(folder.open(path.name), "rb") as file:
             os.utime(file.fileno())  # the time of last use
-            return _read(file.fileno())
-    except (OSError, ValueError, KeyError, TypeError):
+            prepared = _load(file.fileno(), path)
+    except DAMAGED:
         return None
+    assert prepared.entry is not None
+    return prepared if checksum in (None, prepared.entry.checksum) else None
 
 
-def write(path: Path, prepared: Prepared) -> None:
-    """Save prepared data, and delete the least recently used entries. A failure is a warning; the cache is optional."""
+def write(path: Path, prepared: Prepared) -> Prepared:
+    """Save prepared data, and delete the least recently used entries; return the data as it was saved.
+
+    A failure is a warning, and the data itself is returned; the cache is optional.
+    """
     try:
         with private_folder(path.parent) as folder:
-            os.close(folder.write(path.name, pack(prepared)))
+            descriptor = folder.write(path.name, lambda file: save(file, prepared))
+            try:
+                saved = _load(descriptor, path, verify=False)
+            finally:
+                os.close(descriptor)
             _prune(folder)
     except OSError as error:  # e.g. a full or read-only disk, or a folder of another user
         warnings.warn(f"prepared data is not kept for the next start: {error}", stacklevel=2)
+        return prepared
+    return saved
 
 
-def pack(prepared: Prepared) -> bytes:
-    """Return prepared data as the bytes of a safetensors file with a checksum."""
+def save(file: BinaryIO, prepared: Prepared) -> None:
+    """Write prepared data to an empty file, with a checksum."""
     about = ABOUT.dump_json((prepared.prompts, prepared.counts, prepared.notes)).decode()
-    arrays = {TRAIN + name: array for name, array in vars(prepared.train).items()}
-    if prepared.validation is not None:
-        arrays |= {VALIDATION + name: array for name, array in vars(prepared.validation).items()}
-    checksum = _checksum(about, prepared.train, prepared.validation)
-    return save(arrays, {"about": about, "checksum": checksum})
+    named, facts = dict[str, np.ndarray](), dict[str, Any]()
+    for part, tokens in ((TRAIN, prepared.train), (VALIDATION, prepared.validation)):
+        if tokens is not None:
+            named |= {part + name: getattr(tokens, name) for name in FIELDS}
+            facts[part] = {"fingerprint": tokens.fingerprint, "largest": tokens.largest}
+    arrays.write(file, named, {"about": about, "facts": json.dumps(facts)})
 
 
-def unpack(content: bytes) -> Prepared:
-    """Return the prepared data of the bytes of `pack`.
+def load(file: BinaryIO) -> Prepared:
+    """Return the prepared data in an open file of `save`.
 
     Raises:
-        ValueError, KeyError, TypeError: The bytes are not such data, or are damaged.
+        ValueError, KeyError, TypeError: The file does not contain such data, or is damaged.
     """
-    with os.fdopen(os.memfd_create("tokens"), "wb") as file:
-        file.write(content)
-        file.flush()
-        return _read(file.fileno())
+    return _load(file.fileno(), None)
 
 
-def _read(descriptor: int) -> Prepared:
+def name_entry(prepared: Prepared | None) -> bytes:
+    """Return, for `open_entry` in another process, which entry of the cache has this data."""
+    entry = prepared and prepared.entry
+    return json.dumps(entry and [str(entry.path), entry.checksum]).encode()
+
+
+def open_entry(name: bytes) -> Prepared | None:
+    """Return the data that another process has named; None if this process cannot open the same entry."""
+    entry = json.loads(name)
+    return read(Path(entry[0]), entry[1]) if entry else None
+
+
+def _load(descriptor: int, path: Path | None, *, verify: bool = True) -> Prepared:
     """Return the prepared data in an open file. A path could lead to another file by now."""
-    try:
-        with safe_open(f"/proc/self/fd/{descriptor}", "numpy") as file:
-            metadata = file.metadata()
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
-    train, validation = _tokens(arrays, TRAIN), _tokens(arrays, VALIDATION)
-    if train is None or metadata["checksum"] != _checksum(metadata["about"], train, validation):
-        raise ValueError("the checksum does not match")
+    named, metadata = arrays.read(descriptor, verify=verify)
+    facts = json.loads(metadata["facts"])
+    train, validation = (
+        Tokens.restored(*(named[part + name] for name in FIELDS), **facts[part]) if part in facts else None
+        for part in (TRAIN, VALIDATION)
+    )
+    if train is None:
+        raise ValueError("there is no training data")
     prompts, counts, notes = ABOUT.validate_json(metadata["about"])
-    return Prepared(train, validation, prompts, counts, notes)
+    entry = Entry(path, metadata[arrays.CHECKSUM]) if path else None
+    return Prepared(train, validation, prompts, counts, notes, entry)
 
 
 def _prune(folder: PrivateFolder) -> None:
     """Delete the least recently used entries until the cache is within its limits; the newest entry always stays."""
-    names = [name for name in os.listdir(folder.descriptor) if name.endswith(SUFFIX)]  # noqa: PTH208  (a descriptor)
-    entries = [(name, os.stat(name, dir_fd=folder.descriptor, follow_symlinks=False)) for name in names]
-    entries.sort(key=lambda entry: -entry[1].st_mtime_ns)
+    names = [name for name in os.listdir(folder.descriptor) if name.endswith((SUFFIX, PARTIAL))]  # noqa: PTH208
+    found = [(name, os.stat(name, dir_fd=folder.descriptor, follow_symlinks=False)) for name in names]
+    for name, stat in found:
+        if name.endswith(PARTIAL) and time.time() - stat.st_mtime > ABANDONED_SECONDS:  # its process was killed
+            with suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=folder.descriptor)
+    entries = sorted((each for each in found if each[0].endswith(SUFFIX)), key=lambda entry: -entry[1].st_mtime_ns)
     total = 0
     for rank, (name, stat) in enumerate(entries):
         total += stat.st_size
         if rank and (rank >= MAX_ENTRIES or total > MAX_BYTES):
             with suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=folder.descriptor)
-
-
-def _checksum(about: str, train: Tokens, validation: Tokens | None) -> str:
-    parts = [about, train.fingerprint, validation.fingerprint if validation else ""]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _tokens(arrays: dict[str, np.ndarray], part: str) -> Tokens | None:
-    named = {name.removeprefix(part): array for name, array in arrays.items() if name.startswith(part)}
-    return Tokens(**named) if named else None

@@ -7,13 +7,18 @@ from lora_kit.data import cache
 from lora_kit.data.order import examples_of_step
 from lora_kit.data.packing import Split, pack
 from lora_kit.data.rendering import Renderer
-from lora_kit.data.tokens import Prepared, Tokens, prepare
+from lora_kit.data.tokens import Prepared, Tell, Tokens, prepare, silent
 from lora_kit.files import cache_folder
 from lora_kit.recipe.schema import Recipe
 
 
-def prepare_data(recipe: Recipe, renderer: Renderer) -> Prepared:
+def prepare_data(recipe: Recipe, renderer: Renderer, tell: Tell = silent) -> Prepared:
     """Read, render and tokenise a recipe's training and validation data, or load it from the cache.
+
+    Args:
+        recipe: The recipe.
+        renderer: Tokenizer, template and stop token.
+        tell: Is told how many records are done, and how many there are, unless the data is in the cache.
 
     Raises:
         DataError: The data has problems; the message lists them.
@@ -22,10 +27,10 @@ def prepare_data(recipe: Recipe, renderer: Renderer) -> Prepared:
     path = cache_folder("tokens") / f"{key}.safetensors"
     if key is not None and (prepared := cache.read(path)) is not None:
         return prepared
-    prompts = recipe.evaluate.generate
-    prepared = prepare(recipe.data, renderer, base_dir=recipe.folder, seed=recipe.train.seed, prompts=prompts)
+    seed, prompts = recipe.train.seed, recipe.evaluate.generate
+    prepared = prepare(recipe.data, renderer, base_dir=recipe.folder, seed=seed, prompts=prompts, tell=tell)
     if key is not None and cache.key_of(recipe, renderer) == key:  # otherwise a file changed while it was read
-        cache.write(path, prepared)
+        return cache.write(path, prepared)
     return prepared
 
 
@@ -71,8 +76,7 @@ class Plan:
         members = examples_of_step(
             step, batch_size=train.batch_size, examples=len(self.tokens), total=self.total, seed=train.seed
         )
-        lengths = self.tokens.lengths[members].tolist()
-        groups = self.split(lengths, self.micro_batch_tokens, padded=self.padded)
+        groups = self.split(self.tokens.lengths_of(members), self.micro_batch_tokens, padded=self.padded)
         return [[members[index] for index in group] for group in groups]
 
     def idle_share(self, processes: int) -> float:

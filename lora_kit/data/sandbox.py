@@ -1,27 +1,36 @@
-"""Render in a process of its own, with limits on time, memory and output.
+"""Do work in forked processes, with limits on the time, memory and output of chat templates.
 
 A chat template is a program, and often a stranger's. transformers runs it in jinja2's immutable sandbox, which keeps it
-from the objects of Python, but not from a loop without end or from filling the memory. So `rendering` works in a child
-of this process. The child is forked, because a new interpreter would import for seconds; it touches no device and no
-lock, holds no file of this process, and ends with it.
+from the objects of Python, but not from a loop without end or from filling the memory. So templates are rendered in
+children of this process. A child is forked, because a new interpreter would import for seconds; it touches no device
+and no lock, holds no open file of this process, and ends with it. What it answers is JSON or bytes, never a pickle.
+
+`render_all` and `render_prompt` ask a child for a few examples. A `Pool` has several children, which do whole pieces of
+work on their own; inside a child, `render_all` and `render_prompt` render in the child itself, within the same limits.
 """
 
 import gc
 import json
 import math
+import mmap
 import os
 import resource
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
+from itertools import count
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lora_kit.data.formats import Completion, Example
 from lora_kit.data.messages import Conversation
@@ -36,13 +45,40 @@ from lora_kit.data.rendering import (
     syntax_problem,
 )
 from lora_kit.errors import DataError
+from lora_kit.host import end_with_parent
 
 SECONDS = 10  # processor time for one example
 MEMORY_BYTES = 1 << 30  # in addition to what this process has mapped
-ANSWER_SECONDS = 300.0  # by the clock, on a machine that is busy with other things
+ANSWER_SECONDS = 300.0  # for one example by the clock, on a machine that is busy with other things
 CHUNK_BYTES = 1 << 22  # examples that are sent together
 OUT_OF_MEMORY, TOO_LONG = 97, 98  # exit codes of the child
 PARALLELISM = "TOKENIZERS_PARALLELISM"
+PENDING = 2  # requests that a child of a pool has received and not answered; it never waits for the next request
+WINDOW = 4  # answers per child that may wait for the answer to an earlier request
+HEADER = struct.Struct("<cQ")  # a message's kind and length
+RESULT, BUG = b"=", b"!"
+
+Work = Callable[[bytes], Iterable[bytes]]
+"""A function of a child that returns the answer to a request in pieces."""
+
+
+class LostError(Exception):
+    """A child ended before it had answered.
+
+    Attributes:
+        excess: Which limit the child exceeded, or how it ended.
+        place: The index of the example in the request that the child was rendering.
+        killed: Whether SIGKILL ended it, as the kernel does when the machine runs out of memory.
+        request: The request, for a child of a pool.
+    """
+
+    def __init__(self, excess: str, place: int, *, killed: bool) -> None:
+        super().__init__(excess)
+        self.excess, self.place, self.killed, self.request = excess, place, killed, b""
+
+    def error(self, where: str = "template") -> DataError:
+        """Return the error for the user; `where` is the file and line of the example."""
+        return DataError(f"{where}: the chat template {self.excess}; set data.template to another template")
 
 
 def render_all(examples: Sequence[Example | DataError], renderer: Renderer) -> list[Rendered | DataError]:
@@ -51,8 +87,8 @@ def render_all(examples: Sequence[Example | DataError], renderer: Renderer) -> l
     Raises:
         DataError: The template exceeds a limit.
     """
-    conversations = [example for example in examples if isinstance(example, Conversation)]
-    found = iter(_ask("render", conversations, renderer))
+    places = [place for place, example in enumerate(examples) if isinstance(example, Conversation)]
+    found = iter(_ask("render", [cast(Conversation, examples[place]) for place in places], renderer, places))
     return [example if isinstance(example, DataError) else _rendered(example, found, renderer) for example in examples]
 
 
@@ -91,134 +127,286 @@ def check_template(renderer: Renderer) -> None:
 
 
 def close() -> None:
-    """End the child; the next rendering starts another."""
+    """End the child of `render_all`; the next rendering starts another."""
     with _lock:
         if _child:
             _child.pop().end()
 
 
-def _work(kind: str, conversation: Conversation, renderer: Renderer) -> Any:
-    """Do one piece of the child's work and return it as values of JSON."""
-    if kind == "prompt":
-        return apply(conversation, renderer, prompting=True)
-    if kind == "syntax":
-        return syntax_problem(renderer, conversation)
-    return render(conversation, renderer)
-
-
-def _ask(kind: str, conversations: Sequence[Conversation], renderer: Renderer) -> list[Any]:
-    """Return the child's results; the error of a conversation takes the place of its result."""
+def _ask(
+    kind: str, conversations: Sequence[Conversation], renderer: Renderer, places: Sequence[int] | None = None
+) -> list[Any]:
+    """Return the results of a child, or of this process if it is one; an error takes the place of its result."""
     if not conversations:
         return []
     try:
         renderer = replace(renderer, template=renderer.chat_template)
     except DataError as error:
         return [error for _ in conversations]
+    if _own_cells:
+        return _work(kind, conversations, renderer, places or range(len(conversations)))
     settings = (renderer.tokenizer, renderer.template, renderer.train_on)
     with _lock:
-        if _child and not _child[0].serves(settings):
+        if _child and not (_settings[0] is settings[0] and _settings[1:] == list(settings[1:])):
             _child.pop().end()
         if not _child:
-            _child.append(Child(renderer, settings))
+            _child.append(Child(partial(_answer, renderer)))
+            _settings[:] = settings
+        child = _child[0]
         try:
-            return [result for chunk in _chunks(kind, conversations) for result in _child[0].ask(chunk)]
+            answers = [json.loads(child.ask(chunk)) for chunk in _chunks(kind, conversations)]
+        except LostError as lost:
+            _child.clear()
+            raise lost.error() from lost
         except BaseException:  # e.g. Ctrl-C: answers are still to come, so this child cannot be used again
-            _child.pop().end(kill=True)
+            _child.pop().end()
             raise
+    return [DataError(value) if name == "error" else value for answer in answers for name, value in answer]
 
 
-def _chunks(kind: str, conversations: Sequence[Conversation]) -> Iterator[list[str]]:
-    chunk, size = list[str](), 0
-    for conversation in conversations:
-        values = vars(conversation) | {"untrained": sorted(conversation.untrained)}
-        chunk.append(json.dumps([kind, values], default=str))
-        size += len(chunk[-1])
-        if size > CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-class Child:
-    """The process that renders; its only connection is a socket to this process."""
-
-    def __init__(self, renderer: Renderer, settings: tuple[Any, ...]) -> None:
-        self._settings = settings
-        mine, theirs = socket.socketpair()
-        before = os.environ.get(PARALLELISM)
-        os.environ[PARALLELISM] = before or "true"  # else tokenizers would print a warning in the child
-        try:
-            self._process = os.fork()
-        finally:
-            if self._process and before is None:
-                del os.environ[PARALLELISM]
-        if self._process == 0:
-            _serve(theirs.detach(), renderer)
-        theirs.close()
-        mine.settimeout(ANSWER_SECONDS)
-        self._stream = mine.makefile("rwb")
-        mine.close()
-
-    def serves(self, settings: tuple[Any, ...]) -> bool:
-        """Return whether the child was forked with this tokenizer, this template and these trained tokens."""
-        return self._settings[0] is settings[0] and self._settings[1:] == settings[1:]
-
-    def ask(self, requests: Sequence[str]) -> Iterator[Any]:
-        """Yield the result of each request; a DataError in place of the result if the template fails.
-
-        Raises:
-            DataError: The template exceeds a limit.
-        """
-        try:
-            self._stream.write(f"[{','.join(requests)}]\n".encode())
-            self._stream.flush()
-            for _ in requests:
-                answer = self._stream.readline()
-                if not answer.endswith(b"\n"):
-                    break
-                (kind, value) = json.loads(answer)
-                assert kind != "bug", value
-                yield DataError(value) if kind == "error" else value
-            else:
-                return
-        except (BrokenPipeError, ConnectionResetError):
-            pass
-        except TimeoutError:
-            os.kill(self._process, signal.SIGKILL)
-        raise DataError(f"template: the chat template {self._excess()}; set data.template to another template")
-
-    def _excess(self) -> str:
-        """Return which limit the child exceeded; wait for its end."""
-        code = os.waitstatus_to_exitcode(os.waitpid(self._process, 0)[1])
-        self._process = 0
-        if code == OUT_OF_MEMORY:
-            return f"needs more than {MEMORY_BYTES >> 30} GB of memory for one example"
-        if code == TOO_LONG:
-            return f"writes more than {TEXT_CHARACTERS:,} characters for one example"
-        if code == -signal.SIGXCPU:
-            return f"computes for more than {SECONDS} s for one example"
-        return f"ended the process that renders it ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
-
-    def end(self, *, kill: bool = False) -> None:
-        """Close the socket, at which the child ends, and wait for its end."""
-        if self._process:
-            if kill:
-                os.kill(self._process, signal.SIGKILL)
-            with suppress(OSError):
-                self._stream.close()
-            os.waitpid(self._process, 0)
-
-
-_child: list[Child] = []  # at most one
+_child: list["Child"] = []  # at most one
+_settings: list[Any] = []  # the tokenizer, the template and the trained tokens that it was forked with
 _lock = threading.RLock()
 
 
-def _serve(descriptor: int, renderer: Renderer) -> None:
+def _chunks(kind: str, conversations: Sequence[Conversation]) -> Iterator[bytes]:
+    chunk, size = list[str](), 0
+    for conversation in conversations:
+        values = vars(conversation) | {"untrained": sorted(conversation.untrained)}
+        chunk.append(json.dumps(values, default=str))
+        size += len(chunk[-1])
+        if size > CHUNK_BYTES:
+            yield f'["{kind}", [{",".join(chunk)}]]'.encode()
+            chunk, size = [], 0
+    if chunk:
+        yield f'["{kind}", [{",".join(chunk)}]]'.encode()
+
+
+def _answer(renderer: Renderer, request: bytes) -> list[bytes]:
+    """Answer a request of `_ask`."""
+    kind, values = json.loads(request)
+    conversations = [
+        Conversation(tuple(each["messages"]), each["tools"] and tuple(each["tools"]), frozenset(each["untrained"]))
+        for each in values
+    ]
+    results = _work(kind, conversations, renderer, range(len(conversations)))
+    answer = [["error", str(each)] if isinstance(each, DataError) else ["result", each] for each in results]
+    return [json.dumps(answer).encode()]
+
+
+def _work(kind: str, conversations: Sequence[Conversation], renderer: Renderer, places: Sequence[int]) -> list[Any]:
+    """Render conversations in this process, which is a child, within the limits."""
+    results = list[Any]()
+    with _limits():
+        for place, conversation in zip(places, conversations, strict=True):
+            _begin(place)
+            try:
+                if kind == "prompt":
+                    results.append(apply(conversation, renderer, prompting=True))
+                elif kind == "syntax":
+                    results.append(syntax_problem(renderer, conversation))
+                else:
+                    results.append(render(conversation, renderer))
+            except DataError as error:
+                results.append(error)
+            except TooLongError:
+                os._exit(TOO_LONG)
+            except MemoryError:
+                os._exit(OUT_OF_MEMORY)
+    return results
+
+
+class Child:
+    """A forked process that answers requests; it shares a socket and two numbers with this process.
+
+    Args:
+        work: The function that answers.
+        pooled: Whether the child ends with the thread that forks it, even in the middle of its work.
+    """
+
+    def __init__(self, work: Work, *, pooled: bool = False) -> None:
+        self._cells = memoryview(mmap.mmap(-1, 16)).cast("q")  # the place in the request, and a count of examples
+        mine, theirs = socket.socketpair()
+        before, self._process = os.environ.get(PARALLELISM), 0
+        os.environ[PARALLELISM] = "false"  # the threads of tokenizers are not in the child; unset, it would warn
+        parent = os.getpid()
+        try:
+            self._process = os.fork()
+            if self._process == 0:
+                _serve(theirs.detach(), work, self._cells, parent if pooled else 0)
+        finally:
+            if before is None:
+                del os.environ[PARALLELISM]
+            else:
+                os.environ[PARALLELISM] = before
+        theirs.close()
+        self._socket = mine
+
+    def fileno(self) -> int:
+        """Return the descriptor that is readable when an answer arrives."""
+        return self._socket.fileno()
+
+    @property
+    def begun(self) -> int:
+        """The number of examples that the child has begun to render, a sign of life."""
+        return self._cells[1]
+
+    def ask(self, request: bytes) -> bytearray:
+        """Return the answer to a request.
+
+        Raises:
+            LostError: The child ended.
+        """
+        self.send(request)
+        wait_for([self])
+        return self.receive()
+
+    def send(self, request: bytes) -> None:
+        """Send a request. If the child has ended, `receive` tells."""
+        with suppress(BrokenPipeError, ConnectionResetError):
+            _send(self._socket, RESULT, [request])
+
+    def receive(self) -> bytearray:
+        """Return the answer to the oldest request.
+
+        Raises:
+            LostError: The child ended.
+        """
+        try:
+            kind, answer = _receive(self._socket)
+        except (EOFError, ConnectionResetError):
+            raise self._lost() from None
+        assert kind == RESULT, answer.decode()
+        return answer
+
+    def _lost(self) -> LostError:
+        """Wait for the child's end, and return how it ended."""
+        self._socket.close()
+        code = os.waitstatus_to_exitcode(os.waitpid(self._process, 0)[1])
+        self._process = 0
+        if code == OUT_OF_MEMORY:
+            excess = f"needs more than {MEMORY_BYTES >> 30} GB of memory for one example"
+        elif code == TOO_LONG:
+            excess = f"writes more than {TEXT_CHARACTERS:,} characters for one example"
+        elif code == -signal.SIGXCPU:
+            excess = f"computes for more than {SECONDS} s for one example"
+        else:
+            end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            excess = f"ended the process that renders it ({end})"
+        return LostError(excess, self._cells[0], killed=code == -signal.SIGKILL)
+
+    def kill(self) -> None:
+        """Kill the child; `receive` then tells that it has ended."""
+        if self._process:
+            os.kill(self._process, signal.SIGKILL)
+
+    def end(self) -> None:
+        """Kill the child and wait for its end. It owns nothing that a kill could leave behind."""
+        if self._process:
+            self.kill()
+            self._socket.close()
+            os.waitpid(self._process, 0)
+            self._process = 0
+
+
+def wait_for(children: Sequence[Child]) -> list[Child]:
+    """Return the children with an answer. A child that begins no further example for too long is killed."""
+    while True:
+        begun = [child.begun for child in children]
+        if ready := wait([child.fileno() for child in children], ANSWER_SECONDS):
+            return [child for child in children if child.fileno() in ready]
+        for child, before in zip(children, begun, strict=True):
+            if child.begun == before:
+                child.kill()
+
+
+class Pool:
+    """Children that do the same work on different requests. Leaving the context ends them.
+
+    Args:
+        work: The function that answers.
+        children: The number of children.
+    """
+
+    def __init__(self, work: Work, children: int) -> None:
+        self._work, self._children = work, children
+        self._asked: dict[Child, deque[tuple[int, bytes]]] = {}  # each child's requests, by number; the oldest first
+
+    def __enter__(self) -> "Pool":
+        try:
+            for _ in range(self._children):
+                self._asked[Child(self._work, pooled=True)] = deque()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for child in self._asked:
+            child.end()
+
+    def map(self, requests: Iterator[bytes]) -> Iterator[bytearray]:
+        """Yield the answers in the order of the requests, each as soon as all before it are there.
+
+        If a child is killed, as for want of memory, another takes its requests; if that is killed by the same request,
+        the error is raised.
+
+        Raises:
+            LostError: A child ended.
+        """
+        numbered, answers, lost = enumerate(requests), dict[int, bytearray](), set[int]()
+        for number in count():
+            while number not in answers:
+                self._deal(numbered, number + WINDOW * len(self._asked))
+                working = [child for child, asked in self._asked.items() if asked]
+                if not working:
+                    return
+                for child in wait_for(working):
+                    try:
+                        answers[self._asked[child][0][0]] = child.receive()
+                    except LostError as error:
+                        self._replace(child, error, lost)
+                    else:
+                        self._asked[child].popleft()
+            yield answers.pop(number)
+
+    def _deal(self, requests: Iterator[tuple[int, bytes]], end: int) -> None:
+        """Send requests to the children that have too few, up to the number `end`."""
+        for child, asked in self._asked.items():
+            while len(asked) < PENDING:
+                if max((number for each in self._asked.values() for number, _ in each), default=-1) >= end:
+                    return
+                if (request := next(requests, None)) is None:
+                    return
+                asked.append(request)
+                child.send(request[1])
+
+    def _replace(self, child: Child, error: LostError, lost: set[int]) -> None:
+        """Let a new child take the requests of a killed child."""
+        asked = self._asked.pop(child)
+        number, request = asked[0]
+        if not error.killed or number in lost:
+            error.request = request
+            raise error
+        lost.add(number)
+        successor = Child(self._work, pooled=True)
+        self._asked[successor] = asked
+        for _, each in asked:
+            successor.send(each)
+
+
+_own_cells: list[memoryview] = []  # in a child, its cells
+
+
+def _serve(descriptor: int, work: Work, cells: memoryview, parent: int) -> None:
     """Answer requests until the socket closes; this is the child, which never returns."""
     try:
+        if parent:
+            end_with_parent(signal.SIGKILL)
+            if os.getppid() != parent:
+                os._exit(0)
         gc.freeze()  # a collection would write to all objects of the parent, and so copy their pages
-        os.environ[PARALLELISM] = "false"  # the threads of tokenizers are not in this process
+        _own_cells.append(cells)
         signal.set_wakeup_fd(-1)
         for number, action in _ACTIONS.items():
             signal.signal(number, action)
@@ -230,17 +418,24 @@ def _serve(descriptor: int, renderer: Renderer) -> None:
             with suppress(OSError):  # the descriptor of the listing
                 os.close(kept)
         _limit(resource.RLIMIT_CORE, 0)
-        _limit(resource.RLIMIT_AS, _mapped_bytes() + MEMORY_BYTES)
-        stream = socket.socket(fileno=3).makefile("rwb")
-        for line in stream:
-            for kind, values in json.loads(line):
-                stream.write(json.dumps(_answer(kind, values, renderer)).encode() + b"\n")
-            stream.flush()
+        stream = socket.socket(fileno=3)
+        while True:
+            _, request = _receive(stream)
+            cells[0] = 0
+            try:
+                answer = list(work(bytes(request)))
+            except MemoryError:
+                raise
+            except Exception:
+                _send(stream, BUG, [traceback.format_exc().encode()])
+            else:
+                _send(stream, RESULT, answer)
     except MemoryError:
         os._exit(OUT_OF_MEMORY)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        os._exit(0)
     except BaseException:
         os._exit(1)
-    os._exit(0)
 
 
 _ACTIONS = {signal.SIGINT: signal.SIG_IGN} | dict.fromkeys(
@@ -248,26 +443,60 @@ _ACTIONS = {signal.SIGINT: signal.SIG_IGN} | dict.fromkeys(
 )
 
 
-def _answer(kind: str, values: Mapping[str, Any], renderer: Renderer) -> tuple[str, Any]:
-    _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + SECONDS)
-    tools = values["tools"] and tuple(values["tools"])
-    conversation = Conversation(tuple(values["messages"]), tools, frozenset(values["untrained"]))
+def _send(stream: socket.socket, kind: bytes, pieces: Sequence[bytes]) -> None:
+    stream.sendall(HEADER.pack(kind, sum(memoryview(piece).nbytes for piece in pieces)))
+    for piece in pieces:
+        stream.sendall(piece)
+
+
+def _receive(stream: socket.socket) -> tuple[bytes, bytearray]:
+    """Return the kind and content of the next message.
+
+    Raises:
+        EOFError: The other process has closed the socket.
+    """
+    kind, size = HEADER.unpack(_read(stream, HEADER.size))
+    return kind, _read(stream, size)
+
+
+def _read(stream: socket.socket, size: int) -> bytearray:
+    content = bytearray(size)
+    rest = memoryview(content)
+    while rest:
+        count = stream.recv_into(rest)
+        if not count:
+            raise EOFError
+        rest = rest[count:]
+    return content
+
+
+@contextmanager
+def _limits() -> Iterator[None]:
+    """Limit the memory of this process to what it has mapped and `MEMORY_BYTES` more, and lift all limits afterwards.
+
+    Tokenising is not limited: the memory that it needs depends on the text, whose length is limited.
+    """
+    _limit(resource.RLIMIT_AS, _mapped_bytes() + MEMORY_BYTES)
     try:
-        result = _work(kind, conversation, renderer)
-    except DataError as error:
-        return "error", str(error)
-    except TooLongError:
-        os._exit(TOO_LONG)
-    except MemoryError:
-        raise
-    except Exception:
-        return "bug", traceback.format_exc()
-    return "result", result
+        yield
+    finally:
+        for kind in (resource.RLIMIT_AS, resource.RLIMIT_CPU):
+            _limit(kind, resource.RLIM_INFINITY)
+
+
+def _begin(place: int) -> None:
+    """Note which example of the request is rendered now, and limit its time."""
+    cells = _own_cells[0]
+    cells[0] = place
+    cells[1] += 1
+    _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + SECONDS)
 
 
 def _limit(kind: int, value: int) -> None:
-    hard = resource.getrlimit(kind)[1]
-    resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+    """Set a soft limit, at most the hard limit."""
+    hard, unlimited = resource.getrlimit(kind)[1], resource.RLIM_INFINITY
+    limits = [each for each in (value, hard) if each != unlimited]
+    resource.setrlimit(kind, (min(limits, default=unlimited), hard))
 
 
 def _mapped_bytes() -> int:

@@ -5,26 +5,29 @@ of examples, which determines their order, is known.
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from safetensors.numpy import load
 
 from lora_kit.data import sandbox, sources
+from lora_kit.data.arrays import Growing, chunks, spill_folder
 from lora_kit.data.counts import Counts, DataCounts
 from lora_kit.data.formats import detect, to_example
 from lora_kit.data.rendering import RENDERED_DATE, Renderer, check_renderer
 from lora_kit.data.sources import Records
-from lora_kit.data.template import Prompt, attempt, prompt, tokenize_all
+from lora_kit.data.template import Prompt, prompt
+from lora_kit.data.tokenising import ARRAYS, TALLIES, Pace, Tokenising, children
 from lora_kit.errors import DataError
 
 if TYPE_CHECKING:
     from lora_kit.recipe.schema import Data
 
-BATCH = 512  # examples that are rendered and tokenised together
 MAX_SHOWN = 20  # problems listed in an error
 CONVERSATIONS = ("messages", "sharegpt", "alpaca")  # formats that always need a chat template
 
@@ -42,6 +45,15 @@ class Tokens:
     ids: np.ndarray
     trained: np.ndarray
     offsets: np.ndarray
+
+    @classmethod
+    def restored(
+        cls, ids: np.ndarray, trained: np.ndarray, offsets: np.ndarray, *, fingerprint: str, largest: int
+    ) -> "Tokens":
+        """Return tokens that were saved together with these properties, so that no pass over them is necessary."""
+        tokens = cls(ids, trained, offsets)
+        vars(tokens).update(fingerprint=fingerprint, largest=largest)
+        return tokens
 
     @staticmethod
     def of(examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> "Tokens":
@@ -71,18 +83,49 @@ class Tokens:
         tokens = slice(self.offsets[index], self.offsets[index + 1])
         return self.ids[tokens], self.trained[tokens]
 
+    def lengths_of(self, indices: Sequence[int]) -> list[int]:
+        """Return the number of tokens of some examples."""
+        places = np.asarray(indices, np.int64)
+        lengths: list[int] = (self.offsets[places + 1] - self.offsets[places]).tolist()
+        return lengths
+
     def weight(self, index: int) -> int:
         """Return the number of trained tokens of an example."""
         return int(self.example(index)[1][1:].sum())
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """The SHA-256 of the three arrays, as hexadecimal digits."""
         digest = hashlib.sha256()
-        for name, array in vars(self).items():
+        for name in ("ids", "trained", "offsets"):
+            array = np.ascontiguousarray(getattr(self, name))
             digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-            digest.update(np.ascontiguousarray(array).data)
+            for chunk in chunks(array):
+                digest.update(chunk.data)
         return digest.hexdigest()
+
+    @cached_property
+    def largest(self) -> int:
+        """The largest token id; 0 if there are no tokens."""
+        return max((int(chunk.max()) for chunk in chunks(self.ids)), default=0)
+
+    def label_counts(self) -> np.ndarray:
+        """Return how often each token id is trained, int64 [largest + 1]."""
+        counts, start, firsts = np.zeros(self.largest + 1, np.int64), 0, self.offsets[:-1]
+        for ids in chunks(self.ids):
+            counted = self.trained[start : start + len(ids)].copy()
+            begin, end = np.searchsorted(firsts, (start, start + len(ids)))
+            counted[firsts[begin:end] - start] = False
+            counts += np.bincount(ids[counted], minlength=len(counts))
+            start += len(ids)
+        return counts
+
+
+class Entry(NamedTuple):
+    """A file of the cache, and its checksum."""
+
+    path: Path
+    checksum: str
 
 
 @dataclass(frozen=True)
@@ -95,6 +138,7 @@ class Prepared:
         prompts: Prompts of the first validation examples, with the expected answers.
         counts: The statistics of the training and the validation examples.
         notes: Warnings for the user.
+        entry: The file of the cache that has the same data; None if it is in no cache.
     """
 
     train: Tokens
@@ -102,6 +146,7 @@ class Prepared:
     prompts: tuple[Prompt, ...]
     counts: DataCounts
     notes: tuple[str, ...]
+    entry: Entry | None = None
 
 
 def check_context(data: Prepared, context: int | None) -> None:
@@ -125,18 +170,62 @@ def check_context(data: Prepared, context: int | None) -> None:
 Problem = tuple[Records, int, str]
 """The records, the index of one of them, and what is wrong with it. Its file and line are looked up only if shown."""
 
+Tell = Callable[[int, int], None]
+"""Is told while data is prepared: how many records are done, and how many there are."""
+
+
+@dataclass
+class Problems:
+    """The problems of records: the first ones, which an error lists, and how many there are."""
+
+    first: list[Problem] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, records: Records, index: int, message: str) -> None:
+        """Add a problem of record `index`."""
+        self.count += 1
+        if len(self.first) < MAX_SHOWN:
+            self.first.append((records, index, message))
+
+    def refuse(self) -> None:
+        """Raise a DataError that lists the first problems, if there are any."""
+        if self.count:
+            lines = [f"{records.where(index)}: {message}" for records, index, message in self.first]
+            if self.count > MAX_SHOWN:
+                lines.append(f"and {self.count - MAX_SHOWN:,} more problems of {self.count:,}")
+            raise DataError("\n".join(lines))
+
 
 @dataclass(frozen=True)
 class _Tokenised:
-    """The tokenised examples of a source, and the index of the record of each example."""
+    """The tokenised examples of a source.
+
+    Attributes:
+        records: The records of the source.
+        tokens: The examples.
+        kept: The index of the record of each example, int64 [examples].
+        hashes: A hash of each example's tokens and mask, uint64 [examples].
+        counts: Statistics.
+    """
 
     records: Records
     tokens: Tokens
-    kept: list[int]
+    kept: np.ndarray
+    hashes: np.ndarray
     counts: Counts
 
 
-def prepare(data: "Data", renderer: Renderer, *, base_dir: Path, seed: int, prompts: int = 0) -> Prepared:
+def silent(done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+def _tell_total(tell: Tell, before: int, total: int, done: int) -> None:
+    tell(before + done, total)
+
+
+def prepare(
+    data: "Data", renderer: Renderer, *, base_dir: Path, seed: int, prompts: int = 0, tell: Tell = silent
+) -> Prepared:
     """Read, render and tokenise the data of a recipe.
 
     Args:
@@ -145,6 +234,7 @@ def prepare(data: "Data", renderer: Renderer, *, base_dir: Path, seed: int, prom
         base_dir: The recipe's folder, where relative paths start.
         seed: Selects the examples that a validation fraction holds out.
         prompts: The number of validation examples to prepare as prompts for generation.
+        tell: Is told about the progress.
 
     Raises:
         DataError: A source cannot be read, no example is left, or records have problems; the first 20 are listed.
@@ -157,18 +247,16 @@ def prepare(data: "Data", renderer: Renderer, *, base_dir: Path, seed: int, prom
         raise DataError(
             f"evaluate.generate is {prompts}, but there is no validation data to answer; set data.validation"
         )
-    problems: list[Problem] = []
+    problems, results, total = Problems(), list[_Tokenised](), sum(map(len, opened))
     try:
-        results = [_tokenise(records, data, renderer, problems) for records in opened]
+        for records in opened:
+            before = sum(len(result.records) for result in results)
+            results.append(_tokenise(records, data, renderer, problems, partial(_tell_total, tell, before, total)))
     finally:
         sandbox.close()
-    if problems:
-        lines = [f"{records.where(index)}: {message}" for records, index, message in problems[:MAX_SHOWN]]
-        if len(problems) > MAX_SHOWN:
-            lines.append(f"and {len(problems) - MAX_SHOWN:,} more problems of {len(problems):,}")
-        raise DataError("\n".join(lines))
+    problems.refuse()
     for result in results:
-        if not result.kept:
+        if not len(result.kept):
             raise DataError(
                 f"{result.records.name}: all {len(result.records)} records are longer than data.sequence_length "
                 f"({data.sequence_length}); raise it"
@@ -192,49 +280,58 @@ def _open(data: "Data", base_dir: Path, seed: int) -> tuple[Records, ...]:
     return sources.split(train, data.validation, seed)
 
 
-def _tokenise(records: Records, data: "Data", renderer: Renderer, problems: list[Problem]) -> _Tokenised:
-    """Tokenise records, and append the problems of records to `problems`.
+def _tokenise(
+    records: Records, data: "Data", renderer: Renderer, problems: Problems, tell: Callable[[int], None]
+) -> _Tokenised:
+    """Tokenise records in child processes, and add the problems of records to `problems`.
+
+    The result does not depend on the number of children: it is put together in the order of the records.
+
+    Args:
+        records: The records.
+        data: The recipe's section.
+        renderer: Tokenizer, template and stop token.
+        problems: Gets the problems of records.
+        tell: Is called with the number of records that are done.
 
     Raises:
-        DataError: The columns match no format, or conversations have no chat template.
+        DataError: The columns match no format, conversations have no chat template, or the template exceeds a limit.
     """
     format = _format(records, data)
     if format in CONVERSATIONS:
         _ = renderer.chat_template  # if there is none, raise once and not for every record
-    read, limit = partial(to_example, format=format, columns=data.columns), data.sequence_length
-    kept: list[int] = []
-    examples: list[tuple[np.ndarray, np.ndarray]] = []  # arrays, because lists take ten times the memory
-    tallies = {"dropped": 0, "truncated": 0, "emptied": 0, "merged": 0}
-    for start in range(0, len(records), BATCH):
-        batch = [attempt(read, record) for record in records.read(start, start + BATCH)]
-        for index, example in enumerate(tokenize_all(batch, renderer), start):
-            if isinstance(example, DataError):
-                problems.append((records, index, str(example)))
-            elif len(example.ids) > limit and data.overlong == "error":
-                found = f"{len(example.ids):,} tokens are more than data.sequence_length ({limit:,})"
-                problems.append((records, index, f"{found}; raise it, or set data.overlong to drop or truncate"))
-            elif len(example.ids) > limit and data.overlong == "drop":
-                tallies["dropped"] += 1
-            elif not any(example.trained[:limit]):
-                tallies["emptied"] += 1
-            else:
-                kept.append(index)
-                examples.append((np.array(example.ids[:limit], np.int32), np.array(example.trained[:limit], np.bool_)))
-                tallies["truncated"] += len(example.ids) > limit
-                tallies["merged"] += example.merged
-    tokens = Tokens.of(examples)
-    labels, total = len(tokens.labels), len(tokens.ids)
+    folder, pace, tallies = spill_folder(), Pace(), dict.fromkeys(TALLIES, 0)
+    arrays = {name: Growing(dtype, folder) for name, dtype in ARRAYS.items()}
+    work = Tokenising(records, renderer, format, data.columns, data.sequence_length, data.overlong)
+    try:
+        with sandbox.Pool(work, children(len(records))) as pool:
+            for answer in pool.map(pace.ranges(len(records))):
+                piece = load(bytes(answer))
+                about = json.loads(piece.pop("about").tobytes())
+                for index, message in about["problems"]:
+                    problems.add(records, index, message)
+                for name in TALLIES:
+                    tallies[name] += about["tallies"].get(name, 0)
+                for name, array in piece.items():
+                    arrays[name].append(array)
+                pace.note(about["records"], about["tokens"])
+                tell(pace.records)
+    except sandbox.LostError as lost:
+        raise lost.error(records.where(json.loads(lost.request)[0] + lost.place)) from lost
+    lengths, hashes = arrays["lengths"].finish(), arrays["hashes"].finish()
+    tokens = Tokens(arrays["ids"].finish(), arrays["trained"].finish(), np.concatenate([[0], np.cumsum(lengths)]))
+    total, labels = len(tokens.ids), tallies.pop("labels")
     counts = Counts(
         format=format,
         examples=len(tokens),
         tokens=total,
         trained_tokens=labels,
         trained_share=round(labels / max(1, total), 4),
-        longest=int(max(tokens.lengths, default=0)),
-        duplicates=len(tokens) - len(_distinct(tokens)),
+        longest=int(lengths.max(initial=0)),
+        duplicates=len(hashes) - len(np.unique(hashes)),
         **tallies,
     )
-    return _Tokenised(records, tokens, kept, counts)
+    return _Tokenised(records, tokens, arrays["kept"].finish(), hashes, counts)
 
 
 def _format(records: Records, data: "Data") -> str:
@@ -247,19 +344,13 @@ def _format(records: Records, data: "Data") -> str:
         raise DataError(f"{records.name}: {error}") from error
 
 
-def _distinct(tokens: Tokens) -> set[bytes]:
-    """Return the hashes of the examples; duplicates count once."""
-    examples = (tokens.example(index) for index in range(len(tokens)))
-    return {hashlib.blake2b(ids.tobytes() + trained.tobytes()).digest() for ids, trained in examples}
-
-
 def _prompts(result: _Tokenised, data: "Data", renderer: Renderer, count: int) -> tuple[Prompt, ...]:
     if count and result.counts.format == "text":
         raise DataError(
             f"evaluate.generate is {count}, but {result.records.name} is plain text without prompts; set it to 0"
         )
     prompts = []
-    for index in result.kept[:count]:
+    for index in result.kept[:count].tolist():
         (record,) = result.records.read(index, index + 1)
         assert isinstance(record, dict)
         prompts.append(prompt(to_example(record, result.counts.format, data.columns), renderer))
@@ -278,7 +369,7 @@ def _notes(results: Sequence[_Tokenised], renderer: Renderer) -> list[str]:
             f"{merged} answers share their first token with the end of the prompt (usually a blank), so generation "
             "starts from other tokens than training; move the blank from the prompt to the answer"
         )
-    if len(results) > 1 and (shared := len(_distinct(results[0].tokens) & _distinct(results[1].tokens))):
+    if len(results) > 1 and (shared := len(np.intersect1d(results[0].hashes, results[1].hashes))):
         notes.append(f"{shared} validation examples are also in the training data, so their loss measures memorisation")
     template = renderer.template or renderer.tokenizer.chat_template
     if results[0].counts.format in CONVERSATIONS and isinstance(template, str) and "strftime_now" in template:

@@ -49,7 +49,7 @@ def check_tokenizer_fits(
             f"base.repo: its tokenizer has {tokenizer.vocab_size:,} tokens and the base only "
             f"{vocabulary_size:,} embeddings; use the tokenizer of this base"
         )
-    largest = int(used.ids.max()) if used is not None and len(used.ids) else 0
+    largest = used.largest if used is not None else 0
     if largest >= vocabulary_size:
         name = tokenizer.convert_ids_to_tokens(largest)
         raise BaseError(
@@ -78,7 +78,9 @@ def untrained_labels(tokens: Tokens, embedding: "np.ndarray | Tensor") -> list[i
 
     Source: the idea follows Land and Bartolo 2024, "Fishing for Magikarp".
     """
-    labels, counts = np.unique(tokens.labels, return_counts=True)
+    counts = tokens.label_counts()
+    labels = np.flatnonzero(counts)
+    counts = counts[labels]
     labels = labels[np.argsort(-counts, kind="stable")][:MAX_LABELS]
     rows = _rows(embedding)
     near = NEAR * _typical_distance(rows)

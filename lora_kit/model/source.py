@@ -4,12 +4,9 @@ No weights are loaded here. Files that transformers does not read, or that decid
 `generation_config.json`, weights in other formats), are neither downloaded nor hashed.
 """
 
-import hashlib
 import os
 import re
-import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +14,7 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from lora_kit.errors import BaseError
-from lora_kit.files import cache_folder, private_folder, sha256_of
+from lora_kit.files import remembered_sha256
 from lora_kit.model.weights import INDEX_ENDING, WEIGHTS, check_weights, read_json, weight_files
 from lora_kit.recipe.load import BUILTIN, resolve_path
 from lora_kit.recipe.schema import Base, Recipe
@@ -194,7 +191,7 @@ def reason_of(error: Exception, advice: str) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """Return a file's SHA-256, cached by path, size, modification time and inode, because a base is large.
+    """Return a file's SHA-256, remembered by path, size, times and inode, because a base is large.
 
     A file in this user's cache of the Hub whose name is its SHA-256 is not read.
     """
@@ -203,15 +200,4 @@ def file_hash(path: Path) -> str:
     own = Path(constants.HF_HUB_CACHE).resolve() in real.parents and stat.st_uid == os.getuid()
     if own and not stat.st_mode & 0o022 and re.fullmatch("blobs/[0-9a-f]{64}", f"{real.parent.name}/{real.name}"):
         return real.name
-    key = hashlib.sha256(repr((str(real), stat.st_size, stat.st_mtime_ns, stat.st_ino)).encode()).hexdigest()
-    digest = ""
-    try:
-        with private_folder(cache_folder("sha256")) as folder:
-            with suppress(FileNotFoundError), os.fdopen(folder.open(key), encoding="ascii", errors="replace") as kept:
-                digest = kept.read(65)
-            if not re.fullmatch("[0-9a-f]{64}", digest):
-                digest = sha256_of(real)
-                os.close(folder.write(key, digest.encode()))
-    except OSError as error:  # the cache is optional
-        warnings.warn(f"hashes of base files are not remembered: {error}", stacklevel=2)
-    return digest or sha256_of(real)
+    return remembered_sha256(real)

@@ -20,13 +20,14 @@ from typing import Any
 import psutil
 
 from lora_kit.errors import LoraKitError, Stopped
+from lora_kit.host import end_with_parent
 from lora_kit.runs.identity import ENDED, process_state
 from lora_kit.runs.lease import KEEPER, START_REQUESTED, Lease
 from lora_kit.runs.live import LEAST_TIMEOUT_SECONDS, TIMEOUT_FACTOR, Phase, Word
 from lora_kit.supervise import oom
 from lora_kit.supervise.keeper import POLL_SECONDS, Keeper
 from lora_kit.supervise.stopping import FORWARDED_SECONDS, STOP_SIGNALS, name_of, signals_to_hear
-from lora_kit.supervise.zygote import STORE, Zygote, end_with_parent
+from lora_kit.supervise.zygote import STORE, Zygote
 from lora_kit.views.console import Console, print_error
 
 STOPPED, FAILED = Stopped.exit_code, LoraKitError.exit_code
@@ -401,11 +402,15 @@ def _died(number: int) -> str:
 
 
 def _cpu_seconds(process: int) -> float:
-    try:
-        times = psutil.Process(process).cpu_times()
-    except psutil.NoSuchProcess:
-        return 0.0
-    return float(times.user + times.system)
+    """Return the CPU time of a process and of its children, which prepare the data."""
+    seconds = 0.0
+    with suppress(psutil.NoSuchProcess):
+        owner = psutil.Process(process)
+        for member in (owner, *owner.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                times = member.cpu_times()
+                seconds += times.user + times.system + times.children_user + times.children_system
+    return seconds
 
 
 def _suspended(process: int) -> bool:

@@ -6,7 +6,6 @@ message boundaries. It begins with the import of torch, which every run needs an
 keeper has read the recipe; the keeper's first message names the other modules.
 """
 
-import ctypes
 import gc
 import json
 import os
@@ -23,9 +22,9 @@ from importlib import import_module
 from typing import Any
 
 from lora_kit.errors import LaunchError, LoraKitError
+from lora_kit.host import end_with_parent
 from lora_kit.views.output import make_output_safe
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 MESSAGE_BYTES = 120_000  # Linux: an argument of exec is at most 131,072 bytes
 TRACE_CHARACTERS = 8000
 ERROR_CHARACTERS = 15_000
@@ -35,12 +34,6 @@ RANKS = re.compile(  # variables by which torch, accelerate and MPI libraries fi
     r"(LOCAL_|NODE_|GROUP_|ROLE_|CROSS_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|(TORCHELASTIC|OMPI|PMIX?|PMI2|MV2|I_MPI)_.*"
     rf"|MPI_LOCAL(RANKID|NRANKS)|{STORE}|SLURM_(PROCID|LOCALID|NODEID|NTASKS|NPROCS|STEP_.*)"
 )
-
-
-def end_with_parent(number: signal.Signals) -> None:
-    """Get this signal when the parent process ends, on Linux: an orphan would keep the GPU's memory."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 class Zygote:

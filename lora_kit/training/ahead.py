@@ -10,10 +10,10 @@ from contextlib import suppress
 
 from lora_kit.data import sources
 from lora_kit.data.plan import prepare_data
+from lora_kit.host import end_with_parent
 from lora_kit.model.source import Source
 from lora_kit.model.tokenizer import load_renderer
 from lora_kit.recipe.load import resolve_path
-from lora_kit.supervise.zygote import end_with_parent
 from lora_kit.training.request import TrainRequest
 
 

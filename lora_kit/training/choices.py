@@ -3,18 +3,15 @@
 Each choice can change bits, so it is made once for a run, kept in the manifest, and used again at every resume.
 """
 
-import os
 from collections.abc import Set
-from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from lora_kit.errors import BaseError
+from lora_kit.host import host_cores
 from lora_kit.kernels import fusing
 from lora_kit.kernels.attention import inner_of
 from lora_kit.kernels.cpu.allocator import LARGE, keep_freed_memory
@@ -74,15 +71,6 @@ def threads(source: Source, processes: Processes) -> int | None:
         return None
     share = min(processes.gather([host_cores()])) // processes.count
     return max(1, min(share, max(FEWEST_THREADS, source.weight_bytes // BYTES_PER_THREAD)))
-
-
-def host_cores() -> int:
-    """Return how many cores this process may use; the affinity mask and the CPU limit of a container count."""
-    cores = min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
-    with suppress(OSError, ValueError):  # no such limit
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, int(quota) // int(period)))
-    return cores
 
 
 def attention(

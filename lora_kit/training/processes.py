@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from lora_kit.kernels.cpu.buffers import pool
 from lora_kit.supervise.zygote import STORE
 
 T = TypeVar("T")
+COPIED_BYTES = 1 << 24  # of a file that are sent together
 RESULT, ERROR = b"=", b"!"  # the first byte of a message tells what follows
 
 CONTRADICTIONS = {  # settings of `accelerate launch`: the value that a recipe allows, and why
@@ -162,6 +163,14 @@ class Processes:
             content.copy_(torch.frombuffer(bytearray(message), dtype=torch.uint8))
         dist.broadcast(content, 0)
         return content.cpu().numpy().tobytes()
+
+    def copy_to_all(self, file: BinaryIO) -> None:
+        """Copy the main process' file in pieces to the empty files of the other processes."""
+        file.seek(0)
+        while piece := self.main_decides(lambda: file.read(COPIED_BYTES), bytes, bytes):
+            if not self.is_main:
+                file.write(piece)
+        file.flush()
 
     def gather(self, items: Sequence[T]) -> list[T]:
         """Return the items of all processes, in the order of the processes; they are values of JSON."""

@@ -12,8 +12,10 @@ Threads, packed or padded rows, micro-batches and kernels are chosen once for a 
 
 import hashlib
 import platform
+import tempfile
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import cast
@@ -23,7 +25,8 @@ from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
 from lora_kit.artifacts.locate import checkpoint_at
-from lora_kit.data.cache import pack, unpack
+from lora_kit.data import cache
+from lora_kit.data.arrays import spill_folder
 from lora_kit.data.plan import Plan, prepare_data
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.tokens import Prepared, check_context
@@ -113,11 +116,36 @@ def read_inputs(recipe: Recipe, processes: Processes, console: Console) -> Input
     )
     published_quantization(source.folder, recipe.base)  # raises before the data is read
     renderer = load_renderer(source, recipe)
-    console.tick("data: render and tokenise")
-    data = processes.main_decides(lambda: prepare_data(recipe, renderer), pack, unpack)
+    data = read_data(recipe, renderer, processes, console)
     found = environment(recipe, source, renderer, data, processes)
     processes.require_same(found.versions | found.computed_by)
     return Inputs(source, renderer, data, found)
+
+
+def read_data(recipe: Recipe, renderer: Renderer, processes: Processes, console: Console) -> Prepared:
+    """Return the data, which the main process prepares or finds in the cache.
+
+    The other processes map the same file of the cache. If they cannot, as on another machine, each gets a copy of it in
+    an unnamed file of its own.
+
+    Raises:
+        DataError: The data has problems.
+    """
+    activity = "data: render and tokenise"
+    console.tick(activity)
+
+    def decide() -> Prepared | None:
+        return prepare_data(recipe, renderer, partial(console.count, activity))
+
+    data = processes.main_decides(decide, cache.name_entry, cache.open_entry)
+    missing = processes.gather([data is None])
+    if data is not None and not any(missing):
+        return data
+    with tempfile.TemporaryFile(dir=spill_folder()) as file:
+        if processes.is_main and data is not None:
+            cache.save(file, data)
+        processes.copy_to_all(file)
+        return data or cache.load(file)
 
 
 def environment(

@@ -88,6 +88,8 @@ class Console:
             self._rich = rich_console(force_jupyter=False, force_terminal=False)
         self._live = not silent and self._rich.is_terminal
         self._progress: Progress | None = None
+        self._bar: Progress | None = None  # of an activity that counts
+        self._counting: tuple[str, float, int] | None = None  # the activity, when it began, and what was done then
         self._panel: notebook.Panel | None = None
         self._task: Any = None
         self._printed = 0.0
@@ -188,11 +190,52 @@ class Console:
             elif self._progress is not None:
                 self._progress.update(self._task, description=activity)
 
+    def count(self, activity: str, done: int, total: int) -> None:
+        """Show how much of an activity is done and how long the rest will take; nothing if it ends within a second.
+
+        The rest is assumed to go on as fast as everything since the first call.
+
+        Args:
+            activity: The activity, as for `tick`.
+            done: How many of its items are done.
+            total: How many there are.
+        """
+        now = time.monotonic()
+        if self._counting is None or self._counting[0] != activity:
+            self._counting = (activity, now, done)
+            return
+        _, began, before = self._counting
+        if done == total:
+            self._counting = None
+            if self._bar is not None:
+                self._bar.stop()
+                self._bar = None
+        elif self._live and now - began > 1:
+            if self._bar is None:
+                self._bar = Progress(
+                    TextColumn("{task.description}", markup=False),
+                    BarColumn(),
+                    MofNCompleteColumn(),
+                    TimeElapsedColumn(),
+                    TimeRemainingColumn(),
+                    console=self._rich,
+                    transient=True,
+                    speed_estimate_period=3600,
+                )
+                self._task = self._bar.add_task(activity, total=total, completed=before)
+                self._bar.start()
+            self._bar.update(self._task, completed=done)
+        elif not self._live and now - max(began, self._printed) > SECONDS_BETWEEN_LINES:
+            self._printed = now
+            left = (now - began) / max(1, done - before) * (total - done)
+            self.say(f"{activity} {done:,}/{total:,}, {left:,.0f} s left")
+
     def end(self) -> None:
         """Stop the progress display; its last state stays visible."""
         if self._panel is not None:
             self._panel.status("")
             self._panel = None
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        for progress in (self._progress, self._bar):
+            if progress is not None:
+                progress.stop()
+        self._progress = self._bar = None

@@ -1,0 +1,150 @@
+"""Tokenise ranges of a source's records in child processes.
+
+A child reads, converts, renders and tokenises a range on its own. Its answer is a few arrays, as the bytes of a
+safetensors file, which the parent appends to those of the ranges before.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from lora_kit.data.formats import to_example
+from lora_kit.data.rendering import Renderer
+from lora_kit.data.sources import Records
+from lora_kit.data.template import Tokenized, attempt, tokenize_all
+from lora_kit.errors import DataError
+from lora_kit.host import host_cores
+
+BATCH, FIRST_BATCH = 512, 32  # records of a range; of the first ranges, whose examples may be of any length
+BATCH_TOKENS = 1 << 20  # a range has about this many tokens at most, which limits the memory of children and parent
+WORTH_A_CHILD = 1024  # records; a fork takes as long as some hundred of them
+ARRAYS: dict[str, type[np.generic]] = {
+    "kept": np.int64,  # the index of the record of each example
+    "lengths": np.int64,  # the number of tokens of each example
+    "hashes": np.uint64,  # of each example's tokens and mask
+    "ids": np.int32,  # the token ids of all examples
+    "trained": np.bool_,  # whether each token is trained
+}
+"""The arrays of an answer and their types."""
+TALLIES = ("dropped", "truncated", "emptied", "merged", "labels")
+"""What is counted; `labels` are the trained tokens without the first token of each example."""
+
+
+def children(records: int) -> int:
+    """Return how many children tokenise so many records: one for few records, at most one per core."""
+    return max(1, min(host_cores(), records // WORTH_A_CHILD))
+
+
+@dataclass
+class Range:
+    """What a child has made of a range of records.
+
+    Attributes:
+        records: The number of records.
+        tokens: The number of tokens before any was dropped or cut.
+        problems: The index of each record that cannot be used, and what is wrong with it.
+        tallies: Counts by the names in TALLIES.
+        arrays: The arrays by the names in ARRAYS, as lists of numbers or, if they have an element per token, of bytes.
+    """
+
+    records: int
+    tokens: int = 0
+    problems: list[tuple[int, str]] = field(default_factory=list)
+    tallies: Counter[str] = field(default_factory=Counter)
+    arrays: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in ARRAYS})
+
+    def add(self, index: int, ids: Sequence[int], trained: Sequence[bool]) -> None:
+        """Add the example of record `index`."""
+        tokens, mask = np.array(ids, np.int32).tobytes(), bytes(trained)
+        digest = hashlib.blake2b(tokens + mask, digest_size=8).digest()
+        values = (index, len(ids), int.from_bytes(digest, "little"), tokens, mask)
+        for name, value in zip(ARRAYS, values, strict=True):
+            self.arrays[name].append(value)
+        self.tallies["labels"] += mask.count(1) - mask[0]
+
+    def dump(self) -> bytes:
+        """Return the range as the bytes of a safetensors file; `about` has everything but the arrays, as JSON."""
+        about = {name: value for name, value in vars(self).items() if name != "arrays"}
+        arrays = {"about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
+        for name, dtype in ARRAYS.items():
+            parts = self.arrays[name]
+            per_token = name in ("ids", "trained")
+            arrays[name] = np.frombuffer(b"".join(parts), dtype) if per_token else np.array(parts, dtype)
+        return save(arrays)
+
+
+@dataclass(frozen=True)
+class Tokenising:
+    """The work of a child.
+
+    Attributes:
+        records: The records of the source.
+        renderer: Tokenizer, template and stop token.
+        format: The format of the records.
+        columns: The recipe's `data.columns`.
+        sequence_length: The recipe's `data.sequence_length`.
+        overlong: The recipe's `data.overlong`.
+    """
+
+    records: Records
+    renderer: Renderer
+    format: str
+    columns: Mapping[str, str]
+    sequence_length: int
+    overlong: str
+
+    def __call__(self, request: bytes) -> list[bytes]:
+        """Tokenise the records [start, stop), which are the request as JSON."""
+        start, stop = json.loads(request)
+        read = partial(to_example, format=self.format, columns=self.columns)
+        examples = [attempt(read, record) for record in self.records.read(start, stop)]
+        result = Range(stop - start)
+        for index, example in enumerate(tokenize_all(examples, self.renderer), start):
+            if isinstance(example, DataError):
+                result.problems.append((index, str(example)))
+            else:
+                self._add(index, example, result)
+        return [result.dump()]
+
+    def _add(self, index: int, example: Tokenized, result: Range) -> None:
+        limit, length = self.sequence_length, len(example.ids)
+        result.tokens += length
+        if length > limit and self.overlong == "error":
+            found = f"{length:,} tokens are more than data.sequence_length ({limit:,})"
+            result.problems.append((index, f"{found}; raise it, or set data.overlong to drop or truncate"))
+        elif length > limit and self.overlong == "drop":
+            result.tallies["dropped"] += 1
+        elif not any(example.trained[:limit]):
+            result.tallies["emptied"] += 1
+        else:
+            result.add(index, example.ids[:limit], example.trained[:limit])
+            result.tallies["truncated"] += length > limit
+            result.tallies["merged"] += example.merged
+
+
+class Pace:
+    """Divides records into ranges of a suitable size, from the lengths seen so far. Results do not depend on it."""
+
+    def __init__(self) -> None:
+        self.records = self.tokens = 0  # that are done
+
+    def note(self, records: int, tokens: int) -> None:
+        """Note that so many more records with so many tokens are done."""
+        self.records += records
+        self.tokens += tokens
+
+    def ranges(self, count: int) -> Iterator[bytes]:
+        """Yield the requests for all of `count` records."""
+        start = 0
+        while start < count:
+            size = BATCH * BATCH_TOKENS // max(BATCH_TOKENS, BATCH * self.tokens // max(1, self.records))
+            stop = min(count, start + (max(1, size) if self.records else FIRST_BATCH))
+            yield json.dumps([start, stop]).encode()
+            start = stop

@@ -1,0 +1,212 @@
+"""Tokenising in several processes: the same bytes as in one, limits for each example, and nothing left behind."""
+
+import os
+import signal
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from conftest import TEMPLATE, make_records, make_tokenizer, write_jsonl
+from transformers import AutoTokenizer
+
+from lora_kit.data import arrays, sandbox, tokenising, tokens
+from lora_kit.data.rendering import Renderer
+from lora_kit.data.template import tokenize_all
+from lora_kit.data.tokens import prepare
+from lora_kit.errors import DataError
+from lora_kit.recipe.schema import Data
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.fixture(scope="module")
+def renderer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(folder)
+    return Renderer(AutoTokenizer.from_pretrained(folder))
+
+
+@pytest.fixture
+def make(renderer, tmp_path, monkeypatch):
+    """Return a function that prepares 60 records, in ranges of at most 7, in so many children."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(tokenising, "BATCH", 7)
+    monkeypatch.setattr(tokenising, "FIRST_BATCH", 3)
+    write_jsonl(tmp_path / "train.jsonl", make_records(60))
+
+    def function(children, template=None, tell=lambda *_: None, **data):
+        monkeypatch.setattr(tokens, "children", lambda records: children)
+        settings = {"train": "train.jsonl", "validation": 0.2} | data
+        made = Renderer(renderer.tokenizer, template)
+        return prepare(Data(**settings), made, base_dir=tmp_path, seed=0, tell=tell)
+
+    function.folder, function.renderer = tmp_path, renderer
+    return function
+
+
+def children_of_this():
+    return {process.pid for process in psutil.Process().children()}
+
+
+def test_any_number_of_children_makes_the_same_bytes(make):
+    one, two, three = (make(children, sequence_length=40, overlong="truncate") for children in (1, 2, 3))
+    assert one.train.fingerprint == two.train.fingerprint == three.train.fingerprint
+    assert (one.counts, one.notes) == (two.counts, two.notes) == (three.counts, three.notes)
+    assert one.validation.fingerprint == three.validation.fingerprint
+
+
+def test_the_tokens_are_those_of_each_example_alone(make):
+    from lora_kit.data import sources
+    from lora_kit.data.formats import to_example
+
+    made = make(3, validation=None).train
+    records = sources.load("train.jsonl", base_dir=make.folder).read(0, 60)
+    alone = [tokenize_all([to_example(record, "messages", {})], make.renderer)[0] for record in records]
+    assert [list(made.example(index)[0]) for index in range(60)] == [example.ids for example in alone]
+    assert [list(made.example(index)[1]) for index in range(60)] == [example.trained for example in alone]
+
+
+def test_large_arrays_lie_in_a_file_without_a_name(make, monkeypatch):
+    monkeypatch.setenv("LORA_KIT_CACHE", str(make.folder / "cache"))
+    expected = make(1)
+    monkeypatch.setattr(arrays, "SPILL_BYTES", 100)
+    made = make(2)
+    assert made.train.fingerprint == expected.train.fingerprint and made.counts == expected.counts
+    assert f"{make.folder}/cache/tokens/" in Path("/proc/self/maps").read_text()
+    assert not list((make.folder / "cache" / "tokens").iterdir())
+
+
+def test_progress_is_told_up_to_the_last_record(make):
+    told = []
+    make(2, tell=lambda *progress: told.append(progress))
+    assert told == sorted(told) and told[-1] == (60, 60) and len(told) > 8
+
+
+def test_problems_come_in_the_order_of_the_records_and_are_bounded(make):
+    records = make_records(60)
+    for index in range(5, 60, 2):
+        records[index]["messages"][-1]["role"] = "nobody"
+    write_jsonl(make.folder / "bad.jsonl", records)
+    messages = set()
+    for children in (1, 3):
+        with pytest.raises(DataError) as error:
+            make(children, train="bad.jsonl", validation=None)
+        messages.add(str(error.value))
+    (message,) = messages
+    lines = message.splitlines()
+    assert [line.split(": ")[0] for line in lines[:20]] == [f"bad.jsonl:{line}" for line in range(6, 46, 2)]
+    assert lines[20:] == ["and 8 more problems of 28"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "computes for more than 1 s",
+        ),
+        ("{{ 'x' * 70000000 }}", "writes more than 67,108,864 characters"),
+        ("{% set x = messages[0].content * 999999999 %}", "needs more than 1 GB of memory"),
+    ],
+    ids=["time", "output", "memory"],
+)
+def test_a_record_for_which_the_template_exceeds_a_limit_is_named(make, monkeypatch, spoil, problem):
+    monkeypatch.setattr(sandbox, "SECONDS", 1)
+    records, before = make_records(60), children_of_this()
+    records[37]["messages"][0]["content"] = "spoil"
+    write_jsonl(make.folder / "bad.jsonl", records)
+    template = "{% if messages[0].content == 'spoil' %}" + spoil + "{% endif %}" + TEMPLATE
+    with pytest.raises(DataError, match=rf"bad.jsonl:38: the chat template {problem} for one example; set data.temp"):
+        make(2, template, train="bad.jsonl", validation=None)
+    assert children_of_this() <= before
+
+
+def a_child(before):
+    return psutil.Process(min(children_of_this() - before))
+
+
+def test_the_work_of_a_killed_child_is_done_by_another(make):
+    expected, before, killed = make(1, validation=None), children_of_this(), []
+
+    def kill(done, total):
+        if not killed:
+            killed.append(a_child(before))
+            killed[0].kill()
+
+    made = make(2, tell=kill, validation=None)
+    assert killed and made.train.fingerprint == expected.train.fingerprint
+    assert children_of_this() <= before
+
+
+def test_a_record_that_kills_every_child_is_named(make, monkeypatch):
+    from lora_kit.data import template
+
+    render_all = template.render_all
+
+    def fatal(examples, renderer):
+        if any("spoil" in str(example) for example in examples):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return render_all(examples, renderer)
+
+    monkeypatch.setattr(template, "render_all", fatal)
+    records = make_records(60)
+    records[30]["messages"][0]["content"] = "spoil"
+    write_jsonl(make.folder / "bad.jsonl", records)
+    with pytest.raises(DataError, match=r"bad.jsonl:\d+: the chat template ended the process that renders it .SIGKILL"):
+        make(2, train="bad.jsonl", validation=None)
+
+
+def test_an_error_of_the_program_in_a_child_is_no_error_of_the_data(make, monkeypatch):
+    monkeypatch.setattr(tokenising, "tokenize_all", lambda *_: 1 / 0)
+    with pytest.raises(AssertionError, match="ZeroDivisionError"):
+        make(2)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interruption_leaves_no_process_and_no_file(make, monkeypatch, error):
+    monkeypatch.setenv("LORA_KIT_CACHE", str(make.folder / "cache"))
+    monkeypatch.setattr(arrays, "SPILL_BYTES", 100)
+    before = children_of_this()
+
+    def interrupt(done, total):
+        if done > 20:
+            raise error
+
+    with pytest.raises(error):
+        make(3, tell=interrupt)
+    assert children_of_this() <= before and not list((make.folder / "cache" / "tokens").iterdir())
+
+
+def test_children_end_with_their_parent(make):
+    before, pipe = children_of_this(), os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        make(2, tell=lambda *_: (os.write(pipe[1], b"%d " % a_child(set()).pid), os.kill(os.getpid(), signal.SIGKILL)))
+        os._exit(0)
+    child = psutil.Process(int(os.read(pipe[0], 100)))
+    os.waitpid(parent, 0)
+    child.wait(30)
+    assert children_of_this() <= before
+    for descriptor in pipe:
+        os.close(descriptor)
+
+
+def test_few_records_take_one_child_and_many_one_per_core(monkeypatch):
+    monkeypatch.setattr(tokenising, "host_cores", lambda: 8)
+    assert [tokenising.children(records) for records in (1, 2000, 3000, 10**6)] == [1, 1, 2, 8]
+
+
+def test_ranges_cover_all_records_and_shrink_for_long_examples():
+    pace = tokenising.Pace()
+    requests = []
+    for request in pace.ranges(2000):
+        start, stop = map(int, request.decode().strip("[]").split(","))
+        requests.append((start, stop))
+        pace.note(stop - start, (stop - start) * 10 * tokenising.BATCH_TOKENS)
+    assert requests[0][0] == 0 and requests[-1][1] == 2000
+    assert all(first[1] == second[0] for first, second in pairwise(requests))
+    assert np.diff(requests, axis=1).max() == tokenising.FIRST_BATCH and requests[5][1] - requests[5][0] == 1

@@ -14,7 +14,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.text import Text
 
 from lora_kit.artifacts.hub import push_notes
-from lora_kit.data.files import SUFFIXES
+from lora_kit.data.files import SUFFIXES, suffix_of
 from lora_kit.data.plan import Plan, prepare_data
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.tokens import Prepared, Tokens, check_context
@@ -314,7 +314,7 @@ def _is_hub_name(recipe: Recipe, source: str | float | None) -> bool:
         return False
     name = source.partition("[")[0]
     try:
-        return resolve_path(recipe, name) is None and Path(name).suffix not in SUFFIXES
+        return resolve_path(recipe, name) is None and suffix_of(name) not in SUFFIXES
     except RecipeError:
         return False
 

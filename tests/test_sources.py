@@ -15,13 +15,6 @@ from lora_kit.data.sources import HubName, load, parse_hub_name, split, validati
 from lora_kit.errors import DataError
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
 def texts(*words):
     return [{"text": word} for word in words]
 
@@ -78,7 +71,7 @@ def test_a_folder_is_its_files_in_order_of_name(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(texts("a", "b")))
     records = load(".", base_dir=tmp_path)
     assert words(records) == ["a", "b", "c", "d"]
-    assert [records.where(index) for index in (1, 3)] == ["./a.json, record 2", "./b.jsonl:2"]
+    assert [records.where(index) for index in (1, 3)] == ["./a.json:1, record 2", "./b.jsonl:2"]
     assert [record["text"] for record in records.read(1, 3)] == ["b", "c"]
 
 
@@ -108,21 +101,26 @@ def test_a_folder_s_test_data_is_not_trained_on(folder_of_splits, source, found)
 def test_a_word_inside_another_names_no_split(tmp_path, name):
     write_jsonl(tmp_path / f"{name}.jsonl", texts("a"))
     if name == "evaluate_it":
-        assert "found files for validation" in refusal(".", tmp_path)
+        assert "found files for test" in refusal(".", tmp_path)
     else:
         assert words(load(".", base_dir=tmp_path)) == ["a"]
 
 
 def test_a_folder_without_the_split_says_which_it_has(folder_of_splits):
     found = refusal("data[dev]", folder_of_splits)
-    assert found == "data[dev]: no file name contains the split dev; found files for validation, test, train"
+    assert found == (
+        "data[dev]: no file or folder name contains the split dev; found files for test, train, validation; "
+        "choose one of them"
+    )
 
 
 def test_a_folder_of_several_formats_or_none_is_refused(tmp_path):
-    assert refusal(".", tmp_path).startswith(".: the folder has no file of .json, .jsonl, .csv, .parquet")
+    assert refusal(".", tmp_path).startswith(".: the folder has no file of .json, .jsonl, .ndjson, .csv")
     write_jsonl(tmp_path / "a.jsonl", texts("a"))
     (tmp_path / "a.csv").write_text("text\na\n")
-    assert refusal(".", tmp_path) == ".: the folder has files of several formats (csv, json); name a single file"
+    assert refusal(".", tmp_path) == (
+        ".: the folder has files of several formats (csv: a.csv, json: a.jsonl); name a single file"
+    )
 
 
 def test_a_missing_file_suggests_a_similar_name(tmp_path):
@@ -135,7 +133,7 @@ def test_a_missing_file_suggests_a_similar_name(tmp_path):
 def test_a_source_without_records_is_refused(tmp_path, content):
     name = "a.csv" if content.startswith("text") else "a.json"
     (tmp_path / name).write_text(content)
-    assert refusal(name, tmp_path) == f"{name}: it contains no records"
+    assert refusal(name, tmp_path) == f"{name}: it contains no records; write at least one"
 
 
 def test_builtin_names_what_ships(tmp_path, monkeypatch):

@@ -121,6 +121,8 @@ def test_the_summary_counts(make):
         "emptied": 0,
         "duplicates": 1,
         "merged": 0,
+        "split": 0,
+        "bad": 0,
     }
     assert counts.tokens == len(made.train.ids) and counts.trained_tokens == len(made.train.labels)
     assert made.counts.validation is None and made.notes == ()

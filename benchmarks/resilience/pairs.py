@@ -69,7 +69,9 @@ def measure(folder: Path, *, pairs: int = 200, seed: int = 0) -> dict[str, Any]:
     """Return how many of so many pairs ran, and in how many there were two writers, or lost or repeated steps."""
     one_thread = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # a step takes milliseconds
     command = [sys.executable, __file__, str(pairs), str(seed), str(folder)]
-    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=one_thread).stdout)
+    found: dict[str, Any] = json.loads(
+        subprocess.run(command, check=True, stdout=subprocess.PIPE, env=one_thread).stdout
+    )
     return found
 
 

@@ -26,6 +26,8 @@ class Counts:
         emptied: Records left out because no trained token was left after the cut.
         duplicates: Examples with the same tokens as an earlier example; they are kept.
         merged: Examples whose first trained token also contains characters of the prompt.
+        split: Texts cut into several examples.
+        bad: Records left out because they cannot be read, do not fit the format or cannot be rendered.
     """
 
     format: str
@@ -39,6 +41,8 @@ class Counts:
     emptied: Count
     duplicates: Count
     merged: Count
+    split: Count = 0
+    bad: Count = 0
 
 
 @dataclass(frozen=True)

@@ -1,261 +1,204 @@
-"""Read the rows of a data file (JSON, JSONL, CSV or Parquet) with `datasets`.
+"""Open a data file: find out what it is by its content and suffix, decompress it, and index its records.
 
-Values are not converted. Lines of JSONL are kept as text and parsed when they are read, because inferring column types
-for a whole file changes data: a column of dates becomes datetimes, and a single odd record can alter thousands of
-other records (datasets 5.2). CSV fields stay strings for the same reason.
+The values of JSON Lines, JSON and CSV keep exactly what the file says: no reader infers the types of columns, which
+changes data (a column of dates becomes datetimes, and a single odd record can alter thousands of other records).
 """
 
 import codecs
-import csv
-import glob
-import json
+import os
+import shutil
+import stat
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Protocol
 
-import numpy as np
-
-from lora_kit.data.messages import kind
+from lora_kit.data import tables, text_files
 from lora_kit.errors import DataError
-from lora_kit.files import sha256_of
 
-SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+SUFFIXES = {
+    **dict.fromkeys((".json", ".jsonl", ".ndjson"), "json"),
+    **{".csv": "csv", ".tsv": "csv", ".txt": "text", ".parquet": "parquet", ".arrow": "arrow"},
+}
+COMPRESSED = (".gz", ".zst", ".bz2")  # suffixes that may follow these
+CODECS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}  # by the first bytes of a file
+TABLES = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow"}
+OTHERS = (  # the first bytes of files that are not read, and what to do
+    (b"PK\x03\x04", "is a zip archive or an Excel table; unpack it, or save it as CSV"),
+    (b"\xfd7zXZ", "is compressed by xz; decompress it with `xz -d`"),
+    (b"7z\xbc\xaf", "is a 7z archive; unpack it"),
+    (b"SQLite format 3", "is a SQLite database; export the table as CSV"),
+    (b"%PDF", "is a PDF; extract its text"),
+    (b"\x80\x02", "is a pickle, which could run code; write JSON Lines or Parquet instead"),
+    (b"\x80\x04", "is a pickle, which could run code; write JSON Lines or Parquet instead"),
+    (b"version https://git-lfs", "is a pointer of Git LFS, without the data; fetch it with `git lfs pull`"),
+    (b"<!DOCTYPE", "is a web page; download the file itself (on the Hub, its /resolve/ address)"),
+    (b"<!doctype", "is a web page; download the file itself (on the Hub, its /resolve/ address)"),
+    (b"<html", "is a web page; download the file itself (on the Hub, its /resolve/ address)"),
+)
+TEXT_BYTES = 10_000_000  # of a chat template
+HEAD_BYTES = 4096  # the beginning of a file that tells its format
+BYTE_ORDER_MARKS = (  # the mark of UTF-32 begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 Record = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Part:
-    """The rows of a file, or of a split on the Hub.
+class Part(Protocol):
+    """The records of a file, or of a split on the Hub, read by their number."""
 
-    Attributes:
-        label: Its name in error messages.
-        path: The file; None for a split on the Hub.
-        format: "jsonl", "json", "csv", "parquet" or "hub".
-        rows: A `datasets.Dataset`, the list in a JSON file, or an empty list for a CSV file with only a header.
-    """
+    @property
+    def label(self) -> str:
+        """Its name in messages."""
 
-    label: str
-    path: Path | None
-    format: str
-    rows: Any
-
-    def numbers(self) -> np.ndarray:
-        """Return the indices of the rows that contain a record, that is, of all rows except blank lines."""
-        if self.format != "jsonl":
-            return np.arange(len(self.rows))
-        import pyarrow.compute
-
-        blank = pyarrow.compute.equal(pyarrow.compute.utf8_trim_whitespace(self.rows.data.column("text")), "")
-        return np.flatnonzero(~blank.to_numpy())
+    def __len__(self) -> int: ...
 
     def read(self, numbers: Sequence[int]) -> list[Record | DataError]:
-        """Return the record in each of these rows, or the error if it cannot be read."""
-        if self.format == "json":
-            return [_object(self.rows[number]) for number in numbers]
-        columns = self.rows[list(numbers)]
-        if self.format == "jsonl":
-            return [_parse(line) for line in columns["text"]]
-        rows = zip(*columns.values(), strict=True)
-        return [_without_nulls(dict(zip(columns, values, strict=True))) for values in rows]
+        """Return the record of each of these ascending numbers, or the error if it cannot be read."""
 
     def where(self, number: int) -> str:
-        """Return the place of a row for messages: file and line, or file and record number if the file has no lines."""
-        if self.format == "jsonl":
-            return f"{self.label}:{number + 1}"
-        if self.format == "csv" and self.path is not None:
-            rows = _csv_rows(self.path)
-            if number < len(rows):
-                return f"{self.label}:{rows[number][0]}"
-        return f"{self.label}, record {number + 1}"
+        """Return the place of a record for messages: file and line, or file and number if the file has no lines."""
 
 
-def open_file(path: Path, label: str) -> Part:
+def suffix_of(path: str | Path) -> str:
+    """Return a file's suffix in lower case, without that of its compression, e.g. `.jsonl` for `A.JSONL.gz`."""
+    return _decompressed_name(path).suffix.lower()
+
+
+def stem_of(path: Path) -> str:
+    """Return a file's name without its suffixes, e.g. `a.train` for `a.train.jsonl.gz`."""
+    return _decompressed_name(path).stem
+
+
+def _decompressed_name(path: str | Path) -> Path:
+    return Path(path).with_suffix("") if Path(path).suffix.lower() in COMPRESSED else Path(path)
+
+
+def open_file(path: Path, label: str, *, documents: bool = False) -> Part:
     """Open a data file.
 
     Args:
-        path: The file. Its suffix gives the format, but .json and .jsonl may each contain either format.
-        label: Its name in error messages.
+        path: The file. The suffix gives its format, except where the content is plainly another.
+        label: Its name in messages.
+        documents: Whether a .txt file is a single record; otherwise each of its lines is.
 
     Raises:
-        DataError: The file is empty, not UTF-8, or not of the format of its suffix.
+        DataError: The file cannot be read, is empty, not UTF-8, or not of the format of its suffix.
     """
-    if path.suffix not in SUFFIXES:
-        found = f"has the suffix {path.suffix!r}" if path.suffix else "has no suffix"
-        raise DataError(f"{label}: the file {found}; expected one of {', '.join(SUFFIXES)}")
-    if not path.stat().st_size:
-        raise DataError(f"{label}: the file is empty")
-    if SUFFIXES[path.suffix] == "parquet":
-        return Part(label, path, "parquet", _read("parquet", path, label))
-    _check_utf8(path, label)
-    if SUFFIXES[path.suffix] == "csv":
-        return Part(label, path, "csv", _open_csv(path, label))
-    values = _json_list(path, label)
-    if values is not None:
-        return Part(label, path, "json", values)
-    return Part(label, path, "jsonl", _read("text", path, label))
+    suffix = suffix_of(path)
+    if suffix not in SUFFIXES:
+        found = f"has the suffix {suffix!r}" if suffix else "has no suffix"
+        raise DataError(f"{label}: the file {found}; expected one of {', '.join(SUFFIXES)}, also with .gz or .zst")
+    file = open_regular(path, label)
+    head = os.pread(file.fileno(), HEAD_BYTES, 0)
+    if codec := _match(CODECS, head):
+        file = _decompressed(file, codec, label)
+        head = os.pread(file.fileno(), HEAD_BYTES, 0)
+    if not head:
+        raise DataError(f"{label}: the file is empty; write it again, or remove it")
+    return _open(file, head, suffix, label, documents=documents)
 
 
-def _read(builder: str, path: Path, label: str, **options: Any) -> Any:
-    """Read a file with a builder of `datasets`, e.g. "csv".
+def open_regular(path: Path, label: str) -> BinaryIO:
+    """Open a regular file. Another kind is refused: a FIFO would block, and can be read only once.
 
-    `datasets` caches files by path and modification time, and would return old rows after an edit that keeps the time
-    (rsync, tar, a coarse clock). The hash of the content, given as the name of the configuration, prevents that.
+    Raises:
+        DataError: The file cannot be opened, or is not a regular file.
     """
-    load = partial(load_rows, label, builder, sha256_of(path), data_files=[glob.escape(str(path))], split="train")
     try:
-        return load(**options)
-    except DataError as error:
-        cause = error.__cause__
-        if not isinstance(cause, OSError) and not (cause and isinstance(cause.__cause__, OSError)):
-            raise
-    # its cache cannot be written; what it keeps there is mapped into memory, so its name is not needed any longer
-    with tempfile.TemporaryDirectory(prefix="lora_kit-") as folder:
-        return load(cache_dir=folder, **options)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise DataError(f"{label}: cannot be opened: {error.strerror}; check the file and its permissions") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DataError(f"{label}: not a regular file (perhaps a pipe); write the records to a file first")
+    return os.fdopen(descriptor, "rb", buffering=1 << 20)
 
 
-def load_rows(label: str, *arguments: Any, **options: Any) -> Any:
-    """Call `datasets.load_dataset`, with its progress bars and log messages switched off.
+def read_text(path: Path, label: str) -> str:
+    """Return the content of a small text file, e.g. a chat template, without a byte order mark.
+
+    Raises:
+        DataError: The file cannot be read, is empty, too large, or not UTF-8.
+    """
+    with open_regular(path, label) as file:
+        raw = file.read(TEXT_BYTES + 1)
+    if not raw.strip() or len(raw) > TEXT_BYTES:
+        found = "is empty; write it again, or remove data.template" if len(raw) <= TEXT_BYTES else "is too large"
+        raise DataError(f"{label}: the file {found}")
+    start = text_start(raw[:HEAD_BYTES], label)
+    for number, line in enumerate(raw[start:].split(b"\n"), 1):
+        if isinstance(problem := text_files.decode(line), DataError):
+            raise DataError(f"{label}:{number}: {problem}")
+    return raw[start:].decode().replace("\r\n", "\n").replace("\r", "\n")
+
+
+def text_start(head: bytes, label: str) -> int:
+    """Return where the text of a file begins, after a byte order mark of UTF-8.
 
     Args:
-        label: The name of the source in the error message.
-        arguments: Positional arguments of `load_dataset`.
-        options: Keyword arguments of `load_dataset`.
+        head: The first bytes of the file.
+        label: Its name in messages.
 
     Raises:
-        DataError: `load_dataset` raised an error.
+        DataError: The file is UTF-16, UTF-32, or of a kind that is no text.
     """
-    import datasets
-
-    datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity_error()
-    try:
-        return datasets.load_dataset(*arguments, **options)
-    except Exception as error:  # readers of many kinds are called here, each with its own errors
-        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"{label}: cannot be read: {reason[0]}") from error
-
-
-def _check_utf8(path: Path, label: str) -> None:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    lines = 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            try:
-                decoder.decode(chunk)
-            except UnicodeDecodeError as error:
-                line = lines + error.object[: error.start].count(b"\n") + 1
-                utf16 = lines == 0 and error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-                guess = "utf-16" if utf16 else "windows-1252"
-                raise DataError(
-                    f"{label}:{line}: byte 0x{error.object[error.start]:02x} is not UTF-8, maybe {guess}; "
-                    f"convert the file: `iconv -f {guess} -t utf-8 {path.name} > utf8-{path.name}`"
-                ) from error
-            lines += chunk.count(b"\n")
+    for magic, found in OTHERS:
+        if head.startswith(magic):
+            raise DataError(f"{label}: the file {found}")
+    if head[257:262] == b"ustar":
+        raise DataError(f"{label}: the file is a tar archive; unpack it")
+    for mark, name in BYTE_ORDER_MARKS:
+        if head.startswith(mark):
+            raise DataError(f"{label}:1: {text_files.not_utf8(head[0], name)}")
+    zeros = head[:64].count(0)
+    if zeros > len(head[:64]) / 4:  # without a mark, half or three quarters of the bytes of Latin text are zeros
+        name = f"utf-{32 if zeros > len(head[:64]) * 0.6 else 16}{'le' if head[0] else 'be'}"
+        raise DataError(f"{label}:1: {text_files.not_utf8(0, name)}")
+    return len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
 
 
-def _json_list(path: Path, label: str) -> list[Any] | None:
-    """Return the list in a JSON file, or None if the file is JSONL.
+def _open(file: BinaryIO, head: bytes, suffix: str, label: str, *, documents: bool) -> Part:
+    """Index an open file of a format."""
+    format = _match(TABLES, head) or SUFFIXES[suffix]
+    if format == "parquet":
+        return tables.open_parquet(label, file)
+    if format == "arrow":
+        return tables.open_arrow(label, file)
+    start = text_start(head, label)
+    if format == "json" or text_files.has_objects(file, start):
+        return text_files.open_json(label, file, start)
+    if format == "csv":
+        return text_files.open_csv(label, file, start, tabs=suffix == ".tsv")
+    if documents:
+        return text_files.open_document(label, file, start)
+    return text_files.open_lines(label, file, start, text_files.parse_line)
+
+
+def _match(magic: dict[bytes, str], head: bytes) -> str | None:
+    return next((name for first, name in magic.items() if head.startswith(first)), None)
+
+
+def _decompressed(file: BinaryIO, codec: str, label: str) -> BinaryIO:
+    """Return a temporary file with the decompressed content; it has no name and ends with the process.
 
     Raises:
-        DataError: The file contains a single object, or begins like a list and is not JSON.
+        DataError: The file is damaged or cut off, or the disk is full.
     """
-    with path.open(encoding="utf-8-sig") as file:
-        first = next((line.strip() for line in file if line.strip()), "")
-    is_object = first.startswith("{")
-    if not (is_object or first.startswith("[")) or (is_object and isinstance(_parse(first), dict)):
-        return None
+    import pyarrow
+
+    copy = tempfile.TemporaryFile()  # noqa: SIM115  (returned open)
     try:
-        value = _loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        if is_object:  # JSONL with a wrong line, which will be reported by its number
-            return None
-        raise DataError(f"{label}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from error
-    if isinstance(value, dict):
-        keys = list(value)
-        found = ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")
+        with pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), codec) as stream:
+            shutil.copyfileobj(stream, copy, 1 << 22)
+        copy.flush()
+    except (OSError, pyarrow.ArrowException) as error:
         raise DataError(
-            f"{label}: the file is one object ({found}); expected a list of records, or one record per line"
-        )
-    return list(value)
-
-
-def _parse(line: str) -> Record | DataError:
-    try:
-        return _object(_loads(line.lstrip("\ufeff")))
-    except json.JSONDecodeError as error:
-        return DataError(f"not JSON: {error.msg} (column {error.colno}): {line[:60]!r}")
-
-
-def _loads(text: str) -> Any:
-    """Return the value of a JSON text.
-
-    Raises:
-        json.JSONDecodeError: The text is not JSON, is nested too deeply, or has half of a surrogate pair, which no
-            tokenizer takes.
-    """
-    try:
-        value = json.loads(text)
-        if "\\ud" in text or "\\uD" in text:
-            json.dumps(value, ensure_ascii=False).encode()
-    except RecursionError:
-        raise json.JSONDecodeError("nested too deeply", text, 0) from None
-    except UnicodeEncodeError as error:
-        raise json.JSONDecodeError(f"{error.object[error.start]!a} is no character", text, 0) from None
-    return value
-
-
-def _object(value: Any) -> Record | DataError:
-    return value if isinstance(value, dict) else DataError(f"the record is {kind(value)}; expected an object")
-
-
-def _without_nulls(value: Any) -> Any:
-    """Remove null fields: a typed table has them for every field that only other records have."""
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def _open_csv(path: Path, label: str) -> Any:
-    """Return the rows of a CSV file, all values as strings.
-
-    Raises:
-        DataError: The header has an empty or repeated name, or a row has more fields than the header.
-    """
-    import datasets
-
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file)
-        header, has_rows = next(rows, []), any(rows)
-    if len(set(header)) < len(header) or not all(header):
-        raise DataError(f"{label}:1: the header has an empty or repeated name: {', '.join(header)}")
-    if not has_rows:  # the reader of datasets refuses a file with only a header
-        return []
-    strings = datasets.Features(dict.fromkeys(header, datasets.Value("string")))
-    try:
-        return _read("csv", path, label, features=strings, keep_default_na=False)
-    except DataError as error:
-        problems = [
-            f"{label}:{line}: {len(row)} fields, the header has {len(header)}; quote fields that contain commas"
-            for line, row in _csv_rows(path)
-            if len(row) > len(header)
-        ]
-        raise DataError("\n".join(problems[:20]) or str(error)) from error
-
-
-def _csv_rows(path: Path) -> list[tuple[int, list[str]]]:
-    """Return each row after the header with the number of its first line."""
-    rows, line = [], 1
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file)
-        try:
-            for row in reader:
-                if row:
-                    rows.append((line, row))
-                line = reader.line_num + 1
-        except csv.Error:  # a field longer than the csv module allows; the rows before it are still right
-            return rows[1:]
-    return rows[1:]
+            f"{label}: cannot be decompressed ({codec}): {error}; the file is damaged or cut off, or the disk of "
+            f"{tempfile.gettempdir()} is full: copy it again, or set TMPDIR"
+        ) from error
+    return copy

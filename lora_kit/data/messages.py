@@ -5,16 +5,18 @@ arguments}} with an object as arguments, and tool schemas as {type, function}. C
 else is an error that names its place in the record.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_kit.data.strict_json import loads, unwritable
 from lora_kit.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 WEIGHTS = ("weight", "loss_weight")  # keys of a message: 1 trains an assistant message, 0 makes it context only
+
+VALUES = ("default", "const", "enum", "examples")  # keywords of JSON Schema that may have null as a value
 
 Labelled = tuple[str, Any]
 """The name of a value for error messages, e.g. `messages[2]`, and the value."""
@@ -145,6 +147,8 @@ def _tool_call(call: Any, label: str) -> dict[str, Any]:
         arguments = parsed(arguments, f"{label}.function.arguments", "an object")
     if not isinstance(arguments, Mapping | None):
         raise DataError(f"{label}.function.arguments is {kind(arguments)}; expected an object")
+    if found := unwritable(arguments, f"{label}.function.arguments"):
+        raise DataError(found)
     identity = {"id": call["id"]} if call.get("id") is not None else {}
     return identity | {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
 
@@ -153,11 +157,67 @@ def _tools(value: Any) -> tuple[dict[str, Any], ...] | None:
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     tools = parsed(value, "tools", "a list of tool schemas") if isinstance(value, str) else value
+    if found := unwritable(tools, "tools"):
+        raise DataError(found)
+    tools = without_padding(tools)
     checked = []
     for label, tool in labelled(tools, "tools"):
         _function(tool, label, "parameters")
         checked.append(dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)})
     return tuple(checked) or None
+
+
+def without_padding(schema: Any) -> Any:
+    """Remove the nulls that a typed table put into tool schemas, where it has a field that another schema has.
+
+    JSON Schema has null only as a value in `default`, `const`, `enum` and `examples`. A null in `default` or `const`
+    stays, unless there are nulls elsewhere, which only a table can have put there.
+    """
+    return _without_nulls(schema, at_property=False) if _is_padded(schema, at_property=False) else schema
+
+
+def _is_padded(schema: Any, *, at_property: bool) -> bool:
+    if isinstance(schema, list):
+        return any(_is_padded(item, at_property=False) for item in schema if item is not None)
+    if not isinstance(schema, Mapping):
+        return schema is None
+    if not at_property and None in (schema.get("enum", ...), schema.get("examples", ...)):  # these are lists
+        return True
+    parts = ((key, value) for key, value in schema.items() if at_property or key not in VALUES)
+    return any(_is_padded(value, at_property=not at_property and key == "properties") for key, value in parts)
+
+
+def _without_nulls(schema: Any, *, at_property: bool) -> Any:
+    if isinstance(schema, list):
+        return [_without_nulls(item, at_property=False) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    parts = {key: value for key, value in schema.items() if value is not None}
+    return {
+        key: value
+        if not at_property and key in VALUES
+        else _without_nulls(value, at_property=not at_property and key == "properties")
+        for key, value in parts.items()
+    }
+
+
+def unknown_nulls(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> list[str]:
+    """Return the arguments of calls that are null and that the schema of the called tool lacks, e.g. `w.ticker`.
+
+    A typed table writes such nulls when it is saved as JSON, and a model would learn to write them.
+    """
+    known: dict[str, Any] = {}
+    for tool in tools or ():
+        parameters = tool["function"].get("parameters")
+        properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
+        known[tool["function"]["name"]] = properties if isinstance(properties, Mapping) else {}
+    functions = [call["function"] for message in messages for call in message.get("tool_calls", ())]
+    return [
+        f"{function['name']}.{key}"
+        for function in functions
+        for key, value in function["arguments"].items()
+        if value is None and key not in known.get(function["name"], {key: None})
+    ]
 
 
 def _function(value: Any, label: str, other: str) -> Mapping[str, Any]:
@@ -184,9 +244,9 @@ def parsed(text: str, label: str, expected: str) -> Any:
         DataError: The text is not JSON.
     """
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{label} is not JSON ({error}): {text[:60]!r}; expected {expected}") from error
+        return loads(text)
+    except DataError as error:
+        raise DataError(f"{label}, expected to hold {expected} as JSON: {error}") from error
 
 
 def labelled(values: Any, name: str) -> list[Labelled]:

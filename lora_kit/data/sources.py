@@ -5,22 +5,31 @@ records held out for validation are a function of (seed, number of records), so 
 """
 
 import difflib
+import json
+import os
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_kit.data.files import SUFFIXES, Part, Record, load_rows, open_file
+from lora_kit.data.files import SUFFIXES, Part, Record, open_file, stem_of, suffix_of
 from lora_kit.data.order import permute
+from lora_kit.data.tables import TablePart, hub_part
 from lora_kit.errors import DataError
 from lora_kit.randomness import mix
 
 ASSETS = Path(__file__).parents[1] / "assets"
 ENDINGS = "ing|ate|ation|uate|uation"
 SPLIT_IN_NAME = re.compile(rf"(?<![a-z])(train|valid|val|dev|eval|test)(?:{ENDINGS})?(?![a-z])")
-SPLITS = {"train": "train", "test": "test"}  # all other words mean validation
+SPLITS = {"train": "train", "test": "test", "eval": "test"}  # all other words mean validation; as `datasets` does
+SHARD = re.compile(r"(?:(?P<name>.+)-)?(?P<number>\d{5})-of-(?P<count>\d{5})(?:-[0-9a-f]{8,})?")
+SAVED = "state.json"  # the file in a folder of `Dataset.save_to_disk` that lists the others
+NO_DATA = re.compile(  # files beside the data that hold no records, in lower case
+    r"(config|dataset_infos?|dataset_dict|metadata|package|state)\.json|(readme|licen[cs]e|notice|requirements)\.txt"
+)
 COLUMN_SAMPLE = 1000  # the number of records whose keys make the column names
 
 
@@ -40,8 +49,8 @@ class Records:
     Attributes:
         name: The source as written in the recipe.
         parts: The files of the source.
-        rows: For each record the index of its row, counted over all parts; ascending. Blank lines, and records that are
-            not selected (e.g. held out), have no entry.
+        rows: For each record its number, counted over all parts; ascending. Records that are not selected (e.g. held
+            out) have no entry.
     """
 
     name: str
@@ -78,30 +87,33 @@ class Records:
     def _locate(self, row: int) -> tuple[Part, int]:
         """Return the part that contains a row, and the index of the row inside the part."""
         for part in self.parts:
-            if row < len(part.rows):
+            if row < len(part):
                 return part, row
-            row -= len(part.rows)
+            row -= len(part)
         raise IndexError(f"{self.name}: the row is after the last row")
 
 
-def load(source: str, *, base_dir: Path, max_examples: int | None = None) -> Records:
+def load(source: str, *, base_dir: Path, max_examples: int | None = None, documents: bool = False) -> Records:
     """Open a source.
 
     Args:
         source: A file, a folder, `folder[split]`, `builtin:NAME`, or a Hub dataset `name:config@revision[split]`.
         base_dir: The folder where relative paths start.
         max_examples: Keep only the first N records; None keeps all.
+        documents: Whether a .txt file is a single record; otherwise each of its lines is.
 
     Raises:
         DataError: The source does not exist, cannot be read, or is empty.
     """
     found = files(source, base_dir)
-    parts = [_from_hub(source)] if found is None else [open_file(path, label) for label, path in found.items()]
-    before = np.cumsum([0, *(len(part.rows) for part in parts)])
-    numbers = [start + part.numbers() for start, part in zip(before, parts, strict=False)]
-    rows = np.concatenate(numbers)[:max_examples]
+    parts: list[Part] = (
+        [_from_hub(source)]
+        if found is None
+        else [open_file(path, label, documents=documents) for label, path in found.items()]
+    )
+    rows = np.arange(sum(map(len, parts)))[:max_examples]
     if not len(rows):
-        raise DataError(f"{source}: it contains no records")
+        raise DataError(f"{source}: it contains no records; write at least one")
     return Records(source, tuple(parts), rows)
 
 
@@ -109,18 +121,17 @@ def files(source: str, base_dir: Path) -> dict[str, Path] | None:
     """Return the files of a source by their names in messages, in the order of reading; None for a Hub dataset.
 
     Raises:
-        DataError: The source does not exist or is not a regular file, or it is a folder without data files or with
-            files of several formats.
+        DataError: The source does not exist, or is a folder without data files or with files of several formats.
     """
     path, split_name = _local(source, base_dir)
     if path is None:
         return None
-    if not path.is_dir():
-        if not path.is_file():
-            raise DataError(f"{source}: not a regular file; data is read more than once, so write it to a file first")
-        return {source: path}
-    folder = source.partition("[")[0].rstrip("/")
-    return {f"{folder}/{file.relative_to(path)}": file for file in _files_of(path, source, split_name)}
+    if path.is_dir():
+        folder = source.removesuffix(f"[{split_name}]").rstrip("/")
+        return {f"{folder}/{file.relative_to(path)}": file for file in _files_of(path, source, split_name)}
+    if not path.is_file():
+        raise DataError(f"{source}: not a regular file (perhaps a pipe); write the records to a file first")
+    return {source: path}
 
 
 def split(records: Records, fraction: float, seed: int) -> tuple[Records, Records]:
@@ -170,12 +181,14 @@ def _local(source: str, base_dir: Path) -> tuple[Path | None, str | None]:
         path = base_dir / Path(text).expanduser()
         if path.exists():
             return path, chosen
-    is_path = path.suffix in SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") > 1
+    is_path = suffix_of(path) in SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") > 1
     if not is_path and parse_hub_name(source):
         return None, None
     siblings = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
     similar = difflib.get_close_matches(path.name, siblings)
     hint = f"did you mean {similar[0]}?" if similar else "relative paths start in the recipe's folder"
+    if re.search(r"[*?{]", path.name):
+        hint = "patterns are not expanded, so name the folder to read all files in it"
     raise DataError(f"{source}: {path} does not exist; {hint}")
 
 
@@ -183,42 +196,145 @@ def _builtin(name: str) -> Path:
     for path in (ASSETS / name, *(ASSETS / f"{name}{suffix}" for suffix in SUFFIXES)):
         if name and path.exists():
             return path
-    known = sorted(path.name for path in ASSETS.glob("*") if path.suffix in SUFFIXES or path.is_dir())
+    known = sorted(path.name for path in ASSETS.glob("*") if suffix_of(path) in SUFFIXES or path.is_dir())
     raise DataError(f"builtin:{name}: not shipped with lora_kit; choose one of {', '.join(known) or 'none'}")
+
+
+class DataFile(NamedTuple):
+    """A data file in a folder.
+
+    Attributes:
+        path: The file.
+        split: train, validation or test by the words in its path, of which those of folders count first.
+        exact: The split as shards (`NAME-00000-of-00002`) or saved datasets name it, e.g. `train_sft`; else None.
+    """
+
+    path: Path
+    split: str
+    exact: str | None
 
 
 def _files_of(folder: Path, source: str, split_name: str | None) -> list[Path]:
     """Return the data files of a split in a folder, sorted by name.
 
-    A file belongs to validation or test if its name contains a word such as valid, dev or test, otherwise to train.
+    A file belongs to validation or test if a folder in its path, or else its name, contains a word such as valid, dev
+    or test, otherwise to train.
 
     Raises:
-        DataError: The folder has no data file, files of several formats, or no file of the split.
+        DataError: The folder has no data file, files of several formats, no file of the split, or lacks a shard.
     """
-    files = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
-    formats = sorted({SUFFIXES[path.suffix] for path in files})
-    if len(formats) != 1:
-        found = f"files of several formats ({', '.join(formats)})" if formats else f"no file of {', '.join(SUFFIXES)}"
-        raise DataError(f"{source}: the folder has {found}; name a single file")
-    groups: dict[str, list[Path]] = {}
-    for path in files:
-        word = SPLIT_IN_NAME.search(path.stem.lower())
-        groups.setdefault(SPLITS.get(word[1], "validation") if word else "train", []).append(path)
-    chosen = split_name or "train"
-    if chosen not in groups:
-        raise DataError(f"{source}: no file name contains the split {chosen}; found files for {', '.join(groups)}")
-    return groups[chosen]
+    files = [_in_split(path, folder) for path in _walk(folder, source)]
+    if not files:
+        raise DataError(f"{source}: the folder has no file of {', '.join(SUFFIXES)}; name a single file")
+    wanted = split_name or "train"
+    by_word = [file for file in files if file.split == wanted]
+    exact = [file for file in files if file.exact == wanted]
+    chosen = sorted({*exact, *(file for file in by_word if file.exact is None)}) if exact else by_word
+    names = sorted({file.exact or file.split for file in files})
+    if not chosen:
+        found = "no file or folder name contains"
+        raise DataError(f"{source}: {found} the split {wanted}; found files for {', '.join(names)}; choose one of them")
+    if len(several := sorted({file.exact for file in chosen if file.exact})) > 1:
+        bare = source.removesuffix(f"[{split_name}]")
+        raise DataError(
+            f"{source}: the folder has the splits {' and '.join(several)}; choose one: {bare}[{several[0]}]"
+        )
+    paths = [file.path for file in chosen]
+    by_format = {SUFFIXES[suffix_of(path)]: path.name for path in reversed(paths)}
+    if len(by_format) > 1:
+        found = ", ".join(f"{format}: {name}" for format, name in sorted(by_format.items()))
+        raise DataError(f"{source}: the folder has files of several formats ({found}); name a single file")
+    _check_shards(paths, source)
+    return paths
 
 
-def _from_hub(source: str) -> Part:
+def _walk(folder: Path, source: str) -> Iterator[Path]:
+    """Yield the data files below a folder, by name. Hidden files and `__MACOSX` are left out, as `datasets` does.
+
+    Raises:
+        DataError: A folder cannot be read, or a data file is not a regular file.
+    """
+
+    def fail(error: OSError) -> None:
+        raise DataError(f"{source}: {error.filename}: {error.strerror}; check its permissions") from error
+
+    seen = set()
+    for name, folders, files in os.walk(folder, followlinks=True, onerror=fail):
+        here = Path(name)
+        if (real := here.resolve()) in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(each for each in folders if not each.startswith((".", "__")))
+        for path in _saved(here) if SAVED in files else [here / each for each in sorted(files)]:
+            if path.name.startswith(".") or suffix_of(path) not in SUFFIXES or NO_DATA.fullmatch(path.name.lower()):
+                continue
+            if not path.is_file():
+                raise DataError(f"{source}: {path} is not a regular file, or is a broken link; remove or replace it")
+            yield path
+
+
+def _saved(folder: Path) -> list[Path]:
+    """Return the files of a folder of `Dataset.save_to_disk`, which may contain caches too."""
+    try:
+        names = [entry["filename"] for entry in json.loads((folder / SAVED).read_text())["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        names = sorted(os.listdir(folder))  # noqa: PTH208
+    return [folder / name for name in names if not (folder / name).is_dir()]
+
+
+def _in_split(path: Path, folder: Path) -> DataFile:
+    """Return a file of a folder with its split."""
+    *folders, _ = path.relative_to(folder).parts
+    stem = stem_of(path)
+    shard = SHARD.fullmatch(stem)
+    exact = shard["name"] if shard and SPLIT_IN_NAME.search(stem.lower()) else None
+    if (path.parent / SAVED).is_file():
+        exact = path.parent.name if folders else None
+    for text in (*reversed(folders), stem):
+        if word := SPLIT_IN_NAME.search(text.lower()):
+            return DataFile(path, SPLITS.get(word[1], "validation"), exact)
+    return DataFile(path, "train", exact)
+
+
+def _check_shards(paths: Sequence[Path], source: str) -> None:
+    """Refuse a set of files `NAME-00000-of-00002` of which some are missing."""
+    sets: dict[Any, set[int]] = {}
+    for path in paths:
+        if shard := SHARD.fullmatch(stem_of(path)):
+            sets.setdefault((path.parent, shard["name"], int(shard["count"])), set()).add(int(shard["number"]))
+    for (folder, name, count), numbers in sets.items():
+        if missing := sorted(set(range(count)) - numbers):
+            first = f"{folder / (name or '')}-{missing[0]:05d}-of-{count:05d}"
+            raise DataError(f"{source}: {len(missing)} of {count} shards are missing, first {first}; copy them too")
+
+
+def _from_hub(source: str) -> TablePart:
     parts = parse_hub_name(source)
     assert parts is not None
     name, config, revision, split_name = parts
     try:
-        rows = load_rows(source, name, config, revision=revision, split=split_name or "train")
+        rows = _load_from_hub(source, name, config, revision=revision, split=split_name or "train")
     except DataError as error:
         raise DataError(
             f"{error}; the recipe's folder has no such file either. For a Hub dataset check the network, the "
             "name (name:config@revision[split]) and, if it is private, `hf auth login`"
         ) from error
-    return Part(source, None, "hub", rows)
+    return hub_part(source, rows)
+
+
+def _load_from_hub(label: str, *arguments: Any, **options: Any) -> Any:
+    """Call `datasets.load_dataset`, with its progress bars and log messages switched off.
+
+    Raises:
+        DataError: `load_dataset` raised an error.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity_error()
+    try:
+        return datasets.load_dataset(*arguments, **options)
+    except Exception as error:  # readers of many kinds are called here, each with its own errors
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise DataError(f"{label}: cannot be read: {reason[0]}") from error

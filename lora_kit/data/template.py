@@ -63,6 +63,23 @@ def tokenize_all(examples: Sequence[Example | DataError], renderer: Renderer) ->
     return [attempt(lambda item: _mask(item, next(encodings), renderer), item) for item in rendered]
 
 
+def pieces(example: Tokenized, length: int, overlap: int) -> list[Tokenized]:
+    """Cut an example into pieces, so that each of its trained tokens is trained in exactly one of them.
+
+    Args:
+        example: The example.
+        length: The number of tokens of a piece; the last piece may be shorter.
+        overlap: How many tokens at the start of a piece repeat the end of the piece before it, as context. At least 1,
+            because the first token of a piece is never trained.
+    """
+    found = [Tokenized(example.ids[:length], example.trained[:length], example.merged)]
+    for start in range(length - overlap, len(example.ids) - overlap, length - overlap):
+        end = start + length
+        trained = [False] * overlap + example.trained[start + overlap : end]
+        found.append(Tokenized(example.ids[start:end], trained))
+    return found
+
+
 def prompt(example: Example, renderer: Renderer) -> Prompt:
     """Return the prompt and the expected answer of an example.
 

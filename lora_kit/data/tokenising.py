@@ -16,9 +16,10 @@ import numpy as np
 from safetensors.numpy import save
 
 from lora_kit.data.formats import to_example
+from lora_kit.data.messages import Conversation, unknown_nulls
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.sources import Records
-from lora_kit.data.template import Tokenized, attempt, tokenize_all
+from lora_kit.data.template import Tokenized, attempt, pieces, tokenize_all
 from lora_kit.errors import DataError
 from lora_kit.host import host_cores
 
@@ -33,7 +34,7 @@ ARRAYS: dict[str, type[np.generic]] = {
     "trained": np.bool_,  # whether each token is trained
 }
 """The arrays of an answer and their types."""
-TALLIES = ("dropped", "truncated", "emptied", "merged", "labels")
+TALLIES = ("dropped", "truncated", "emptied", "merged", "split", "bad", "labels")
 """What is counted; `labels` are the trained tokens without the first token of each example."""
 
 
@@ -49,14 +50,18 @@ class Range:
     Attributes:
         records: The number of records.
         tokens: The number of tokens before any was dropped or cut.
-        problems: The index of each record that cannot be used, and what is wrong with it.
+        bad: The index of each record that cannot be used, and what is wrong with it.
+        problems: The index of each record that is too long, and what to do.
+        padded: The index of each record that has calls with nulls of a table, and the first such argument.
         tallies: Counts by the names in TALLIES.
         arrays: The arrays by the names in ARRAYS, as lists of numbers or, if they have an element per token, of bytes.
     """
 
     records: int
     tokens: int = 0
+    bad: list[tuple[int, str]] = field(default_factory=list)
     problems: list[tuple[int, str]] = field(default_factory=list)
+    padded: list[tuple[int, str]] = field(default_factory=list)
     tallies: Counter[str] = field(default_factory=Counter)
     arrays: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in ARRAYS})
 
@@ -91,6 +96,7 @@ class Tokenising:
         columns: The recipe's `data.columns`.
         sequence_length: The recipe's `data.sequence_length`.
         overlong: The recipe's `data.overlong`.
+        overlap: The recipe's `data.overlap`.
     """
 
     records: Records
@@ -99,6 +105,7 @@ class Tokenising:
     columns: Mapping[str, str]
     sequence_length: int
     overlong: str
+    overlap: int
 
     def __call__(self, request: bytes) -> list[bytes]:
         """Tokenise the records [start, stop), which are the request as JSON."""
@@ -106,9 +113,12 @@ class Tokenising:
         read = partial(to_example, format=self.format, columns=self.columns)
         examples = [attempt(read, record) for record in self.records.read(start, stop)]
         result = Range(stop - start)
+        for index, raw in enumerate(examples, start):
+            if isinstance(raw, Conversation) and (names := unknown_nulls(raw.messages, raw.tools)):
+                result.padded.append((index, names[0]))
         for index, example in enumerate(tokenize_all(examples, self.renderer), start):
             if isinstance(example, DataError):
-                result.problems.append((index, str(example)))
+                result.bad.append((index, str(example)))
             else:
                 self._add(index, example, result)
         return [result.dump()]
@@ -116,9 +126,14 @@ class Tokenising:
     def _add(self, index: int, example: Tokenized, result: Range) -> None:
         limit, length = self.sequence_length, len(example.ids)
         result.tokens += length
-        if length > limit and self.overlong == "error":
+        if length > limit and self.overlong == "split" and self.format == "text":
+            for piece in pieces(example, limit, self.overlap):
+                result.add(index, piece.ids, piece.trained)
+            result.tallies["split"] += 1
+        elif length > limit and self.overlong in ("error", "split"):
             found = f"{length:,} tokens are more than data.sequence_length ({limit:,})"
-            result.problems.append((index, f"{found}; raise it, or set data.overlong to drop or truncate"))
+            others = "drop, truncate or split" if self.format == "text" else "drop or truncate"
+            result.problems.append((index, f"{found}; raise it, or set data.overlong to {others}"))
         elif length > limit and self.overlong == "drop":
             result.tallies["dropped"] += 1
         elif not any(example.trained[:limit]):

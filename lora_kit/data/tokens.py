@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lora_kit.recipe.schema import Data
 
 MAX_SHOWN = 20  # problems listed in an error
+MAX_NAMED = 10  # bad records named in a note
 CONVERSATIONS = ("messages", "sharegpt", "alpaca")  # formats that always need a chat template
 
 
@@ -206,6 +207,8 @@ class _Tokenised:
         kept: The index of the record of each example, int64 [examples].
         hashes: A hash of each example's tokens and mask, uint64 [examples].
         counts: Statistics.
+        bad: The first records that were left out as bad: their index, and what is wrong.
+        padded: The records with calls whose arguments have nulls of a table: their index, and the first such argument.
     """
 
     records: Records
@@ -213,6 +216,8 @@ class _Tokenised:
     kept: np.ndarray
     hashes: np.ndarray
     counts: Counts
+    bad: list[tuple[int, str]]
+    padded: list[tuple[int, str]]
 
 
 def silent(done: int, total: int) -> None:
@@ -256,6 +261,8 @@ def prepare(
         sandbox.close()
     problems.refuse()
     for result in results:
+        if result.counts.bad and not len(result.kept):
+            raise DataError(f"{_left_out(result)}\n{result.records.name}: no record is left; mend them")
         if not len(result.kept):
             raise DataError(
                 f"{result.records.name}: all {len(result.records)} records are longer than data.sequence_length "
@@ -272,11 +279,12 @@ def prepare(
 
 def _open(data: "Data", base_dir: Path, seed: int) -> tuple[Records, ...]:
     """Open the training data and, if the recipe has any, the validation data."""
-    train = sources.load(data.train, base_dir=base_dir, max_examples=data.max_examples)
+    documents = data.overlong == "split"
+    train = sources.load(data.train, base_dir=base_dir, max_examples=data.max_examples, documents=documents)
     if data.validation is None:
         return (train,)
     if isinstance(data.validation, str):
-        return train, sources.load(data.validation, base_dir=base_dir)
+        return train, sources.load(data.validation, base_dir=base_dir, documents=documents)
     return sources.split(train, data.validation, seed)
 
 
@@ -302,14 +310,21 @@ def _tokenise(
         _ = renderer.chat_template  # if there is none, raise once and not for every record
     folder, pace, tallies = spill_folder(), Pace(), dict.fromkeys(TALLIES, 0)
     arrays = {name: Growing(dtype, folder) for name, dtype in ARRAYS.items()}
-    work = Tokenising(records, renderer, format, data.columns, data.sequence_length, data.overlong)
+    work = Tokenising(records, renderer, format, data.columns, data.sequence_length, data.overlong, data.overlap)
+    bad, padded = list[tuple[int, str]](), list[tuple[int, str]]()
     try:
         with sandbox.Pool(work, children(len(records))) as pool:
             for answer in pool.map(pace.ranges(len(records))):
                 piece = load(bytes(answer))
                 about = json.loads(piece.pop("about").tobytes())
-                for index, message in about["problems"]:
+                if data.bad_records == "drop":
+                    tallies["bad"] += len(about["bad"])
+                    bad += about["bad"][: MAX_NAMED - len(bad)]
+                else:
+                    about["problems"] += about["bad"]
+                for index, message in sorted(about["problems"]):
                     problems.add(records, index, message)
+                padded += about["padded"]
                 for name in TALLIES:
                     tallies[name] += about["tallies"].get(name, 0)
                 for name, array in piece.items():
@@ -331,17 +346,30 @@ def _tokenise(
         duplicates=len(hashes) - len(np.unique(hashes)),
         **tallies,
     )
-    return _Tokenised(records, tokens, arrays["kept"].finish(), hashes, counts)
+    return _Tokenised(records, tokens, arrays["kept"].finish(), hashes, counts, bad, padded)
 
 
 def _format(records: Records, data: "Data") -> str:
     columns = records.columns
     if not columns:  # no record can be read; every record will report its own error
-        return data.format or "messages"
+        return data.format or "text"  # which needs no chat template
     try:
         return detect(columns, data.columns, named=data.format)
     except DataError as error:
-        raise DataError(f"{records.name}: {error}") from error
+        raise DataError(f"{records.name}: {error}{_nested(records)}") from error
+
+
+def _nested(records: Records) -> str:
+    """Return what to do if the only record has a list of records inside, e.g. `{"data": [{...}, ...]}`."""
+    record = records.read(0, 1)[0]
+    if len(records) > 1 or not isinstance(record, dict):
+        return ""
+    names = [name for name, value in record.items() if isinstance(value, list) and isinstance((value or [0])[0], dict)]
+    path = f"jq -c '.{names[0]}[]' FILE" if names else ""
+    return (
+        f"; the file is a single object, and its records seem to be in {names[0]}: take them out with `{path}`"
+        * bool(names)
+    )
 
 
 def _prompts(result: _Tokenised, data: "Data", renderer: Renderer, count: int) -> tuple[Prompt, ...]:
@@ -357,13 +385,35 @@ def _prompts(result: _Tokenised, data: "Data", renderer: Renderer, count: int) -
     return tuple(prompts)
 
 
+def _left_out(result: _Tokenised) -> str:
+    """Name the first records that were left out as bad."""
+    lines = [f"{result.records.where(index)}: {message}" for index, message in result.bad]
+    more = [f"and {result.counts.bad - len(lines):,} more"] * (result.counts.bad > len(lines))
+    count = f"{result.counts.bad:,} of {len(result.records):,} records were left out (data.bad_records: drop)"
+    return "\n  ".join([f"{result.records.name}: {count}", *lines, *more])
+
+
 def _notes(results: Sequence[_Tokenised], renderer: Renderer) -> list[str]:
     """Describe what may surprise the user in the training data and, if there is any, the validation data.
 
-    There are three such notes: answers whose first token contains the end of the prompt, validation examples that are
-    also in the training data, and a chat template that prints the date.
+    There are six such notes: records left out as bad, texts cut into pieces, calls with nulls of a table, answers whose
+    first token contains the end of the prompt, validation examples that are also in the training data, and a chat
+    template that prints the date.
     """
-    notes = []
+    notes = [_left_out(result) for result in results if result.counts.bad]
+    for result in results:
+        if result.padded:
+            index, name = result.padded[0]
+            notes.append(
+                f"{result.records.where(index)}: {name} is null in a call and not in the tool's schema "
+                f"({len(result.padded):,} such records): a table fills missing fields with null when it is saved as "
+                "JSON, and the model learns to write them; save the table as Parquet, or remove the nulls"
+            )
+        if texts := result.counts.split:
+            notes.append(
+                f"{result.records.name}: {texts:,} of {len(result.records):,} texts were cut, into "
+                f"{len(result.kept) - len(np.unique(result.kept)) + texts:,} pieces of at most data.sequence_length tokens"
+            )
     if merged := sum(result.counts.merged for result in results):
         notes.append(
             f"{merged} answers share their first token with the end of the prompt (usually a blank), so generation "

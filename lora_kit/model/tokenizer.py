@@ -5,6 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lora_kit.data.files import read_text
 from lora_kit.data.rendering import Renderer
 from lora_kit.errors import BaseError, DataError
 from lora_kit.model.source import Source, reason_of
@@ -25,7 +26,7 @@ def load_renderer(source: Source, recipe: Recipe, *, template: str | None = None
 
     Raises:
         BaseError: The tokenizer cannot be loaded.
-        DataError: The recipe's template file does not exist.
+        DataError: The recipe's template file does not exist, is empty, or is not UTF-8.
     """
     try:
         tokenizer = _load_tokenizer(source.folder, trust_remote_code=recipe.base.trust_remote_code)
@@ -38,10 +39,7 @@ def load_renderer(source: Source, recipe: Recipe, *, template: str | None = None
         path = resolve_path(recipe, recipe.data.template)
         if path is None or not path.is_file():
             raise DataError(f"data.template: {recipe.data.template} is not a file; expected a Jinja file")
-        try:
-            template = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"data.template: {path} cannot be read: {error}; expected a Jinja file in UTF-8") from error
+        template = read_text(path, recipe.data.template)
     return Renderer(tokenizer, template, train_on=recipe.objective.train_on, stop_token=recipe.base.stop_token)
 
 

@@ -63,8 +63,8 @@ class Data(Section):
     """The training and validation examples."""
 
     train: str
-    """A file (JSON, JSONL, CSV or Parquet), a folder of such files, a Hub dataset
-    `name:config@revision[split]`, or `builtin:quickstart.train.jsonl`."""
+    """A file (JSON, JSON Lines, CSV, TSV, text, Parquet or Arrow, also compressed), a folder of such files, a folder of
+    `Dataset.save_to_disk`, a Hub dataset `name:config@revision[split]`, or `builtin:quickstart.train.jsonl`."""
     validation: str | FRACTION | None = None
     """A source as for `train`, or the fraction of `train` to hold out for it."""
     format: Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text"] | None = None
@@ -75,8 +75,16 @@ class Data(Section):
     """A Jinja file that replaces the tokenizer's chat template."""
     sequence_length: int = Field(2048, gt=1, le=1_000_000_000)
     """Maximum length of an example, in tokens."""
-    overlong: Literal["error", "drop", "truncate"] = "error"
-    """What to do with an example longer than `sequence_length`: stop with an error, leave it out, or cut it."""
+    overlong: Literal["error", "drop", "truncate", "split"] = "error"
+    """What to do with an example longer than `sequence_length`: stop with an error, leave it out, or cut it. split cuts
+    plain text (the format text) into pieces, so that each of its tokens is trained once, and takes a .txt file as
+    one text; with it, longer examples of other formats are an error."""
+    overlap: int = Field(1, ge=1, le=1_000_000_000)
+    """With `overlong: split`, the number of tokens at the start of a piece that repeat the end of the piece before it.
+    They are context and not trained again."""
+    bad_records: Literal["error", "drop"] = "error"
+    """What to do with records that cannot be read, do not fit the format or cannot be rendered: stop with an error that
+    lists the first 20, or leave them out; then their number and the first ten are told."""
     max_examples: COUNT | None = None
     """Read only the first N records of `train`; null reads all of them."""
 
@@ -251,6 +259,11 @@ class Recipe(Section):
             raise ValueError(
                 f"train.micro_batch_tokens is {tokens}, less than data.sequence_length "
                 f"({self.data.sequence_length}); an example is never split, so raise the first or lower the second"
+            )
+        if self.data.overlong == "split" and self.data.overlap >= self.data.sequence_length:
+            raise ValueError(
+                f"data.overlap is {self.data.overlap}, and a piece has data.sequence_length "
+                f"({self.data.sequence_length}) tokens; lower the first"
             )
         if self.evaluate.every_steps and self.data.validation is None:
             raise ValueError("evaluate.every_steps needs validation data; set data.validation")

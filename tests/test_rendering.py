@@ -6,8 +6,9 @@ import pytest
 from conftest import make_tokenizer
 from transformers import AutoTokenizer
 
+from lora_kit.data.answers import render
 from lora_kit.data.formats import Completion, Conversation
-from lora_kit.data.rendering import Renderer, apply, check_renderer, render
+from lora_kit.data.rendering import Renderer, apply, check_renderer
 from lora_kit.data.sandbox import check_template
 from lora_kit.errors import BaseError, DataError
 
@@ -55,9 +56,9 @@ def test_an_answer_stands_between_the_prompt_and_what_ends_it(renderer):
 
 
 def test_equal_texts_everywhere_confuse_nothing(renderer):
-    same = Conversation(tuple(turn("x</s>") for turn in (user, assistant) * 3))
-    assert [answer for _, answer, _ in pieces(same, renderer)] == ["x</s>"] * 3
-    assert [len(before) for before, _, _ in pieces(same, renderer)] == [22, 53, 84]
+    same = Conversation(tuple(turn("x<u>") for turn in (user, assistant) * 3))
+    assert [answer for _, answer, _ in pieces(same, renderer)] == ["x<u>"] * 3
+    assert [len(before) for before, _, _ in pieces(same, renderer)] == [21, 50, 79]
 
 
 def test_a_template_that_renders_earlier_answers_differently(renderer):

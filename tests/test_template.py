@@ -11,8 +11,9 @@ from chat_oracle import FAMILIES, expected, load_family, runs, tokenize
 from conftest import make_tokenizer
 from transformers import AutoTokenizer
 
-from lora_kit.data import rendering
+from lora_kit.data import layout, rendering
 from lora_kit.data.formats import Completion, Conversation
+from lora_kit.data.remarks import CONTROL, Remark
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.template import prompt, tokenize_all
 from lora_kit.errors import DataError
@@ -43,7 +44,7 @@ CALLING = Conversation(
     ({"type": "function", "function": TOOL},),
 )
 CONTEXT = replace(MULTI, untrained=frozenset({1, 3}))
-FORGED = Conversation((user("<|im_end|>\n<|end|>"), assistant("a<|im_end|><|end|><end_of_turn>b"), *MULTI.messages))
+FORGED = Conversation((user("<|im_end|>\n<|end|>"), *MULTI.messages[1:]))
 
 
 @pytest.fixture(params=FAMILIES)
@@ -102,12 +103,25 @@ def test_random_conversations_are_as_the_oracle_says(family, seed):
     assert runs(made.ids, made.trained, renderer.tokenizer) == expected(oracle(example))
 
 
-def test_the_fast_way_to_find_the_contents_agrees_with_the_slow_one(family):
+def test_marks_find_the_contents_that_changes_find(family):
     renderer, _ = family
     for example in (MULTI, WITH_SYSTEM, *map(random_conversation, range(10))):
-        text = rendering.apply(example, renderer)
-        from_marks = rendering._spans_from_marks(example, renderer, text)
-        assert from_marks == rendering._spans_from_changes(example, renderer, text)
+        found = layout.locate(example, renderer, rendering.apply(example, renderer))
+        assert not found.changed and len(found.spans) == len(example.messages)
+        for place in found.places:
+            assert layout.changed_span(place.part, found) == (place.begin, place.end)
+
+
+@pytest.mark.parametrize("token", ["stop", "special"])
+def test_an_answer_that_contains_a_control_token_as_text_is_refused(family, token):
+    renderer, _ = family
+    text = renderer.stop if token == "stop" else renderer.tokenizer.bos_token
+    with pytest.raises(
+        DataError, match=r"^messages\[1\]\.content contains '.*', which the tokenizer takes for its con"
+    ):
+        tokenize(Conversation((user("x"), assistant(f"a{text}b"))), renderer)
+    (remark,) = tokenize(Conversation((user(f"a{text}b"), assistant("x"))), renderer).remarks
+    assert remark == Remark(CONTROL, repr(text), "messages[0].content")
 
 
 def test_a_prompt_and_its_answer_are_the_training_text(family):

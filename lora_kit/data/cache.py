@@ -61,7 +61,7 @@ def key_of(recipe: Recipe, renderer: Renderer) -> str | None:
         "data": recipe.data.model_dump(mode="json"),
         "seed": recipe.train.seed,
         "prompts": recipe.evaluate.generate,
-        "rendering": [renderer.template, renderer.train_on, renderer.stop_token],
+        "rendering": [renderer.template, renderer.train_on, renderer.reasoning, renderer.stop_token],
         "tokenizer": [type(tokenizer).__qualname__, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template],
         "special": [tokenizer.special_tokens_map, tokenizer.init_kwargs],
         "code": _code(),

@@ -5,10 +5,11 @@ will render, or raw text with a prompt. The modules after this one do not depend
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_kit.data.messages import Conversation, conversation, kind, labelled, parsed
+from lora_kit.data.messages import TRAINS, Conversation, Labelled, conversation, kind, labelled, parsed
+from lora_kit.data.remarks import COLUMNS, Remark
 from lora_kit.errors import DataError
 
 SHAREGPT_ROLES = {
@@ -20,8 +21,14 @@ SHAREGPT_ROLES = {
     "system": "system",
     "tool": "tool",
     "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
     "function_call": "assistant",
+    "tool_call": "assistant",
 }
+CALLS = ("function_call", "tool_call")  # roles of ShareGPT whose value is a call as JSON
+NOT_TEXT = ("images", "image", "videos", "video", "audios", "audio")  # columns of multimodal data
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,7 @@ class Completion:
 
     prompt: str
     completion: str
+    remarks: tuple[Remark, ...] = ()
 
 
 Example = Conversation | Completion
@@ -111,23 +119,64 @@ def to_example(record: Mapping[str, Any], format: str, columns: Mapping[str, str
         DataError: The record does not fit the format. The message starts with the field inside the record.
     """
     expected = FORMATS[format]
-    fields = {name: record.get(columns.get(name, name)) for name in (*expected.required, *expected.optional)}
+    names = {name: columns.get(name, name) for name in (*expected.required, *expected.optional)}
+    fields = {name: record.get(theirs) for name, theirs in names.items()}
     for name in expected.required:
         if fields[name] is None:
             raise DataError(
-                f"{columns.get(name, name)} is missing; found {', '.join(map(str, record)) or 'nothing'}; "
-                f"the format {format} needs {' and '.join(columns.get(column, column) for column in expected.required)}"
+                f"{names[name]} is missing; found {', '.join(map(str, record)) or 'nothing'}; "
+                f"the format {format} needs {' and '.join(names[column] for column in expected.required)}"
             )
-    return expected.read(fields)
+    unread = [name for name in record if name not in names.values() and record[name] not in (None, "", [], {})]
+    _refuse_columns({name: record[name] for name in unread})
+    example = expected.read(fields)
+    return replace(example, remarks=tuple(Remark(COLUMNS, str(name), "") for name in unread)) if unread else example
+
+
+def _refuse_columns(unread: Mapping[str, Any]) -> None:
+    """Refuse columns that change what is trained or seen, and that lora_kit does not read."""
+    for name, value in unread.items():
+        if name in NOT_TEXT:
+            raise DataError(
+                f"{name} is {kind(value)}, and lora_kit trains on text only; remove the record or the column"
+            )
+        if name == "chat_template_kwargs":
+            raise DataError(
+                f"{name} is {kind(value)}, and lora_kit renders every record alike; set the variables in the first "
+                "line of a copy of the template, e.g. {% set enable_thinking = false %}, and set data.template to it"
+            )
+        if name in TRAINS and (isinstance(value, list) or (value in (0, 1) and value != TRAINS[name])):
+            raise DataError(
+                f"{name} is {value!r} for the whole record, which lora_kit does not read; remove the record, or say "
+                "it in a message, e.g. `train: false`"
+            )
 
 
 def _from_messages(fields: Mapping[str, Any]) -> Example:
-    return conversation([labelled(fields["messages"], "messages")], fields["tools"])
+    return _conversation([labelled(fields["messages"], "messages")], fields)
+
+
+def _conversation(parts: list[list[Labelled]], fields: Mapping[str, Any]) -> Conversation:
+    """Build a conversation from lists of messages and the columns `system`, `tools` and `functions`."""
+    system, turns = _system(fields["system"]), [turn for part in parts for turn in part]
+    if system and turns and isinstance(turns[0][1], Mapping) and turns[0][1].get("role") in ("system", "developer"):
+        if turns[0][1].get("content") != fields["system"]:
+            raise DataError(f"the column system and {turns[0][0]} are different system prompts; keep one of them")
+        system = []
+    tools, functions = fields["tools"], fields.get("functions")
+    if tools and functions:
+        raise DataError("the record has both tools and functions; keep tools")
+    return conversation([[*system, *parts[0]], *parts[1:]], tools or functions)
 
 
 def _from_prompt_completion(fields: Mapping[str, Any]) -> Example:
     prompt, completion = fields["prompt"], fields["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
+        if given := [name for name in ("system", "tools", "functions") if fields[name]]:
+            raise DataError(
+                f"{given[0]} is given, and prompt is raw text that no template renders; write it into the prompt, or "
+                "write prompt and completion as lists of messages"
+            )
         if not completion.strip():
             raise DataError("completion is empty; add an answer or remove the record")
         return Completion(prompt, completion)
@@ -137,14 +186,14 @@ def _from_prompt_completion(fields: Mapping[str, Any]) -> Example:
             "both to be lists of messages"
         )
     parts = [labelled(fields[name], name) for name in ("prompt", "completion")]
-    return conversation(parts, fields["tools"])
+    return _conversation(parts, fields)
 
 
 def _from_alpaca(fields: Mapping[str, Any]) -> Example:
     for name in ("instruction", "output", "input", "system"):
         if not isinstance(fields[name], str | None):
             raise DataError(f"{name} is {kind(fields[name])}; expected a string")
-    turns = _system(fields["system"])
+    turns: list[Labelled] = []
     for label, pair in labelled(fields["history"] or [], "history"):
         if len(labelled(pair, label)) != 2:
             raise DataError(f"{label} has {len(pair)} items; expected two: instruction and answer")
@@ -153,7 +202,7 @@ def _from_alpaca(fields: Mapping[str, Any]) -> Example:
     question = "\n\n".join(part for part in (fields["instruction"], fields["input"]) if part)
     turns.append(("instruction", {"role": "user", "content": question}))
     turns.append(("output", {"role": "assistant", "content": fields["output"]}))
-    return conversation([turns], None)
+    return _conversation([turns], fields)
 
 
 def _from_text(fields: Mapping[str, Any]) -> Example:
@@ -165,17 +214,20 @@ def _from_text(fields: Mapping[str, Any]) -> Example:
 
 
 def _from_sharegpt(fields: Mapping[str, Any]) -> Example:
-    turns = _system(fields["system"])
-    for label, turn in labelled(fields["conversations"], "conversations"):
-        turns.append((label, _sharegpt_message(turn, label)))
-    return conversation([turns], fields["tools"])
+    turns = [
+        (label, _sharegpt_message(turn, label)) for label, turn in labelled(fields["conversations"], "conversations")
+    ]
+    return _conversation([turns], fields)
 
 
-def _system(text: str | None) -> list[tuple[str, Any]]:
+def _system(text: Any) -> list[Labelled]:
+    if not isinstance(text, str | None):
+        raise DataError(f"system is {kind(text)}; expected a string")
     return [("system", {"role": "system", "content": text})] if text else []
 
 
 def _sharegpt_message(turn: Any, label: str) -> dict[str, Any]:
+    """Return a turn as a message; keys other than from and value are those of a message."""
     if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
         hint = ""
         if isinstance(turn, Mapping) and {"role", "content"} <= set(turn):
@@ -185,18 +237,20 @@ def _sharegpt_message(turn: Any, label: str) -> dict[str, Any]:
         raise DataError(f"{label}.from is {turn['from']!r}; expected one of {', '.join(SHAREGPT_ROLES)}")
     if not isinstance(turn["value"], str):
         raise DataError(f"{label}.value is {kind(turn['value'])}; expected a string")
-    weight = {key: turn[key] for key in ("weight", "loss_weight") if key in turn}
-    message = {"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"], **weight}
-    if turn["from"] != "function_call":
+    others = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
+    message = {"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"], **others}
+    if turn["from"] not in CALLS:
         return message
     calls = parsed(turn["value"], f"{label}.value", 'a call such as {"name": "f", "arguments": {}}')
     return message | {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
 
 
+CONTEXT = ("system", "tools", "functions")  # columns beside the messages; `functions` is OpenAI's older `tools`
+
 FORMATS = {
-    "messages": Format(_from_messages, ("messages",), ("tools",)),
-    "sharegpt": Format(_from_sharegpt, ("conversations",), ("system", "tools")),
-    "prompt-completion": Format(_from_prompt_completion, ("prompt", "completion"), ("tools",)),
-    "alpaca": Format(_from_alpaca, ("instruction", "output"), ("input", "system", "history")),
+    "messages": Format(_from_messages, ("messages",), CONTEXT),
+    "sharegpt": Format(_from_sharegpt, ("conversations",), CONTEXT),
+    "prompt-completion": Format(_from_prompt_completion, ("prompt", "completion"), CONTEXT),
+    "alpaca": Format(_from_alpaca, ("instruction", "output"), ("input", "history", *CONTEXT)),
     "text": Format(_from_text, ("text",)),
 }

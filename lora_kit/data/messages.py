@@ -9,12 +9,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_kit.data.remarks import Remark
 from lora_kit.data.strict_json import loads, unwritable
 from lora_kit.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
-WEIGHTS = ("weight", "loss_weight")  # keys of a message: 1 trains an assistant message, 0 makes it context only
+TRAINS = {  # keys of a message that say whether it is trained, and the value that trains it
+    **dict.fromkeys(("weight", "loss_weight", "loss", "loss_scale", "loss_mask", "train", "training", "trainable"), 1),
+    "masked": 0,
+}
+PARTLY = ("mask", "train_detail", "training_detail")  # keys of other toolkits with a meaning that lora_kit lacks
+REASONING = ("reasoning_content", "reasoning", "thinking")  # a message keeps its reasoning under the first of them
+UNUSABLE = ("refusal", "audio", "image", "images", "video", "videos", "audios")  # keys of what would be trained or seen
 
 VALUES = ("default", "const", "enum", "examples")  # keywords of JSON Schema that may have null as a value
 
@@ -30,11 +37,16 @@ class Conversation:
         messages: Each has `role` and a string `content`, and keeps other keys that a template may read.
         tools: JSON schemas of the functions that the assistant may call.
         untrained: Indices of assistant messages that are context only (`weight: 0`, or part of a prompt).
+        excluded: Indices of messages that the record excludes by name (`weight: 0`), so that
+            `objective.train_on: all` does not train them either.
+        remarks: What the record has and the conversation lacks.
     """
 
     messages: tuple[dict[str, Any], ...]
     tools: tuple[dict[str, Any], ...] | None = None
     untrained: frozenset[int] = frozenset()
+    excluded: frozenset[int] = frozenset()
+    remarks: tuple[Remark, ...] = ()
 
     @property
     def answers(self) -> list[int]:
@@ -53,17 +65,22 @@ def conversation(parts: Sequence[Sequence[Labelled]], tools: Any) -> Conversatio
     Raises:
         DataError: A message or a tool is malformed, or nothing is trained.
     """
-    messages, untrained = [], set()
+    messages = list[dict[str, Any]]()
+    untrained, excluded = set[int](), set[int]()
     for number, part in enumerate(parts):
         for label, raw in part:
-            messages.append(_message(raw, label))
-            if not _is_trained(raw, label) or number < len(parts) - 1:
-                untrained.add(len(messages) - 1)
+            stated = _trained(raw, label)
+            trained = stated is not False and number == len(parts) - 1
+            if not trained:
+                untrained.add(len(messages))
+            if stated is False:
+                excluded.add(len(messages))
+            messages.append(_message(raw, label, trained=trained))
     if not messages:
         raise DataError("the record has no messages; expected at least a question and its answer")
     roles = [message["role"] for message in messages]
     context = frozenset(index for index in untrained if roles[index] == "assistant")
-    result = Conversation(tuple(messages), _tools(tools), context)
+    result = Conversation(tuple(messages), _tools(tools), context, frozenset(excluded))
     if not result.answers:
         raise DataError(f"no assistant message to train on; the roles are {', '.join(roles)}")
     if result.answers[0] == 0:
@@ -84,30 +101,89 @@ def question(messages: Any, tools: Any = None) -> Conversation:
     """
     if not isinstance(messages, list) or not messages:
         raise DataError(f"messages is {kind(messages)}; expected a list with at least one message")
-    checked = tuple(_message(raw, label) for label, raw in labelled(messages, "messages"))
+    checked = tuple(_message(raw, label, trained=False) for label, raw in labelled(messages, "messages"))
     return Conversation(checked, _tools(tools), frozenset(range(len(checked))))
 
 
-def _message(raw: Any, label: str) -> dict[str, Any]:
+def _message(raw: Any, label: str, *, trained: bool) -> dict[str, Any]:
+    """Check a message and return it as chat templates expect it.
+
+    Args:
+        raw: The message of the record.
+        label: Its name for errors.
+        trained: Whether it is trained if it is an assistant message.
+
+    Raises:
+        DataError: The message is malformed, or is trained and has nothing to train.
+    """
+    role = _role(raw, label)
+    message: dict[str, Any] = {"role": role, "content": ""}
+    message |= {key: value for key, value in raw.items() if value is not None and key not in (*TRAINS, "content")}
+    message["role"] = role
+    _refuse_unusable(message, label)
+    calls = _calls(message, label)
+    if calls:
+        message["tool_calls"] = calls
+    reasoning = _reasoning(message, label) if role == "assistant" else None
+    if reasoning is not None:
+        message["reasoning_content"] = reasoning
+    optional = calls or (role == "assistant" and (reasoning or not trained))
+    message["content"] = "" if optional and raw.get("content") is None else _content(raw.get("content"), label)
+    if role == "assistant" and not optional and not message["content"].strip():
+        raise DataError(f"{label} is an assistant message without content; add an answer or remove the record")
+    return message
+
+
+def _role(raw: Any, label: str) -> str:
+    """Return a message's role; OpenAI's older role `function` is `tool`."""
     if not isinstance(raw, Mapping):
         raise DataError(f"{label} is {kind(raw)}; expected an object with role and content")
     if "role" not in raw:
         hint = "; if the keys are from and value, set data.format: sharegpt" if "from" in raw else ""
         raise DataError(f"{label} has no role, only {', '.join(map(str, raw)) or 'nothing'}{hint}")
-    if raw["role"] not in ROLES:
+    role = "tool" if raw["role"] == "function" else raw["role"]
+    if role not in ROLES:
         raise DataError(f"{label}.role is {raw['role']!r}; expected one of {', '.join(ROLES)}")
-    message = {key: value for key, value in raw.items() if value is not None and key not in WEIGHTS}
-    calls = message.pop("tool_calls", None)  # some templates would render an empty list as a tool call
-    if calls:
-        if message["role"] != "assistant":
+    return str(role)
+
+
+def _refuse_unusable(message: Mapping[str, Any], label: str) -> None:
+    """Refuse keys whose content would be trained or seen by the model, and that no template renders."""
+    for key in UNUSABLE:
+        if message.get(key):
             raise DataError(
-                f"{label}.tool_calls: only an assistant message may call tools; the role is {message['role']!r}"
+                f"{label}.{key} is {kind(message[key])}, and lora_kit trains on the text of content, reasoning and "
+                "tool_calls only; move it to content, or remove it from the record"
             )
-        message["tool_calls"] = [_tool_call(call, name) for name, call in labelled(calls, f"{label}.tool_calls")]
-    message["content"] = "" if calls and raw.get("content") is None else _content(raw.get("content"), label)
-    if message["role"] == "assistant" and not calls and not message["content"].strip():
-        raise DataError(f"{label} is an assistant message without content; add an answer or remove the record")
-    return message
+
+
+def _calls(message: dict[str, Any], label: str) -> list[dict[str, Any]]:
+    """Remove the tool calls from a message and return them; OpenAI's older `function_call` is a tool call.
+
+    An empty list is removed too, because some templates would render it as a tool call.
+    """
+    calls, older = message.pop("tool_calls", None), message.pop("function_call", None)
+    if not calls and not older:
+        return []
+    if message["role"] != "assistant":
+        key = "tool_calls" if calls else "function_call"
+        raise DataError(f"{label}.{key}: only an assistant message may call tools; the role is {message['role']!r}")
+    if calls and older:
+        raise DataError(f"{label} has both tool_calls and function_call; keep tool_calls")
+    if older:
+        return [_tool_call(older, f"{label}.function_call")]
+    return [_tool_call(call, name) for name, call in labelled(calls, f"{label}.tool_calls")]
+
+
+def _reasoning(message: dict[str, Any], label: str) -> str | None:
+    """Remove the reasoning from a message and return it."""
+    found = {key: message.pop(key) for key in REASONING if key in message}
+    for key, value in found.items():
+        if not isinstance(value, str):
+            raise DataError(f"{label}.{key} is {kind(value)}; expected a string")
+    if len(set(found.values())) > 1:
+        raise DataError(f"{label} has different reasoning in {' and '.join(found)}; keep one of them")
+    return next(iter(found.values()), None)
 
 
 def _content(value: Any, label: str) -> str:
@@ -129,15 +205,33 @@ def _content(value: Any, label: str) -> str:
     return "".join(texts)
 
 
-def _is_trained(raw: Mapping[str, Any], label: str) -> bool:
-    """Return False for a message with weight 0."""
-    values = {key: raw[key] for key in WEIGHTS if raw.get(key) is not None}
-    for key, value in values.items():
-        if value not in (0, 1):
-            raise DataError(f"{label}.{key} is {value!r}; expected 0 (context) or 1 (trained)")
-        if value == 1 and raw["role"] != "assistant":
-            raise DataError(f"{label}.{key} is 1 for the role {raw['role']!r}; only assistant messages are trained")
-    return 0 not in values.values()
+def _trained(raw: Any, label: str) -> bool | None:
+    """Return whether a message says that it is trained; None if it says nothing.
+
+    Raises:
+        DataError: The message says it by a value other than 0 and 1, in two ways, or for part of its text.
+    """
+    role, said = _role(raw, label), dict[str, bool]()
+    for key in PARTLY:
+        if raw.get(key) is not None:
+            raise DataError(
+                f"{label}.{key} is not supported: a message is trained as a whole or not at all; "
+                "write `train: true` or `train: false` in its place"
+            )
+    for key, trains in TRAINS.items():
+        value = raw.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, int | float) or value not in (0, 1):
+            raise DataError(f"{label}.{key} is {value!r}; expected {1 - trains} (context) or {trains} (trained)")
+        said[key] = value == trains
+        if said[key] and role != "assistant":
+            raise DataError(
+                f"{label}.{key} is {value!r} for the role {raw['role']!r}; only assistant messages are trained"
+            )
+    if len(set(said.values())) > 1:
+        raise DataError(f"{label}: {' and '.join(said)} contradict each other; keep one of them")
+    return next(iter(said.values()), None)
 
 
 def _tool_call(call: Any, label: str) -> dict[str, Any]:
@@ -241,7 +335,7 @@ def parsed(text: str, label: str, expected: str) -> Any:
         expected: The expected value for the error message, e.g. "an object".
 
     Raises:
-        DataError: The text is not JSON.
+        DataError: The text is not JSON, repeats a key of an object, or has a number that JSON lacks.
     """
     try:
         return loads(text)

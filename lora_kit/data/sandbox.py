@@ -25,23 +25,21 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from itertools import count
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, cast
 
+from lora_kit.data.answers import Rendered, render
 from lora_kit.data.formats import Completion, Example
 from lora_kit.data.messages import Conversation
 from lora_kit.data.rendering import (
     TEXT_CHARACTERS,
-    Answer,
-    Rendered,
     Renderer,
     TooLongError,
     apply,
-    render,
     syntax_problem,
 )
 from lora_kit.errors import DataError
@@ -82,7 +80,7 @@ class LostError(Exception):
 
 
 def render_all(examples: Sequence[Example | DataError], renderer: Renderer) -> list[Rendered | DataError]:
-    """Render examples and find their answers, as `rendering.render`; an error takes the place of its example.
+    """Render examples and find their answers, as `answers.render`; an error takes the place of its example.
 
     Raises:
         DataError: The template exceeds a limit.
@@ -98,8 +96,7 @@ def _rendered(example: Example, found: Iterator[Any], renderer: Renderer) -> Ren
     result = next(found)
     if isinstance(result, DataError):
         return result
-    text, answers, boundary, marked = result
-    return Rendered(text, tuple(Answer(*answer) for answer in answers), boundary, marked)
+    return Rendered.of(result)
 
 
 def render_prompt(conversation: Conversation, renderer: Renderer) -> str:
@@ -145,7 +142,7 @@ def _ask(
         return [error for _ in conversations]
     if _own_cells:
         return _work(kind, conversations, renderer, places or range(len(conversations)))
-    settings = (renderer.tokenizer, renderer.template, renderer.train_on)
+    settings = tuple(vars(renderer)[field.name] for field in fields(Renderer))
     with _lock:
         if _child and not (_settings[0] is settings[0] and _settings[1:] == list(settings[1:])):
             _child.pop().end()
@@ -172,7 +169,8 @@ _lock = threading.RLock()
 def _chunks(kind: str, conversations: Sequence[Conversation]) -> Iterator[bytes]:
     chunk, size = list[str](), 0
     for conversation in conversations:
-        values = vars(conversation) | {"untrained": sorted(conversation.untrained)}
+        indices = {name: sorted(getattr(conversation, name)) for name in ("untrained", "excluded")}
+        values = {"messages": conversation.messages, "tools": conversation.tools} | indices
         chunk.append(json.dumps(values, default=str))
         size += len(chunk[-1])
         if size > CHUNK_BYTES:
@@ -186,7 +184,12 @@ def _answer(renderer: Renderer, request: bytes) -> list[bytes]:
     """Answer a request of `_ask`."""
     kind, values = json.loads(request)
     conversations = [
-        Conversation(tuple(each["messages"]), each["tools"] and tuple(each["tools"]), frozenset(each["untrained"]))
+        Conversation(
+            tuple(each["messages"]),
+            each["tools"] and tuple(each["tools"]),
+            frozenset(each["untrained"]),
+            frozenset(each["excluded"]),
+        )
         for each in values
     ]
     results = _work(kind, conversations, renderer, range(len(conversations)))

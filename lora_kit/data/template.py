@@ -1,16 +1,19 @@
 """Convert an example to token ids and a loss mask.
 
-`rendering` gives the character positions of the answers. The whole text is tokenised once, and the offsets of the
+`answers` gives the character positions of the answers. The whole text is tokenised once, and the offsets of the
 tokens map these positions to tokens. The trained tokens are those of an answer up to and including its stop token.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from unicodedata import normalize
 
+from lora_kit.data.answers import Answer, Rendered
 from lora_kit.data.formats import Example
 from lora_kit.data.messages import Conversation
-from lora_kit.data.rendering import Answer, Rendered, Renderer
+from lora_kit.data.remarks import LOST, UNKNOWN, Remark
+from lora_kit.data.rendering import Renderer
 from lora_kit.data.sandbox import render_all, render_prompt
 from lora_kit.errors import DataError
 
@@ -29,11 +32,13 @@ class Tokenized(NamedTuple):
         trained: Whether each token is trained. The first token never is, because no token precedes it.
         merged: Whether the first trained token also contains characters of the prompt. Generation then starts from
             other tokens than training did.
+        remarks: What the record has and the tokens lack.
     """
 
     ids: list[int]
     trained: list[bool]
     merged: bool = False
+    remarks: tuple[Remark, ...] = ()
 
 
 class Prompt(NamedTuple):
@@ -60,7 +65,13 @@ def tokenize_all(examples: Sequence[Example | DataError], renderer: Renderer) ->
     """
     rendered = render_all(examples, renderer)
     encodings = iter(_encode([item.text for item in rendered if isinstance(item, Rendered)], renderer))
-    return [attempt(lambda item: _mask(item, next(encodings), renderer), item) for item in rendered]
+    made = [attempt(lambda item: _mask(item, next(encodings), renderer), item) for item in rendered]
+    return [
+        item._replace(remarks=example.remarks + item.remarks)
+        if isinstance(item, Tokenized) and not isinstance(example, DataError)
+        else item
+        for example, item in zip(examples, made, strict=True)
+    ]
 
 
 def pieces(example: Tokenized, length: int, overlap: int) -> list[Tokenized]:
@@ -144,19 +155,71 @@ def _mask(rendered: Rendered, encoding: "Encoding", renderer: Renderer) -> Token
         if any(marked):
             trained[first : stop + 1] = [*marked[:-1], True]
         merged = merged or _begins_before(encoding, first, answer.start)
+        _check_text(answer.label, text[answer.start : answer.end], ids[first:stop], renderer)
     if rendered.boundary is not None:
         first = _first_token(encoding, rendered.boundary, text, renderer)
         merged = _begins_before(encoding, first, rendered.boundary)
         bos = _missing_bos(ids, renderer)
         end = [] if ids[-1:] == [renderer.stop_id] else [renderer.stop_id]
         trained = [False] * (len(bos) + first) + [True] * (len(ids) - first + len(end))
+        _check_text("completion" if rendered.boundary else "text", text[rendered.boundary :], ids[first:], renderer)
         ids = bos + ids + end
     if renderer.train_on == "all":
         trained = [True] * len(ids)
+    for begin, end_of_context in rendered.context:
+        for token in range(*_tokens(encoding, begin, end_of_context)):
+            trained[token] = False
     trained[:1] = [False] * len(trained[:1])
     if not any(trained):
         raise DataError("no token of this example is trained; add an answer or remove the example")
-    return Tokenized(ids, trained, merged)
+    return Tokenized(ids, trained, merged, rendered.remarks + _lost(text, encoding, renderer))
+
+
+def _tokens(encoding: "Encoding", begin: int, end: int) -> tuple[int, int]:
+    """Return the range of the tokens that have a character in [begin, end)."""
+    found = (encoding.char_to_token(character) for character in (*range(begin, end),))
+    inside = [token for token in found if token is not None]
+    return (inside[0], inside[-1] + 1) if inside else (0, 0)
+
+
+def _check_text(label: str, text: str, ids: list[int], renderer: Renderer) -> None:
+    """Check that the tokens of an answer have any of its text.
+
+    Raises:
+        DataError: The tokenizer knows none of its characters.
+    """
+    if not text.strip():
+        return
+    known = [number for number in ids if number != renderer.tokenizer.unk_token_id]
+    if not known or not _decoded(known, renderer).strip():
+        raise DataError(
+            f"the tokenizer knows no character of {label} ({text.strip()[:40]!r}), so nothing of it would be trained; "
+            "remove the record, or choose a base whose tokenizer knows them"
+        )
+
+
+def _lost(text: str, encoding: "Encoding", renderer: Renderer) -> tuple[Remark, ...]:
+    """Compare the decoded tokens with the text, apart from blanks, and return a remark on what differs."""
+    unknown = renderer.tokenizer.unk_token_id
+    if unknown is not None and unknown in encoding.ids:
+        places = [_characters(encoding, token) for token, number in enumerate(encoding.ids) if number == unknown]
+        items = dict.fromkeys(text[begin:end] for begin, end in places)
+        items.pop(renderer.tokenizer.unk_token, None)
+        return tuple(Remark(UNKNOWN, repr(item), "") for item in items)
+    decoded = _decoded(encoding.ids, renderer)
+    if decoded == text or _comparable(decoded) == _comparable(text):
+        return ()
+    missing = [character for character in dict.fromkeys(_comparable(text)) if character not in decoded]
+    return tuple(Remark(LOST, repr(character), "") for character in missing) or (Remark(LOST, "", ""),)
+
+
+def _decoded(ids: list[int], renderer: Renderer) -> str:
+    return str(renderer.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False))
+
+
+def _comparable(text: str) -> str:
+    """Return a text without blanks, which decoders place differently, and with composed characters, as NFC has them."""
+    return normalize("NFC", "".join(text.split()).replace("\u2581", ""))
 
 
 def _span(answer: Answer, text: str, encoding: "Encoding", renderer: Renderer) -> tuple[int, int]:

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from lora_kit.data.formats import to_example
+from lora_kit.data.formats import Example, to_example
 from lora_kit.data.messages import Conversation, unknown_nulls
+from lora_kit.data.remarks import NULLS, Remark
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.sources import Records
 from lora_kit.data.template import Tokenized, attempt, pieces, tokenize_all
@@ -52,7 +53,7 @@ class Range:
         tokens: The number of tokens before any was dropped or cut.
         bad: The index of each record that cannot be used, and what is wrong with it.
         problems: The index of each record that is too long, and what to do.
-        padded: The index of each record that has calls with nulls of a table, and the first such argument.
+        remarks: The index of each record that has something which its tokens lack, and what.
         tallies: Counts by the names in TALLIES.
         arrays: The arrays by the names in ARRAYS, as lists of numbers or, if they have an element per token, of bytes.
     """
@@ -61,7 +62,7 @@ class Range:
     tokens: int = 0
     bad: list[tuple[int, str]] = field(default_factory=list)
     problems: list[tuple[int, str]] = field(default_factory=list)
-    padded: list[tuple[int, str]] = field(default_factory=list)
+    remarks: list[tuple[int, tuple[Remark, ...]]] = field(default_factory=list)
     tallies: Counter[str] = field(default_factory=Counter)
     arrays: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in ARRAYS})
 
@@ -113,14 +114,13 @@ class Tokenising:
         read = partial(to_example, format=self.format, columns=self.columns)
         examples = [attempt(read, record) for record in self.records.read(start, stop)]
         result = Range(stop - start)
-        for index, raw in enumerate(examples, start):
-            if isinstance(raw, Conversation) and (names := unknown_nulls(raw.messages, raw.tools)):
-                result.padded.append((index, names[0]))
         for index, example in enumerate(tokenize_all(examples, self.renderer), start):
             if isinstance(example, DataError):
                 result.bad.append((index, str(example)))
             else:
                 self._add(index, example, result)
+                if found := example.remarks + _nulls(examples[index - start]):
+                    result.remarks.append((index, found))
         return [result.dump()]
 
     def _add(self, index: int, example: Tokenized, result: Range) -> None:
@@ -142,6 +142,11 @@ class Tokenising:
             result.add(index, example.ids[:limit], example.trained[:limit])
             result.tallies["truncated"] += length > limit
             result.tallies["merged"] += example.merged
+
+
+def _nulls(example: Example | DataError) -> tuple[Remark, ...]:
+    names = unknown_nulls(example.messages, example.tools) if isinstance(example, Conversation) else []
+    return tuple(Remark(NULLS, name, "") for name in names)
 
 
 class Pace:

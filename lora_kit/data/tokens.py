@@ -19,6 +19,7 @@ from lora_kit.data import sandbox, sources
 from lora_kit.data.arrays import Growing, chunks, spill_folder
 from lora_kit.data.counts import Counts, DataCounts
 from lora_kit.data.formats import detect, to_example
+from lora_kit.data.remarks import Remark, Remarks
 from lora_kit.data.rendering import RENDERED_DATE, Renderer, check_renderer
 from lora_kit.data.sources import Records
 from lora_kit.data.template import Prompt, prompt
@@ -208,7 +209,7 @@ class _Tokenised:
         hashes: A hash of each example's tokens and mask, uint64 [examples].
         counts: Statistics.
         bad: The first records that were left out as bad: their index, and what is wrong.
-        padded: The records with calls whose arguments have nulls of a table: their index, and the first such argument.
+        remarks: What records have and their tokens lack.
     """
 
     records: Records
@@ -217,7 +218,7 @@ class _Tokenised:
     hashes: np.ndarray
     counts: Counts
     bad: list[tuple[int, str]]
-    padded: list[tuple[int, str]]
+    remarks: Remarks
 
 
 def silent(done: int, total: int) -> None:
@@ -311,7 +312,7 @@ def _tokenise(
     folder, pace, tallies = spill_folder(), Pace(), dict.fromkeys(TALLIES, 0)
     arrays = {name: Growing(dtype, folder) for name, dtype in ARRAYS.items()}
     work = Tokenising(records, renderer, format, data.columns, data.sequence_length, data.overlong, data.overlap)
-    bad, padded = list[tuple[int, str]](), list[tuple[int, str]]()
+    bad, remarks = list[tuple[int, str]](), Remarks()
     try:
         with sandbox.Pool(work, children(len(records))) as pool:
             for answer in pool.map(pace.ranges(len(records))):
@@ -324,7 +325,8 @@ def _tokenise(
                     about["problems"] += about["bad"]
                 for index, message in sorted(about["problems"]):
                     problems.add(records, index, message)
-                padded += about["padded"]
+                for index, found in about["remarks"]:
+                    remarks.add(index, tuple(Remark(*each) for each in found))
                 for name in TALLIES:
                     tallies[name] += about["tallies"].get(name, 0)
                 for name, array in piece.items():
@@ -346,7 +348,7 @@ def _tokenise(
         duplicates=len(hashes) - len(np.unique(hashes)),
         **tallies,
     )
-    return _Tokenised(records, tokens, arrays["kept"].finish(), hashes, counts, bad, padded)
+    return _Tokenised(records, tokens, arrays["kept"].finish(), hashes, counts, bad, remarks)
 
 
 def _format(records: Records, data: "Data") -> str:
@@ -396,23 +398,18 @@ def _left_out(result: _Tokenised) -> str:
 def _notes(results: Sequence[_Tokenised], renderer: Renderer) -> list[str]:
     """Describe what may surprise the user in the training data and, if there is any, the validation data.
 
-    There are six such notes: records left out as bad, texts cut into pieces, calls with nulls of a table, answers whose
-    first token contains the end of the prompt, validation examples that are also in the training data, and a chat
-    template that prints the date.
+    There are six kinds of them: records left out as bad, texts cut into pieces, what records have and their tokens
+    lack, answers whose first token contains the end of the prompt, validation examples that are also in the training
+    data, and a chat template that prints the date.
     """
     notes = [_left_out(result) for result in results if result.counts.bad]
     for result in results:
-        if result.padded:
-            index, name = result.padded[0]
-            notes.append(
-                f"{result.records.where(index)}: {name} is null in a call and not in the tool's schema "
-                f"({len(result.padded):,} such records): a table fills missing fields with null when it is saved as "
-                "JSON, and the model learns to write them; save the table as Parquet, or remove the nulls"
-            )
+        notes += result.remarks.notes(result.records.where)
         if texts := result.counts.split:
+            count = len(result.kept) - len(np.unique(result.kept)) + texts
             notes.append(
-                f"{result.records.name}: {texts:,} of {len(result.records):,} texts were cut, into "
-                f"{len(result.kept) - len(np.unique(result.kept)) + texts:,} pieces of at most data.sequence_length tokens"
+                f"{result.records.name}: {texts:,} of {len(result.records):,} texts were cut, into {count:,} pieces of "
+                "at most data.sequence_length tokens"
             )
     if merged := sum(result.counts.merged for result in results):
         notes.append(

@@ -40,7 +40,8 @@ def load_renderer(source: Source, recipe: Recipe, *, template: str | None = None
         if path is None or not path.is_file():
             raise DataError(f"data.template: {recipe.data.template} is not a file; expected a Jinja file")
         template = read_text(path, recipe.data.template)
-    return Renderer(tokenizer, template, train_on=recipe.objective.train_on, stop_token=recipe.base.stop_token)
+    objective, stop_token = recipe.objective, recipe.base.stop_token
+    return Renderer(tokenizer, template, objective.train_on, objective.reasoning, stop_token)
 
 
 def set_up_tokenizer(

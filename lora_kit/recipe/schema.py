@@ -109,8 +109,13 @@ class Adapter(Section):
 class Objective(Section):
     """Supervised fine-tuning: the mean cross-entropy over the trained tokens of a batch."""
 
-    train_on: Literal["assistant", "all"] = "assistant"
-    """The trained tokens: those of the assistant's answers including the token that ends each answer, or all tokens."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """The trained tokens: those of the assistant's answers including the token that ends each answer, those of the last
+    answer only, or all tokens. A message with `weight: 0` is never trained."""
+    reasoning: Literal["train", "mask"] = "train"
+    """Whether the reasoning of a trained answer (`reasoning_content`, or `<think>` in its content) is trained, or is
+    only context of the answer. Which reasoning stays in the text is decided by the chat template: most leave it out
+    before the last question."""
 
 
 class Optim(Section):

@@ -1,0 +1,209 @@
+"""Find the answers in a rendered conversation.
+
+The text is never searched for strings that a template might contain. `layout` tells where every part of the messages
+stands. The messages before an answer, rendered with the generation prompt, give the text before the answer. An answer
+whose position stays ambiguous is an error.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from lora_kit.data.formats import Completion, Example
+from lora_kit.data.layout import Layout, check, check_control, locate, next_begin
+from lora_kit.data.messages import Conversation
+from lora_kit.data.parts import Place
+from lora_kit.data.remarks import Remark
+from lora_kit.data.rendering import Renderer, apply
+from lora_kit.errors import DataError
+
+
+class Answer(NamedTuple):
+    """The position of an answer in the rendered text, in characters.
+
+    Attributes:
+        label: The message's name in errors, e.g. `messages[2]`.
+        start: Where the answer begins.
+        end: Where its content ends.
+        limit: Where the next message's content begins, or the text ends. The stop token is between `end` and `limit`.
+    """
+
+    label: str
+    start: int
+    end: int
+    limit: int
+
+
+class Rendered(NamedTuple):
+    """A rendered example.
+
+    Attributes:
+        text: The text to tokenise.
+        answers: The trained answers of a conversation.
+        boundary: The character at which the completion of raw text begins; None for a conversation.
+        marked: Whether each token is inside `{% generation %}`; None for a template without it.
+        context: Characters [begin, end) that are not trained although they are in an answer, or all text is trained.
+        remarks: What the record has and the text lacks.
+    """
+
+    text: str
+    answers: tuple[Answer, ...] = ()
+    boundary: int | None = None
+    marked: list[bool] | None = None
+    context: tuple[tuple[int, int], ...] = ()
+    remarks: tuple[Remark, ...] = ()
+
+    @staticmethod
+    def of(values: Any) -> "Rendered":
+        """Return what JSON has made lists of."""
+        text, answers, boundary, marked, context, remarks = values
+        spans = tuple((begin, end) for begin, end in context)
+        return Rendered(
+            text,
+            tuple(Answer(*answer) for answer in answers),
+            boundary,
+            marked,
+            spans,
+            tuple(Remark(*remark) for remark in remarks),
+        )
+
+
+def render(example: Example, renderer: Renderer) -> Rendered:
+    """Render an example and find its answers.
+
+    Raises:
+        DataError: The template fails, leaves out a part of the example, or the position of an answer is ambiguous.
+    """
+    if isinstance(example, Completion):
+        return Rendered(example.prompt + example.completion, boundary=len(example.prompt))
+    text = apply(example, renderer)
+    layout = locate(example, renderer, text)
+    remarks = check(layout)
+    trained = range(len(example.messages)) if renderer.train_on == "all" else example.answers
+    remarks += check_control(layout, set(trained))
+    if renderer.train_on == "all":
+        spans = (layout.span(index) for index in sorted(example.excluded))
+        turns = tuple((begin, layout.turn_end(end)) for begin, end in filter(None, spans))
+        return Rendered(text, context=turns + _reasoning(layout, trained), remarks=tuple(remarks))
+    chosen = example.answers[-1:] if renderer.train_on == "last" else example.answers
+    marked = _marked_tokens(example, renderer) if "endgeneration" in renderer.chat_template else None
+    answers = _answers(layout, chosen, has_marks=marked is not None)
+    context = _reasoning(layout, chosen)
+    return Rendered(text, tuple(answers), marked=marked, context=context, remarks=tuple(remarks))
+
+
+def _marked_tokens(conversation: Conversation, renderer: Renderer) -> list[bool]:
+    """Return for each token whether it is inside the template's `{% generation %}`."""
+    output: Any = renderer.tokenizer.apply_chat_template(
+        renderer.messages(conversation),
+        tools=list(conversation.tools) if conversation.tools else None,
+        chat_template=renderer.chat_template,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"verbose": False},
+    )
+    return [bool(mark) for mark in output["assistant_masks"]]
+
+
+def _reasoning(layout: Layout, trained: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    """Return the characters of the reasoning of trained messages if it is masked."""
+    if layout.renderer.reasoning != "mask":
+        return ()
+    own = [place for index in trained for place in layout.own.get(index, []) if place.part.kind == "reasoning"]
+    spans = [(place.begin, place.end) for place in own]
+    changed = [span for part, span in layout.changed if span and part.kind == "reasoning" and part.message in trained]
+    return tuple(sorted([*spans, *changed]))
+
+
+def _answers(layout: Layout, chosen: list[int], *, has_marks: bool) -> list[Answer]:
+    """Find trained answers in the rendered text.
+
+    An answer begins where the messages before it end if they are rendered with the generation prompt. They are
+    rendered so for the last answer of each kind: what precedes it is a question, or the response of a tool, and so on.
+    The text between the message before an earlier answer and the answer then begins alike.
+
+    Args:
+        layout: The parts in the text.
+        chosen: The indices of the answers.
+        has_marks: Whether the template marks answers with `{% generation %}`.
+
+    Raises:
+        DataError: The text before the answer differs from the prompt that generation would start from.
+    """
+    endings: dict[tuple[str, bool], str] = {}
+    answers = []
+    for index in reversed(chosen):
+        before = layout.conversation.messages[index - 1]
+        kind = (before["role"], "tool_calls" in before)
+        start = _known_start(layout, index, endings.get(kind)) if index else None
+        if start is None:
+            try:
+                start, endings[kind] = _start(layout, index, has_marks=has_marks)
+            except DataError:
+                _start(layout, chosen[0], has_marks=has_marks)  # its error, if it has one, names the first answer
+                raise
+        begin, end = layout.span(index) or (start, start)
+        limit = next_begin(layout, index, layout.limit)
+        if begin < start and not has_marks:
+            raise _ambiguous(index)
+        answers.append(Answer(f"messages[{index}]", start, end, limit))
+    return answers[::-1]
+
+
+def _known_start(layout: Layout, index: int, ending: str | None) -> int | None:
+    """Return where an answer begins if the text after the message before it has the given beginning."""
+    own, before = layout.own.get(index), layout.own.get(index - 1)
+    if ending is None or not own or not before:
+        return None
+    last = max(before, key=lambda place: place.mark_end)
+    first = min(place.mark_begin for place in own)
+    between = layout.marked_text[last.mark_end : first]
+    return last.end + len(ending) if between.startswith(ending) else None
+
+
+def _start(layout: Layout, index: int, *, has_marks: bool) -> tuple[int, str]:
+    """Return where an answer begins, and the text between the message before it and the answer."""
+    marked, renderer = layout.marker.conversation, layout.renderer
+    before = replace(marked, messages=marked.messages[:index])
+    prompt = layout.marker.plain(apply(before, renderer, prompting=True))
+    marks = list(layout.marker.marks(prompt))
+    number, _, last = marks[-1] if marks else (-1, 0, 0)
+    ending = prompt[last:]
+    place = _place_before(layout, index, number)
+    whole = layout.marked_text.startswith(prompt)
+    history = any(part.kind == "reasoning" for part in layout.marker.parts)
+    if not whole and not (place and history and layout.marked_text.startswith(ending, place.mark_end)):
+        own = layout.span(index - 1)
+        if has_marks and own:  # the marks tell the exact tokens; it is enough to start after the previous message
+            return own[1], ""
+        raise _ambiguous(index)
+    start = (place.end if place else 0) + len(ending)
+    span = layout.span(index)
+    header = layout.text[start : span[0]] if span else ""
+    if (
+        header.strip()
+        and not has_marks
+        and not renderer.prompts
+        and prompt == layout.marker.plain(apply(before, renderer))
+    ):
+        raise DataError(
+            f"the chat template ignores add_generation_prompt and puts {header!r} before messages[{index}]; set "
+            "data.template to a template that uses it"
+        )
+    return start, ending
+
+
+def _place_before(layout: Layout, index: int, number: int) -> Place | None:
+    """Return the last place of a part before a message begins in the marked text."""
+    own = layout.own.get(index)
+    first = min(place.mark_begin for place in own) if own else len(layout.marked_text)
+    found = [p for p in layout.places if number >= 0 and p.part is layout.marker.parts[number] and p.mark_end <= first]
+    return found[-1] if found else None
+
+
+def _ambiguous(index: int) -> DataError:
+    return DataError(
+        f"the chat template renders what comes before messages[{index}] differently when the answer follows, so the "
+        "beginning of the answer is ambiguous; train on later answers only (`weight: 0` in this message), or set "
+        "data.template to a template with {% generation %}"
+    )

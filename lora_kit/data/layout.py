@@ -1,0 +1,320 @@
+"""Find the parts of a conversation in its rendered text, and check that none is missing or changed.
+
+What the template leaves out or changes is an error if it is trained or would be seen by the model, and a remark if it
+is not or if the template does so by its own rules.
+"""
+
+import re
+from bisect import bisect_left
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from lora_kit.data.messages import Conversation
+from lora_kit.data.parts import Marker, Part, Place, missing_leaves
+from lora_kit.data.remarks import CHANGED, CONTROL, HISTORY, KEYS, TOOLS, TRIMMED, Remark
+from lora_kit.data.rendering import Renderer, apply
+from lora_kit.errors import DataError
+
+ATTEMPTS = 8  # to render a conversation with marks, with fewer of them each time
+REMEDY = "set data.template to a template that renders it, or remove it from the record"
+
+
+@dataclass
+class Layout:
+    """Where the parts of a conversation stand in its rendered text.
+
+    Attributes:
+        conversation: The conversation.
+        renderer: Tokenizer and template.
+        text: The rendered conversation.
+        marker: The conversation with marks.
+        marked_text: Its rendering.
+        places: The places of the marked parts, in the order of the text.
+        changed: The kept parts, with the characters of the text that depend on each; None if it has no effect.
+        prompted: Whether the marked text ends with the generation prompt.
+    """
+
+    conversation: Conversation
+    renderer: Renderer
+    text: str
+    marker: Marker
+    marked_text: str
+    places: list[Place]
+    prompted: bool
+    changed: list[tuple[Part, tuple[int, int] | None]] = field(default_factory=list)
+
+    @cached_property
+    def limit(self) -> int:
+        """The end of what is in the text with and without the generation prompt: Phi's ends with more without it."""
+        if not self.prompted:
+            return common_prefix(self.text, apply(self.conversation, self.renderer, prompting=True))
+        end, mark_end = (self.places[-1].end, self.places[-1].mark_end) if self.places else (0, 0)
+        return end + common_prefix(self.text[end:], self.marked_text[mark_end:])
+
+    @cached_property
+    def own(self) -> dict[int, list[Place]]:
+        """The places of each message's content, reasoning and calls, after those of the message before it."""
+        own: dict[int, list[Place]] = {}
+        for place in self.places:
+            if place.part.kind not in ("tool", "key"):
+                own.setdefault(place.part.message, []).append(place)
+        cursor = 0
+        for index in sorted(own):
+            first: dict[int, Place] = {}
+            later = [place for place in own[index] if place.mark_begin >= cursor]
+            for place in later or own[index]:
+                first.setdefault(id(place.part), place)
+            own[index] = list(first.values())
+            cursor = max(place.mark_end for place in own[index])
+        return own
+
+    @cached_property
+    def spans(self) -> dict[int, tuple[int, int]]:
+        """The characters [begin, end) of each message that has any."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        for index, places in self.own.items():
+            found[index] = [(place.begin, place.end) for place in places]
+        for part, span in self.changed:
+            if span and part.kind in ("content", "reasoning", "arguments"):
+                found.setdefault(part.message, []).append(span)
+        return {index: (min(begin for begin, _ in own), max(end for _, end in own)) for index, own in found.items()}
+
+    def span(self, index: int) -> tuple[int, int] | None:
+        """Return the characters [begin, end) of a message; None if it has none in the text."""
+        return self.spans.get(index)
+
+    def turn_end(self, end: int) -> int:
+        """Return the end of the stop token that follows a message before the next one begins."""
+        following = min((begin for begin, _ in self.spans.values() if begin >= end), default=len(self.text))
+        stop = self.text.find(self.renderer.stop, end, following)
+        return end if stop < 0 else stop + len(self.renderer.stop)
+
+
+def locate(conversation: Conversation, renderer: Renderer, text: str) -> Layout:
+    """Find every part of a conversation in its rendered text.
+
+    The marked text usually agrees with the text. It does not if the template changes a part, or looks into it and
+    renders something else for a mark. Then parts stay as they are, beginning with the part at the first difference and
+    those in which the template may look for something, and each of these is changed in a rendering of its own.
+    """
+    kept: frozenset[str] = frozenset()
+    leafwise: frozenset[str] = frozenset()
+    prompted = True
+    for attempt in range(ATTEMPTS):
+        marker = Marker(conversation, text, kept, leafwise)
+        found, marked_text = _match(marker, renderer, prompted=prompted)
+        if isinstance(found, list):
+            layout = Layout(conversation, renderer, text, marker, marked_text, found, prompted)
+            layout.changed = [(part, changed_span(part, layout)) for part in marker.unmarked]
+            return layout
+        if isinstance(found, set):
+            leafwise |= found
+            continue
+        everything = frozenset(part.label for part in (*marker.parts, *marker.unmarked))
+        if attempt >= ATTEMPTS - 2:
+            kept, prompted = everything, False
+        else:
+            if kept or found is None:
+                prompted = False
+            kept |= {found.label} if found else set()
+            kept |= {part.label for part in marker.parts if _triggers(part, renderer)}
+    raise DataError(f"the chat template renders the same messages differently; {REMEDY}")
+
+
+def _match(marker: Marker, renderer: Renderer, *, prompted: bool) -> tuple[list[Place] | set[str] | Part | None, str]:
+    try:
+        marked_text = marker.plain(apply(marker.conversation, renderer, prompting=prompted))
+    except DataError:
+        return None, ""
+    if not_json := marker.not_json(marked_text):
+        return not_json, ""
+    return marker.match(marked_text, open_end=prompted), marked_text
+
+
+def _triggers(part: Part, renderer: Renderer) -> bool:
+    """Return whether the template may look into a part, or compares it."""
+    return part.kind in ("key", "name") or (isinstance(part.value, str) and bool(renderer.triggers.search(part.value)))
+
+
+def changed_span(part: Part, layout: Layout) -> tuple[int, int] | None:
+    """Return the characters of the text that differ if a part is changed; None if there are none."""
+    text = layout.text
+    changed = apply(_with_change(part, layout.conversation), layout.renderer)
+    if changed == text:
+        return None
+    begin = common_prefix(text, changed)
+    return begin, len(text) - common_prefix(text[begin:][::-1], changed[begin:][::-1])
+
+
+def _with_change(part: Part, conversation: Conversation) -> Conversation:
+    """Return a conversation in which a part differs. A key is removed, and the names of tools are all changed."""
+    if part.kind == "tool":
+        tools = tuple(
+            tool | {"function": tool["function"] | {"name": "x" * 9, "description": "x" * 9}}
+            for tool in conversation.tools or ()
+        )
+        return replace(conversation, tools=tools)
+    message, path = dict(conversation.messages[part.message]), part.label.partition(".")[2]
+    if path.startswith("tool_calls"):
+        calls = list(message["tool_calls"])
+        number = int(re.findall(r"\d+", path)[0])
+        function = calls[number]["function"]
+        change: dict[str, Any] = {"name": _different_letter(function["name"])}
+        if part.kind == "arguments":
+            change = {"arguments": {"x": "x"} if function["arguments"] != {"x": "x"} else {"y": "y"}}
+        calls[number] = calls[number] | {"function": function | change}
+        message["tool_calls"] = calls
+    elif part.kind == "key":
+        del message[path]
+    else:
+        message[path] = _different_letter(part.value)
+    messages = (*conversation.messages[: part.message], message, *conversation.messages[part.message + 1 :])
+    return replace(conversation, messages=messages)
+
+
+def check(layout: Layout) -> list[Remark]:
+    """Check that the text has every part, and return remarks on what is left out or changed without harm.
+
+    Raises:
+        DataError: The template leaves out a message, a call, a tool or the reasoning of a trained answer, or changes
+            an answer.
+    """
+    conversation, renderer, remarks = layout.conversation, layout.renderer, list[Remark]()
+    rendered = {id(place.part) for place in layout.places}
+    lost = [part for part in layout.marker.parts if id(part) not in rendered]
+    lost += [part for part, span in layout.changed if span is None]
+    for part in sorted(lost, key=lambda part: part.message < 0):  # messages are more telling than tools
+        role = conversation.messages[part.message]["role"] if part.message >= 0 else ""
+        if part.kind == "key":
+            if not _is_name_of_a_call(part, conversation):
+                remarks.append(Remark(KEYS, part.label.rpartition(".")[2], part.label))
+        elif part.kind == "tool":
+            if part.label.endswith(".description"):
+                remarks.append(Remark(TOOLS, "description", part.label))
+            else:
+                raise DataError(f"the chat template leaves out `tools`; {REMEDY}")
+        elif part.kind == "reasoning":
+            remarks.append(_reasoning_left_out(part, conversation, renderer))
+        else:
+            raise DataError(f"the chat template leaves out {part.label.removesuffix('.name')} (role {role}); {REMEDY}")
+    for part, span in layout.changed:
+        if span is not None and part.kind not in ("key", "tool", "name") and not _is_whole(part, span, layout):
+            remarks.append(_not_whole(part, span, layout))
+    remarks += _trimmed(layout)
+    _check_leaves(layout)
+    return remarks
+
+
+def _is_name_of_a_call(part: Part, conversation: Conversation) -> bool:
+    """Return whether a key repeats the name of a called function, as a tool's message does."""
+    calls = (call for message in conversation.messages for call in message.get("tool_calls", ()))
+    return part.label.endswith(".name") and any(call["function"]["name"] == part.value for call in calls)
+
+
+def _reasoning_left_out(part: Part, conversation: Conversation, renderer: Renderer) -> Remark:
+    """Return a remark on reasoning that the template leaves out of an earlier answer by its own rules.
+
+    Raises:
+        DataError: The template reads no reasoning at all.
+    """
+    in_content = part.label.endswith(".content")
+    if not in_content and renderer.reasoning_key is None and part.message in conversation.answers:
+        raise DataError(
+            f"the chat template leaves out {part.label} (role assistant); set data.template to a template that renders "
+            "it, write it into content as <think>...</think>, or remove it from the record"
+        )
+    return Remark(HISTORY, "", part.label)
+
+
+def _is_whole(part: Part, span: tuple[int, int], layout: Layout) -> bool:
+    """Return whether the text has a kept part whole at the characters that depend on it."""
+    begin, end = span
+    if part.kind == "arguments":
+        region = layout.text[begin:end]
+        return not missing_leaves(part.value, region) or part.value in ({"x": "x"}, {"y": "y"})
+    forms = part.forms(None)
+    return any(layout.text.startswith(form, begin) and begin + len(form) >= end for form in forms)
+
+
+def _not_whole(part: Part, span: tuple[int, int], layout: Layout) -> Remark:
+    """Return a remark on a message that the template changes.
+
+    Raises:
+        DataError: The message is trained.
+    """
+    if part.message not in layout.conversation.answers and layout.renderer.train_on != "all":
+        return Remark(CHANGED, "", part.label)
+    found = layout.text[span[0] : span[1]]
+    raise DataError(
+        f"the chat template does not render {part.label} (role {layout.conversation.messages[part.message]['role']}) "
+        f"as it is, but {found[:60]!r}; set data.template to a template that renders it as it is, or change the record"
+    )
+
+
+def _trimmed(layout: Layout) -> list[Remark]:
+    """Return remarks on messages whose blanks at the edges are not in the text."""
+    remarks = []
+    for part, _, _, begin, end in layout.places:
+        before, after = part.edges
+        if part.kind == "content" and (before or after):
+            around = layout.marked_text[max(0, begin - len(before)) : begin], layout.marked_text[end : end + len(after)]
+            if around != part.edges:
+                remarks.append(Remark(TRIMMED, "", part.label))
+    return remarks
+
+
+def _check_leaves(layout: Layout) -> None:
+    """Check the keys, booleans and nulls of arguments whose values have marks of their own.
+
+    Raises:
+        DataError: A key or a value is not in the text.
+    """
+    for index, message in enumerate(layout.conversation.messages):
+        for number, call in enumerate(message.get("tool_calls", ())):
+            label = f"messages[{index}].tool_calls[{number}]"
+            if label not in layout.marker.leafwise or label in layout.marker.kept:
+                continue
+            own = [place for place in layout.own.get(index, []) if place.part.label in (label, f"{label}.name")]
+            later = [p.begin for p in layout.own.get(index, []) if own and p.begin >= own[-1].end]
+            end = min(later, default=next_begin(layout, index, layout.limit))
+            if not own or missing_leaves(call["function"]["arguments"], layout.text[own[0].begin : end]):
+                raise DataError(f"the chat template leaves out a part of {label} (role assistant); {REMEDY}")
+
+
+def next_begin(layout: Layout, index: int, default: int) -> int:
+    """Return where the next message with any text begins."""
+    return next((begin for later, (begin, _) in sorted(layout.spans.items()) if later > index), default)
+
+
+def check_control(layout: Layout, trained: set[int]) -> list[Remark]:
+    """Return remarks on control tokens in the text of messages: the tokenizer would take the text for the token.
+
+    Raises:
+        DataError: The message is trained.
+    """
+    control, remarks = layout.renderer.control, list[Remark]()
+    spans = [(place.part, place.begin, place.end) for place in layout.places]
+    spans += [(part, *span) for part, span in layout.changed if span and isinstance(part.value, str)]
+    for part, begin, end in spans:
+        if not (found := control.search(layout.text, begin, end)):
+            continue
+        if part.message in trained:
+            raise DataError(
+                f"{part.label} contains {found[0]!r}, which the tokenizer takes for its control token; remove it from "
+                "the record, e.g. write a blank inside it"
+            )
+        remarks.append(Remark(CONTROL, repr(found[0]), part.label))
+    return remarks
+
+
+def _different_letter(text: str) -> str:
+    """Return a letter that is neither the first nor the last of the text."""
+    taken = text.strip()[:1] + text.strip()[-1:]
+    return next(letter for letter in "xyz" if letter not in taken)
+
+
+def common_prefix(first: str, second: str) -> int:
+    """Return the length of the common prefix of two texts, by bisection, since comparing slices is fast."""
+    lengths = range(1, min(len(first), len(second)) + 1)
+    return bisect_left(lengths, True, key=lambda length: first[:length] != second[:length])

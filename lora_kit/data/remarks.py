@@ -1,0 +1,78 @@
+"""Remarks on examples: what a record has and the tokens lack, where that is no error.
+
+A remark is made for each example and shown once for a source, with the number of its records and the place of the
+first.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+MAX_ITEMS = 10  # named in a note
+
+COLUMNS = "columns of the data that are not read"
+KEYS = "keys of messages that the chat template does not read"
+HISTORY = "the chat template leaves the reasoning of earlier answers out, so it is neither context nor trained"
+TRIMMED = "the chat template trims blanks at the edges of messages"
+CHANGED = "the chat template does not render these messages as they are; none of them is trained"
+NULLS = (
+    "null in a call and not in the tool's schema, which a table writes for missing fields when it is saved as JSON; "
+    "the model learns to write it (save the table as Parquet, or remove the nulls)"
+)
+TOOLS = "the chat template leaves parts of the tools out"
+CONTROL = "messages that are not trained contain control tokens of the tokenizer as text"
+UNKNOWN = "the tokenizer does not know these characters and writes its unknown token"
+LOST = "the tokenizer drops or changes characters"
+
+
+class Remark(NamedTuple):
+    """Something that an example's record has and its tokens lack.
+
+    Attributes:
+        text: What happens, one of the constants of this module.
+        item: To what, e.g. a key or a character; the note names the first ten. Empty for nothing in particular.
+        place: Where in the record, e.g. `messages[2].content`; the note names the first.
+    """
+
+    text: str
+    item: str
+    place: str
+
+
+@dataclass
+class _Count:
+    records: int
+    first: int
+    place: str
+    items: dict[str, None] = field(default_factory=dict)
+
+
+@dataclass
+class Remarks:
+    """The remarks on the examples of a source, counted."""
+
+    counts: dict[str, _Count] = field(default_factory=dict)
+
+    def add(self, index: int, remarks: tuple[Remark, ...]) -> None:
+        """Count the remarks on the record `index`; records come in ascending order."""
+        for text in dict.fromkeys(remark.text for remark in remarks):
+            own = [remark for remark in remarks if remark.text == text]
+            count = self.counts.setdefault(text, _Count(0, index, own[0].place))
+            count.records += 1
+            if len(count.items) <= MAX_ITEMS:
+                count.items |= dict.fromkeys(remark.item for remark in own if remark.item)
+
+    def notes(self, where: Callable[[int], str]) -> list[str]:
+        """Return a note for each kind of remark.
+
+        Args:
+            where: Returns the file and line of a record, given its index.
+        """
+        notes = []
+        for text, count in self.counts.items():
+            items = list(count.items)[:MAX_ITEMS] + ["..."] * (len(count.items) > MAX_ITEMS)
+            what = f"{text}: {', '.join(items)}" if items else text
+            place = f", {count.place}" if count.place else ""
+            records = f"{count.records:,} record{'s' * (count.records != 1)}"
+            notes.append(f"{where(count.first)}{place}: {what} ({records} in all)")
+        return notes

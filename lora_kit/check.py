@@ -10,14 +10,30 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType
+import numpy as np
+from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from lora_kit.artifacts.hub import push_notes
 from lora_kit.data.files import SUFFIXES, suffix_of
+from lora_kit.data.near_duplicates import LIKE, near_duplicates
+from lora_kit.data.places import TRAINING, VALIDATION, Where, places
 from lora_kit.data.plan import Plan, prepare_data
+from lora_kit.data.preflight import (
+    Cost,
+    Inspection,
+    costs,
+    findings,
+    headers_of,
+    histogram,
+    inspect,
+    judge,
+    roles,
+    signs_of,
+)
+from lora_kit.data.preview import make_preview
 from lora_kit.data.rendering import Renderer
-from lora_kit.data.tokens import Prepared, Tokens, check_context
+from lora_kit.data.tokens import Prepared, check_context
 from lora_kit.data.vocabulary import check_tokenizer_fits, untrained_labels, untrained_notes
 from lora_kit.errors import BaseError, InputError, RecipeError
 from lora_kit.model.sizes import (
@@ -36,75 +52,33 @@ from lora_kit.recipe.load import resolve_path
 from lora_kit.recipe.schema import Base, Recipe
 from lora_kit.runs.trackers import require
 from lora_kit.training.micro_batches import Machine, MicroBatches, choose, this_machine
-from lora_kit.views.console import grouped
+from lora_kit.views import html
+from lora_kit.views.console import grouped, printable
+from lora_kit.views.preview import Preview
 
+BAR = 40  # characters of the longest bar of a histogram
 HTML = '<pre style="white-space:pre-wrap;word-break:normal;font-family:monospace">{code}</pre>'
 
 
-class ShownInNotebooks:
-    """A renderable of rich that a notebook shows as a terminal with colours would."""
+def preview(recipe: Recipe, n: int = 2, *, ids: bool = False) -> Preview:
+    """Return the first `n` training examples with the trained tokens marked, and the micro-batches of the first step.
 
-    def _repr_html_(self) -> str:
-        console = Console(
-            record=True, file=io.StringIO(), force_terminal=True, force_jupyter=False, color_system="truecolor"
-        )
-        console.print(self, soft_wrap=True)
-        return console.export_html(inline_styles=True, code_format=HTML)
-
-
-@dataclass(frozen=True, repr=False)
-class Preview(ShownInNotebooks):
-    """Rendered examples with their trained parts marked.
-
-    Attributes:
-        examples: For each example its text as pieces (text, whether it is trained).
-    """
-
-    examples: tuple[tuple[tuple[str, bool], ...], ...]
-
-    def __repr__(self) -> str:
-        return "\n\n".join("".join(_in_brackets(*piece) for piece in example) for example in self.examples)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        no_colours = console.no_color or console.color_system is None  # e.g. in a pipe
-        for number, example in enumerate(self.examples):
-            yield Text(f"example {number}", style="dim")
-            yield Text.assemble(
-                *(
-                    (_in_brackets(text, trained) if no_colours else text, "black on green" if trained else "")
-                    for text, trained in example
-                )
-            )
-
-
-def _in_brackets(text: str, trained: bool) -> str:
-    return f"⟦{text}⟧" if trained else text
-
-
-def preview(recipe: Recipe, n: int = 2) -> Preview:
-    """Return the first `n` training examples as rendered text with the trained tokens marked.
+    Args:
+        recipe: The recipe.
+        n: The number of examples.
+        ids: Whether to show each token with its id.
 
     Raises:
         InputError: The base's tokenizer or the data cannot be read, or the data has problems.
     """
-    renderer = load_renderer(_source_without_weights(recipe, offline=False), recipe)
-    return _preview(prepare_data(recipe, renderer).train, renderer, n)
-
-
-def _preview(tokens: Tokens, renderer: Renderer, n: int) -> Preview:
-    return Preview(tuple(tuple(_pieces(tokens, index, renderer)) for index in range(min(n, len(tokens)))))
-
-
-def _pieces(tokens: Tokens, index: int, renderer: Renderer) -> Iterator[tuple[str, bool]]:
-    """Yield the text of an example in pieces that are trained or untrained as a whole."""
-    ids, trained = tokens.example(index)
-    start, before = 0, ""
-    for end in range(1, len(ids) + 1):
-        if end == len(ids) or trained[end] != trained[start]:
-            # decode from the first token each time, because many tokenizers drop a leading blank
-            text = str(renderer.tokenizer.decode(ids[:end].tolist(), skip_special_tokens=False))
-            yield text[len(before) :], bool(trained[start])
-            start, before = end, text
+    source = _source_without_weights(recipe, offline=False)
+    renderer = load_renderer(source, recipe)
+    data = prepare_data(recipe, renderer)
+    shape = None
+    with suppress(BaseError):  # of an unknown family; then the size of a micro-batch is a guess
+        shape = read_config(source.folder / "config.json")
+    tokens = choose(recipe, shape, this_machine()).micro_batch_tokens
+    return make_preview(Plan(recipe, data.train, tokens, padded=False), renderer, places(recipe, data), n, ids=ids)
 
 
 def estimate(recipe: Recipe, *, shapes: Path | None = None, offline: bool = False) -> Estimate:
@@ -147,7 +121,7 @@ def _source_without_weights(recipe: Recipe, *, offline: bool) -> Source:
 
 
 @dataclass(repr=False)
-class Report(ShownInNotebooks):
+class Report:
     """The result of `check`.
 
     Attributes:
@@ -156,6 +130,9 @@ class Report(ShownInNotebooks):
         unchecked: Parts that could not be checked, with the reason.
         notes: Notes for the user.
         data: Statistics of the training and validation data.
+        lengths: Ranges of lengths of the training examples (shortest, longest, number of examples).
+        roles: The number of tokens and of trained tokens in the training messages of each role.
+        costs: What each source contributes to an epoch.
         schedule: Steps, examples and tokens of the run.
         micro_batches: The size of micro-batches and whether activations are recomputed: the recipe's settings, or for
             `auto` the values that a run on this machine would choose.
@@ -168,6 +145,9 @@ class Report(ShownInNotebooks):
     unchecked: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
+    lengths: list[tuple[int, int, int]] = field(default_factory=list)
+    roles: dict[str, tuple[int, int]] = field(default_factory=dict)
+    costs: list[Cost] = field(default_factory=list)
     schedule: dict[str, Any] = field(default_factory=dict)
     micro_batches: MicroBatches | None = None
     estimate: Estimate | None = None
@@ -178,6 +158,18 @@ class Report(ShownInNotebooks):
         sizes = asdict(self.estimate) | {"device_bytes": self.estimate.device_bytes} if self.estimate else None
         return asdict(self) | {"estimate": sizes, "preview": str(self.preview) if self.preview else None}
 
+    def page(self, title: str) -> str:
+        """Return the report as an HTML page."""
+        return html.page(f"lora-kit check {title}", self._repr_html_())
+
+    def _repr_html_(self) -> str:
+        console = Console(
+            record=True, file=io.StringIO(), force_terminal=True, force_jupyter=False, color_system="truecolor"
+        )
+        console.print(Group(*self._findings()), soft_wrap=True)
+        examples = self.preview._repr_html_() if self.preview else ""
+        return examples + console.export_html(inline_styles=True, code_format=HTML)
+
     def __rich__(self) -> RenderableType:
         return Group(*self._parts())
 
@@ -187,8 +179,23 @@ class Report(ShownInNotebooks):
     def _parts(self) -> Iterator[RenderableType]:
         if self.preview is not None:
             yield self.preview
+        yield from self._findings()
+
+    def _findings(self) -> Iterator[RenderableType]:
         for name, counts in self.data.items():
             yield _line(name, {key: value for key, value in counts.items() if value})
+        if self.roles:
+            shares = (f"{role} {trained:,} of {count:,}" for role, (count, trained) in self.roles.items() if count)
+            yield Text(f"trained tokens by role: {', '.join(shares)}")
+        yield from (Text(line) for line in _bars(self.lengths))
+        if len(self.costs) > 1:
+            yield from (
+                Text(
+                    f"{cost.source}: {cost.examples:,} examples, {cost.tokens:,} tokens, {cost.trained:,} trained; "
+                    f"{cost.share:.1%} of the time"
+                )
+                for cost in self.costs
+            )
         if self.schedule:
             yield _line("schedule", self.schedule)
         if self.micro_batches is not None:
@@ -196,10 +203,20 @@ class Report(ShownInNotebooks):
             yield Text(f"micro-batches: {self.micro_batches} ({device} with {memory})")
         if self.estimate is not None:
             yield from (Text(line) for line in self.estimate.lines())
-        yield from (Text(f"note: {note}", style="yellow") for note in self.notes)
-        yield from (Text(f"not checked: {part}", style="yellow") for part in self.unchecked)
-        yield from (Text(f"problem: {problem}", style="red") for problem in grouped(self.problems))
+        yield from (Text(f"note: {printable(note)}", style="yellow") for note in self.notes)
+        yield from (Text(f"not checked: {printable(part)}", style="yellow") for part in self.unchecked)
+        yield from (Text(f"problem: {printable(problem)}", style="red") for problem in grouped(self.problems))
         yield Text("the recipe cannot start" if self.problems else "the recipe can start", style="bold")
+
+
+def _bars(lengths: list[tuple[int, int, int]]) -> Iterator[str]:
+    """Yield a histogram of lengths, a line for each range."""
+    most, width = max((count for _, _, count in lengths), default=0), len(f"{lengths[-1][1]:,}") if lengths else 0
+    if lengths:
+        yield "tokens of an example:"
+    for shortest, longest, count in lengths:
+        bar = "#" * -(-BAR * count // most)
+        yield f"  {shortest:>{width},} to {longest:>{width},} {bar:{BAR}} {count:,}".rstrip()
 
 
 def _line(name: str, values: Mapping[str, Any]) -> Text:
@@ -207,7 +224,15 @@ def _line(name: str, values: Mapping[str, Any]) -> Text:
     return Text(f"{name}: " + ", ".join(f"{key.replace('_', ' ')} {text}" for key, text in texts.items()))
 
 
-def check(recipe: Recipe, *, offline: bool = False, shapes: Path | None = None, processes: int = 1) -> Report:
+def check(
+    recipe: Recipe,
+    *,
+    offline: bool = False,
+    shapes: Path | None = None,
+    processes: int = 1,
+    show: int = 2,
+    ids: bool = False,
+) -> Report:
     """Check everything about a recipe that can be checked without the base's weights.
 
     Args:
@@ -215,6 +240,8 @@ def check(recipe: Recipe, *, offline: bool = False, shapes: Path | None = None, 
         offline: Whether to use only local files; other parts are reported as unchecked.
         shapes: A folder with model configurations `<owner>--<name>.json`, for sizes of bases that are not local.
         processes: The number of processes that will train together on this machine.
+        show: The number of examples in the preview.
+        ids: Whether the preview shows each token with its id.
     """
     report = Report(this_machine(processes))
     try:
@@ -244,8 +271,9 @@ def check(recipe: Recipe, *, offline: bool = False, shapes: Path | None = None, 
             report.unchecked.append("data: a Hub dataset, not read with --offline")
         else:
             data = prepare_data(recipe, renderer)
-            plan = Plan(recipe, data.train, micro_batches.micro_batch_tokens, padded=False)
-            _check_data(plan, data, source, renderer, report, processes)
+            plan, where = Plan(recipe, data.train, micro_batches.micro_batch_tokens, padded=False), places(recipe, data)
+            report.preview = make_preview(plan, renderer, where, show, ids=ids)
+            _check_data(plan, data, source, renderer, where, report, processes)
     except InputError as error:
         report.problems += str(error).splitlines()
     report.problems = list(dict.fromkeys(report.problems))
@@ -319,12 +347,13 @@ def _is_hub_name(recipe: Recipe, source: str | float | None) -> bool:
         return False
 
 
-def _check_data(plan: Plan, data: Prepared, source: Source, renderer: Renderer, report: Report, processes: int) -> None:
-    """Add data statistics, schedule, preview, and problems of the data with this base to the report."""
+def _check_data(
+    plan: Plan, data: Prepared, source: Source, renderer: Renderer, where: Where, report: Report, processes: int
+) -> None:
+    """Add data statistics, schedule, preflight, and problems of the data with this base to the report."""
     recipe = plan.recipe
     report.data = {name: counts for name, counts in asdict(data.counts).items() if counts}
     report.notes += [*data.notes, *push_notes(recipe)]
-    report.preview = _preview(data.train, renderer, 2)
     report.schedule = {
         "steps": plan.steps,
         "examples": plan.total,
@@ -334,10 +363,55 @@ def _check_data(plan: Plan, data: Prepared, source: Source, renderer: Renderer, 
     }
     if idleness := plan.idleness_note(processes):
         report.notes.append(idleness)
+    _check_tokens(recipe, data, renderer, where, report)
     if report.estimate is not None:
         check_tokenizer_fits(renderer.tokenizer, report.estimate.vocabulary, used=data.train)
-    check_context(data, context_of(read_json(source.folder / "config.json")))
+    context = context_of(read_json(source.folder / "config.json"))
+    check_context(data, context)
+    if context and (too_long := sum(len(prompt.ids) >= context for prompt in data.prompts)):
+        report.notes.append(
+            f"evaluate.generate: {too_long} of {len(data.prompts)} prompts leave none of the base's {context:,} "
+            "positions for an answer and will count as no match"
+        )
     with suppress(BaseError):  # the problem of the weights is reported already
         rows = head_rows(source.folder, check_weights(source.folder))
         if rows is not None:
             report.notes += untrained_notes(untrained_labels(data.train, rows), renderer)
+
+
+def _check_tokens(recipe: Recipe, data: Prepared, renderer: Renderer, where: Where, report: Report) -> None:
+    """Add what the preflight finds, the lengths, and near duplicates to the report."""
+    signs = signs_of(renderer, raw=data.counts.train.is_raw)
+    train = inspect(data.train, signs)
+    validation = None if data.validation is None else inspect(data.validation, signs)
+    errors, warnings = judge(findings(train, validation), recipe.preflight, where)
+    report.problems += errors
+    report.notes += warnings
+    report.roles = {} if signs.prompt == () else roles(data.train, headers_of(renderer))
+    report.lengths = histogram(data.train.lengths)
+    report.costs = costs(data.train, train.weights, {recipe.data.train: (0, len(data.train))})
+    try:
+        report.notes += _near_duplicates(data, train, validation, where)
+    except InputError as error:
+        report.unchecked.append(f"near duplicates: {error}")
+
+
+def _near_duplicates(data: Prepared, train: Inspection, validation: Inspection | None, where: Where) -> Iterator[str]:
+    """Yield a note about near duplicates, if there are any."""
+    parts = [data.train, *([data.validation] if data.validation else [])]
+    hashes = np.concatenate([train.hashes, *([validation.hashes] if validation else [])])
+    found = near_duplicates(parts, hashes)
+    if not found.pairs:
+        return
+
+    def place(index: int) -> str:
+        inside = index - len(data.train)
+        return where(TRAINING, index) if inside < 0 else where(VALIDATION, inside)
+
+    (earlier, first), count = found.pairs[0], len(found.pairs)
+    leaked = sum(earlier < len(data.train) <= later for earlier, later in found.pairs)
+    yield (
+        f"{place(first)} (as {place(earlier)}): {count:,} of {found.sampled:,} compared examples share at least "
+        f"{LIKE:.0%} of their token sequences with an earlier example, {leaked:,} of them held out ones with training "
+        "examples; remove them, if the repetition is not intended"
+    )

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from lora_kit.errors import CheckpointError, InputError, LaunchError, LoraKitError
 from lora_kit.version import VERSION
-from lora_kit.views.console import print_error, rich_console
+from lora_kit.views.console import print_error, printable, rich_console
 from lora_kit.views.output import make_output_safe
 
 app = typer.Typer(
@@ -103,6 +103,11 @@ def imports(what: str, path: Path) -> Iterator[Path]:
     yield path
     gc.freeze()
     gc.enable()
+
+
+def note(text: str) -> None:
+    """Print a note to stderr."""
+    print(f"note: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -243,13 +248,26 @@ def check(
         Path | None, typer.Option(help="With --offline: a folder of model configs named `<owner>--<name>.json`.")
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="The number of training processes to estimate for.")] = 1,
+    show: Annotated[int, typer.Option(min=0, metavar="N", help="The number of examples to show.")] = 2,
+    ids: Annotated[bool, typer.Option("--ids", help="Show each token with its id.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the report as a page for a browser.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Validate a recipe, show examples with the trained tokens marked, and estimate memory and checkpoint size."""
+    """Validate a recipe and its data, show examples with the trained tokens marked, and estimate memory and sizes."""
     from lora_kit import check as checking
     from lora_kit.recipe.load import load_recipe
 
-    report = checking.check(load_recipe(recipe, set_), offline=offline, shapes=shapes, processes=processes)
+    report = checking.check(
+        load_recipe(recipe, set_), offline=offline, shapes=shapes, processes=processes, show=show, ids=ids
+    )
+    if html is not None:
+        try:
+            html.write_text(report.page(str(recipe)), encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"--html {html}: not written: {error.strerror}") from error
+        note(f"the page is {html}")
     if as_json:
         _print_json(report.to_dict())
     else:
@@ -313,6 +331,10 @@ BasePath = Annotated[
     Path | None,
     typer.Option("--base-path", metavar="FOLDER", help="The base's folder, if it is not where it was in training."),
 ]
+Raw = Annotated[
+    bool,
+    typer.Option("--raw", help="Continue texts without the chat template. A run on raw text alone needs no option."),
+]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Let transformers run the Python files of the checkpoint's base."),
@@ -323,12 +345,16 @@ TrustRemoteCode = Annotated[
 def generate(
     path: Weights,
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT...", help="Prompts; each is answered as one user message.")
+        list[str] | None,
+        typer.Argument(
+            metavar="PROMPT...", help="Prompts; each is a user message or, for a run on raw text, a text to continue."
+        ),
     ] = None,
     messages: Messages = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy decoding.")] = 0.0,
     base: Annotated[bool, typer.Option("--base", help="Answer with the base model, without the adapter.")] = False,
+    raw: Raw = False,
     base_path: BasePath = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
@@ -342,6 +368,10 @@ def generate(
     if not questions:
         raise InputError("no prompt: give a PROMPT, or --messages FILE")
     model, tokenizer = load(path, base=base_path, trust_remote_code=trust_remote_code)
+    if raw:
+        tokenizer.chat_template = None
+    elif tokenizer.chat_template is None:
+        note("prompts are continued as text: the run was trained on raw text, or its tokenizer has no chat template")
     with model.disable_adapter() if base else nullcontext():
         answers = answering.generate(
             model, tokenizer, questions, max_new_tokens=max_new_tokens, temperature=temperature
@@ -360,6 +390,7 @@ def chat(
     messages: Messages = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy decoding.")] = 0.0,
+    raw: Raw = False,
     base_path: BasePath = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -373,6 +404,10 @@ def chat(
     if len(beginning) > 1:
         raise InputError(f"{messages}: {len(beginning)} conversations; chat begins with one")
     model, tokenizer = load(path, base=base_path, trust_remote_code=trust_remote_code)
+    if raw:
+        tokenizer.chat_template = None
+    elif tokenizer.chat_template is None:
+        note(chatting.RAW)
     print("/help for the commands, Ctrl-D to leave", file=sys.stderr)
     chatting.chat(
         model,
@@ -458,15 +493,17 @@ def evaluate(
         from lora_kit.recipe.load import load_recipe
         from lora_kit.training import evaluation
 
-    scores = evaluation.evaluate(load_recipe(recipe, set_), path)
+    scores = evaluation.evaluate(load_recipe(recipe, set_), path, tell=note)
     if as_json:
         _print_json(evaluation.plain(scores))
         return
     table = Table("", "loss", "perplexity", "exact match", "examples")
     for name, score in scores.items():
-        match = "-" if score.exact_match is None else f"{score.exact_match:.1%}"
+        match = "-" if score.exact_match is None else f"{score.exact_match:.1%} of {score.answered}"
         table.add_row(name, f"{score.loss:.4f}", f"{score.perplexity:.2f}", match, str(score.examples))
     rich_console().print(table)
+    if score.too_long:
+        note(f"{score.too_long} of {score.answered} prompts left no position for an answer and count as no match")
 
 
 @command

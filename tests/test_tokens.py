@@ -123,6 +123,7 @@ def test_the_summary_counts(make):
         "merged": 0,
         "split": 0,
         "bad": 0,
+        "raw": 3,
     }
     assert counts.tokens == len(made.train.ids) and counts.trained_tokens == len(made.train.labels)
     assert made.counts.validation is None and made.notes == ()

@@ -1,25 +1,30 @@
-"""Generate answers to prompts, greedily or by sampling, in batches of similar length."""
+"""Generate answers to prompts, greedily or by sampling, in batches of similar length.
+
+A prompt becomes the token ids with which training began such an example: after a training on raw text, a text is
+continued without a chat template; otherwise it is a user message. An answer ends at the last position of the base.
+"""
 
 import json
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import takewhile
+from dataclasses import dataclass, replace
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 from transformers.utils import logging as transformers_logging
 
 from lora_kit.data.messages import Conversation, question
 from lora_kit.data.rendering import Renderer
-from lora_kit.data.template import prompt_tokens
+from lora_kit.data.template import prompt_tokens, text_tokens
 from lora_kit.errors import DataError
 from lora_kit.kernels.attention import own_attention
+from lora_kit.model.sizes import context_of
 
 
 @dataclass(frozen=True)
@@ -39,13 +44,30 @@ class Answering:
     batch_size: int = 32
 
 
+def positions_of(model: PeftModel | PreTrainedModel) -> int | None:
+    """Return the number of positions that a model was made for; None if its configuration does not say."""
+    return context_of(cast(Any, model.config).to_dict())
+
+
+def new_tokens(prompt: Sequence[int], positions: int | None, settings: Answering) -> int:
+    """Return the maximum length of the answer to a prompt: at most the positions that the prompt leaves, perhaps 0."""
+    limit = settings.max_new_tokens
+    return limit if positions is None else max(0, min(limit, positions - len(prompt)))
+
+
+def no_room(prompt: Sequence[int], positions: int | None) -> str:
+    """Return the message about a prompt that leaves no position for an answer."""
+    return f"{len(prompt):,} tokens leave none of the base's {positions:,} positions for an answer"
+
+
 @torch.no_grad()
 def answer(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], settings: Answering
 ) -> list[str]:
-    """Return the model's answer to each prompt, without the stop token.
+    """Return the model's answer to each prompt, without the stop token; empty where the prompt leaves no position.
 
-    Prompts of similar length are answered together, padded on the left.
+    Prompts of similar length are answered together, padded on the left. Prompts whose answers may have different
+    lengths are never answered together, so that an answer does not depend on the other prompts.
 
     Args:
         model: The base with or without its adapter.
@@ -55,14 +77,19 @@ def answer(
     """
     was_training = model.training
     model.eval()
+    positions = positions_of(model)
+    limits = [new_tokens(prompt, positions, settings) for prompt in prompts]
     shortest_first = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers = [""] * len(prompts)
-    for start in range(0, len(prompts), settings.batch_size):
-        members = shortest_first[start : start + settings.batch_size]
-        with own_attention(model), _quiet():
-            texts = _answer_batch(model, [prompts[index] for index in members], settings)
-        for index, ids in zip(members, texts, strict=True):
-            answers[index] = str(tokenizer.decode(ids, skip_special_tokens=True))
+    for limit, group in groupby(shortest_first, key=limits.__getitem__):
+        indices = list(group) if limit else []
+        for start in range(0, len(indices), settings.batch_size):
+            members = indices[start : start + settings.batch_size]
+            with own_attention(model), _quiet():
+                batch = [prompts[index] for index in members]
+                rows = _answer_batch(model, batch, replace(settings, max_new_tokens=limit))
+            for index, ids in zip(members, rows, strict=True):
+                answers[index] = str(tokenizer.decode(ids, skip_special_tokens=True))
     model.train(was_training)
     return answers
 
@@ -171,7 +198,9 @@ def generate(
 ) -> list[str]:
     """Answer prompts with a model and tokenizer from `lora_kit.load`.
 
-    If the tokenizer has a chat template, a text is rendered as a user message. Otherwise the model continues the text.
+    If the tokenizer has a chat template, a text is rendered as a user message. Otherwise the model continues the text;
+    the tokenizer of a run on raw text has none. Prompt and answer together are at most as long as the base has
+    positions.
 
     Args:
         model: A causal language model, with or without an adapter.
@@ -182,20 +211,37 @@ def generate(
 
     Returns:
         The answer to each prompt.
+
+    Raises:
+        DataError: A prompt is a conversation and there is no chat template, a text is empty and the tokenizer has no
+            BOS token to start from, or a prompt leaves no position for an answer.
     """
     renderer = Renderer(tokenizer)
-    conversations = [
-        question([{"role": "user", "content": prompt}]) if isinstance(prompt, str) else prompt for prompt in prompts
-    ]
-    ids = [prompt_ids(conversation, renderer) for conversation in conversations]
-    return answer(model, tokenizer, ids, Answering(stop_ids(renderer), max_new_tokens, temperature))
+    settings = Answering(stop_ids(renderer), max_new_tokens, temperature)
+    ids = [prompt_ids(prompt, renderer) for prompt in prompts]
+    positions = positions_of(model)
+    for number, prompt in enumerate(ids, 1):
+        if not new_tokens(prompt, positions, settings):
+            raise DataError(f"prompt {number}: {no_room(prompt, positions)}; shorten it")
+    return answer(model, tokenizer, ids, settings)
 
 
-def prompt_ids(conversation: Conversation, renderer: Renderer) -> list[int]:
-    """Return the token ids of the prompt for the next message; without a chat template, only of the last message."""
+def prompt_ids(prompt: str | Conversation, renderer: Renderer) -> list[int]:
+    """Return the token ids that the model continues: those with which training begins an example of this kind.
+
+    Raises:
+        DataError: The prompt is a conversation, and there is no chat template; or a text is empty.
+    """
     if renderer.tokenizer.chat_template is None:
-        return renderer.tokenizer(conversation.messages[-1]["content"])["input_ids"]
-    return prompt_tokens(conversation, renderer)
+        if isinstance(prompt, str):
+            return text_tokens(prompt, renderer)
+        raise DataError(
+            "a conversation cannot be rendered: the run was trained on raw text, or its tokenizer has no chat "
+            "template; give the text to continue as a prompt"
+        )
+    if isinstance(prompt, str):
+        prompt = question([{"role": "user", "content": prompt}])
+    return prompt_tokens(prompt, renderer)
 
 
 def read_questions(path: Path) -> list[Conversation]:
@@ -208,10 +254,10 @@ def read_questions(path: Path) -> list[Conversation]:
         DataError: The file cannot be read, or a conversation is malformed.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        lines = [line for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else [text]
+        text = path.read_text(encoding="utf-8-sig")
+        lines = [line for line in text.split("\n") if line.strip()] if path.suffix == ".jsonl" else [text]
         values = [json.loads(line) for line in lines]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested too deeply
         raise DataError(f"{path}: cannot be read as JSON: {error}") from error
     if path.suffix != ".jsonl" and isinstance(values[0], list) and "role" not in (values[0] or [{}])[0]:
         values = values[0]

@@ -5,15 +5,25 @@ The conversation is a list of messages. All of its messages are rendered for eve
 
 from collections.abc import Callable, Iterable
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from lora_kit.artifacts.answering import Answering, prompt_ids, stop_ids, stream
+from lora_kit.artifacts.answering import (
+    Answering,
+    new_tokens,
+    no_room,
+    positions_of,
+    prompt_ids,
+    stop_ids,
+    stream,
+)
 from lora_kit.data.messages import Conversation
 from lora_kit.data.rendering import Renderer
+from lora_kit.errors import DataError
 
 HELP = """/adapter off   answer with the base alone (/adapter on switches the adapter on again)
 /again         answer the last message again, e.g. after /adapter off
@@ -21,6 +31,10 @@ HELP = """/adapter off   answer with the base alone (/adapter on switches the ad
 /tool TEXT     answer a call of a tool with its result
 /help          show this list
 /quit          leave (also Ctrl-D; Ctrl-C stops an answer)"""
+RAW = (
+    "there is no chat template, because the run was trained on raw text or its tokenizer has none: each line is "
+    "continued as text, without the lines before it"
+)
 
 
 def chat(
@@ -36,8 +50,8 @@ def chat(
 ) -> list[dict[str, Any]]:
     """Answer the lines of a user in a conversation.
 
-    Without a chat template, the model continues each line as plain text, independently of earlier lines. Ctrl-C ends
-    the answer, not the conversation.
+    Without a chat template, the model continues each line as text, independently of earlier lines. Ctrl-C ends the
+    answer, not the conversation. A conversation that leaves no position of the base for an answer gets a message.
 
     Args:
         model: A model from `lora_kit.load`.
@@ -51,14 +65,19 @@ def chat(
 
     Returns:
         The messages of the conversation.
+
+    Raises:
+        DataError: There is no chat template for `system` or `beginning`.
     """
-    renderer = Renderer(tokenizer)
+    renderer, positions, raw = Renderer(tokenizer), positions_of(model), tokenizer.chat_template is None
+    if raw and (system or beginning):
+        raise DataError(f"{RAW}; leave out the system message and the first messages")
     settings = Answering(stop_ids(renderer), max_new_tokens, temperature)
     first: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     first.extend(beginning.messages if beginning else ())
     tools = beginning.tools if beginning else None
     messages, use_adapter = list(first), True
-    for line in map(str.strip, lines):
+    for line in (text.strip("\r\n" if raw else None) for text in lines):
         if line == "/quit":
             break
         if line == "/reset":
@@ -77,9 +96,16 @@ def chat(
         if not messages or messages[-1]["role"] not in ("user", "tool"):
             continue
         write("" if use_adapter else "[base] ")
-        ids = prompt_ids(Conversation(tuple(messages), tools, frozenset(range(len(messages)))), renderer)
-        cut = partial(write, f" [cut at {max_new_tokens} tokens; --max-new-tokens allows more]")
-        answer, pieces = "", stream(model, tokenizer, ids, settings, on_cut=cut)
+        asked = Conversation(tuple(messages), tools, frozenset(range(len(messages))))
+        ids = prompt_ids(str(messages[-1]["content"]) if raw else asked, renderer)
+        limit = new_tokens(ids, positions, settings)
+        if not limit:
+            write(f"[{no_room(ids, positions)}; /reset starts a new conversation]\n")
+            messages.pop()
+            continue
+        more = "--max-new-tokens allows more" if limit == max_new_tokens else f"the base has {positions:,} positions"
+        cut = partial(write, f" [cut at {limit} tokens; {more}]")
+        answer, pieces = "", stream(model, tokenizer, ids, replace(settings, max_new_tokens=limit), on_cut=cut)
         with nullcontext() if use_adapter else model.disable_adapter(), closing(pieces):
             try:
                 for piece in pieces:

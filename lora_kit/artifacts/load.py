@@ -2,18 +2,43 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from lora_kit.artifacts.locate import checkpoint_at, recipe_of
+from lora_kit.data.rendering import Renderer
 from lora_kit.errors import BaseError
 from lora_kit.model.adapter import restore
 from lora_kit.model.base import load_base
 from lora_kit.model.source import locate, pinned_base
 from lora_kit.model.tokenizer import load_renderer, set_up_tokenizer
+from lora_kit.recipe.schema import Recipe
 from lora_kit.runs import store
+from lora_kit.runs.manifest import RunFacts
+
+
+class Loaded(NamedTuple):
+    """A trained adapter on its base, with what its checkpoint records.
+
+    Attributes:
+        model: The model in evaluation mode.
+        renderer: The tokenizer, the template and the stop token of the training.
+        recipe: The recipe of the training.
+        facts: The other facts of the run.
+    """
+
+    model: PeftModel
+    renderer: Renderer
+    recipe: Recipe
+    facts: RunFacts
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer with the chat template and the stop token of the training."""
+        return set_up_tokenizer(self.renderer.tokenizer, self.recipe, self.facts.template)
 
 
 def load(
@@ -26,6 +51,9 @@ def load(
     trust_remote_code: bool = False,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load the base and adapter of a checkpoint for generation, with the tokenizer and template of its training.
+
+    The tokenizer of a run on raw text has no chat template, even if the base has one, so that `lora_kit.generate`
+    continues a text as training did.
 
     Args:
         path: A checkpoint, a run (for its newest valid checkpoint), or a Hub name `user/name` or `user/name@revision`.
@@ -45,6 +73,25 @@ def load(
         HubError: The Hub name does not exist or cannot be downloaded.
         BaseError: The base is missing, its files differ from those of the training, or it needs `trust_remote_code`.
     """
+    loaded = open_adapter(
+        path, base=base, device=device, dtype=dtype, quantized=quantized, trust_remote_code=trust_remote_code
+    )
+    tokenizer = loaded.tokenizer
+    if loaded.facts.data.train.is_raw:
+        tokenizer.chat_template = None
+    return loaded.model, tokenizer
+
+
+def open_adapter(
+    path: str | Path,
+    *,
+    base: str | Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    quantized: bool = True,
+    trust_remote_code: bool = False,
+) -> Loaded:
+    """Load the base and adapter of a checkpoint, with what the checkpoint records. See `load`."""
     path = checkpoint_at(path)
     checkpoint = store.open_checkpoint(path)
     facts, recipe = checkpoint.manifest.run, recipe_of(checkpoint, trust_remote_code=trust_remote_code)
@@ -59,5 +106,4 @@ def load(
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     section = recipe.base.model_copy(update={"dtype": dtype} if dtype else {})
     model = restore(load_base(source, section, target, quantized=quantized), recipe.adapter, path)
-    tokenizer = load_renderer(source, recipe, template=facts.template).tokenizer
-    return model.eval(), set_up_tokenizer(tokenizer, recipe, facts.template)
+    return Loaded(model.eval(), load_renderer(source, recipe, template=facts.template), recipe, facts)

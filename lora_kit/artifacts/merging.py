@@ -19,9 +19,8 @@ from jaxtyping import Float32
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from lora_kit.artifacts.answering import prompt_ids, stop_ids
-from lora_kit.artifacts.load import load
-from lora_kit.data.messages import question
+from lora_kit.artifacts.answering import positions_of, prompt_ids, stop_ids
+from lora_kit.artifacts.load import open_adapter
 from lora_kit.data.rendering import Renderer
 from lora_kit.errors import CheckpointError, InputError
 
@@ -97,9 +96,10 @@ def merge(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: it exists and is not an empty folder; choose another --out")
     partial = out.with_name(f".{out.name}.partial")
-    model, tokenizer = load(path, base=base, dtype=dtype, quantized=False, trust_remote_code=trust_remote_code)
+    loaded = open_adapter(path, base=base, dtype=dtype, quantized=False, trust_remote_code=trust_remote_code)
+    model, tokenizer = loaded.model, loaded.tokenizer
     renderer = Renderer(tokenizer)
-    ids = [prompt_ids(question([{"role": "user", "content": text}]), renderer) for text in prompts]
+    ids = [prompt_ids(text, renderer)[: positions_of(model)] for text in prompts]
     expected = _logits(model, ids)
     _untie_adapted_head(cast(PreTrainedModel, model.get_base_model()))
     merged = model.merge_and_unload(safe_merge=True)
@@ -110,7 +110,7 @@ def merge(
         shutil.rmtree(partial, ignore_errors=True)
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        del model, merged  # free the memory for the model that is read back
+        del loaded, model, merged  # free the memory for the model that is read back
         written = AutoModelForCausalLM.from_pretrained(
             partial, dtype=weights, use_safetensors=True, trust_remote_code=trust_remote_code
         )

@@ -28,6 +28,7 @@ class Counts:
         merged: Examples whose first trained token also contains characters of the prompt.
         split: Texts cut into several examples.
         bad: Records left out because they cannot be read, do not fit the format or cannot be rendered.
+        raw: Examples of raw text, without a chat template; None in older checkpoints.
     """
 
     format: str
@@ -43,6 +44,12 @@ class Counts:
     merged: Count
     split: Count = 0
     bad: Count = 0
+    raw: Count | None = None
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether no example is a conversation, so that generation continues text without a chat template."""
+        return self.format == "text" if self.raw is None else self.raw == self.examples
 
 
 @dataclass(frozen=True)

@@ -179,8 +179,10 @@ class Renderer:
     @cached_property
     def bos(self) -> list[int]:
         """The ids that the tokenizer puts before raw text: its BOS token, or none."""
-        first: list[int] = self.tokenizer("").input_ids[:1]
-        return first if first == [self.tokenizer.bos_token_id] else []
+        whole: list[int] = self.tokenizer("a").input_ids  # of an empty text, an appended end could be taken for BOS
+        text: list[int] = self.tokenizer("a", add_special_tokens=False).input_ids
+        first = whole[:1]
+        return first if first == [self.tokenizer.bos_token_id] and whole[: len(text)] != text else []
 
 
 def check_renderer(renderer: Renderer) -> None:

@@ -107,10 +107,7 @@ def prompt(example: Example, renderer: Renderer) -> Prompt:
         if not example.answers:
             return Prompt(ids, "")
     else:
-        ids = _encode([example.prompt], renderer)[0].ids
-        ids = _missing_bos(ids, renderer) + ids
-        if not ids:
-            raise DataError("text without a prompt cannot be answered: the tokenizer has no BOS token to start from")
+        ids = text_tokens(example.prompt, renderer)
     (rendered,) = render_all([example], replace(renderer, train_on="assistant"))
     if isinstance(rendered, DataError):
         raise rendered
@@ -130,6 +127,19 @@ def prompt_tokens(conversation: Conversation, renderer: Renderer) -> list[int]:
         DataError: The template cannot render the messages.
     """
     return _encode([render_prompt(conversation, renderer)], renderer)[0].ids
+
+
+def text_tokens(text: str, renderer: Renderer) -> list[int]:
+    """Return the token ids with which the model continues raw text: those with which training begins an example.
+
+    Raises:
+        DataError: The text is empty, and the tokenizer has no BOS token to start from.
+    """
+    ids = _encode([text], renderer)[0].ids
+    ids = _missing_bos(ids, renderer) + ids
+    if not ids:
+        raise DataError("text without a prompt cannot be answered: the tokenizer has no BOS token to start from")
+    return ids
 
 
 def _encode(texts: list[str], renderer: Renderer) -> "list[Encoding]":

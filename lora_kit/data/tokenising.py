@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from lora_kit.data.formats import Example, to_example
+from lora_kit.data.formats import Completion, Example, to_example
 from lora_kit.data.messages import Conversation, unknown_nulls
 from lora_kit.data.remarks import NULLS, Remark
 from lora_kit.data.rendering import Renderer
@@ -35,7 +35,7 @@ ARRAYS: dict[str, type[np.generic]] = {
     "trained": np.bool_,  # whether each token is trained
 }
 """The arrays of an answer and their types."""
-TALLIES = ("dropped", "truncated", "emptied", "merged", "split", "bad", "labels")
+TALLIES = ("dropped", "truncated", "emptied", "merged", "split", "bad", "raw", "labels")
 """What is counted; `labels` are the trained tokens without the first token of each example."""
 
 
@@ -118,8 +118,11 @@ class Tokenising:
             if isinstance(example, DataError):
                 result.bad.append((index, str(example)))
             else:
+                before = len(result.arrays["kept"])
                 self._add(index, example, result)
-                if found := example.remarks + _nulls(examples[index - start]):
+                raw = examples[index - start]
+                result.tallies["raw"] += isinstance(raw, Completion) * (len(result.arrays["kept"]) - before)
+                if found := example.remarks + _nulls(raw):
                     result.remarks.append((index, found))
         return [result.dump()]
 

@@ -248,7 +248,7 @@ def prepare(
     """
     check_renderer(renderer)
     sandbox.check_template(renderer)
-    opened = _open(data, base_dir, seed)
+    opened = open_data(data, base_dir, seed)
     if prompts and len(opened) == 1:
         raise DataError(
             f"evaluate.generate is {prompts}, but there is no validation data to answer; set data.validation"
@@ -278,7 +278,7 @@ def prepare(
     return Prepared(train.tokens, validation.tokens, _prompts(validation, data, renderer, prompts), counts, notes)
 
 
-def _open(data: "Data", base_dir: Path, seed: int) -> tuple[Records, ...]:
+def open_data(data: "Data", base_dir: Path, seed: int) -> tuple[Records, ...]:
     """Open the training data and, if the recipe has any, the validation data."""
     documents = data.overlong == "split"
     train = sources.load(data.train, base_dir=base_dir, max_examples=data.max_examples, documents=documents)

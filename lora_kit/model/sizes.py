@@ -7,6 +7,7 @@ pass.
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -28,6 +29,7 @@ BYTES = {"bfloat16": 2, "float32": 4}
 HEADER_BYTES = 320  # estimate of what a tensor takes in the header of a safetensors file
 MANIFEST_BYTES = 8_000
 CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")  # names for the number of positions
+STRETCHED = ("yarn", "linear", "dynamic")  # scalings of rotary embeddings by a factor
 NORMED = ("attention", "mlp")  # activations that are outputs of a norm, recomputed from its input in backward
 
 
@@ -150,8 +152,18 @@ def context_of(config: Mapping[str, Any]) -> int | None:
     """
     text = config.get("text_config")
     parts = [text, config] if isinstance(text, Mapping) else [config]
-    found = (part.get(name) for part in parts for name in CONTEXT)
-    return next((value for value in found if isinstance(value, int) and value > 0), None)
+    found = ((part, part.get(name)) for part in parts for name in CONTEXT)
+    return next((_stretched(value, part) for part, value in found if isinstance(value, int) and value > 0), None)
+
+
+def _stretched(positions: int, config: Mapping[str, Any]) -> int:
+    """Return the number of positions with the scaling of rotary embeddings, which some configurations leave out."""
+    scaling = config.get("rope_parameters") or config.get("rope_scaling")
+    if not isinstance(scaling, Mapping) or scaling.get("rope_type", scaling.get("type")) not in STRETCHED:
+        return positions
+    original, factor = scaling.get("original_max_position_embeddings") or positions, scaling.get("factor") or 1
+    usable = isinstance(original, int) and isinstance(factor, int | float) and math.isfinite(factor)
+    return max(positions, int(original * factor)) if usable else positions
 
 
 def read_config(path: Path) -> Shape:

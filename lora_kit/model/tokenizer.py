@@ -35,13 +35,23 @@ def load_renderer(source: Source, recipe: Recipe, *, template: str | None = None
             raise BaseError(f"base.repo: {pointers[0]}: {POINTER_REMEDY}") from error
         reason = reason_of(error, "download it again")
         raise BaseError(f"base.repo: the tokenizer in {source.folder} cannot be loaded: {reason}") from error
-    if template is None and recipe.data.template is not None:
-        path = resolve_path(recipe, recipe.data.template)
-        if path is None or not path.is_file():
-            raise DataError(f"data.template: {recipe.data.template} is not a file; expected a Jinja file")
-        template = read_text(path, recipe.data.template)
+    template = read_template(recipe) if template is None else template
     objective, stop_token = recipe.objective, recipe.base.stop_token
     return Renderer(tokenizer, template, objective.train_on, objective.reasoning, stop_token)
+
+
+def read_template(recipe: Recipe) -> str | None:
+    """Return the content of the recipe's template file; None if it names none.
+
+    Raises:
+        DataError: The file does not exist, or cannot be read.
+    """
+    if recipe.data.template is None:
+        return None
+    path = resolve_path(recipe, recipe.data.template)
+    if path is None or not path.is_file():
+        raise DataError(f"data.template: {recipe.data.template} is not a file; expected a Jinja file")
+    return read_text(path, recipe.data.template)
 
 
 def set_up_tokenizer(

@@ -196,6 +196,26 @@ class Evaluate(Section):
     also logged at every evaluation during training."""
 
 
+SHARE = Annotated[float, Field(ge=0, le=1)]
+
+
+class Preflight(Section):
+    """Checks of the tokens before step 1, and in `lora-kit check`. Each field is the largest share of the training or
+    validation examples that may have a finding. A finding with more examples is an error, which stops the run before
+    step 1 (exit code 2). Other findings are warnings, each with its number and its first file and line."""
+
+    masked: SHARE = 0.0
+    """Examples without a trained token."""
+    unstopped: SHARE = 0.5
+    """Examples with an answer that does not end with the stop token, e.g. because `data.overlong: truncate` cuts it."""
+    unknown: SHARE = 1.0
+    """Examples with the tokenizer's unknown token."""
+    duplicates: SHARE = 1.0
+    """Examples with the tokens of an earlier example of the same part."""
+    leaked: SHARE = 1.0
+    """Validation examples that are also in the training data."""
+
+
 class Hub(Section):
     """Upload of the last checkpoint to the Hugging Face Hub. A failed upload does not fail the run; repeat it with
     `lora-kit push`."""
@@ -247,6 +267,7 @@ class Recipe(Section):
     train: Train
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate = Evaluate()
+    preflight: Preflight = Preflight()
     hub: Hub = Hub()
     track: Track = Track()
 

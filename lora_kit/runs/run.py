@@ -171,6 +171,8 @@ def scores(result: dict[str, Any]) -> list[tuple[str, str]]:
     for name, score in result["metrics"].items():
         exact = score["exact_match"]
         match = "" if exact is None else f", exact match {exact:.1%} of {score['answered']}"
+        if too_long := score.get("too_long"):
+            match += f" ({too_long} left no position for an answer)"
         loss, perplexity = number(score["loss"], ".4f"), number(score["perplexity"], ".2f")
         rows.append((f"held-out, {name}", f"loss {loss}, perplexity {perplexity}{match}"))
     base_bytes = result["base_bytes"]

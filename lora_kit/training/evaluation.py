@@ -2,16 +2,15 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 
-from lora_kit.artifacts.answering import Answering, answer, stop_ids
-from lora_kit.artifacts.load import load
-from lora_kit.artifacts.locate import checkpoint_at
+from lora_kit.artifacts.answering import Answering, answer, new_tokens, positions_of, stop_ids
+from lora_kit.artifacts.load import Loaded, open_adapter
 from lora_kit.data.packing import collate
 from lora_kit.data.plan import Plan, prepare_data
 from lora_kit.data.rendering import Renderer
@@ -20,11 +19,10 @@ from lora_kit.data.tokens import Prepared, Tokens
 from lora_kit.errors import DataError, RecipeError
 from lora_kit.kernels.attention import use_attention
 from lora_kit.kernels.fusing import use_kernels
+from lora_kit.model.tokenizer import read_template
 from lora_kit.recipe.load import resolve_path
 from lora_kit.recipe.schema import Recipe
 from lora_kit.runs.formats import finite
-from lora_kit.runs.manifest import MANIFEST, read_manifest
-from lora_kit.runs.store import Checkpoint
 from lora_kit.training.objectives.objective import Objective
 from lora_kit.training.objectives.sft import Sft
 from lora_kit.training.processes import Processes
@@ -41,7 +39,8 @@ class Score:
         perplexity: exp(loss).
         exact_match: Share of answers equal to the expected text; None if no answers were generated.
         examples: How many examples the loss covers.
-        answered: How many answers were generated.
+        answered: How many prompts were answered.
+        too_long: How many of them leave no position of the base for an answer; each counts as no match.
     """
 
     loss: float
@@ -49,6 +48,7 @@ class Score:
     exact_match: float | None
     examples: int
     answered: int
+    too_long: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,19 @@ class HeldOut:
             tick("answering")
             batch = own_prompts[start : start + self.answering.batch_size]
             texts = zip(self.answers(batch), batch, strict=True)
-            matches += sum(text.strip() == prompt.expected.strip() for text, prompt in texts)
+            matches += sum(self.has_room(prompt) and text.strip() == prompt.expected.strip() for text, prompt in texts)
         match = sum(self.processes.gather([matches])) / len(prompts) if prompts else None
-        return Score(loss, math.exp(min(loss, 700)), match, len(examples), len(prompts))
+        too_long = sum(not self.has_room(prompt) for prompt in prompts)
+        return Score(loss, math.exp(min(loss, 700)), match, len(examples), len(prompts), too_long)
+
+    def has_room(self, prompt: Prompt) -> bool:
+        """Return whether a prompt leaves a position of the base for an answer."""
+        return new_tokens(prompt.ids, self.positions, self.answering) > 0
+
+    @cached_property
+    def positions(self) -> int | None:
+        """The number of positions that the base was made for, if its configuration says it."""
+        return positions_of(self.model)
 
     @torch.no_grad()
     def loss(self, examples: Tokens, tick: Tick) -> float:
@@ -123,33 +133,39 @@ def plain(scores: dict[str, Score]) -> dict[str, dict[str, float | None]]:
     return {name: finite(asdict(score)) for name, score in scores.items()}
 
 
-def evaluate(recipe: Recipe, checkpoint: str | Path) -> dict[str, Score]:
+def evaluate(
+    recipe: Recipe, checkpoint: str | Path, *, tell: Callable[[str], None] = lambda text: None
+) -> dict[str, Score]:
     """Measure a checkpoint's base and adapter on a recipe's validation data.
+
+    The examples become tokens as in training, with the chat template and the stop token of the run. The recipe's
+    `objective.train_on` decides which of them count.
 
     Args:
         recipe: The recipe, with the validation data and the base; its `base.trust_remote_code` decides whether the base
             may run Python files.
         checkpoint: A checkpoint, a run for its newest checkpoint, or a Hub name.
+        tell: Called with notes for the user: where the recipe differs from the run in what decides the tokens.
 
     Raises:
         DataError: The recipe has no validation data.
     """
     processes = Processes.start(recipe.base.dtype)
     try:
-        checkpoint = checkpoint_at(checkpoint)
-        model, tokenizer = load(
+        loaded = open_adapter(
             checkpoint,
             base=resolve_path(recipe, recipe.base.repo),
             device=str(processes.device),
             trust_remote_code=recipe.base.trust_remote_code,
         )
-        opened = Checkpoint(checkpoint, read_manifest(checkpoint / MANIFEST))
-        resolved = opened.manifest.run.resolved
+        model, resolved = loaded.model, loaded.facts.resolved
         use_attention(model, resolved.attention)
         use_kernels(model, resolved.kernels or ())
-        renderer = Renderer(tokenizer, stop_token=recipe.base.stop_token)
+        renderer = replace(loaded.renderer, train_on=recipe.objective.train_on)
+        for note in differences(recipe, loaded):
+            tell(note)
         data = prepare_data(recipe, renderer)
-        sizes = (recipe.train.micro_batch_tokens, resolved.micro_batch_tokens, opened.recipe.train.micro_batch_tokens)
+        sizes = (recipe.train.micro_batch_tokens, resolved.micro_batch_tokens, loaded.recipe.train.micro_batch_tokens)
         tokens = next((size for size in sizes if isinstance(size, int)), None)
         if tokens is None:
             raise RecipeError(f"train.micro_batch_tokens: {checkpoint} does not record it; set a number")
@@ -159,3 +175,18 @@ def evaluate(recipe: Recipe, checkpoint: str | Path) -> dict[str, Score]:
         return HeldOut(model, renderer, data, plan, Sft(), processes).compare()
     finally:
         processes.leave()
+
+
+def differences(recipe: Recipe, loaded: Loaded) -> list[str]:
+    """Return where a recipe and a run differ in what decides the tokens, and which of the two counts."""
+    notes, theirs, template = [], loaded.recipe, loaded.facts.template
+    if recipe.objective.train_on != theirs.objective.train_on:
+        notes.append(
+            f"objective.train_on: the loss is over {recipe.objective.train_on!r}, as in this recipe; the run was "
+            f"trained on {theirs.objective.train_on!r}"
+        )
+    if recipe.base.stop_token != theirs.base.stop_token:
+        notes.append(f"base.stop_token: answers end with {loaded.renderer.stop!r} as in the run, not as in this recipe")
+    if read_template(recipe) != template:
+        notes.append("data.template: the chat template is that of the run, not that of this recipe")
+    return notes

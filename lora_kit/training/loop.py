@@ -35,7 +35,7 @@ from lora_kit.training.processes import Processes
 from lora_kit.training.profiling import part, profiled
 from lora_kit.training.progress import QueuedStep, StepLog, step_values, with_held_out
 from lora_kit.training.publisher import Publisher, publishing
-from lora_kit.training.setup import build_model, check_contract, make_job, open_folder, read_inputs
+from lora_kit.training.setup import build_model, check_contract, check_tokens, make_job, open_folder, read_inputs
 from lora_kit.views.console import Console
 
 COMPARE_EVERY = 10  # steps between two comparisons of the states of all processes
@@ -77,6 +77,7 @@ def train(
         inputs = read_inputs(recipe, processes, console)
         # 2. the resume contract: what has changed since the checkpoint, and whether it may
         rows = check_contract(recipe, run, inputs, processes, accept, console)
+        check_tokens(recipe, run, inputs, processes, console)
         # 3. the base with the adapter, and what is chosen by looking at it
         changed = {row.key for row in rows}
         adapted = build_model(recipe, run, inputs, changed, objective, processes, console)

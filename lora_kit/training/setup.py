@@ -3,6 +3,7 @@
     open_folder     acquire the lease of the run's folder and find the state to resume from
     read_inputs     the files of the base, the tokenizer and the tokens
     check_contract  compare the inputs with the checkpoint that the run resumes from
+    check_tokens    look for what the tokens of a new run would train unintentionally
     build_model     load the base, inject the adapter, choose what the recipe leaves open
     make_job        combine all of them with the facts that every manifest records
 
@@ -27,7 +28,9 @@ from transformers import PreTrainedModel
 from lora_kit.artifacts.locate import checkpoint_at
 from lora_kit.data import cache
 from lora_kit.data.arrays import spill_folder
+from lora_kit.data.places import places
 from lora_kit.data.plan import Plan, prepare_data
+from lora_kit.data.preflight import preflight
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.tokens import Prepared, check_context
 from lora_kit.data.vocabulary import check_tokenizer_fits, untrained_labels, untrained_notes
@@ -195,6 +198,20 @@ def check_contract(
         for notice in processes.main_decides(lambda: go_back(run)):
             console.warn(notice)
     return tuple(rows)
+
+
+def check_tokens(recipe: Recipe, run: OpenRun, inputs: Inputs, processes: Processes, console: Console) -> None:
+    """Warn of what the tokens of a new run would train unintentionally.
+
+    Raises:
+        DataError: More examples than the recipe allows have a finding.
+    """
+    if run.latest is not None:
+        return
+    console.tick("data: preflight")
+    data, where = inputs.data, places(recipe, inputs.data)
+    for warning in processes.main_decides(lambda: preflight(data, inputs.renderer, recipe.preflight, where)):
+        console.warn(warning)
 
 
 def build_model(

@@ -26,7 +26,8 @@ from lora_kit.views.output import SafeStream
 
 SECONDS_BETWEEN_LINES = 5.0
 WORTH_GROUPING, SHOWN = 5, 3  # of five or more lines of one kind, only the first three are shown
-UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a terminal would obey them
+# a terminal would obey control characters; characters that reverse the direction of text would hide what is there
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 SPECIFIC = re.compile(r"'[^']*'|\"[^\"]*\"|\S*\d\S*")  # the parts in which lines of one kind differ
 CLEAR_LINE = Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2))
 
@@ -43,7 +44,7 @@ def rich_console(*, stderr: bool = False, **options: Any) -> RichConsole:
 
 
 def printable(text: str) -> str:
-    """Return a text with control characters escaped, except for tabs and ends of lines."""
+    """Return a text with control characters and lone surrogates escaped, except for tabs and ends of lines."""
     return UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], text)
 
 

@@ -1,0 +1,486 @@
+"""Look for what would train something else than intended, in the token ids and loss masks of all examples.
+
+This is independent of the code that made the tokens, because it sees only the arrays. Everything is vectorised over
+chunks of the arrays, which may be memory-mapped, so a million examples take seconds and little memory.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from lora_kit.data import sandbox
+from lora_kit.data.messages import question
+from lora_kit.data.packing import TOKEN_COST
+from lora_kit.data.places import TRAINING, VALIDATION, Where
+from lora_kit.data.rendering import Renderer
+from lora_kit.data.sandbox import render_prompt
+from lora_kit.data.tokens import Prepared, Tokens
+from lora_kit.errors import DataError
+
+if TYPE_CHECKING:
+    from lora_kit.recipe.schema import Preflight
+
+CHUNK_TOKENS = 1 << 20
+MARK = "\ue000"  # a private character, in place of a message
+TAGS = ("think", "thinking", "thought", "reasoning")
+THOUGHTS = [*((f"<{tag}>", f"</{tag}>") for tag in TAGS), ("[THINK]", "[/THINK]")]
+PROBES = (("user", "assistant", "user"), ("system", "user"), ("user", "assistant", "tool"))
+GAPS, TAILS = ("", "\n", "\n\n", " "), ("", "\n", "\n\n")  # between the two tags of an empty thought, and after them
+
+KINDS = {  # of findings: the examples, and what to do about them
+    "masked": ("without a trained token", "remove them, or train their answers"),
+    "unstopped": (
+        "with an answer that does not end with the stop token, so it does not teach to stop; most often it is cut",
+        "raise data.sequence_length, or set data.overlong: drop",
+    ),
+    "endless": (
+        "that are trained as a whole and contain no stop token",
+        "right for pieces of a longer text; else set base.stop_token to the token with which the template ends a turn",
+    ),
+    "doubled_bos": (
+        "with two BOS tokens at the beginning",
+        "remove the BOS token from the records, or from the chat template (data.template)",
+    ),
+    "missing_bos": (
+        "without the BOS token that the tokenizer puts before a text",
+        "if the base was trained with it, write {{ bos_token }} at the start of the chat template (data.template)",
+    ),
+    "unknown": (
+        "with the unknown token in place of characters that the tokenizer does not have",
+        "replace these characters, or use a base whose tokenizer has them",
+    ),
+    "empty_thoughts": (
+        "with a trained thought without content, such as <think></think>, which teaches not to think",
+        "add the thoughts to the records, or use a chat template that writes no empty thought (data.template)",
+    ),
+    "prompted": (
+        "with trained tokens of the generation prompt, which generation supplies and never predicts",
+        "move {% generation %} in the chat template behind them (data.template)",
+    ),
+    "duplicates": ("with the tokens of an earlier example", "remove them, if the repetition is not intended"),
+    "leaked": (
+        "that are also in the training data, so their loss measures memorisation",
+        "remove them from one of both",
+    ),
+}
+
+
+class Signs(NamedTuple):
+    """What to look for in the token ids.
+
+    Attributes:
+        stop: The stop token.
+        bos: The BOS token; None if the tokenizer has none.
+        adds_bos: Whether the tokenizer puts the BOS token before a text.
+        unknown: The unknown token; None if the tokenizer has none that means only this.
+        prompt: The end of a message and the generation prompt, without blanks at its end; empty for raw text.
+        blank: The token of the blanks at its end; None if there are none.
+        thoughts: The ways to write a thought without content.
+        parts: Whether the template marks what is trained, so that an answer may be trained in parts.
+    """
+
+    stop: int
+    bos: int | None = None
+    adds_bos: bool = False
+    unknown: int | None = None
+    prompt: tuple[int, ...] = ()
+    blank: int | None = None
+    thoughts: tuple[tuple[int, ...], ...] = ()
+    parts: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """How many examples have a kind of finding, and the index of the first of them."""
+
+    count: int
+    first: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What the arrays of some examples show.
+
+    Attributes:
+        found: For each kind of finding that there is, how many examples have it.
+        weights: The number of trained tokens of each example, int64 [examples].
+        hashes: A hash of the ids of each example, uint64 [examples].
+    """
+
+    found: dict[str, Found]
+    weights: np.ndarray
+    hashes: np.ndarray
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Examples of a part of the data that may train something else than intended.
+
+    Attributes:
+        part: `training` or `validation`.
+        kind: A key of KINDS.
+        count: How many examples have it.
+        examples: How many examples the part has.
+        first: The index of the first of them.
+        original: The index of the example that the first one repeats, in the training data if the kind is `leaked`;
+            None for other kinds.
+    """
+
+    part: str
+    kind: str
+    count: int
+    examples: int
+    first: int
+    original: int | None = None
+
+    @property
+    def share(self) -> float:
+        """The share of the part's examples."""
+        return self.count / self.examples
+
+    def text(self, where: Where) -> str:
+        """Return the finding as a line that begins with the place of its first example."""
+        what, remedy = KINDS[self.kind]
+        place = where(self.part, self.first)
+        if self.original is not None:
+            place = f"{place} (as {where(TRAINING if self.kind == 'leaked' else self.part, self.original)})"
+        which = "the only" if self.count == 1 else f"the first of {self.count:,}"
+        examples = f"{self.part} example{'s' if self.count > 1 else ''} ({self.share:.1%})"
+        return f"{place}: {which} {examples} {what}; {remedy}"
+
+
+def signs_of(renderer: Renderer, *, raw: bool) -> Signs:
+    """Return what to look for in tokens that a renderer made.
+
+    Args:
+        renderer: The tokenizer, the template and the stop token.
+        raw: Whether all examples are raw text, without the template.
+    """
+    tokenizer = renderer.tokenizer
+
+    def encode(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+    special = (renderer.stop_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
+    unknown = None if tokenizer.unk_token_id in special else tokenizer.unk_token_id  # GPT-2 has one token for all
+    written = (encode(begin + gap + end + tail) for begin, end in THOUGHTS for gap in GAPS for tail in TAILS)
+    text = "" if raw else _prompt(renderer)
+    sandbox.close()
+    prompt, with_blank = encode(text.rstrip()), encode(text)
+    if prompt[-1:] == (renderer.stop_id,):  # the template has no generation prompt
+        prompt = ()
+    return Signs(
+        stop=renderer.stop_id,
+        bos=tokenizer.bos_token_id,
+        adds_bos=bool(renderer.bos),
+        unknown=unknown,
+        prompt=prompt,
+        blank=with_blank[-1] if prompt and with_blank[:-1] == prompt else None,
+        thoughts=tuple(dict.fromkeys(ids for ids in written if unknown not in ids)),
+        parts=not raw and "endgeneration" in renderer.chat_template,
+    )
+
+
+def _prompt(renderer: Renderer) -> str:
+    """Return the end of a message and the generation prompt; empty if the template renders no single message."""
+    try:
+        return render_prompt(question([{"role": "user", "content": MARK}]), renderer).rpartition(MARK)[2]
+    except DataError:  # e.g. it needs a system message
+        return ""
+
+
+class Header(NamedTuple):
+    """What the template writes before the content of a message.
+
+    Attributes:
+        role: The role of the message.
+        ids: The token ids from the end of the content before it on, without blanks at the end.
+        blank: The token of the blanks at its end; None if there are none.
+    """
+
+    role: str
+    ids: tuple[int, ...]
+    blank: int | None
+
+
+def headers_of(renderer: Renderer) -> tuple[Header, ...]:
+    """Return the headers of the template, as far as it renders short conversations."""
+    tokenizer, found = renderer.tokenizer, list[Header]()
+    for roles in PROBES:
+        try:
+            text = render_prompt(question([{"role": role, "content": MARK} for role in roles]), renderer)
+        except DataError:  # e.g. there is no system role
+            continue
+        gaps = text.split(MARK)
+        if len(gaps) != len(roles) + 1:
+            continue
+        for role, gap in zip((*roles, "assistant"), gaps, strict=True):
+            ids, whole = (tuple(tokenizer.encode(part, add_special_tokens=False)) for part in (gap.rstrip(), gap))
+            if ids:
+                found.append(Header(role, ids, whole[-1] if whole[:-1] == ids else None))
+    sandbox.close()
+    return tuple(dict.fromkeys(found))
+
+
+def roles(tokens: Tokens, headers: Sequence[Header]) -> dict[str, tuple[int, int]]:
+    """Return the number of tokens, and of trained tokens, in the messages of each role.
+
+    The tokens between two messages are not counted; the end of the last message is.
+    """
+    result: dict[str, tuple[int, int]] = {}
+    for begin, end in _chunks(tokens.offsets):
+        for role, count, trained in _Chunk(tokens, begin, end).roles(headers):
+            before = result.get(role, (0, 0))
+            result[role] = (before[0] + count, before[1] + trained)
+    return result
+
+
+def inspect(tokens: Tokens, signs: Signs) -> Inspection:
+    """Look for every kind of finding that a single example can have, and for duplicates."""
+    weights, hashes = np.zeros(len(tokens), np.int64), np.zeros(len(tokens), np.uint64)
+    longest = int(tokens.lengths.max(initial=1))
+    factors = np.random.default_rng(0).integers(1, 1 << 63, longest, np.uint64) * np.uint64(2) + np.uint64(1)
+    counts, firsts = dict.fromkeys(KINDS, 0), dict[str, int]()
+    for begin, end in _chunks(tokens.offsets):
+        chunk = _Chunk(tokens, begin, end)
+        weights[begin:end] = chunk.weights
+        hashes[begin:end] = chunk.hashes(factors)
+        for kind, examples in chunk.findings(signs):
+            if len(examples):
+                counts[kind] += len(examples)
+                firsts.setdefault(kind, begin + int(examples[0]))
+    found = {kind: Found(counts[kind], first) for kind, first in firsts.items()}
+    repeated = _repeated(hashes)
+    if len(repeated):
+        found["duplicates"] = Found(len(repeated), int(repeated.min()))
+    return Inspection(found, weights, hashes)
+
+
+def findings(train: Inspection, validation: Inspection | None) -> list[Finding]:
+    """Return all findings about the examples, those of the training data first."""
+    result = list(_findings(TRAINING, train))
+    if validation is not None:
+        result += _findings(VALIDATION, validation)
+        leaked = np.flatnonzero(np.isin(validation.hashes, train.hashes))
+        if len(leaked):
+            first, original = int(leaked[0]), _first(train.hashes, validation.hashes[leaked[0]])
+            result.append(Finding(VALIDATION, "leaked", len(leaked), len(validation.hashes), first, original))
+    return result
+
+
+def _findings(part: str, inspection: Inspection) -> Iterator[Finding]:
+    for kind in KINDS:
+        if kind in inspection.found:
+            found, hashes = inspection.found[kind], inspection.hashes
+            original = _first(hashes, hashes[found.first]) if kind == "duplicates" else None
+            yield Finding(part, kind, found.count, len(hashes), found.first, original)
+
+
+def _first(hashes: np.ndarray, value: np.uint64) -> int:
+    return int(np.flatnonzero(hashes == value)[0])
+
+
+def judge(found: Sequence[Finding], settings: "Preflight", where: Where) -> tuple[list[str], list[str]]:
+    """Return the findings as errors and warnings: an error is a finding of more examples than the recipe allows."""
+    allowed = {
+        "masked": settings.masked,
+        "unstopped": settings.unstopped,
+        "unknown": settings.unknown,
+        "duplicates": settings.duplicates,
+        "leaked": settings.leaked,
+    }
+    errors, warnings = list[str](), list[str]()
+    for finding in found:
+        limit = allowed.get(finding.kind, 1.0)
+        text = finding.text(where)
+        if finding.share > limit:
+            errors.append(f"{text} (preflight.{finding.kind} allows {limit:.4g} of the examples)")
+        else:
+            warnings.append(text)
+    return errors, warnings
+
+
+def preflight(data: Prepared, renderer: Renderer, settings: "Preflight", where: Where) -> list[str]:
+    """Inspect all examples, and return the warnings.
+
+    Raises:
+        DataError: A finding has more examples than the recipe allows; the message lists all such findings.
+    """
+    signs = signs_of(renderer, raw=data.counts.train.is_raw)
+    validation = None if data.validation is None else inspect(data.validation, signs)
+    errors, warnings = judge(findings(inspect(data.train, signs), validation), settings, where)
+    if errors:
+        raise DataError("\n".join(errors))
+    return warnings
+
+
+class Cost(NamedTuple):
+    """What a source contributes.
+
+    Attributes:
+        source: Its name.
+        examples: Its examples.
+        tokens: Their tokens.
+        trained: Their trained tokens.
+        share: Its share of the estimated time of an epoch.
+    """
+
+    source: str
+    examples: int
+    tokens: int
+    trained: int
+    share: float
+
+
+def costs(tokens: Tokens, weights: np.ndarray, ranges: Mapping[str, tuple[int, int]]) -> list[Cost]:
+    """Return what each source contributes to an epoch.
+
+    Args:
+        tokens: The examples.
+        weights: The number of trained tokens of each example, from `inspect`.
+        ranges: The examples [begin, end) of each source, by its name.
+    """
+    lengths = tokens.lengths
+    times = lengths * (lengths + TOKEN_COST)
+    total = max(1, sum(int(times[slice(*ends)].sum()) for ends in ranges.values()))
+    return [
+        Cost(
+            source=name,
+            examples=end - begin,
+            tokens=int(lengths[begin:end].sum()),
+            trained=int(weights[begin:end].sum()),
+            share=int(times[begin:end].sum()) / total,
+        )
+        for name, (begin, end) in ranges.items()
+    ]
+
+
+def histogram(lengths: np.ndarray, bins: int = 10) -> list[tuple[int, int, int]]:
+    """Return ranges of lengths of equal width as (shortest, longest, number of examples)."""
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    width = -(-(longest - shortest + 1) // bins)
+    counts = np.bincount((lengths - shortest) // width)
+    starts = range(shortest, longest + 1, width)
+    return [(start, start + width - 1, int(count)) for start, count in zip(starts, counts, strict=True)]
+
+
+def _chunks(offsets: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Yield ranges of examples with about CHUNK_TOKENS tokens, at least one example each."""
+    begin, examples = 0, len(offsets) - 1
+    while begin < examples:
+        end = int(np.searchsorted(offsets, offsets[begin] + CHUNK_TOKENS, side="right")) - 1
+        end = min(max(end, begin + 1), examples)
+        yield begin, end
+        begin = end
+
+
+class _Chunk:
+    """Some examples, each with at least one token.
+
+    Attributes:
+        weights: The number of trained tokens of each example, int64 [examples].
+    """
+
+    def __init__(self, tokens: Tokens, begin: int, end: int) -> None:
+        offsets = tokens.offsets[begin : end + 1]
+        self._ids = np.asarray(tokens.ids[offsets[0] : offsets[-1]])
+        self._trained = np.array(tokens.trained[offsets[0] : offsets[-1]])
+        self._starts, self._lengths = offsets[:-1] - offsets[0], np.diff(offsets)
+        self._of_id: dict[int, np.ndarray] = {}  # the places of ids that were looked for
+        self._trained[self._starts] = False  # no token precedes the first
+        self.weights = self._count(self._trained)
+
+    def hashes(self, factors: np.ndarray) -> np.ndarray:
+        """Return the sum of each example's ids times the odd factors of their positions, modulo 2^64."""
+        positions = np.arange(len(self._ids)) - np.repeat(self._starts, self._lengths)
+        products = (self._ids.astype(np.uint64) + np.uint64(1)) * factors[positions]
+        return np.add.reduceat(products, self._starts)
+
+    def findings(self, signs: Signs) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield each kind of finding with the ascending indices of its examples in the chunk."""
+        ids, trained, first = self._ids, self._trained, self._ids[self._starts]
+        whole = (self.weights == self._lengths - 1) & (self._lengths > 1)
+        yield "masked", np.flatnonzero(self.weights == 0)
+        yield "unstopped", self._unstopped(signs, whole)
+        yield "endless", np.flatnonzero(whole & (self._count(trained & (ids == signs.stop)) == 0))
+        if signs.bos is not None:
+            second = ids[np.minimum(self._starts + 1, len(ids) - 1)]
+            doubled = (first == signs.bos) & (second == signs.bos) & (self._lengths > 1)
+            yield "doubled_bos", np.flatnonzero(doubled)
+            yield "missing_bos", np.flatnonzero(signs.adds_bos & (first != signs.bos))
+        if signs.unknown is not None:
+            yield "unknown", self._examples(np.flatnonzero(ids == signs.unknown))
+        ends = np.concatenate([self._places(pattern) + len(pattern) - 1 for pattern in (*signs.thoughts, ())])
+        yield "empty_thoughts", self._examples(ends[trained[ends]])
+        yield "prompted", self._prompted(signs, whole)
+
+    def roles(self, headers: Sequence[Header]) -> Iterator[tuple[str, int, int]]:
+        """Yield for each header its role, and the number of tokens and trained tokens of the messages behind it."""
+        found = []
+        for number, header in enumerate(headers):
+            begin = self._places(header.ids)
+            end = begin + len(header.ids)
+            end += self._ids[np.minimum(end, len(self._ids) - 1)] == (-1 if header.blank is None else header.blank)
+            found.append(np.stack([begin, end, np.full(len(begin), number)]))
+        begin, end, number = np.concatenate([np.zeros((3, 0), np.int64), *found], axis=1)
+        order = np.lexsort((begin, end))
+        begin, end, number = begin[order], end[order], number[order]
+        longest = np.append(True, end[1:] != end[:-1])[: len(end)]  # a header may be the end of another one
+        end, begin, number = end[longest], begin[longest], number[longest]
+        following = np.append(begin[1:], len(self._ids))[: len(begin)]
+        stop = np.minimum(following, (self._starts + self._lengths)[self._owners(begin)])
+        before = np.append(0, np.cumsum(self._trained))
+        for which, header in enumerate(headers):
+            own = number == which
+            spans = end[own], np.maximum(stop[own], end[own])
+            yield header.role, int((spans[1] - spans[0]).sum()), int((before[spans[1]] - before[spans[0]]).sum())
+
+    def _unstopped(self, signs: Signs, whole: np.ndarray) -> np.ndarray:
+        """Return the examples with a run of trained tokens that does not end with the stop token."""
+        following = np.append(self._trained[1:], False)
+        ends = np.flatnonzero(self._trained & ~following)
+        owners = self._owners(ends)
+        is_open = (self._ids[ends] != signs.stop) & ~whole[owners]
+        if signs.parts:  # the template may leave out a part of an answer, so only the last run tells
+            is_open &= np.append(owners[1:] != owners[:-1], True)[: len(owners)]
+        return np.unique(owners[is_open])
+
+    def _prompted(self, signs: Signs, whole: np.ndarray) -> np.ndarray:
+        """Return the examples that train the end of the generation prompt, but not all of their tokens."""
+        last = self._places(signs.prompt) + len(signs.prompt) - 1
+        after = np.minimum(last + 1, len(self._ids) - 1)
+        is_trained = self._trained[last]
+        if signs.blank is not None:  # the blanks may be one token with those at the beginning of the answer
+            is_trained |= self._trained[after] & (self._ids[after] == signs.blank)
+        examples = self._examples(last[is_trained])
+        return examples[~whole[examples]]
+
+    def _places(self, pattern: Sequence[int]) -> np.ndarray:
+        """Return the indices at which a sequence of ids begins inside an example."""
+        if not pattern or len(pattern) > len(self._ids):
+            return np.zeros(0, np.int64)
+        if pattern[0] not in self._of_id:
+            self._of_id[pattern[0]] = np.flatnonzero(self._ids == pattern[0])
+        places = self._of_id[pattern[0]]
+        places = places[places <= len(self._ids) - len(pattern)]
+        for distance, number in enumerate(pattern):
+            places = places[self._ids[places + distance] == number]
+        return places[self._owners(places) == self._owners(places + len(pattern) - 1)]
+
+    def _count(self, which: np.ndarray) -> np.ndarray:
+        return np.add.reduceat(which, self._starts, dtype=np.int64)
+
+    def _owners(self, places: np.ndarray) -> np.ndarray:
+        """Return the example of each token."""
+        return np.searchsorted(self._starts, places, side="right") - 1
+
+    def _examples(self, places: np.ndarray) -> np.ndarray:
+        return np.unique(self._owners(places))
+
+
+def _repeated(hashes: np.ndarray) -> np.ndarray:
+    """Return the indices of the values that occurred before."""
+    order = np.argsort(hashes, kind="stable")
+    return order[1:][hashes[order[1:]] == hashes[order[:-1]]]

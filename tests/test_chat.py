@@ -138,6 +138,7 @@ class Terminal:
     def __init__(self):
         pid, self.descriptor = pty.fork()
         if pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell ignores it in what it runs in the background
             code = "from lora_kit.cli import _typed\nfor line in _typed(): print('read', ascii(line))"
             os.execve(sys.executable, [sys.executable, "-c", code], ENVIRONMENT | {"TERM": "xterm"})
         self.pid, self.screen = pid, ""

@@ -261,11 +261,10 @@ def run_keeper(lease: Lease, trainer: int) -> None:
 
 
 def _keep(keeper: Keeper, trainer: int, stop: list[int]) -> None:
-    flushed, region = False, keeper.region
-    assert region is not None
-    while True:
+    flushed = False
+    while keeper.region is not None:
         keeper.poll()
-        words = region.words
+        words = keeper.region.words
         if stop:
             words[Word.STOP] = stop[0]
         if words[Word.STOP] and not flushed:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from importlib.util import find_spec
+from io import TextIOWrapper
 from itertools import takewhile
 from pathlib import Path
 from runpy import run_path
@@ -364,7 +365,7 @@ def generate(
         from lora_kit.artifacts import answering
         from lora_kit.artifacts.load import load
 
-    questions: list[Any] = [*(prompts or []), *(answering.read_questions(messages) if messages else [])]
+    questions: list[Any] = [*map(_as_utf_8, prompts or []), *(answering.read_questions(messages) if messages else [])]
     if not questions:
         raise InputError("no prompt: give a PROMPT, or --messages FILE")
     model, tokenizer = load(path, base=base_path, trust_remote_code=trust_remote_code)
@@ -414,11 +415,16 @@ def chat(
         tokenizer,
         _typed(),
         lambda piece: print(piece, end="", flush=True),
-        system=system,
+        system=system and _as_utf_8(system),
         beginning=beginning[0],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
     )
+
+
+def _as_utf_8(text: str) -> str:
+    """Return text of the command line with U+FFFD for what is not UTF-8, which no tokenizer takes."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _typed() -> Iterator[str]:
@@ -427,6 +433,8 @@ def _typed() -> Iterator[str]:
     A pasted text of several lines is one message (bracketed paste).
     """
     if not sys.stdin.isatty():
+        if isinstance(sys.stdin, TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")
         yield from sys.stdin
         return
     with suppress(ImportError):

@@ -183,3 +183,19 @@ def test_at_a_terminal_a_paste_is_one_message_and_ctrl_c_leaves_only_when_repeat
         raise
     finally:
         os.close(terminal.descriptor)
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, rb'[{"role": "user", "content": "\ud800"}]', b"\xff", b"", b"null", b"[]"]
+)
+def test_messages_that_cannot_be_asked_are_named(content, trained_run, tmp_path):
+    (tmp_path / "asked.json").write_bytes(content)
+    told = CliRunner().invoke(app, ["generate", str(trained_run), "--messages", str(tmp_path / "asked.json")])
+    assert told.exit_code == 2 and isinstance(told.exception, SystemExit), told.exception
+
+
+def test_a_prompt_that_is_not_utf_8_is_answered(trained_run):
+    asked = ["generate", str(trained_run), os.fsdecode(b"hello \xff"), "--max-new-tokens", "2"]
+    assert CliRunner().invoke(app, asked).exit_code == 0
+    asked = ["chat", str(trained_run), "--system", os.fsdecode(b"\xff"), "--max-new-tokens", "2"]
+    assert CliRunner().invoke(app, asked, input=b"hello \xff\n").exit_code == 0

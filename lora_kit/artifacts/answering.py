@@ -4,7 +4,6 @@ A prompt becomes the token ids with which training began such an example: after 
 continued without a chat template; otherwise it is a user message. An answer ends at the last position of the base.
 """
 
-import json
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -19,6 +18,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 from transformers.utils import logging as transformers_logging
 
+from lora_kit.data import strict_json
 from lora_kit.data.messages import Conversation, question
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.template import prompt_tokens, text_tokens
@@ -256,11 +256,12 @@ def read_questions(path: Path) -> list[Conversation]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         lines = [line for line in text.split("\n") if line.strip()] if path.suffix == ".jsonl" else [text]
-        values = [json.loads(line) for line in lines]
-    except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested too deeply
+        values = [strict_json.loads(line.strip()) for line in lines]
+    except (OSError, UnicodeDecodeError, DataError) as error:
         raise DataError(f"{path}: cannot be read as JSON: {error}") from error
-    if path.suffix != ".jsonl" and isinstance(values[0], list) and "role" not in (values[0] or [{}])[0]:
-        values = values[0]
+    if path.suffix != ".jsonl" and isinstance(values[0], list):
+        first = next(iter(values[0]), None)
+        values = values if isinstance(first, dict) and "role" in first else values[0]
     return [_question(value, f"{path}:{number}") for number, value in enumerate(values, 1)]
 
 

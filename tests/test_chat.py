@@ -186,7 +186,7 @@ def test_at_a_terminal_a_paste_is_one_message_and_ctrl_c_leaves_only_when_repeat
 
 
 @pytest.mark.parametrize(
-    "content", [b"[" * 100_000, rb'[{"role": "user", "content": "\ud800"}]', b"\xff", b"", b"null", b"[]"]
+    "content", [b"[" * 100_000, rb'[{"role": "user", "content": "\ud800"}]', b"\xff", b"", b"null", b"[]", b"[1]"]
 )
 def test_messages_that_cannot_be_asked_are_named(content, trained_run, tmp_path):
     (tmp_path / "asked.json").write_bytes(content)

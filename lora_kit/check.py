@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lora_kit.artifacts.hub import push_notes
 from lora_kit.data.files import SUFFIXES, suffix_of
 from lora_kit.data.near_duplicates import LIKE, near_duplicates
 from lora_kit.data.places import TRAINING, VALIDATION, Where, places
-from lora_kit.data.plan import Plan, prepare_data
+from lora_kit.data.plan import Plan, SourceShare, prepare_data
 from lora_kit.data.preflight import (
     Cost,
     Inspection,
@@ -78,7 +79,8 @@ def preview(recipe: Recipe, n: int = 2, *, ids: bool = False) -> Preview:
     with suppress(BaseError):  # of an unknown family; then the size of a micro-batch is a guess
         shape = read_config(source.folder / "config.json")
     tokens = choose(recipe, shape, this_machine()).micro_batch_tokens
-    return make_preview(Plan(recipe, data.train, tokens, padded=False), renderer, places(recipe, data), n, ids=ids)
+    plan = Plan(recipe, data.train, tokens, padded=False, sizes=data.counts.sizes)
+    return make_preview(plan, renderer, places(recipe, data), n, ids=ids)
 
 
 def estimate(recipe: Recipe, *, shapes: Path | None = None, offline: bool = False) -> Estimate:
@@ -189,12 +191,11 @@ class Report:
             yield Text(f"trained tokens by role: {', '.join(shares)}")
         yield from (Text(line) for line in _bars(self.lengths))
         if len(self.costs) > 1:
-            yield from (
-                Text(
-                    f"{cost.source}: {cost.examples:,} examples, {cost.tokens:,} tokens, {cost.trained:,} trained; "
-                    f"{cost.share:.1%} of the time"
-                )
-                for cost in self.costs
+            yield Text("cost by source:")
+        for cost in self.costs if len(self.costs) > 1 else ():
+            yield Text(
+                f"  {cost.source}: {cost.examples:,} examples, {cost.tokens:,} tokens, {cost.trained:,} of them "
+                f"trained, {cost.share:.1%} of the run's time"
             )
         if self.schedule:
             yield _line("schedule", self.schedule)
@@ -267,11 +268,12 @@ def check(
     report.problems += _file_problems(source, recipe.base, is_local=not _is_hub_name(recipe, recipe.base.repo))
     try:
         renderer = load_renderer(source, recipe)
-        if offline and any(_is_hub_name(recipe, name) for name in (recipe.data.train, recipe.data.validation)):
+        if offline and any(_is_hub_name(recipe, source.source) for source in recipe.data.sources):
             report.unchecked.append("data: a Hub dataset, not read with --offline")
         else:
             data = prepare_data(recipe, renderer)
-            plan, where = Plan(recipe, data.train, micro_batches.micro_batch_tokens, padded=False), places(recipe, data)
+            tokens, where = micro_batches.micro_batch_tokens, places(recipe, data)
+            plan = Plan(recipe, data.train, tokens, padded=False, sizes=data.counts.sizes)
             report.preview = make_preview(plan, renderer, where, show, ids=ids)
             _check_data(plan, data, source, renderer, where, report, processes)
     except InputError as error:
@@ -336,10 +338,8 @@ def _file_problems(source: Source, base: Base, *, is_local: bool) -> Iterator[st
         yield str(error)
 
 
-def _is_hub_name(recipe: Recipe, source: str | float | None) -> bool:
+def _is_hub_name(recipe: Recipe, source: str) -> bool:
     """Return whether a source can only be a Hub name. A missing file is not; reading it will report the error."""
-    if not isinstance(source, str):
-        return False
     name = source.partition("[")[0]
     try:
         return resolve_path(recipe, name) is None and suffix_of(name) not in SUFFIXES
@@ -347,23 +347,32 @@ def _is_hub_name(recipe: Recipe, source: str | float | None) -> bool:
         return False
 
 
+def _tokens_of_run(plan: Plan, data: Prepared) -> int:
+    """Return about how many tokens the whole run computes."""
+    mixture = plan.mixed(data.counts.sources) or {"": SourceShare(data.counts.train, plan.total, 1.0)}
+    return round(sum(share.seen * share.counts.tokens / share.counts.examples for share in mixture.values()))
+
+
 def _check_data(
     plan: Plan, data: Prepared, source: Source, renderer: Renderer, where: Where, report: Report, processes: int
 ) -> None:
     """Add data statistics, schedule, preflight, and problems of the data with this base to the report."""
     recipe = plan.recipe
-    report.data = {name: counts for name, counts in asdict(data.counts).items() if counts}
+    totals = {"train": data.counts.train, "validation": data.counts.validation}
+    report.data = {name: asdict(counts) for name, counts in totals.items() if counts}
+    report.data |= {f"train, {name}": share.to_dict() for name, share in plan.mixed(data.counts.sources).items()}
+    report.data |= {f"validation, {name}": asdict(counts) for name, counts in data.counts.sets.items()}
     report.notes += [*data.notes, *push_notes(recipe)]
     report.schedule = {
         "steps": plan.steps,
         "examples": plan.total,
-        "tokens": round(plan.total / len(data.train) * data.counts.train.tokens),
+        "tokens": _tokens_of_run(plan, data),
         "micro_batches_of_the_first_step": len(plan.micro_batches(0)),
         "idle_share": round(plan.idle_share(processes), 3),
     }
     if idleness := plan.idleness_note(processes):
         report.notes.append(idleness)
-    _check_tokens(recipe, data, renderer, where, report)
+    _check_tokens(plan, data, renderer, where, report)
     if report.estimate is not None:
         check_tokenizer_fits(renderer.tokenizer, report.estimate.vocabulary, used=data.train)
     context = context_of(read_json(source.folder / "config.json"))
@@ -379,9 +388,11 @@ def _check_data(
             report.notes += untrained_notes(untrained_labels(data.train, rows), renderer)
 
 
-def _check_tokens(recipe: Recipe, data: Prepared, renderer: Renderer, where: Where, report: Report) -> None:
+def _check_tokens(plan: Plan, data: Prepared, renderer: Renderer, where: Where, report: Report) -> None:
     """Add what the preflight finds, the lengths, and near duplicates to the report."""
-    signs = signs_of(renderer, raw=data.counts.train.is_raw)
+    recipe = plan.recipe
+    epochs = {name: source.epochs for name, source in plan.mixed(data.counts.sources).items()}
+    signs = signs_of(renderer, raw=data.counts.train.is_raw, pieces=data.counts.train.split > 0)
     train = inspect(data.train, signs)
     validation = None if data.validation is None else inspect(data.validation, signs)
     errors, warnings = judge(findings(train, validation), recipe.preflight, where)
@@ -389,11 +400,19 @@ def _check_tokens(recipe: Recipe, data: Prepared, renderer: Renderer, where: Whe
     report.notes += warnings
     report.roles = {} if signs.prompt == () else roles(data.train, headers_of(renderer))
     report.lengths = histogram(data.train.lengths)
-    report.costs = costs(data.train, train.weights, {recipe.data.train: (0, len(data.train))})
+    report.costs = costs(data.train, train.weights, _ranges(recipe, data), epochs)
     try:
         report.notes += _near_duplicates(data, train, validation, where)
     except InputError as error:
         report.unchecked.append(f"near duplicates: {error}")
+
+
+def _ranges(recipe: Recipe, data: Prepared) -> dict[str, tuple[int, int]]:
+    """Return the names of the sources, each with the first of its training examples and the first after them."""
+    if not data.counts.sizes:
+        return dict.fromkeys([str(recipe.data.train)], (0, len(data.train)))
+    ends = np.cumsum([0, *data.counts.sizes]).tolist()
+    return dict(zip(data.counts.sources, pairwise(ends), strict=True))
 
 
 def _near_duplicates(data: Prepared, train: Inspection, validation: Inspection | None, where: Where) -> Iterator[str]:

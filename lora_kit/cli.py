@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from io import TextIOWrapper
 from itertools import takewhile
+from math import exp
 from pathlib import Path
 from runpy import run_path
 from typing import Annotated, Any, Literal
@@ -509,6 +510,8 @@ def evaluate(
     for name, score in scores.items():
         match = "-" if score.exact_match is None else f"{score.exact_match:.1%} of {score.answered}"
         table.add_row(name, f"{score.loss:.4f}", f"{score.perplexity:.2f}", match, str(score.examples))
+        for each, loss in score.sets.items():
+            table.add_row(f"{name}, {each}", f"{loss:.4f}", f"{exp(min(loss, 700)):.2f}")
     rich_console().print(table)
     if score.too_long:
         note(f"{score.too_long} of {score.answered} prompts left no position for an answer and count as no match")

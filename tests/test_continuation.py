@@ -188,7 +188,7 @@ def test_an_evaluation_counts_the_tokens_of_the_run(recipe_file, tmp_path):
         for name, score in scores.items():
             assert (score.loss == pytest.approx(run.result["metrics"][name]["loss"], rel=1e-6)) is same
     assert notes == [
-        "objective.train_on: the loss is over 'assistant', as in this recipe; the run was trained on 'all'"
+        "objective.train_on: the loss is measured with 'assistant', as in this recipe; the run was trained with 'all'"
     ]
 
 

@@ -104,6 +104,21 @@ def test_a_template_that_marks_parts_of_an_answer_is_judged_by_its_last_part():
     assert set(inspect(tokens(ids[:-1]), SIGNS._replace(parts=True)).found) == {"unstopped"}
 
 
+def test_where_everything_is_trained_an_untrained_message_is_no_cut():
+    ids = [BOS, -20, -ASK, -ANSWER, -NEWLINE, 21, STOP, -ASK, -ANSWER, -NEWLINE, -21, -STOP]
+    assert set(inspect(tokens(ids), SIGNS).found) == {"unstopped", "prompted"}
+    assert not inspect(tokens(ids), SIGNS._replace(answers=False)).found
+    assert set(inspect(tokens(ids[:5]), SIGNS._replace(answers=False)).found) == {"endless"}
+
+
+def test_pieces_of_a_text_may_end_anywhere():
+    pieces = tokens([BOS, -20, -21], [BOS, 20, 21, -22, -23], [22, 23, -24, -STOP])
+    assert set(inspect(pieces, SIGNS).found) == {"unstopped", "endless", "missing_bos"}
+    assert not inspect(pieces, SIGNS._replace(pieces=True)).found
+    broken = tokens([BOS, 20, -21, 22, -STOP])
+    assert set(inspect(broken, SIGNS._replace(pieces=True)).found) == {"unstopped"}
+
+
 def test_without_a_sign_its_kind_is_not_looked_for():
     ids = [[UNKNOWN, *GOOD[2:]], [OPEN, CLOSE, -STOP]]
     assert not inspect(tokens(*ids), Signs(stop=STOP)).found
@@ -127,15 +142,22 @@ def test_random_examples_are_repeated_as_often_as_sets_say():
 
 @pytest.mark.parametrize(("limit", "errors"), [(0.0, 1), (0.24, 1), (0.25, 0), (1.0, 0)])
 def test_a_finding_of_more_examples_than_the_recipe_allows_is_an_error(limit, errors):
-    train = inspect(tokens(GOOD, [BOS, UNKNOWN, *GOOD[2:]], [BOS, 30, *GOOD[2:]], [BOS, 31, *GOOD[2:]]), SIGNS)
-    found = judge(findings(train, None), Preflight(unknown=limit), lambda part, index: f"{part}.jsonl:{index + 1}")
+    train = inspect(tokens(GOOD, [BOS, 30, *GOOD[2:-1]], [BOS, 31, *GOOD[2:]], [BOS, 32, *GOOD[2:]]), SIGNS)
+    found = judge(findings(train, None), Preflight(unstopped=limit), lambda part, index: f"{part}.jsonl:{index + 1}")
     assert [len(texts) for texts in found] == [errors, 1 - errors]
     (text,) = (*found[0], *found[1])
     assert text.startswith(
-        "training.jsonl:2: the only training example (25.0%) with the unknown token in place of characters that the "
-        "tokenizer does not have; replace these characters"
+        "training.jsonl:2: the only training example (25.0%) with an answer that does not end with the stop token, so "
+        "it does not teach to stop; most often it is cut; raise data.sequence_length"
     )
-    assert text.endswith(f"(preflight.unknown allows {limit:.4g} of the examples)") is bool(errors)
+    assert text.endswith(f"(preflight.unstopped allows {limit:.4g} of the examples)") is bool(errors)
+
+
+def test_unknown_tokens_are_told_by_the_preparation_and_refused_here():
+    found = findings(inspect(tokens(GOOD, [BOS, UNKNOWN, *GOOD[2:]]), SIGNS), None)
+    assert judge(found, Preflight(), lambda part, index: "here") == ([], [])
+    ((error,), warnings) = judge(found, Preflight(unknown=0.1), lambda part, index: "here")
+    assert error.startswith("here: the only training example (50.0%) with the unknown token") and not warnings
 
 
 @pytest.mark.parametrize("kind", KINDS)

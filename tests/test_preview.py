@@ -121,3 +121,16 @@ def test_the_report_shows_lengths_and_the_preflight(recipe_file, tmp_path):
 def test_characters_that_a_terminal_obeys_are_escaped():
     assert printable("a\tb\nc\x1b\u2067\ud83d\ude00") == "a\tb\nc\\x1b\\u2067\\ud83d\\ude00"
     assert printable("\U0001f600é") == "\U0001f600é"
+
+
+def test_an_example_keeps_its_line_where_records_before_it_are_left_out(recipe_file, tmp_path):
+    """On a first preparation and from the cache."""
+    long, records = "a" * 300, make_records(8)
+    records[1]["messages"][0]["content"] = records[4]["messages"][0]["content"] = long
+    data = write_jsonl(tmp_path / "data.jsonl", [*records, records[6]])
+    changes = [f"data.train={data}", "data.overlong=drop", f"data.validation={data}"]
+    for _ in range(2):
+        report = check(load_recipe(recipe_file, changes), show=9)
+        lines = [int(example.place.rpartition(":")[2]) for example in report.preview.examples]
+        assert lines == [1, 3, 4, 6, 7, 8, 9]
+        assert any(note.startswith(f"{data}:9 (as {data}:7): the only training example") for note in report.notes)

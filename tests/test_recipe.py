@@ -113,6 +113,62 @@ def test_a_wrong_override_is_quoted_as_it_was_typed(problems_of, override, line)
     assert found.startswith(line)
 
 
+MIXED = MINIMAL.replace("{train: x.jsonl}", "\n  train:\n{}\n")
+
+
+@pytest.mark.parametrize(
+    ("entries", "problem"),
+    [
+        (["{source: a, wieght: 1}"], "r.yaml:4: data.train[0].wieght: unknown key; did you mean 'weight'?"),
+        (["a", "{source: b, weight: x}"], "r.yaml:5: data.train[1].weight: found 'x', expected number"),
+        (["a", "5"], "r.yaml:5: data.train[1]: found 5, expected string"),
+        (["{name: x}"], "r.yaml:4: data.train[0].source: missing; A file, a folder, a Hub dataset"),
+        (["{source: a, name: 'x y'}"], "r.yaml:4: data.train[0].name: a name has at most 64 letters"),
+        (["a.jsonl", "b/a.csv"], "r.yaml:2: data: train has 2 sources named a; give each a `name` of its own"),
+        (["{source: a, weight: 1}", "b"], "r.yaml:2: data: train: b without a weight; give every source a weight"),
+        (["{source: a, weight: 1, epochs: 2}"], "r.yaml:2: data: train: weight and epochs both decide how often"),
+        (["{source: a, epochs: 2}"], "r.yaml:1: data.train: epochs of a source count inside an epoch of the mixture"),
+        (['{source: "a\\x01"}'], "r.yaml:4: data.train[0]: source is 'a\\x01', which contains a control character"),
+    ],
+)
+def test_a_problem_of_a_mixture_names_the_source_and_its_line(problems_of, entries, problem):
+    text = MIXED.replace("{}", "\n".join(f"    - {entry}" for entry in entries))
+    assert problems_of(text)[0].startswith(problem)
+
+
+def test_weights_need_steps_and_a_mapping_of_validation_sets_needs_names(problems_of):
+    weighted = MIXED.replace("{}", "    - {source: a, weight: 1}").replace("steps: 3", "epochs: 3")
+    assert "a mixture with weights has no epochs" in problems_of(weighted)[0]
+    for given, problem in (
+        ("{source: x}", "data: validation maps names to sources, not source; write NAME: {source: ...}"),
+        ("{code: {source: 4}}", "data.validation.code.source: found 4, expected string"),
+        ("{code: 4}", "data.validation.code: found 4, expected string"),
+        ("{}", "data: train and validation need at least one source"),
+    ):
+        (found,) = problems_of(MINIMAL, f"data.validation={given}")
+        assert problem in found
+
+
+def test_a_dumped_mixture_has_absolute_paths_and_its_differences_have_the_names_of_its_sources(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}")
+    text = MIXED.replace("{}", "    - {source: a.jsonl, weight: 2}\n    - {source: o/b, weight: 1}")
+    recipe = load(tmp_path, text, "data.validation={a: a.jsonl, b: {source: a.jsonl}}")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "r.yaml").write_text(dump(recipe))
+    again, path = load_recipe(tmp_path / "other" / "r.yaml"), str(tmp_path / "a.jsonl")
+    assert [source.source for source in again.data.sources] == [path, "o/b", path, path]
+    heavier = load(tmp_path, text.replace("weight: 2", "weight: 3"), "data.validation={b: a.jsonl}")
+    assert difference(recipe.model_dump(mode="json"), heavier) == [
+        ("data.train.a.weight", 2.0, 3.0),
+        ("data.validation.a.source", "a.jsonl", None),
+    ]
+    assert [row[0] for row in difference(load(tmp_path, MINIMAL).model_dump(mode="json"), heavier)][:3] == [
+        "data.train.a.source",
+        "data.train.a.weight",
+        "data.train.b.source",
+    ]
+
+
 BOMB = "a: &a [x, x]\n" + "".join(
     f"b{number}: &b{number} [{', '.join(['*a' if number == 0 else f'*b{number - 1}'] * 9)}]\n" for number in range(9)
 )
@@ -264,7 +320,7 @@ def fields():
 
 
 def test_the_number_of_fields_changes_only_on_purpose():
-    assert len(fields()) == 55
+    assert len(fields()) == 58
 
 
 @pytest.mark.parametrize("field", fields(), ids=".".join)

@@ -237,14 +237,6 @@ def test_plain_text_has_no_prompts(refusal):
     assert found == "evaluate.generate is 2, but train.jsonl is plain text without prompts; set it to 0"
 
 
-def test_a_held_out_example_that_is_trained_as_well_is_noted(make, tmp_path):
-    write_jsonl(tmp_path / "held.jsonl", pairs("a", "z"))
-    made = make(pairs("a", "b"), validation="held.jsonl")
-    assert list(made.notes) == [
-        "1 validation examples are also in the training data, so their loss measures memorisation"
-    ]
-
-
 def test_a_template_with_a_date_is_noted(make, renderer):
     template = "{% set d = strftime_now('%Y') %}" + renderer.tokenizer.chat_template
     made = make(make_records(2), renderer=Renderer(renderer.tokenizer, template))

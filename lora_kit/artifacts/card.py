@@ -46,9 +46,26 @@ def model_card(
         revision=revision,
         metadata=metadata.to_yaml(),
         recipe=recipe,
+        train_source=_sources(recipe["data"]["train"]),
+        validation_source=_sources(recipe["data"]["validation"]),
         run=manifest.run,
         progress=manifest.progress,
         scores=scores or {},
         shipped=base.startswith(BUILTIN),
         number=number,
     )
+
+
+def _sources(given: Any) -> str:
+    """Return a recipe's sources as Markdown: the name of each, with its weight or epochs in a mixture."""
+    if given is None:
+        return "-"
+    if not isinstance(given, list | dict):
+        return f"`{given}`"
+    entries = given.values() if isinstance(given, dict) else given
+    return ", ".join(_source({"source": entry} if isinstance(entry, str) else entry) for entry in entries)
+
+
+def _source(entry: Mapping[str, Any]) -> str:
+    shares = [f"{key} {entry[key]:g}" for key in ("weight", "epochs") if entry.get(key) is not None]
+    return f"`{entry['source']}`" + (f" ({', '.join(shares)})" if shares else "")

@@ -22,7 +22,7 @@ from lora_kit.artifacts.locate import checkpoint_at, recipe_of
 from lora_kit.errors import BaseError, HubError, InputError, LoraKitError
 from lora_kit.model.source import Source, base_folder, file_hash, pinned_base
 from lora_kit.model.tokenizer import load_renderer, set_up_tokenizer
-from lora_kit.recipe.load import PATHS, as_yaml
+from lora_kit.recipe.load import as_yaml, change_paths
 from lora_kit.recipe.schema import HUB_NAME, Recipe
 from lora_kit.runs import store
 from lora_kit.runs.journal import Journal
@@ -169,10 +169,10 @@ def publication(
 def without_paths(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe as JSON values, with absolute paths shortened to their last component."""
     public = recipe.model_dump(mode="json")
-    for section, field in PATHS:
-        value = public[section][field]
-        if isinstance(value, str) and (PurePath(value).is_absolute() or value.startswith("~")):
-            public[section][field] = PurePath(value).name
+    change_paths(
+        public,
+        lambda text: PurePath(text).name if PurePath(text).is_absolute() or text.startswith("~") else text,
+    )
     return public
 
 

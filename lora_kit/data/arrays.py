@@ -66,6 +66,12 @@ def chunks(array: np.ndarray) -> Iterator[np.ndarray]:
     length = max(1, CHUNK_BYTES // array.itemsize)
     for start in range(0, len(array), length):
         yield array[start : start + length]
+        release(array)
+
+
+def release(*arrays: np.ndarray) -> None:
+    """Let the pages of mapped arrays leave this process' memory; they are read again when they are used."""
+    for array in arrays:
         if isinstance(mapped := getattr(array.base, "obj", None), mmap.mmap):
             mapped.madvise(mmap.MADV_DONTNEED)
 

@@ -39,7 +39,7 @@ PACKAGES = ("transformers", "tokenizers", "datasets", "jinja2", "numpy", "pyarro
 COMMIT = re.compile("[0-9a-f]{40}")
 SUFFIX = ".safetensors"
 TRAIN, VALIDATION = "train.", "validation."  # prefixes of the names of the arrays in a file
-FIELDS = ("ids", "trained", "offsets")
+FIELDS, KEPT = ("ids", "trained", "offsets"), "kept"
 DAMAGED = (OSError, ValueError, KeyError, TypeError)  # what reading a damaged or foreign file raises
 ABOUT = TypeAdapter(tuple[tuple[Prompt, ...], DataCounts, tuple[str, ...]])  # prompts, counts and notes
 
@@ -49,15 +49,19 @@ def key_of(recipe: Recipe, renderer: Renderer) -> str | None:
     tokenizer = renderer.tokenizer
     if not type(tokenizer).__module__.startswith("transformers."):
         return None
-    names = [recipe.data.train, *([recipe.data.validation] if isinstance(recipe.data.validation, str) else [])]
     try:
-        contents = [_contents(source, recipe.folder) for source in names]
+        contents = [_contents(source.source, recipe.folder) for source in recipe.data.sources]
+        templates = [
+            source.template and sha256_of(recipe.folder / Path(source.template).expanduser())
+            for source in recipe.data.sources
+        ]
     except (LoraKitError, OSError):  # the caller will read the data and report the error
         return None
     if None in contents:
         return None
     facts = {
         "contents": contents,
+        "templates": templates,
         "data": recipe.data.model_dump(mode="json"),
         "seed": recipe.train.seed,
         "prompts": recipe.evaluate.generate,
@@ -133,9 +137,11 @@ def save(file: BinaryIO, prepared: Prepared) -> None:
     """Write prepared data to an empty file, with a checksum."""
     about = ABOUT.dump_json((prepared.prompts, prepared.counts, prepared.notes)).decode()
     named, facts = dict[str, np.ndarray](), dict[str, Any]()
-    for part, tokens in ((TRAIN, prepared.train), (VALIDATION, prepared.validation)):
+    for part, tokens, kept in zip(
+        (TRAIN, VALIDATION), (prepared.train, prepared.validation), prepared.kept, strict=False
+    ):
         if tokens is not None:
-            named |= {part + name: getattr(tokens, name) for name in FIELDS}
+            named |= {part + name: getattr(tokens, name) for name in FIELDS} | {part + KEPT: kept}
             facts[part] = {"fingerprint": tokens.fingerprint, "largest": tokens.largest}
     arrays.write(file, named, {"about": about, "facts": json.dumps(facts)})
 
@@ -173,7 +179,8 @@ def _load(descriptor: int, path: Path | None, *, verify: bool = True) -> Prepare
         raise ValueError("there is no training data")
     prompts, counts, notes = ABOUT.validate_json(metadata["about"])
     entry = Entry(path, metadata[arrays.CHECKSUM]) if path else None
-    return Prepared(train, validation, prompts, counts, notes, entry)
+    kept = tuple(named[part + KEPT] for part in (TRAIN, VALIDATION) if part in facts)
+    return Prepared(train, validation, prompts, counts, notes, kept, entry)
 
 
 def _prune(folder: PrivateFolder) -> None:

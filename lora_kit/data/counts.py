@@ -1,6 +1,7 @@
 """Statistics of the examples that were made from the records of a dataset."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from pydantic import Field
@@ -29,6 +30,7 @@ class Counts:
         split: Texts cut into several examples.
         bad: Records left out because they cannot be read, do not fit the format or cannot be rendered.
         raw: Examples of raw text, without a chat template; None in older checkpoints.
+        records: Records that were read; 0 in older checkpoints.
     """
 
     format: str
@@ -45,6 +47,7 @@ class Counts:
     split: Count = 0
     bad: Count = 0
     raw: Count | None = None
+    records: Count = 0
 
     @property
     def is_raw(self) -> bool:
@@ -52,9 +55,51 @@ class Counts:
         return self.format == "text" if self.raw is None else self.raw == self.examples
 
 
+SUMMED = (
+    "examples",
+    "tokens",
+    "trained_tokens",
+    "dropped",
+    "truncated",
+    "emptied",
+    "merged",
+    "split",
+    "bad",
+    "records",
+)
+
+
+def summed(parts: Sequence[Counts], *, duplicates: int) -> Counts:
+    """Return the statistics of several sources together, given the duplicates among all of their examples."""
+    sums = {name: sum(getattr(part, name) for part in parts) for name in SUMMED}
+    return Counts(
+        format=", ".join(dict.fromkeys(part.format for part in parts)),
+        trained_share=round(sums["trained_tokens"] / max(1, sums["tokens"]), 4),
+        longest=max(part.longest for part in parts),
+        duplicates=duplicates,
+        raw=sum(part.raw or 0 for part in parts),
+        **sums,
+    )
+
+
 @dataclass(frozen=True)
 class DataCounts:
-    """Statistics of the training data, and of the validation data if there is any."""
+    """Statistics of the examples.
+
+    Attributes:
+        train: All training examples.
+        validation: All validation examples; None if there are none.
+        sources: The examples of each source of a mixture, in the order of their numbers; empty if `data.train` is a
+            single source.
+        sets: The examples of each named validation set, in the order of their numbers; empty if they have no names.
+    """
 
     train: Counts
     validation: Counts | None
+    sources: dict[str, Counts] = field(default_factory=dict)
+    sets: dict[str, Counts] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The number of examples of each source of a mixture."""
+        return tuple(counts.examples for counts in self.sources.values())

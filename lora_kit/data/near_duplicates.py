@@ -50,11 +50,12 @@ def near_duplicates(parts: Sequence[Tokens], hashes: np.ndarray, *, sample: int 
     distinct = np.sort(np.unique(hashes, return_index=True)[1])
     chosen = np.sort(distinct[permute(np.arange(min(sample, len(distinct))), len(distinct), 0)])
     sequences = _without_common([_sequences(*_place(parts, int(index))) for index in chosen])
+    empty = MinHash(num_perm=PERMUTATIONS, hashfunc=int)
     index_of, pairs = MinHashLSH(threshold=LIKELY, num_perm=PERMUTATIONS), []
     for place, (index, own) in enumerate(zip(chosen.tolist(), sequences, strict=True)):
         if not len(own):
             continue
-        signature = MinHash(num_perm=PERMUTATIONS, hashfunc=int)
+        signature = empty.copy()
         signature.update_batch(own.tolist())
         alike = (other for other in sorted(index_of.query(signature)) if _similarity(own, sequences[other]) >= LIKE)
         if (earlier := next(alike, None)) is not None:

@@ -31,6 +31,7 @@ class MicroBatch:
         position_ids: Positions, which restart at 0 with each example.
         attention_mask: 1 for tokens and 0 for padding; None if packed.
         segments: The lengths of the examples, in order.
+        sources: The index of the source of each example; empty if nothing is measured for each source.
     """
 
     ids: np.ndarray
@@ -38,11 +39,18 @@ class MicroBatch:
     position_ids: np.ndarray
     attention_mask: np.ndarray | None
     segments: tuple[int, ...]
+    sources: tuple[int, ...] = ()
 
     @property
     def weight(self) -> int:
         """The number of trained tokens."""
         return int((self.labels != IGNORE).sum())
+
+    def by_source(self, positions: np.ndarray, count: int) -> list[np.ndarray]:
+        """Return positions of the flattened rows as one array for each of `count` sources, in the same order."""
+        rows = self.segments[: len(self.sources)] if self.attention_mask is None else self.ids.shape[1]
+        owners = np.repeat(np.array(self.sources), rows)[positions]
+        return [positions[owners == source] for source in range(count)]
 
 
 def cost(lengths: Sequence[int]) -> int:
@@ -87,26 +95,27 @@ def pack(lengths: Sequence[int], micro_batch_tokens: int, *, padded: bool = Fals
     return sorted(groups, key=lambda members: (-cost([lengths[index] for index in members]), members[0]))
 
 
-def collate(tokens: Tokens, members: Sequence[int], *, padded: bool) -> MicroBatch:
+def collate(tokens: Tokens, members: Sequence[int], *, padded: bool, sources: tuple[int, ...] = ()) -> MicroBatch:
     """Build a micro-batch.
 
     Args:
         tokens: All examples.
         members: The indices of the examples of the micro-batch.
         padded: Whether each example is a row that is padded to the longest; otherwise all are packed into one row.
+        sources: The source of each member, to measure each source.
     """
     rows = [_row(*tokens.example(index)) for index in members]
     segments = tuple(len(ids) for ids, _, _ in rows)
     if not padded:
         ids, labels, position_ids = (np.concatenate(parts)[None] for parts in zip(*rows, strict=True))
-        return MicroBatch(ids, labels, position_ids, None, segments)
+        return MicroBatch(ids, labels, position_ids, None, segments, sources)
     longest = max(segments)
     ids, labels, position_ids = (
         np.stack([np.pad(part, (0, longest - len(part)), constant_values=fill) for part in parts])
         for parts, fill in zip(zip(*rows, strict=True), (0, IGNORE, 0), strict=True)
     )
     mask = (np.arange(longest) < np.array(segments)[:, None]).astype(np.int64)
-    return MicroBatch(ids, labels, position_ids, mask, segments)
+    return MicroBatch(ids, labels, position_ids, mask, segments, sources)
 
 
 def _row(ids: np.ndarray, trained: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

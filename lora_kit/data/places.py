@@ -15,16 +15,18 @@ Where = Callable[[str, int], str]
 
 def places(recipe: Recipe, data: Prepared) -> Where:
     """Return a function that names examples. It opens the data when it is first called."""
-    parts = {TRAINING: data.counts.train, VALIDATION: data.counts.validation}
+    counts = data.counts
+    held_out = [] if counts.validation is None else [counts.validation]
+    sizes = {
+        TRAINING: [source.examples for source in counts.sources.values()] or [counts.train.examples],
+        VALIDATION: [source.examples for source in counts.sets.values() or held_out],
+    }
     opened = cache(lambda: open_data(recipe.data, recipe.folder, recipe.train.seed))
 
     def where(part: str, index: int) -> str:
-        counts = parts[part]
-        assert counts is not None
-        if counts.dropped or counts.emptied:
-            return f"{part} example {index}"
+        held_out = part == VALIDATION
         try:
-            return opened()[part == VALIDATION].where(index)
+            return opened().where(index, int(data.kept[held_out][index]), sizes[part], validation=held_out)
         except LoraKitError:  # e.g. the network is gone, and the tokens were in the cache
             return f"{part} example {index}"
 

@@ -1,10 +1,17 @@
 """Prepare a recipe's data, and plan the examples and micro-batches of every step."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import Any
+
+import numpy as np
 
 from lora_kit.data import cache
-from lora_kit.data.order import examples_of_step
+from lora_kit.data.counts import Counts
+from lora_kit.data.order import Mixture, allotted, examples_of_step, mixed_examples_of_step
 from lora_kit.data.packing import Split, pack
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.tokens import Prepared, Tell, Tokens, prepare, silent
@@ -35,6 +42,47 @@ def prepare_data(recipe: Recipe, renderer: Renderer, tell: Tell = silent) -> Pre
 
 
 @dataclass(frozen=True)
+class SourceShare:
+    """What a run takes from a source of a mixture.
+
+    Attributes:
+        counts: The statistics of its examples.
+        seen: How many examples the run takes from it; repeated examples count.
+        share: The share of the run's examples.
+    """
+
+    counts: Counts
+    seen: int
+    share: float
+
+    @property
+    def epochs(self) -> float:
+        """How often the run sees each example of the source."""
+        return self.seen / self.counts.examples
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the numbers of a row of `table`."""
+        counts = {name: getattr(self.counts, name) for name in ("records", "examples", "tokens", "trained_tokens")}
+        return counts | {"share": round(self.share, 4), "seen": self.seen, "epochs": round(self.epochs, 3)}
+
+
+def table(mixture: Mapping[str, SourceShare]) -> str:
+    """Return what a run takes from each source as aligned text: a line with the names of the columns, then the rows."""
+    rows: list[tuple[str, ...]] = [("source", "records", "examples", "tokens", "share", "seen", "epochs")]
+    for name, source in mixture.items():
+        numbers = (source.counts.records, source.counts.examples, source.counts.tokens)
+        shares = (f"{source.share:.1%}", f"{source.seen:,}", f"{source.epochs:,.2f}")
+        rows.append((name, *(f"{number:,}" for number in numbers), *shares))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    )
+
+
+@dataclass(frozen=True)
 class Plan:
     """The examples and micro-batches of every step, as pure functions of the step.
 
@@ -44,6 +92,7 @@ class Plan:
         micro_batch_tokens: Maximum number of tokens in a micro-batch (the recipe's value may be auto).
         padded: Whether each example is a padded row of its micro-batch; otherwise they are packed into one row.
         split: How the objective groups the examples of a step into micro-batches.
+        sizes: The number of examples of each source of a mixture; empty if `data.train` is a single source.
     """
 
     recipe: Recipe
@@ -51,6 +100,23 @@ class Plan:
     micro_batch_tokens: int
     padded: bool
     split: Split = pack
+    sizes: tuple[int, ...] = ()
+
+    @cached_property
+    def shares(self) -> tuple[int, ...]:
+        """How often each source of a mixture is chosen: its examples in an epoch of the mixture, or its weight."""
+        entries = self.recipe.data.mixture
+        weights = [Fraction(str(entry.weight)) for entry in entries if entry.weight is not None]
+        if weights:
+            unit = math.lcm(*(weight.denominator for weight in weights))
+            return tuple(int(weight * unit) for weight in weights)
+        passes = (1.0 if entry.epochs is None else entry.epochs for entry in entries)
+        return tuple(max(1, round(each * size)) for each, size in zip(passes, self.sizes, strict=True))
+
+    @property
+    def epoch(self) -> int:
+        """The number of examples in an epoch."""
+        return sum(self.shares) if self.sizes else len(self.tokens)
 
     @property
     def total(self) -> int:
@@ -59,7 +125,7 @@ class Plan:
         if train.steps is not None:
             return train.steps * train.batch_size
         assert train.epochs is not None
-        return max(1, round(train.epochs * len(self.tokens)))
+        return max(1, round(train.epochs * self.epoch))
 
     @property
     def steps(self) -> int:
@@ -70,12 +136,33 @@ class Plan:
         """Return how many examples were trained on before a step, which counts from 0."""
         return min(self.total, step * self.recipe.train.batch_size)
 
+    def examples(self, step: int) -> list[int]:
+        """Return the examples of a step, in the order of their positions."""
+        size, seed, total = self.recipe.train.batch_size, self.recipe.train.seed, self.total
+        if len(self.sizes) < 2:
+            return examples_of_step(step, batch_size=size, examples=len(self.tokens), total=total, seed=seed)
+        weighted = self.recipe.data.mixture[0].weight is not None
+        mixture = Mixture(self.sizes, self.shares, total if weighted else self.epoch)
+        return mixed_examples_of_step(step, batch_size=size, mixture=mixture, total=total, seed=seed)
+
+    def mixed(self, sources: Mapping[str, Counts]) -> dict[str, SourceShare]:
+        """Return what the whole run takes from each source of a mixture, given their statistics."""
+        shares = zip(sources.items(), self.seen(), strict=True)
+        return {name: SourceShare(counts, seen, seen / self.total) for (name, counts), seen in shares}
+
+    def seen(self) -> list[int]:
+        """Return how many examples of each source of a mixture the whole run trains on; repeated examples count."""
+        return [int(count) for count in allotted(self.total, self.shares)]
+
+    def sources_of(self, examples: Sequence[int]) -> tuple[int, ...]:
+        """Return the index of the source of each example; nothing if `data.train` is a single source."""
+        if not self.sizes:
+            return ()
+        return tuple(np.searchsorted(np.cumsum(self.sizes), examples, side="right").tolist())
+
     def micro_batches(self, step: int) -> list[list[int]]:
         """Return the micro-batches of a step for all processes together, each as the indices of its examples."""
-        train = self.recipe.train
-        members = examples_of_step(
-            step, batch_size=train.batch_size, examples=len(self.tokens), total=self.total, seed=train.seed
-        )
+        members = self.examples(step)
         groups = self.split(self.tokens.lengths_of(members), self.micro_batch_tokens, padded=self.padded)
         return [[members[index] for index in group] for group in groups]
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from lora_kit.data import sandbox
+from lora_kit.data.arrays import release
 from lora_kit.data.messages import question
 from lora_kit.data.packing import TOKEN_COST
 from lora_kit.data.places import TRAINING, VALIDATION, Where
@@ -36,7 +37,7 @@ KINDS = {  # of findings: the examples, and what to do about them
         "raise data.sequence_length, or set data.overlong: drop",
     ),
     "endless": (
-        "that are trained as a whole and contain no stop token",
+        "trained as a whole and without a stop token",
         "right for pieces of a longer text; else set base.stop_token to the token with which the template ends a turn",
     ),
     "doubled_bos": (
@@ -61,8 +62,8 @@ KINDS = {  # of findings: the examples, and what to do about them
     ),
     "duplicates": ("with the tokens of an earlier example", "remove them, if the repetition is not intended"),
     "leaked": (
-        "that are also in the training data, so their loss measures memorisation",
-        "remove them from one of both",
+        "whose tokens are also in the training data, so that the loss measures memorisation",
+        "remove the repetition from one of the two",
     ),
 }
 
@@ -79,6 +80,8 @@ class Signs(NamedTuple):
         blank: The token of the blanks at its end; None if there are none.
         thoughts: The ways to write a thought without content.
         parts: Whether the template marks what is trained, so that an answer may be trained in parts.
+        answers: Whether only answers are trained; otherwise all of a text or a conversation is.
+        pieces: Whether long texts are cut into several examples, so that an example may end anywhere.
     """
 
     stop: int
@@ -89,6 +92,8 @@ class Signs(NamedTuple):
     blank: int | None = None
     thoughts: tuple[tuple[int, ...], ...] = ()
     parts: bool = False
+    answers: bool = True
+    pieces: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,12 +156,13 @@ class Finding:
         return f"{place}: {which} {examples} {what}; {remedy}"
 
 
-def signs_of(renderer: Renderer, *, raw: bool) -> Signs:
+def signs_of(renderer: Renderer, *, raw: bool, pieces: bool = False) -> Signs:
     """Return what to look for in tokens that a renderer made.
 
     Args:
         renderer: The tokenizer, the template and the stop token.
         raw: Whether all examples are raw text, without the template.
+        pieces: Whether long texts were cut into several examples.
     """
     tokenizer = renderer.tokenizer
 
@@ -180,6 +186,8 @@ def signs_of(renderer: Renderer, *, raw: bool) -> Signs:
         blank=with_blank[-1] if prompt and with_blank[:-1] == prompt else None,
         thoughts=tuple(dict.fromkeys(ids for ids in written if unknown not in ids)),
         parts=not raw and "endgeneration" in renderer.chat_template,
+        answers=renderer.train_on != "all",
+        pieces=pieces,
     )
 
 
@@ -246,6 +254,7 @@ def inspect(tokens: Tokens, signs: Signs) -> Inspection:
     for begin, end in _chunks(tokens.offsets):
         chunk = _Chunk(tokens, begin, end)
         weights[begin:end] = chunk.weights
+        release(tokens.ids, tokens.trained)
         hashes[begin:end] = chunk.hashes(factors)
         for kind, examples in chunk.findings(signs):
             if len(examples):
@@ -297,7 +306,7 @@ def judge(found: Sequence[Finding], settings: "Preflight", where: Where) -> tupl
         text = finding.text(where)
         if finding.share > limit:
             errors.append(f"{text} (preflight.{finding.kind} allows {limit:.4g} of the examples)")
-        else:
+        elif finding.kind != "unknown":  # a note of the preparation names the characters
             warnings.append(text)
     return errors, warnings
 
@@ -308,7 +317,7 @@ def preflight(data: Prepared, renderer: Renderer, settings: "Preflight", where: 
     Raises:
         DataError: A finding has more examples than the recipe allows; the message lists all such findings.
     """
-    signs = signs_of(renderer, raw=data.counts.train.is_raw)
+    signs = signs_of(renderer, raw=data.counts.train.is_raw, pieces=data.counts.train.split > 0)
     validation = None if data.validation is None else inspect(data.validation, signs)
     errors, warnings = judge(findings(inspect(data.train, signs), validation), settings, where)
     if errors:
@@ -324,7 +333,7 @@ class Cost(NamedTuple):
         examples: Its examples.
         tokens: Their tokens.
         trained: Their trained tokens.
-        share: Its share of the estimated time of an epoch.
+        share: Its share of the estimated time of the run.
     """
 
     source: str
@@ -334,24 +343,33 @@ class Cost(NamedTuple):
     share: float
 
 
-def costs(tokens: Tokens, weights: np.ndarray, ranges: Mapping[str, tuple[int, int]]) -> list[Cost]:
-    """Return what each source contributes to an epoch.
+def costs(
+    tokens: Tokens,
+    weights: np.ndarray,
+    ranges: Mapping[str, tuple[int, int]],
+    epochs: Mapping[str, float] | None = None,
+) -> list[Cost]:
+    """Return what each source contributes to a run.
 
     Args:
         tokens: The examples.
         weights: The number of trained tokens of each example, from `inspect`.
         ranges: The examples [begin, end) of each source, by its name.
+        epochs: How often the run sees the examples of each source of a mixture; None if all equally often.
     """
     lengths = tokens.lengths
-    times = lengths * (lengths + TOKEN_COST)
-    total = max(1, sum(int(times[slice(*ends)].sum()) for ends in ranges.values()))
+    times = {
+        name: int((lengths[begin:end] * (lengths[begin:end] + TOKEN_COST)).sum()) * (epochs[name] if epochs else 1)
+        for name, (begin, end) in ranges.items()
+    }
+    total = max(1, sum(times.values()))
     return [
         Cost(
             source=name,
             examples=end - begin,
             tokens=int(lengths[begin:end].sum()),
             trained=int(weights[begin:end].sum()),
-            share=int(times[begin:end].sum()) / total,
+            share=times[name] / total,
         )
         for name, (begin, end) in ranges.items()
     ]
@@ -385,7 +403,7 @@ class _Chunk:
 
     def __init__(self, tokens: Tokens, begin: int, end: int) -> None:
         offsets = tokens.offsets[begin : end + 1]
-        self._ids = np.asarray(tokens.ids[offsets[0] : offsets[-1]])
+        self._ids = np.array(tokens.ids[offsets[0] : offsets[-1]])
         self._trained = np.array(tokens.trained[offsets[0] : offsets[-1]])
         self._starts, self._lengths = offsets[:-1] - offsets[0], np.diff(offsets)
         self._of_id: dict[int, np.ndarray] = {}  # the places of ids that were looked for
@@ -401,15 +419,16 @@ class _Chunk:
     def findings(self, signs: Signs) -> Iterator[tuple[str, np.ndarray]]:
         """Yield each kind of finding with the ascending indices of its examples in the chunk."""
         ids, trained, first = self._ids, self._trained, self._ids[self._starts]
-        whole = (self.weights == self._lengths - 1) & (self._lengths > 1)
+        whole = ((self.weights == self._lengths - 1) & (self._lengths > 1)) | (not signs.answers)
         yield "masked", np.flatnonzero(self.weights == 0)
         yield "unstopped", self._unstopped(signs, whole)
-        yield "endless", np.flatnonzero(whole & (self._count(trained & (ids == signs.stop)) == 0))
+        if not signs.pieces:
+            yield "endless", np.flatnonzero(whole & (self._count(trained & (ids == signs.stop)) == 0))
         if signs.bos is not None:
             second = ids[np.minimum(self._starts + 1, len(ids) - 1)]
             doubled = (first == signs.bos) & (second == signs.bos) & (self._lengths > 1)
             yield "doubled_bos", np.flatnonzero(doubled)
-            yield "missing_bos", np.flatnonzero(signs.adds_bos & (first != signs.bos))
+            yield "missing_bos", np.flatnonzero(signs.adds_bos & (not signs.pieces) & (first != signs.bos))
         if signs.unknown is not None:
             yield "unknown", self._examples(np.flatnonzero(ids == signs.unknown))
         ends = np.concatenate([self._places(pattern) + len(pattern) - 1 for pattern in (*signs.thoughts, ())])
@@ -443,6 +462,8 @@ class _Chunk:
         ends = np.flatnonzero(self._trained & ~following)
         owners = self._owners(ends)
         is_open = (self._ids[ends] != signs.stop) & ~whole[owners]
+        if signs.pieces:
+            is_open &= ends + 1 < (self._starts + self._lengths)[owners]
         if signs.parts:  # the template may leave out a part of an answer, so only the last run tells
             is_open &= np.append(owners[1:] != owners[:-1], True)[: len(owners)]
         return np.unique(owners[is_open])

@@ -7,7 +7,7 @@ of examples, which determines their order, is known.
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,7 +17,8 @@ from safetensors.numpy import load
 
 from lora_kit.data import sandbox, sources
 from lora_kit.data.arrays import Growing, chunks, spill_folder
-from lora_kit.data.counts import Counts, DataCounts
+from lora_kit.data.counts import Counts, DataCounts, summed
+from lora_kit.data.files import read_text
 from lora_kit.data.formats import detect, to_example
 from lora_kit.data.remarks import Remark, Remarks
 from lora_kit.data.rendering import RENDERED_DATE, Renderer, check_renderer
@@ -27,7 +28,7 @@ from lora_kit.data.tokenising import ARRAYS, TALLIES, Pace, Tokenising, children
 from lora_kit.errors import DataError
 
 if TYPE_CHECKING:
-    from lora_kit.recipe.schema import Data
+    from lora_kit.recipe.schema import Data, Source
 
 MAX_SHOWN = 20  # problems listed in an error
 MAX_NAMED = 10  # bad records named in a note
@@ -123,6 +124,20 @@ class Tokens:
         return counts
 
 
+def joined(parts: Sequence[Tokens]) -> Tokens:
+    """Return the examples of several sources, one source after the other; large arrays stay in a file."""
+    folder = spill_folder()
+    ids, trained = Growing(np.int32, folder), Growing(np.bool_, folder)
+    offsets, end = [np.zeros(1, np.int64)], 0
+    for part in parts:
+        for grown, array in ((ids, part.ids), (trained, part.trained)):
+            for chunk in chunks(array):
+                grown.append(chunk)
+        offsets.append(part.offsets[1:] + end)
+        end += int(part.offsets[-1])
+    return Tokens(ids.finish(), trained.finish(), np.concatenate(offsets))
+
+
 class Entry(NamedTuple):
     """A file of the cache, and its checksum."""
 
@@ -140,6 +155,8 @@ class Prepared:
         prompts: Prompts of the first validation examples, with the expected answers.
         counts: The statistics of the training and the validation examples.
         notes: Warnings for the user.
+        kept: The index of the record of each training example, in its source, and of each validation example, int64
+            [examples].
         entry: The file of the cache that has the same data; None if it is in no cache.
     """
 
@@ -148,6 +165,7 @@ class Prepared:
     prompts: tuple[Prompt, ...]
     counts: DataCounts
     notes: tuple[str, ...]
+    kept: tuple[np.ndarray, ...]
     entry: Entry | None = None
 
 
@@ -247,17 +265,20 @@ def prepare(
         BaseError: The tokenizer is not a fast tokenizer, or does not have the stop token.
     """
     check_renderer(renderer)
-    sandbox.check_template(renderer)
     opened = open_data(data, base_dir, seed)
-    if prompts and len(opened) == 1:
+    if prompts and not opened.validation:
         raise DataError(
             f"evaluate.generate is {prompts}, but there is no validation data to answer; set data.validation"
         )
-    problems, results, total = Problems(), list[_Tokenised](), sum(map(len, opened))
+    problems, results, sources = Problems(), list[_Tokenised](), (*opened.train, *opened.validation)
+    total = sum(len(source.records) for source in sources)
     try:
-        for records in opened:
+        for source in sources:
             before = sum(len(result.records) for result in results)
-            results.append(_tokenise(records, data, renderer, problems, partial(_tell_total, tell, before, total)))
+            own = _renderer(source.settings, renderer, base_dir)
+            sandbox.check_template(own)
+            told = partial(_tell_total, tell, before, total)
+            results.append(_tokenise(source.records, _settings(source.settings, data), own, problems, told))
     finally:
         sandbox.close()
     problems.refuse()
@@ -269,24 +290,114 @@ def prepare(
                 f"{result.records.name}: all {len(result.records)} records are longer than data.sequence_length "
                 f"({data.sequence_length}); raise it"
             )
-    notes = tuple(_notes(results, renderer))
-    train = results[0]
-    if len(results) == 1:
-        return Prepared(train.tokens, None, (), DataCounts(train.counts, None), notes)
-    validation = results[1]
-    counts = DataCounts(train.counts, validation.counts)
-    return Prepared(train.tokens, validation.tokens, _prompts(validation, data, renderer, prompts), counts, notes)
+    train, validation = results[: len(opened.train)], results[len(opened.train) :]
+    notes = tuple(_notes(train, validation, renderer))
+    tokens, counts, named = _joined(opened.train, train)
+    if not validation:
+        return Prepared(tokens, None, (), DataCounts(counts, None, named), notes, (_kept(train),))
+    held_out, held_out_counts, sets = _joined(opened.validation, validation)
+    asked = _prompts(opened.validation, validation, data, renderer, base_dir, prompts)
+    kept = (_kept(train), _kept(validation))
+    return Prepared(tokens, held_out, asked, DataCounts(counts, held_out_counts, named, sets), notes, kept)
 
 
-def open_data(data: "Data", base_dir: Path, seed: int) -> tuple[Records, ...]:
+def _kept(results: Sequence[_Tokenised]) -> np.ndarray:
+    """Return the index of the record of each example, in its source."""
+    return results[0].kept if len(results) == 1 else np.concatenate([result.kept for result in results])
+
+
+@dataclass(frozen=True)
+class OpenedSource:
+    """A source whose records can be read.
+
+    Attributes:
+        records: Its records, or those of them that are not in the other part.
+        settings: The source in the recipe.
+        name: Its name; None if the recipe gives its part a single source without a name.
+    """
+
+    records: Records
+    settings: "Source"
+    name: str | None
+
+
+class OpenedData(NamedTuple):
+    """The sources of the training data and of the validation data, of which there may be none."""
+
+    train: tuple[OpenedSource, ...]
+    validation: tuple[OpenedSource, ...]
+
+    def where(self, index: int, record: int, sizes: Sequence[int], *, validation: bool) -> str:
+        """Return the file and line of an example.
+
+        Args:
+            index: The index of the example in its part, through all sources.
+            record: The index of its record in its source.
+            sizes: The number of examples of each source of the part.
+            validation: Whether the part is the validation data.
+        """
+        for source, size in zip(self.validation if validation else self.train, sizes, strict=True):
+            if index < size:
+                return source.records.where(record)
+            index -= size
+        raise IndexError("the example is after the last one")
+
+
+def open_data(data: "Data", base_dir: Path, seed: int) -> OpenedData:
     """Open the training data and, if the recipe has any, the validation data."""
-    documents = data.overlong == "split"
-    train = sources.load(data.train, base_dir=base_dir, max_examples=data.max_examples, documents=documents)
-    if data.validation is None:
-        return (train,)
-    if isinstance(data.validation, str):
-        return train, sources.load(data.validation, base_dir=base_dir, documents=documents)
-    return sources.split(train, data.validation, seed)
+    load = partial(sources.load, base_dir=base_dir, documents=data.overlong == "split")
+    train = tuple(
+        OpenedSource(
+            load(source.source, max_examples=source.max_examples or data.max_examples),
+            source,
+            name if data.mixture else None,
+        )
+        for name, source in data.train_sources.items()
+    )
+    if isinstance(data.validation, float):
+        parts = [sources.split(source.records, data.validation, seed) for source in train]
+        sides = zip(*parts, strict=True)
+        return OpenedData(
+            *(
+                tuple(replace(source, records=records) for source, records in zip(train, side, strict=True))
+                for side in sides
+            )
+        )
+    held_out = tuple(
+        OpenedSource(
+            load(source.source, max_examples=source.max_examples),
+            source,
+            name if isinstance(data.validation, dict) else None,
+        )
+        for name, source in data.validation_sources.items()
+    )
+    return OpenedData(train, held_out)
+
+
+def _settings(source: "Source", data: "Data") -> "Data":
+    """Return the section `data` with the settings of a source where it has its own."""
+    columns = data.columns if source.columns is None else source.columns
+    return data.model_copy(update={"format": source.format or data.format, "columns": columns})
+
+
+def _renderer(source: "Source", renderer: Renderer, base_dir: Path) -> Renderer:
+    """Return the renderer of a source: with a template of its own if it names one."""
+    if source.template is None:
+        return renderer
+    path = base_dir / Path(source.template).expanduser()
+    if not path.is_file():
+        raise DataError(f"{source.source}: template: {source.template} is not a file; expected a Jinja file")
+    return replace(renderer, template=read_text(path, source.template))
+
+
+def _joined(opened: Sequence[OpenedSource], results: Sequence[_Tokenised]) -> tuple[Tokens, Counts, dict[str, Counts]]:
+    """Return the examples of several sources as one, their statistics, and those of each source that has a name."""
+    named = {source.name: result.counts for source, result in zip(opened, results, strict=True) if source.name}
+    if len(results) == 1:
+        return results[0].tokens, results[0].counts, named
+    hashes = _hashes(results)
+    counts = summed([result.counts for result in results], duplicates=len(hashes) - len(np.unique(hashes)))
+    return joined([result.tokens for result in results]), counts, named
 
 
 def _tokenise(
@@ -346,6 +457,7 @@ def _tokenise(
         trained_share=round(labels / max(1, total), 4),
         longest=int(lengths.max(initial=0)),
         duplicates=len(hashes) - len(np.unique(hashes)),
+        records=len(records),
         **tallies,
     )
     return _Tokenised(records, tokens, arrays["kept"].finish(), hashes, counts, bad, remarks)
@@ -374,17 +486,34 @@ def _nested(records: Records) -> str:
     )
 
 
-def _prompts(result: _Tokenised, data: "Data", renderer: Renderer, count: int) -> tuple[Prompt, ...]:
-    if count and result.counts.format == "text":
+def _prompts(
+    opened: Sequence[OpenedSource],
+    results: Sequence[_Tokenised],
+    data: "Data",
+    renderer: Renderer,
+    base_dir: Path,
+    count: int,
+) -> tuple[Prompt, ...]:
+    """Return prompts of the first validation examples, divided evenly among the sources that have prompts."""
+    asked = [(source, result) for source, result in zip(opened, results, strict=True) if result.counts.format != "text"]
+    if count and not asked:
         raise DataError(
-            f"evaluate.generate is {count}, but {result.records.name} is plain text without prompts; set it to 0"
+            f"evaluate.generate is {count}, but {results[0].records.name} is plain text without prompts; set it to 0"
         )
     prompts = []
-    for index in result.kept[:count].tolist():
-        (record,) = result.records.read(index, index + 1)
-        assert isinstance(record, dict)
-        prompts.append(prompt(to_example(record, result.counts.format, data.columns), renderer))
+    for place, (source, result) in enumerate(asked):
+        columns, own = _settings(source.settings, data).columns, _renderer(source.settings, renderer, base_dir)
+        share = count // len(asked) + (place < count % len(asked))
+        for index in result.kept[:share].tolist():
+            (record,) = result.records.read(index, index + 1)
+            assert isinstance(record, dict)
+            prompts.append(prompt(to_example(record, result.counts.format, columns), own))
     return tuple(prompts)
+
+
+def _hashes(results: Sequence[_Tokenised]) -> np.ndarray:
+    """Return the hashes of the examples of several sources, uint64 [examples]."""
+    return np.concatenate([result.hashes for result in results])
 
 
 def _left_out(result: _Tokenised) -> str:
@@ -395,13 +524,14 @@ def _left_out(result: _Tokenised) -> str:
     return "\n  ".join([f"{result.records.name}: {count}", *lines, *more])
 
 
-def _notes(results: Sequence[_Tokenised], renderer: Renderer) -> list[str]:
+def _notes(train: Sequence[_Tokenised], validation: Sequence[_Tokenised], renderer: Renderer) -> list[str]:
     """Describe what may surprise the user in the training data and, if there is any, the validation data.
 
-    There are six kinds of them: records left out as bad, texts cut into pieces, what records have and their tokens
-    lack, answers whose first token contains the end of the prompt, validation examples that are also in the training
-    data, and a chat template that prints the date.
+    There are five kinds of them: records left out as bad, texts cut into pieces, what records have and their tokens
+    lack, answers whose first token contains the end of the prompt, and a chat template that prints the date.
+    `preflight` finds more in the tokens.
     """
+    results = (*train, *validation)
     notes = [_left_out(result) for result in results if result.counts.bad]
     for result in results:
         notes += result.remarks.notes(result.records.where)
@@ -416,10 +546,9 @@ def _notes(results: Sequence[_Tokenised], renderer: Renderer) -> list[str]:
             f"{merged} answers share their first token with the end of the prompt (usually a blank), so generation "
             "starts from other tokens than training; move the blank from the prompt to the answer"
         )
-    if len(results) > 1 and (shared := len(np.intersect1d(results[0].hashes, results[1].hashes))):
-        notes.append(f"{shared} validation examples are also in the training data, so their loss measures memorisation")
     template = renderer.template or renderer.tokenizer.chat_template
-    if results[0].counts.format in CONVERSATIONS and isinstance(template, str) and "strftime_now" in template:
+    chats = any(result.counts.format in CONVERSATIONS for result in train)
+    if chats and isinstance(template, str) and "strftime_now" in template:
         notes.append(
             f"the chat template prints today's date; it is fixed at {RENDERED_DATE}, so that tokens never change"
         )

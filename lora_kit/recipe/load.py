@@ -7,27 +7,29 @@ resolves paths and compares recipes.
 import difflib
 import re
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import StringIO
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.events import AliasEvent
 
 from lora_kit.errors import RecipeError
-from lora_kit.recipe.schema import Recipe, Section
+from lora_kit.recipe.schema import Recipe, Section, Source, TrainSource, name_of
 
 ASSETS = Path(__file__).parents[1] / "assets"
 BUILTIN = "builtin:"
 HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*(:[^@]+)?(@.+)?")  # of a model, or name:config@revision of a dataset
 SECRET = re.compile(r"hf_\w{20,}|\w://[^\s/@]+@|[?&](token|key|password|signature|sig)=", re.IGNORECASE)
 PATHS = (("base", "repo"), ("data", "train"), ("data", "validation"), ("data", "template"))  # fields that may be paths
+PATHS_OF_SOURCE = ("source", "template")
 MAX_BYTES, MAX_ALIASES = 100_000, 20  # of a recipe; a few aliases of aliases can stand for millions of values
 FOUND = reprlib.Repr()  # shows a value that was found, shortened
 FOUND.maxstring = FOUND.maxother = FOUND.maxlong = 200
@@ -96,7 +98,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         # for a field with a union pydantic reports an error for each type of the union
-        for _, errors in groupby(error.errors(include_url=False), key=lambda each: each["loc"][:2]):
+        for _, errors in groupby(error.errors(include_url=False), key=lambda each: _keys(each["loc"])):
             problems.append(_message(list(errors), tree, path, origins))
     if problems:
         raise RecipeError("\n".join(dict.fromkeys(problems)))
@@ -178,23 +180,45 @@ def _message(errors: Sequence[Any], tree: CommentedMap, path: Path, origins: Map
         origins: The override that set a section or field, for those that an override set.
     """
     error = errors[0]
-    keys = [str(part) for part in error["loc"][:2]]
-    key = ".".join(keys)
-    where = origins.get(key) or f"{path}:{_line(tree, keys)}"
+    keys = _keys(error["loc"])
+    field, key = ".".join(map(str, keys[:2])), _written(keys)
+    where = origins.get(field) or f"{path}:{_line(tree, keys)}"
     if error["type"] == "value_error":
         return f"{where}: {key + ': ' if key else ''}{error['ctx']['error']}"
     if error["type"] in ("extra_forbidden", "invalid_key"):
         return f"{where}: {key}: unknown key; {_hint(keys)}"
     if error["type"] == "missing":
         return f"{where}: {key}: missing; {_description(keys)}"
+    if error["type"] == "string_pattern_mismatch":
+        return f"{where}: {key}: a name has at most 64 letters, digits and the characters . _ -"
     expected = [error["msg"].removeprefix("Input should be ").removeprefix("a valid ") for error in errors]
-    found = origins[key].partition("=")[2] if key in origins else FOUND.repr(error["input"])
+    given = field in origins and len(keys) <= 2
+    found = origins[field].partition("=")[2] if given else FOUND.repr(error["input"])
     return f"{where}: {key}: found {found}, expected {' or '.join(dict.fromkeys(expected))}"
 
 
-def _hint(keys: Sequence[str]) -> str:
+def _keys(location: Sequence[int | str]) -> tuple[int | str, ...]:
+    """Return the keys and indices that lead to the place of an error, without pydantic's names of types.
+
+    Only inside `data.train` and `data.validation` are there further keys after the field: an index or a name, then a
+    field of the source.
+    """
+    keys = tuple(str(part) for part in location[:2])
+    if location[2:3] not in (("<list>",), ("<mapping>",)):
+        return keys
+    inner = [part for part in location[2:] if part not in ("<list>", "<mapping>", "<plain>", "[key]")]
+    return (*keys, *inner[:2])
+
+
+def _written(keys: Sequence[int | str]) -> str:
+    """Return keys as a recipe's reader would write them, e.g. `data.train[0].weight`."""
+    text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys)
+    return text.removeprefix(".")
+
+
+def _hint(keys: Sequence[int | str]) -> str:
     """Return the field that an unknown key probably means, or all that are known in its place."""
-    known, name = _known_keys(keys[:-1]), keys[-1]
+    known, name = _known_keys(keys[:-1]), str(keys[-1])
     if similar := difflib.get_close_matches(name, known, n=1):
         return f"did you mean {similar[0]!r}?"
     elsewhere = [f"{section}.{name}" for section, fields in SECTIONS.items() if name in fields.model_fields]
@@ -203,24 +227,34 @@ def _hint(keys: Sequence[str]) -> str:
     return f"expected one of {', '.join(known)}"
 
 
-def _known_keys(keys: Sequence[str]) -> list[str]:
-    """Return the names of all sections if `keys` is empty, otherwise of the fields of the section `keys[0]`."""
-    return list(SECTIONS[keys[0]].model_fields if keys else Recipe.model_fields)
+def _known_keys(keys: Sequence[int | str]) -> list[str]:
+    """Return the names of all sections if `keys` is empty, otherwise of the fields of a section or a source."""
+    return list(_fields_of(keys)) if keys else list(Recipe.model_fields)
 
 
-def _description(keys: Sequence[str]) -> str:
+def _fields_of(keys: Sequence[int | str]) -> dict[str, FieldInfo]:
+    section: type[Section] = SECTIONS[str(keys[0])]
+    if len(keys) > 2:
+        section = TrainSource if isinstance(keys[2], int) else Source
+    return section.model_fields
+
+
+def _description(keys: Sequence[int | str]) -> str:
     if len(keys) == 1:
         return f"a section with {', '.join(_known_keys(keys))}"
-    return str(SECTIONS[keys[0]].model_fields[keys[1]].description)
+    return str(_fields_of(keys[:-1])[str(keys[-1])].description)
 
 
-def _line(tree: Any, keys: Sequence[str]) -> int:
-    """Return the line, from 1, of the deepest of these nested keys that the file contains."""
+def _line(tree: Any, keys: Sequence[int | str]) -> int:
+    """Return the line, from 1, of the deepest of these nested keys and indices that the file contains."""
     line = 0
     for key in keys:
-        if not isinstance(tree, CommentedMap) or key not in tree:
+        if isinstance(tree, CommentedMap) and key in tree:
+            line = tree.lc.key(key)[0]
+        elif isinstance(tree, CommentedSeq) and isinstance(key, int) and key < len(tree):
+            line = tree.lc.item(key)[0]
+        else:
             break
-        line = tree.lc.key(key)[0]
         tree = tree[key]
     return int(line) + 1
 
@@ -262,11 +296,21 @@ def similar_path(recipe: Recipe, text: str) -> str | None:
 def dump(recipe: Recipe) -> str:
     """Return a recipe as YAML that can be loaded from any folder: relative paths are made absolute."""
     content = recipe.model_dump(mode="json")
-    for section, field in PATHS:
-        value = content[section][field]
-        if isinstance(value, str) and not value.startswith(BUILTIN):
-            content[section][field] = _absolute(recipe.folder, value)
+    change_paths(content, lambda text: text if text.startswith(BUILTIN) else _absolute(recipe.folder, text))
     return as_yaml(content)
+
+
+def change_paths(content: dict[str, dict[str, Any]], change: Callable[[str], str]) -> None:
+    """Replace every value of a recipe's content that may be a path by what `change` returns for it."""
+    places: list[tuple[Any, Any]] = [(content[section], field) for section, field in PATHS]
+    for sources in (content["data"]["train"], content["data"]["validation"]):
+        keys = range(len(sources)) if isinstance(sources, list) else list(sources) if isinstance(sources, dict) else []
+        for key in keys:
+            places.append((sources, key))
+            places += [(sources[key], field) for field in PATHS_OF_SOURCE if isinstance(sources[key], dict)]
+    for place, key in places:
+        if isinstance(place[key], str):
+            place[key] = change(place[key])
 
 
 def as_yaml(content: Mapping[str, Any]) -> str:
@@ -299,4 +343,20 @@ def difference(old: Mapping[str, Any], new: Recipe) -> list[tuple[str, Any, Any]
 
 
 def _fields(recipe: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    return {f"{section}.{field}": value for section, fields in recipe.items() for field, value in fields.items()}
+    """Return the values of a recipe's fields; a source of a mixture has the keys `data.train.NAME.FIELD`."""
+    fields = {f"{section}.{field}": value for section, fields in recipe.items() for field, value in fields.items()}
+    for key in ("data.train", "data.validation"):
+        for name, source in _named(fields.get(key)):
+            fields.pop(key, None)
+            fields |= {f"{key}.{name}.{field}": value for field, value in source.items() if value is not None}
+    return fields
+
+
+def _named(sources: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the sources of a list or a mapping with their names, as far as they have the form of this version."""
+    for entry in sources if isinstance(sources, list) else ():
+        source = {"source": entry} if isinstance(entry, str) else entry
+        if isinstance(source, Mapping) and isinstance(source.get("source"), str):
+            yield source.get("name") or name_of(source["source"]), source
+    for name, entry in sources.items() if isinstance(sources, Mapping) else ():
+        yield name, entry if isinstance(entry, Mapping) else {"source": entry}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_kit.recipe.load import SECTIONS
-from lora_kit.recipe.schema import Recipe
+from lora_kit.recipe.schema import Recipe, Source, TrainSource
 
 
 def json_schema() -> dict[str, Any]:
@@ -29,20 +29,28 @@ def reference() -> str:
         "Generated from lora_kit/recipe/schema.py by `python -m lora_kit.recipe.reference`.\n",
     ]
     for name, section in SECTIONS.items():
-        definition = schema["$defs"][section.__name__]
-        lines.append(f"## {name}\n\n{definition['description']}\n")
-        lines.append("| field | type | default | meaning |\n|---|---|---|---|")
-        for field, described in definition["properties"].items():
-            default = f"`{json.dumps(described['default'])}`" if "default" in described else "required"
-            lines.append(f"| `{field}` | {_type_name(described)} | {default} | {described['description']} |")
-        lines.append("")
+        lines += _table(f"## {name}", schema["$defs"][section.__name__])
+        if name == "data":
+            lines += _table("### a source of `data.train`", schema["$defs"][TrainSource.__name__])
+            lines += _table("### a source of `data.validation`", schema["$defs"][Source.__name__])
     return "\n".join(lines)
+
+
+def _table(title: str, definition: Mapping[str, Any]) -> list[str]:
+    """Return the lines of a section: its title, its description and its fields."""
+    lines = [f"{title}\n\n{definition['description']}\n", "| field | type | default | meaning |\n|---|---|---|---|"]
+    for field, described in definition["properties"].items():
+        default = f"`{json.dumps(described['default'])}`" if "default" in described else "required"
+        lines.append(f"| `{field}` | {_type_name(described)} | {default} | {described['description']} |")
+    return [*lines, ""]
 
 
 def _type_name(schema: Mapping[str, Any]) -> str:
     """Return a field's type and bounds in words, from its JSON Schema."""
-    if "anyOf" in schema:
-        return " or ".join(_type_name(choice) for choice in schema["anyOf"])
+    if choices := schema.get("anyOf") or schema.get("oneOf"):
+        return " or ".join(_type_name(choice) for choice in choices)
+    if "$ref" in schema:
+        return "source"
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     if "const" in schema:

@@ -5,16 +5,19 @@ strings. A test fails for a field that no code reads.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, model_validator
 
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name
 FRACTION = Annotated[float, Field(gt=0, lt=1)]
 COUNT = Annotated[int, Field(gt=0, le=1_000_000_000)]
 SECONDS = Annotated[float, Field(gt=0, le=1e9)]
 BOUND = Annotated[float, Field(gt=0, le=1e30)]  # fp32 holds it
+FORMAT = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text"]
+SOURCE_NAME = Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")]
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # in no path, name or column
 
 
@@ -59,15 +62,82 @@ class Base(Section):
     """Allow transformers to run Python files from the model's repository."""
 
 
+class Source(Section):
+    """A source of examples with settings of its own; null takes the setting of the section `data`."""
+
+    source: str
+    """A file, a folder, a Hub dataset or a builtin file, as for `data.train`."""
+    format: FORMAT | None = None
+    """The format of its records."""
+    columns: dict[str, str] | None = None
+    """The file's name for a column of the format."""
+    template: str | None = None
+    """A Jinja file that renders its conversations. The run's template, which generation uses, stays `data.template`."""
+    max_examples: COUNT | None = None
+    """Read only its first N records."""
+
+
+class TrainSource(Source):
+    """An entry of `data.train`: a source of a mixture. Without weights, the sources are joined: an epoch sees each
+    example as often as its source's `epochs` says."""
+
+    name: SOURCE_NAME | None = None
+    """The source's name in logs and tables; null takes it from the file's or the dataset's name."""
+    weight: BOUND | None = None
+    """Its share of the examples of the run, relative to the weights of the other sources. Either all sources have a
+    weight or none; with weights the run's length is `train.steps`."""
+    epochs: float | None = Field(None, gt=0, le=1e6)
+    """How often its examples are seen in one epoch of the mixture; null is once. Needs `train.epochs`, and no
+    weights."""
+
+
+def name_of(source: str) -> str:
+    """Return the name of a source that has none in the recipe, e.g. `code` for `data/code.jsonl`."""
+    plain = re.split(r"[:@\[]", source.removeprefix("builtin:"), maxsplit=1)[0].rstrip("/")
+    stem = re.sub(
+        r"\.(jsonl?|ndjson|csv|tsv|parquet|arrow|txt)(\.\w+)?$", "", plain.rpartition("/")[2], flags=re.IGNORECASE
+    )
+    return re.sub(r"[^\w.-]", "-", stem)[:64] or "source"
+
+
+def _tag(value: Any) -> str:
+    """Return which type a value is checked as, so that an error speaks of that type alone."""
+    if isinstance(value, Mapping | Source):
+        return "<mapping>"
+    return "<list>" if isinstance(value, list | tuple) else "<plain>"
+
+
+CHOICE = Discriminator(lambda value: _tag(value))
+SOURCES = Annotated[
+    Annotated[str, Tag("<plain>")]
+    | Annotated[
+        tuple[Annotated[Annotated[str, Tag("<plain>")] | Annotated[TrainSource, Tag("<mapping>")], CHOICE], ...],
+        Field(strict=False),
+        Tag("<list>"),
+    ],
+    CHOICE,
+]
+HELD_OUT = Annotated[
+    Annotated[str | FRACTION | None, Tag("<plain>")]
+    | Annotated[
+        dict[SOURCE_NAME, Annotated[Annotated[str, Tag("<plain>")] | Annotated[Source, Tag("<mapping>")], CHOICE]],
+        Tag("<mapping>"),
+    ],
+    CHOICE,
+]
+
+
 class Data(Section):
     """The training and validation examples."""
 
-    train: str
+    train: SOURCES
     """A file (JSON, JSON Lines, CSV, TSV, text, Parquet or Arrow, also compressed), a folder of such files, a folder of
-    `Dataset.save_to_disk`, a Hub dataset `name:config@revision[split]`, or `builtin:quickstart.train.jsonl`."""
-    validation: str | FRACTION | None = None
-    """A source as for `train`, or the fraction of `train` to hold out for it."""
-    format: Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text"] | None = None
+    `Dataset.save_to_disk`, a Hub dataset `name:config@revision[split]`, or `builtin:quickstart.train.jsonl`. A list is
+    a mixture of sources ([data.md](data.md#mixtures))."""
+    validation: HELD_OUT = None
+    """A source as for `train`, or the fraction of each source of `train` to hold out for it, or a mapping of names to
+    sources: the held-out loss is then also measured for each of them."""
+    format: FORMAT | None = None
     """The format of the records; null detects it from their column names."""
     columns: dict[str, str] = {}
     """The file's name for a column of the format, e.g. `{prompt: question}` reads prompts from the column question."""
@@ -86,7 +156,50 @@ class Data(Section):
     """What to do with records that cannot be read, do not fit the format or cannot be rendered: stop with an error that
     lists the first 20, or leave them out; then their number and the first ten are told."""
     max_examples: COUNT | None = None
-    """Read only the first N records of `train`; null reads all of them."""
+    """Read only the first N records of `train`, or of each of its sources; null reads all of them."""
+
+    @property
+    def mixture(self) -> tuple[TrainSource, ...]:
+        """The entries of `train` if it is a list, otherwise nothing."""
+        listed = () if isinstance(self.train, str) else self.train
+        return tuple(TrainSource(source=entry) if isinstance(entry, str) else entry for entry in listed)
+
+    @property
+    def train_sources(self) -> dict[str, TrainSource]:
+        """The sources of `train` by their names, in the order of the recipe."""
+        entries = (TrainSource(source=self.train),) if isinstance(self.train, str) else self.mixture
+        return {entry.name or name_of(entry.source): entry for entry in entries}
+
+    @property
+    def validation_sources(self) -> dict[str, Source]:
+        """The sources of `validation` by their names; empty for a fraction of `train`, or if there are none."""
+        if isinstance(self.validation, str):
+            return {name_of(self.validation): Source(source=self.validation)}
+        sets = self.validation if isinstance(self.validation, dict) else {}
+        return {name: Source(source=given) if isinstance(given, str) else given for name, given in sets.items()}
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """All sources of `train` and `validation`."""
+        return (*self.train_sources.values(), *self.validation_sources.values())
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> Self:
+        if self.train == () or self.validation == {}:
+            raise ValueError("train and validation need at least one source")
+        fields = Source.model_fields.keys() & (self.validation if isinstance(self.validation, dict) else {})
+        if fields:
+            raise ValueError(f"validation maps names to sources, not {min(fields)}; write NAME: {{source: ...}}")
+        names, mixture = [entry.name or name_of(entry.source) for entry in self.mixture], self.mixture
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"train has {names.count(name)} sources named {name}; give each a `name` of its own")
+        without = [name for name, entry in zip(names, mixture, strict=True) if entry.weight is None]
+        if without and len(without) < len(names):
+            raise ValueError(f"train: {', '.join(without)} without a weight; give every source a weight, or none")
+        if mixture and not without and any(entry.epochs is not None for entry in mixture):
+            raise ValueError("train: weight and epochs both decide how often a source is seen; use only one of them")
+        return self
 
 
 class Adapter(Section):
@@ -290,6 +403,17 @@ class Recipe(Section):
             raise ValueError(
                 f"data.overlap is {self.data.overlap}, and a piece has data.sequence_length "
                 f"({self.data.sequence_length}) tokens; lower the first"
+            )
+        mixture = self.data.mixture
+        if self.train.steps is None and any(entry.weight is not None for entry in mixture):
+            raise ValueError(
+                "data.train: a mixture with weights has no epochs, since its sources end at different times; set "
+                "train.steps instead of train.epochs"
+            )
+        if self.train.epochs is None and any(entry.epochs is not None for entry in mixture):
+            raise ValueError(
+                "data.train: epochs of a source count inside an epoch of the mixture; set train.epochs instead of "
+                "train.steps, or use weight"
             )
         if self.evaluate.every_steps and self.data.validation is None:
             raise ValueError("evaluate.every_steps needs validation data; set data.validation")

@@ -40,6 +40,13 @@ REQUIRED = {  # the fields that an event of a kind must have
 T = TypeVar("T")
 
 
+class SourceRecord(TypedDict):
+    """The loss of a source in a step (null if it has none, or is not finite), and how many tokens were trained."""
+
+    loss: Figure
+    trained_tokens: Count
+
+
 @with_config(ConfigDict(extra="allow"))
 class StepRecord(TypedDict):
     """A line of metrics.jsonl: the numbers of a finished step; null stands for a number that is not finite.
@@ -57,6 +64,8 @@ class StepRecord(TypedDict):
     stall_seconds: Amount
     time: Amount
     held_out_loss: NotRequired[Figure]
+    held_out_sets: NotRequired[dict[str, Figure]]
+    sources: NotRequired[dict[str, SourceRecord]]
 
 
 def _moment(text: str) -> str:

@@ -34,6 +34,8 @@ VERDICTS: dict[str, Verdict] = {  # the first pattern that matches a key decides
     "base.stop_token": "harmless",  # `fingerprints.train` compares the tokens that result from it
     "base.attention": "accept",
     "base.*": "refused",
+    "data.train.*.weight": "accept",  # decides the order of the examples, which no fingerprint covers
+    "data.train.*.epochs": "accept",
     "data.*": "harmless",  # `fingerprints.train` and `fingerprints.template` compare the result
     "optim.*": "accept",
     "train.steps": "accept",

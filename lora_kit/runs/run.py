@@ -5,7 +5,7 @@ import shlex
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, with_config
 from typing_extensions import TypedDict  # pydantic reads this one before Python 3.12
@@ -18,7 +18,7 @@ from lora_kit.recipe.schema import Recipe
 from lora_kit.runs import formats, store
 from lora_kit.runs.formats import Amount, Figure, finite
 from lora_kit.runs.journal import Event, Journal, StepRecord
-from lora_kit.runs.status import status
+from lora_kit.runs.status import RECENT_STEPS, source_losses, status
 from lora_kit.views import notebook
 from lora_kit.views.console import Console, number
 
@@ -35,6 +35,7 @@ class Scores(TypedDict):
     exact_match: Share | None
     examples: Count
     answered: Count
+    sets: NotRequired[dict[str, Figure]]
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -44,6 +45,7 @@ class Result(TypedDict):
     Attributes:
         step: The last step of the run.
         metrics: The scores of `base` and `adapter`; empty without validation data.
+        sources: The loss of each source of a mixture over the last steps, as `status` has it; only with a mixture.
         tokens_per_second: The median over all steps.
         checkpoint_bytes: The size of the last checkpoint.
         base_bytes: The size of the base's weights.
@@ -53,6 +55,7 @@ class Result(TypedDict):
 
     step: Count
     metrics: dict[str, Scores]
+    sources: NotRequired[dict[str, Figure]]
     tokens_per_second: Amount
     checkpoint_bytes: Count
     base_bytes: Count
@@ -145,11 +148,14 @@ def write_result(run: Run, step: int, metrics: dict[str, Any], *, base_bytes: in
     Raises:
         CheckpointError: The disk is full; the run's last checkpoint is safe.
     """
-    rates = [record["tokens_per_second"] for record in run.metrics] or [0.0]  # someone may have deleted the log
+    steps = run.metrics
+    rates = [record["tokens_per_second"] for record in steps] or [0.0]  # someone may have deleted the log
+    sources = source_losses(steps)
     checkpoint = store.open_checkpoint(store.checkpoint_folder(run.folder, step))
     result = {
         "step": step,
         "metrics": metrics,
+        **({"sources": sources} if sources else {}),
         "tokens_per_second": round(statistics.median(rates), 1),
         "checkpoint_bytes": checkpoint.size,
         "base_bytes": base_bytes,
@@ -175,6 +181,13 @@ def scores(result: dict[str, Any]) -> list[tuple[str, str]]:
             match += f" ({too_long} left no position for an answer)"
         loss, perplexity = number(score["loss"], ".4f"), number(score["perplexity"], ".2f")
         rows.append((f"held-out, {name}", f"loss {loss}, perplexity {perplexity}{match}"))
+        rows += [
+            (f"held-out, {name}, {each}", f"loss {number(loss, '.4f')}") for each, loss in score.get("sets", {}).items()
+        ]
+    rows += [
+        (f"trained, {name}", f"loss {number(loss, '.4f')} over the last {RECENT_STEPS} steps")
+        for name, loss in result.get("sources", {}).items()
+    ]
     base_bytes = result["base_bytes"]
     share = f"{result['checkpoint_bytes'] / base_bytes:.1%}" if base_bytes else "unknown"
     return [
@@ -195,7 +208,8 @@ def show(run: Run, recipe: Recipe, console: Console) -> None:
     ]
     if result["best"] and result["best"] != result["adapter"]:
         rows.insert(-2, ("lowest held-out loss", str(run.folder / result["best"])))
-    embedded = [name.startswith(BUILTIN) for name in (recipe.base.repo, recipe.data.train)]
+    used = [recipe.base.repo, *(source.source for source in recipe.data.train_sources.values())]
+    embedded = [name.startswith(BUILTIN) for name in used]
     note = "base and data are synthetic" if all(embedded) else "the base is synthetic" if embedded[0] else ""
     note += ", made for this demonstration (lora_kit/assets/README.md)" if note else ""
     console.table(f"{run.folder}: {result['step']} steps done", rows, caption=note)

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -36,7 +37,9 @@ class Status:
         loss: The loss of the newest step; None if it was not finite.
         tokens_per_second: The median over all steps.
         seconds_left: While it trains, the time that the remaining steps will take at the speed of the last steps.
-        held_out: The newest held-out loss: `step`, `loss` (None if it was not finite); None if none was measured.
+        held_out: The newest held-out loss: `step`, `loss` (None if it was not finite), `sets` (the loss of each named
+            validation set, if they have names); None if none was measured.
+        sources: The loss of each source of a mixture over the last `RECENT_STEPS` steps; empty without a mixture.
         best: The checkpoint with the lowest held-out loss: `step`, `loss`, `path`; None if there is none.
         live: The newest snapshot in shared memory: `step`, `valid`, `behind` (the number of newer finished steps),
             `path`; None if there is none, as after the end of a run.
@@ -58,6 +61,7 @@ class Status:
     tokens_per_second: float | None
     seconds_left: float | None
     held_out: dict[str, Any] | None
+    sources: dict[str, float | None]
     best: dict[str, Any] | None
     live: dict[str, Any] | None
     durable: dict[str, Any] | None
@@ -78,8 +82,12 @@ class Status:
         yield "step", f"{self.step:,}" + (f" of {self.steps:,}" if self.steps else "")
         if self.step:
             yield "loss", number(self.loss, ".4g")
+        for name, loss in self.sources.items():
+            yield f"loss, {name}", number(loss, ".4g")
         if self.held_out:
             yield "held-out loss", f"{number(self.held_out['loss'], '.4f')} after step {self.held_out['step']:,}"
+            for name, loss in self.held_out.get("sets", {}).items():
+                yield f"held-out loss, {name}", number(loss, ".4f")
         if self.best:
             yield "best", f"{self.best['path']}, held-out loss {self.best['loss']:.4f}"
         if self.tokens_per_second is not None:
@@ -130,6 +138,7 @@ def status(run: str | Path) -> Status:
         tokens_per_second=statistics.median(record["tokens_per_second"] for record in metrics) if metrics else None,
         seconds_left=_seconds_left(metrics, starts[-1]["steps"]) if training and starts else None,
         held_out=_held_out(metrics),
+        sources=source_losses(metrics),
         best=_best(run),
         live=_live(run, metrics),
         durable=_durable(run, metrics),
@@ -170,7 +179,26 @@ def _seconds_left(metrics: Sequence[StepRecord], steps: int) -> float | None:
 
 def _held_out(metrics: Sequence[StepRecord]) -> dict[str, Any] | None:
     measured = [record for record in metrics if "held_out_loss" in record]
-    return {"step": measured[-1]["step"], "loss": measured[-1]["held_out_loss"]} if measured else None
+    if not measured:
+        return None
+    newest = measured[-1]
+    sets = {"sets": newest["held_out_sets"]} if "held_out_sets" in newest else {}
+    return {"step": newest["step"], "loss": newest["held_out_loss"], **sets}
+
+
+def source_losses(metrics: Sequence[StepRecord]) -> dict[str, float | None]:
+    """Return the mean loss of each source over the trained tokens of the last `RECENT_STEPS` steps.
+
+    Steps whose loss was not finite are left out; None stands for a source without any other step.
+    """
+    sums, tokens = dict[str, float](), Counter[str]()
+    for record in metrics[-RECENT_STEPS:]:
+        for name, source in record.get("sources", {}).items():
+            sums.setdefault(name, 0.0)
+            if source["loss"] is not None:
+                sums[name] += source["loss"] * source["trained_tokens"]
+                tokens[name] += source["trained_tokens"]
+    return {name: total / tokens[name] if tokens[name] else None for name, total in sums.items()}
 
 
 def _best(run: Path) -> dict[str, Any] | None:

@@ -246,7 +246,7 @@ def follow(opened: Opened, records: Iterator[dict[str, Any]]) -> None:
             samples.append("\n\n".join(f"**{part}**\n\n~~~~\n{record[part]}\n~~~~" for part in parts if part in record))
             continue
         step = record["step"]
-        values = ({SAMPLES: "\n\n---\n\n".join(samples)} if samples else {}) | record
+        values = ({SAMPLES: "\n\n---\n\n".join(samples)} if samples else {}) | curves_of(record)
         curves = [
             key
             for key, value in values.items()
@@ -256,6 +256,14 @@ def follow(opened: Opened, records: Iterator[dict[str, Any]]) -> None:
             opened.log({key: values[key] for key in curves}, step)
         samples.clear()
     opened.finish()
+
+
+def curves_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a line of metrics.jsonl with a curve for each source of a mixture and each named validation set."""
+    sources, sets = record.get("sources", {}), record.get("held_out_sets", {})
+    values = {key: value for key, value in record.items() if key not in ("sources", "held_out_sets")}
+    values |= {f"loss/{name}": source["loss"] for name, source in sources.items()}
+    return values | {f"held_out_loss/{name}": loss for name, loss in sets.items()}
 
 
 class Trackers:

@@ -21,7 +21,7 @@ def prepare(request: str) -> None:
     """Prepare the data of a `TrainRequest`, given as JSON, if its base and its data are local files."""
     recipe = TrainRequest.from_json(request).recipe
     folder = resolve_path(recipe, recipe.base.repo)
-    names = [name for name in (recipe.data.train, recipe.data.validation) if isinstance(name, str)]
+    names = [source.source for source in recipe.data.sources]
     if (
         folder is None
         or recipe.base.trust_remote_code

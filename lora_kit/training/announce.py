@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lora_kit.artifacts.hub import push_notes
+from lora_kit.data.plan import table as table_of_mixture
 from lora_kit.files import read_regular, write_atomically
 from lora_kit.kernels import fusing
 from lora_kit.recipe.load import dump
@@ -115,6 +116,10 @@ def describe(job: Job, console: Console) -> None:
         f"data: {counts.examples:,} examples ({counts.format}), {counts.tokens:,} tokens, {counts.trained_share:.0%} "
         "of them trained"
     )
+    if mixture := job.plan.mixed(job.facts.data.sources):
+        console.say(table_of_mixture(mixture))
+    for name in (name for name, source in mixture.items() if not source.seen):
+        console.warn(f"{name}: the run is so short, or the source's share so small, that none of its examples is seen")
     for note in [*job.inputs.data.notes, *push_notes(job.recipe)]:
         console.warn(note)
     if job.plan.padded:

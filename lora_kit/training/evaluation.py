@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -41,6 +42,7 @@ class Score:
         examples: How many examples the loss covers.
         answered: How many prompts were answered.
         too_long: How many of them leave no position of the base for an answer; each counts as no match.
+        sets: The loss of each named validation set; empty if they have no names.
     """
 
     loss: float
@@ -49,6 +51,19 @@ class Score:
     examples: int
     answered: int
     too_long: int = 0
+    sets: dict[str, float] = field(default_factory=dict)
+
+
+class HeldOutLoss(NamedTuple):
+    """A held-out loss in nats.
+
+    Attributes:
+        mean: The mean over the trained tokens of all validation examples.
+        sets: The mean over the trained tokens of each named set; empty if they have no names.
+    """
+
+    mean: float
+    sets: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -81,7 +96,7 @@ class HeldOut:
         return {"base": base, "adapter": adapter}
 
     def _score(self, examples: Tokens, tick: Tick) -> Score:
-        loss, prompts, matches = self.loss(examples, tick), self.data.prompts, 0
+        (loss, sets), prompts, matches = self.loss(examples, tick), self.data.prompts, 0
         own_prompts = prompts[self.processes.index :: self.processes.count]
         for start in range(0, len(own_prompts), self.answering.batch_size):
             tick("answering")
@@ -90,7 +105,7 @@ class HeldOut:
             matches += sum(self.has_room(prompt) and text.strip() == prompt.expected.strip() for text, prompt in texts)
         match = sum(self.processes.gather([matches])) / len(prompts) if prompts else None
         too_long = sum(not self.has_room(prompt) for prompt in prompts)
-        return Score(loss, math.exp(min(loss, 700)), match, len(examples), len(prompts), too_long)
+        return Score(loss, math.exp(min(loss, 700)), match, len(examples), len(prompts), too_long, sets)
 
     def has_room(self, prompt: Prompt) -> bool:
         """Return whether a prompt leaves a position of the base for an answer."""
@@ -102,20 +117,37 @@ class HeldOut:
         return positions_of(self.model)
 
     @torch.no_grad()
-    def loss(self, examples: Tokens, tick: Tick) -> float:
-        """Return the mean loss of the trained tokens of some examples, which are divided over the processes."""
+    def loss(self, examples: Tokens, tick: Tick) -> HeldOutLoss:
+        """Return the mean loss of the trained tokens of the validation examples, which the processes divide up.
+
+        The examples of each named set are packed on their own.
+        """
         was_training = self.model.training
         self.model.eval()
+        sets = self.data.counts.sets
+        sizes = [counts.examples for counts in sets.values()] or [len(examples)]
+        own, first = list[tuple[float, int]](), 0
+        for size in sizes:
+            own.append(self._sums(examples, range(first, first + size), tick))
+            first += size
+        self.model.train(was_training)
+        everywhere = self.processes.gather([own])
+        sums = [[sum(column) for column in zip(*parts, strict=True)] for parts in zip(*everywhere, strict=True)]
+        loss_sum, weight = (sum(column) for column in zip(*sums, strict=True))
+        means = (total / max(1, count) for total, count in sums)
+        return HeldOutLoss(loss_sum / max(1, weight), dict(zip(sets, means, strict=False)))
+
+    def _sums(self, examples: Tokens, chosen: range, tick: Tick) -> tuple[float, int]:
+        """Return this process's part of the summed loss of some examples, and of their trained tokens."""
         padded, loss_sum, weight = self.plan.padded, 0.0, 0
-        groups = self.objective.split(examples.lengths.tolist(), self.plan.micro_batch_tokens, padded=padded)
+        lengths = examples.lengths[chosen.start : chosen.stop].tolist()
+        groups = self.objective.split(lengths, self.plan.micro_batch_tokens, padded=padded)
         for members in groups[self.processes.index :: self.processes.count]:
             tick("held-out loss")
-            batch = collate(examples, members, padded=padded)
+            batch = collate(examples, [chosen[member] for member in members], padded=padded)
             loss = self.objective.loss(self.model, batch, self.processes.device)
             loss_sum, weight = loss_sum + float(loss.total), weight + loss.weight
-        self.model.train(was_training)
-        loss_sum, weight = (sum(column) for column in zip(*self.processes.gather([(loss_sum, weight)]), strict=True))
-        return loss_sum / max(1, weight)
+        return loss_sum, weight
 
     @cached_property
     def answering(self) -> Answering:
@@ -128,9 +160,10 @@ class HeldOut:
         return answer(self.model, self.renderer.tokenizer, [prompt.ids for prompt in prompts], self.answering)
 
 
-def plain(scores: dict[str, Score]) -> dict[str, dict[str, float | None]]:
+def plain(scores: dict[str, Score]) -> dict[str, dict[str, Any]]:
     """Return the scores as plain values for result.json; None stands for a number that is not finite."""
-    return {name: finite(asdict(score)) for name, score in scores.items()}
+    found = {name: finite(asdict(score)) for name, score in scores.items()}
+    return {name: {key: value for key, value in score.items() if value != {}} for name, score in found.items()}
 
 
 def evaluate(
@@ -161,7 +194,8 @@ def evaluate(
         model, resolved = loaded.model, loaded.facts.resolved
         use_attention(model, resolved.attention)
         use_kernels(model, resolved.kernels or ())
-        renderer = replace(loaded.renderer, train_on=recipe.objective.train_on)
+        objective = recipe.objective
+        renderer = replace(loaded.renderer, train_on=objective.train_on, reasoning=objective.reasoning)
         for note in differences(recipe, loaded):
             tell(note)
         data = prepare_data(recipe, renderer)
@@ -171,7 +205,7 @@ def evaluate(
             raise RecipeError(f"train.micro_batch_tokens: {checkpoint} does not record it; set a number")
         if data.validation is None:
             raise DataError("data.validation: the recipe names none; add a file, a Hub name or a fraction such as 0.05")
-        plan = Plan(recipe, data.train, tokens, resolved.layout == "padded")
+        plan = Plan(recipe, data.train, tokens, resolved.layout == "padded", sizes=data.counts.sizes)
         return HeldOut(model, renderer, data, plan, Sft(), processes).compare()
     finally:
         processes.leave()
@@ -180,11 +214,13 @@ def evaluate(
 def differences(recipe: Recipe, loaded: Loaded) -> list[str]:
     """Return where a recipe and a run differ in what decides the tokens, and which of the two counts."""
     notes, theirs, template = [], loaded.recipe, loaded.facts.template
-    if recipe.objective.train_on != theirs.objective.train_on:
-        notes.append(
-            f"objective.train_on: the loss is over {recipe.objective.train_on!r}, as in this recipe; the run was "
-            f"trained on {theirs.objective.train_on!r}"
-        )
+    trained = theirs.objective.model_dump()
+    for name, value in recipe.objective.model_dump().items():
+        if value != trained[name]:
+            notes.append(
+                f"objective.{name}: the loss is measured with {value!r}, as in this recipe; the run was trained with "
+                f"{trained[name]!r}"
+            )
     if recipe.base.stop_token != theirs.base.stop_token:
         notes.append(f"base.stop_token: answers end with {loaded.renderer.stop!r} as in the run, not as in this recipe")
     if read_template(recipe) != template:

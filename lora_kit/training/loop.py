@@ -28,7 +28,7 @@ from lora_kit.runs.trackers import following, require
 from lora_kit.supervise.stopping import StopRequest, stop_signals
 from lora_kit.training import optim
 from lora_kit.training.announce import announce
-from lora_kit.training.evaluation import HeldOut, plain
+from lora_kit.training.evaluation import HeldOut, HeldOutLoss, plain
 from lora_kit.training.job import Job
 from lora_kit.training.objectives.sft import Sft
 from lora_kit.training.processes import Processes
@@ -66,7 +66,8 @@ def train(
         CheckpointError: The final checkpoint could not be written.
     """
     processes = Processes.start(recipe.base.dtype)
-    console, objective = Console(silent=not processes.is_main), Sft()
+    console = Console(silent=not processes.is_main)
+    objective = Sft([*recipe.data.train_sources] if recipe.data.mixture else [])
     processes.main_decides(lambda: require(recipe.track.names))
     with (
         stop_signals() as stop,
@@ -121,7 +122,7 @@ def train(
                 state.reduced.zero_()
                 if evaluating:
                     publisher.wait_published()
-                    queued = replace(queued, held_out_loss=held_out_loss(job, done, publisher, console))
+                    queued = replace(queued, held_out=held_out_loss(job, done, publisher, console))
                     publisher.publish(partial(log.facts, queued), due=True)
                 if last:
                     stopping, queued = log.settle(queued) or stopping, None
@@ -150,7 +151,8 @@ def own_micro_batches(job: Job, step: int) -> Iterator[tuple[MicroBatch, int, in
     for place, merges in reduction_schedule(len(own)):
         number = own[place]
         torch.manual_seed(micro_batch_seed(job.recipe.train.seed, step, number))
-        yield part("data", collate)(data, groups[number], padded=job.plan.padded), weight, merges
+        sources = job.plan.sources_of(groups[number])
+        yield part("data", collate)(data, groups[number], padded=job.plan.padded, sources=sources), weight, merges
 
 
 def add_to_tree(partial_sums: list[Tensor], reduced: Tensor, merges: int) -> None:
@@ -200,7 +202,7 @@ def due(done: int, every: int | None) -> bool:
     return every is not None and done % every == 0
 
 
-def held_out_loss(job: Job, done: int, publisher: Publisher, console: Console) -> float:
+def held_out_loss(job: Job, done: int, publisher: Publisher, console: Console) -> HeldOutLoss:
     """Return the adapter's held-out loss after `done` steps, and log its answers to the first prompts."""
 
     def tick(what: str) -> None:
@@ -209,19 +211,19 @@ def held_out_loss(job: Job, done: int, publisher: Publisher, console: Console) -
 
     held_out, data = held_out_of(job), job.inputs.data
     assert data.validation is not None
-    loss, prompts = held_out.loss(data.validation, tick), data.prompts[:SAMPLES]
+    found, prompts = held_out.loss(data.validation, tick), data.prompts[:SAMPLES]
     if job.processes.is_main and prompts:
         for prompt, text in zip(prompts, held_out.answers(prompts), strict=True):
             rendered = job.inputs.renderer.tokenizer.decode(prompt.ids)
             sample = {"step": done, "prompt": rendered, "expected": prompt.expected, "answer": text}
             job.journal.event("sample", **sample)
             job.trackers.log(sample)
-    if not math.isfinite(loss):
-        told = f"step {done}: the held-out loss is {loss}; it is stored as null, and training continues"
+    if not math.isfinite(found.mean):
+        told = f"step {done}: the held-out loss is {found.mean}; it is stored as null, and training continues"
         console.warn(told)
         if job.processes.is_main:
             job.journal.event("fault", step=done, what=told)
-    return loss
+    return found
 
 
 def held_out_of(job: Job) -> HeldOut:

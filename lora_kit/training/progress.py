@@ -7,7 +7,7 @@ before the line was written, the line is written from the snapshot.
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -19,7 +19,9 @@ from lora_kit.errors import PoisonError
 from lora_kit.runs import store
 from lora_kit.runs.formats import finite
 from lora_kit.runs.manifest import StepFacts
+from lora_kit.training.evaluation import HeldOutLoss
 from lora_kit.training.job import Job
+from lora_kit.training.objectives.sft import metric_of
 from lora_kit.training.publisher import Publisher
 from lora_kit.views.console import Console
 
@@ -71,7 +73,7 @@ class QueuedStep:
         values: Waits for the device, then returns what the step computed.
         seconds: The time that the loop spent on the step.
         stall_seconds: The part of this time in which the loop waited for the copy of the previous state.
-        held_out_loss: The held-out loss after the step, if it was measured.
+        held_out: The held-out loss after the step, if it was measured.
     """
 
     step: int
@@ -79,16 +81,17 @@ class QueuedStep:
     values: Callable[[], StepValues]
     seconds: float
     stall_seconds: float
-    held_out_loss: float | None = None
+    held_out: HeldOutLoss | None = None
 
 
-def with_held_out(facts: StepFacts, loss: float) -> StepFacts:
+def with_held_out(facts: StepFacts, loss: HeldOutLoss) -> StepFacts:
     """Return the facts of a step with its held-out loss, which is also added to their line of metrics.jsonl.
 
     A loss that is not finite is stored as None.
     """
-    known = finite(loss)
-    return replace(facts, held_out_loss=known, line=json.dumps(json.loads(facts.line) | {"held_out_loss": known}))
+    known, sets = finite(loss.mean), {"held_out_sets": finite(loss.sets)} if loss.sets else {}
+    line = json.dumps(json.loads(facts.line) | {"held_out_loss": known} | sets)
+    return replace(facts, held_out_loss=known, line=line)
 
 
 class StepLog:
@@ -101,8 +104,8 @@ class StepLog:
     def facts(self, queued: QueuedStep) -> StepFacts:
         """Return what the manifest records of a step; waits for the device."""
         values, plan, done = queued.values(), self._job.plan, queued.step + 1
-        lengths = self._job.inputs.data.train.lengths
-        tokens = int(sum(lengths[examples].sum() for examples in plan.micro_batches(queued.step)))
+        examples = plan.examples(queued.step)
+        tokens = sum(self._job.inputs.data.train.lengths_of(examples))
         record = {
             "step": done,
             "examples": plan.examples_seen(done),
@@ -110,14 +113,33 @@ class StepLog:
             "loss": values.loss,
             "learning_rate": queued.learning_rate,
             "grad_norm": values.grad_norm,
-            **values.metrics,
+            **self._metrics(values.metrics, examples),
             "tokens_per_second": round(tokens / queued.seconds, 1),
             "stall_seconds": round(queued.stall_seconds, 4),
             "time": round(time.time(), 3),
         }
         skipped = (*self._skipped, *(() if values.taken else (done,)))
         facts = StepFacts(done, plan.examples_seen(done), skipped, json.dumps(finite(record)))
-        return facts if queued.held_out_loss is None else with_held_out(facts, queued.held_out_loss)
+        return facts if queued.held_out is None else with_held_out(facts, queued.held_out)
+
+    def _metrics(self, means: Mapping[str, float], examples: Sequence[int]) -> dict[str, Any]:
+        """Return the objective's metrics of a step, with those of the sources of a mixture under `sources`.
+
+        The metric of a source is its summed loss divided by the weight of the whole step.
+        """
+        names, data, weight = [*self._job.facts.data.sources], self._job.inputs.data.train, self._job.objective.weight
+        if not names:
+            return dict(means)
+        trained = dict.fromkeys(names, 0)
+        for example, source in zip(examples, self._job.plan.sources_of(examples), strict=True):
+            trained[names[source]] += weight(data, [example])
+        total = sum(trained.values())
+        sources = {
+            name: {"loss": means[metric_of(name)] * total / count if count else None, "trained_tokens": count}
+            for name, count in trained.items()
+        }
+        others = {key: value for key, value in means.items() if key not in map(metric_of, names)}
+        return others | {"sources": sources}
 
     def settle(self, queued: QueuedStep) -> bool:
         """Write the line of a step once its snapshot is published; return whether any process wants to stop."""

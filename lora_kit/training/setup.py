@@ -162,7 +162,7 @@ def environment(
         Fingerprints(
             base=source.fingerprint,
             template=hashlib.sha256(template.encode()).hexdigest(),
-            train=data.train.fingerprint,
+            train=train_fingerprint(data),
             validation=data.validation.fingerprint if data.validation else None,
         ),
         versions={"lora_kit": VERSION} | {name: version(name) for name in packages},
@@ -172,6 +172,12 @@ def environment(
         ),
         computed_by=identity(processes.device, getattr(torch, recipe.base.dtype)),
     )
+
+
+def train_fingerprint(data: Prepared) -> str:
+    """Return the SHA-256 of the training examples and, for a mixture, of the number of examples of each source."""
+    tokens, sizes = data.train.fingerprint, data.counts.sizes
+    return hashlib.sha256(f"{tokens} {sizes}".encode()).hexdigest() if len(sizes) > 1 else tokens
 
 
 def check_contract(
@@ -185,7 +191,8 @@ def check_contract(
         ContractError: A difference is not permitted, or the run cannot begin with the given adapter.
     """
     rows = contract(run.latest.manifest.run, recipe, inputs.environment) if run.latest else []
-    finished, steps = run.latest.step if run.latest else 0, Plan(recipe, inputs.data.train, 1, padded=False).steps
+    plan = Plan(recipe, inputs.data.train, 1, padded=False, sizes=inputs.data.counts.sizes)
+    finished, steps = run.latest.step if run.latest else 0, plan.steps
 
     def refuse() -> None:
         refuse_fewer_steps(run.folder, finished, steps)
@@ -336,7 +343,14 @@ def make_job(
         model=adapted.model,
         state=adapted.state,
         objective=objective,
-        plan=Plan(recipe, data.train, resolved.micro_batch_tokens, resolved.layout == "padded", objective.split),
+        plan=Plan(
+            recipe,
+            data.train,
+            resolved.micro_batch_tokens,
+            resolved.layout == "padded",
+            objective.split,
+            data.counts.sizes,
+        ),
         facts=facts,
         resumed=latest.manifest.progress if latest else None,
         replayed=journal.skipped_after(latest.step) if latest else frozenset(),

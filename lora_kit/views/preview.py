@@ -118,7 +118,8 @@ class Preview:
     def packing_title(self) -> str:
         """What the lines about packing show."""
         examples = sum(map(len, self.batches))
-        return f"step 1: {examples:,} examples, packed into {len(self.batches):,} micro-batches"
+        packed = f"{len(self.batches):,} micro-batch{'es' if len(self.batches) > 1 else ''}"
+        return f"step 1: {examples:,} examples, packed into {packed}"
 
     def _repr_html_(self) -> str:
         examples = "".join(self._html_of(example) for example in self.examples)

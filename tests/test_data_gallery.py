@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import os
+import random
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -161,6 +162,7 @@ BROKEN = [
     Broken("row too long", {"d.csv": b"prompt,completion\na,b\nHi, you,Hello\n"}, ("d.csv:3: 3 fields, the header has 2", "quote fields that contain commas")),
     Broken("every row too long", {"d.csv": b"prompt,completion\nHi,Hello, friend\nHi,Hello, friend\n"}, ("d.csv:2: 3 fields, the header has 2; quote fields that contain commas\nd.csv:3: 3 fields", "quote fields that contain commas")),
     Broken("row too short", {"d.csv": b"prompt,completion\na,b\nc\n"}, ("d.csv:3: 1 field, the header has 2", "write empty fields too")),
+    Broken("blank before a quote", {"d.csv": b'prompt,completion\na, "b, c"\n'}, ("d.csv:2: 3 fields, the header has 2", "remove the blanks before quotes")),
     Broken("quote that never closes", {"d.csv": b'prompt,completion\na,b\nc,"d\ne,f\n'}, ("d.csv:3: a quote opens in this row and never closes", "close it")),
     Broken("quote inside a quoted field", {"d.csv": b'prompt,completion\na,"say "hi" now"\n'}, ("d.csv:2: text follows a closing quote", "write a quote inside a field twice")),
     Broken("column twice", {"d.csv": b"prompt,prompt\na,b\n"}, ("d.csv:1: the header has an empty or repeated name", "name each column once")),
@@ -332,6 +334,7 @@ READ = [
     Read("shards of two sets", {"data/a-00000-of-00001.jsonl": GOOD, "data/b-00000-of-00001.jsonl": GOOD}, [PAIR, PAIR], "data"),
     Read("split between dots", {"data/a.valid.jsonl.gz": gzip.compress(GOOD), "data/a.train.jsonl": b"x"}, [PAIR], "data[validation]"),
     Read("directory with a suffix", {"d.jsonl/a.jsonl": GOOD}, [PAIR], "d.jsonl"),
+    Read("large file", {"d.jsonl": GOOD * 9000}, [PAIR] * 9000),
     Read("glob characters", {"a[1]*/d?.jsonl": GOOD}, [PAIR], "a[1]*/d?.jsonl"),
 ]  # fmt: skip
 
@@ -459,3 +462,65 @@ def test_records_that_cannot_be_read_are_told_before_a_missing_template(tmp_path
     (tmp_path / "d.csv").write_text("prompt,completion\nHi,Hello, friend\n")
     with pytest.raises(DataError, match=r"d\.csv:2: 3 fields"):
         prepare(Data(train="d.csv"), renderer, base_dir=tmp_path, seed=0)
+
+
+def whole_files():
+    """Return undamaged files of every format by name."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    table, parquet_file, arrow_file = pa.table({"text": ["é", "b"], "s": [{"x": 1}, None]}), io.BytesIO(), io.BytesIO()
+    pyarrow.parquet.write_table(table, parquet_file)
+    with pa.ipc.new_stream(arrow_file, table.schema) as writer:
+        writer.write_table(table)
+    records = '{"text": "é \\ud83d\\ude00", "n": [1.5, null]}\n' * 3
+    return {
+        "a.jsonl": records.encode(),
+        "b.json": json.dumps([json.loads(line) for line in records.splitlines()], indent=1).encode(),
+        "c.csv": b'prompt,completion\n"x, ""y""","z\nw"\na,b\n',
+        "d.txt": "one é\ntwo\n".encode(),
+        "e.parquet": parquet_file.getvalue(),
+        "f.arrow": arrow_file.getvalue(),
+        "g.jsonl.gz": gzip.compress(records.encode()),
+        "h.jsonl.zst": zstd(records.encode()),
+    }
+
+
+DAMAGE = (
+    b"\0",
+    b"\xff",
+    b'"',
+    b"'",
+    b"\\",
+    b"{",
+    b"[",
+    b"}",
+    b"]",
+    b",",
+    b"\n",
+    b"\r",
+    b"\xed\xa0\x80",
+    b"\\ud800",
+    b"NaN",
+)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_damage_is_an_error_of_one_line_or_harmless(seed, tmp_path):
+    rng, files = random.Random(seed), whole_files()
+    for _ in range(100):
+        name = rng.choice(list(files))
+        content, place = files[name], rng.randrange(len(files[name]))
+        damage = rng.choice([b"", *DAMAGE])
+        kept = content[place + rng.randrange(20) :] if rng.random() < 0.8 else b""
+        (tmp_path / name).write_bytes(content[:place] + damage + kept)
+        try:
+            records = sources.load(name, base_dir=tmp_path)
+            found = records.read(0, len(records))
+        except DataError as error:
+            found = [error]
+        for value in found:
+            if isinstance(value, DataError):
+                assert "\n" not in str(value) and len(str(value)) < 600
+            else:
+                json.dumps(value, ensure_ascii=False, allow_nan=False).encode()

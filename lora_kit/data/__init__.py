@@ -1,6 +1,8 @@
 """From data files to micro-batches: records -> examples -> tokens -> micro-batches.
 
-sources, files      read records from files, folders and the Hub; each record keeps its file and line
+sources, files      find the files of a source and open them; each record keeps its file and line
+text_files, tables  read records from JSON, CSV and text, and from Parquet, Arrow and the Hub
+strict_json         parse JSON exactly
 formats, messages   convert a record of any format to an Example
 rendering           render an example with the chat template, and find the answers in the text
 template            tokenise the text and compute the loss mask

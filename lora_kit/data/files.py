@@ -5,6 +5,7 @@ changes data (a column of dates becomes datetimes, and a single odd record can a
 """
 
 import codecs
+import errno
 import os
 import shutil
 import stat
@@ -100,7 +101,11 @@ def open_file(path: Path, label: str, *, documents: bool = False) -> Part:
         head = os.pread(file.fileno(), HEAD_BYTES, 0)
     if not head:
         raise DataError(f"{label}: the file is empty; write it again, or remove it")
-    return _open(file, head, suffix, label, documents=documents)
+    try:
+        return _open(file, head, suffix, label, documents=documents)
+    except OSError as error:
+        remedy = "raise the limit with `ulimit -n`" if error.errno == errno.EMFILE else "check the disk"
+        raise DataError(f"{label}: cannot be read: {error.strerror}; {remedy}") from error
 
 
 def open_regular(path: Path, label: str) -> BinaryIO:

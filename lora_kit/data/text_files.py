@@ -10,6 +10,7 @@ import json
 import mmap
 import os
 import re
+import reprlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ Record = dict[str, Any]
 
 CARRIAGE_RETURNS = "a carriage return alone ends its lines; convert the file with `tr '\\r' '\\n'`"
 LINES_OF_SAMPLE = 100  # lines that tell JSON Lines with a damaged first line from objects over several lines
+SMALL_BYTES = 1 << 18  # of a file that is kept in memory
 FIELD_BYTES = (1 << 31) - 1  # the longest field of a CSV file; the csv module's own limit is 128 KB
 WHITESPACE = re.compile(r"[ \t\n\r]*")
 
@@ -36,7 +38,8 @@ class TextPart:
 
     Attributes:
         label: The file's name in messages.
-        content: The file, mapped into memory, so that forked processes can read it.
+        content: The file, mapped into memory, so that forked processes can read it; a small file as bytes, since a
+            process can map about a thousand files.
         starts: Where each record begins, in bytes, int64 [records].
         stops: Where each record ends, int64 [records].
         lines: The line in which each record begins, from 1, int64 [records].
@@ -44,7 +47,7 @@ class TextPart:
     """
 
     label: str
-    content: mmap.mmap
+    content: mmap.mmap | bytes
     starts: np.ndarray
     stops: np.ndarray
     lines: np.ndarray
@@ -60,7 +63,10 @@ class TextPart:
         places = [(int(self.starts[number]), int(self.stops[number])) for number in numbers]
         records = [self.parse(self.content[start:stop]) for start, stop in places]
         first = places[0][0] - places[0][0] % mmap.PAGESIZE
-        self.content.madvise(mmap.MADV_DONTNEED, first, places[-1][1] - first)  # else the whole file stays in memory
+        if isinstance(self.content, mmap.mmap):
+            self.content.madvise(
+                mmap.MADV_DONTNEED, first, places[-1][1] - first
+            )  # else the whole file stays in memory
         return records
 
     def where(self, number: int) -> str:
@@ -82,7 +88,12 @@ class _Index:
 
     def part(self, label: str, file: BinaryIO, parse: Callable[[bytes], Record | DataError]) -> TextPart:
         starts, stops, lines = (np.frombuffer(column, np.int64) for column in self._columns)
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        size = os.fstat(file.fileno()).st_size
+        content = (
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if size > SMALL_BYTES
+            else os.pread(file.fileno(), SMALL_BYTES, 0)
+        )
         return TextPart(label, content, starts, stops, lines, parse)
 
 
@@ -221,6 +232,8 @@ def parse_row(raw: bytes, header: Sequence[str], separator: str) -> Record | Dat
         return dict(zip(header, row, strict=True))
     name = {",": "commas", ";": "semicolons", "\t": "tabs"}[separator]
     remedy = f"quote fields that contain {name}" if len(row) > len(header) else "write empty fields too"
+    if f'{separator} "' in text:
+        remedy = "remove the blanks before quotes, which do not count as quotes there"
     return DataError(f"{len(row)} field{'s' * (len(row) != 1)}, the header has {len(header)}; {remedy}")
 
 
@@ -323,9 +336,8 @@ def _header(row: list[str], label: str, line: int) -> list[str]:
         byte = ord(error.object[error.start]) - 0xDC00  # as the handler `surrogateescape` writes it
         raise DataError(f"{label}:{line}: {not_utf8(byte, 'windows-1252')}") from error
     if len(set(row)) < len(row) or not all(name.strip() for name in row):
-        raise DataError(
-            f"{label}:{line}: the header has an empty or repeated name: {', '.join(row)}; name each column once"
-        )
+        names = reprlib.repr(", ".join(row))
+        raise DataError(f"{label}:{line}: the header has an empty or repeated name: {names}; name each column once")
     return row
 
 

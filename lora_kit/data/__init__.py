@@ -4,7 +4,10 @@ sources, files      find the files of a source and open them; each record keeps 
 text_files, tables  read records from JSON, CSV and text, and from Parquet, Arrow and the Hub
 strict_json         parse JSON exactly
 formats, messages   convert a record of any format to an Example
-rendering           render an example with the chat template, and find the answers in the text
+rendering           render a conversation with the chat template
+parts, layout       find every part of a conversation in the text, and refuse or note what the text lacks
+answers             find the answers in the text
+remarks             notes on what records have and tokens lack
 template            tokenise the text and compute the loss mask
 tokens              all examples as flat arrays, with every problem reported at once
 cache               keep tokenised data between starts

@@ -5,6 +5,7 @@ stands. The messages before an answer, rendered with the generation prompt, give
 whose position stays ambiguous is an error.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -146,8 +147,26 @@ def _answers(layout: Layout, chosen: list[int], *, has_marks: bool) -> list[Answ
         limit = next_begin(layout, index, layout.limit)
         if begin < start and not has_marks:
             raise _ambiguous(index)
+        _check_no_other(layout, index, start, end)
         answers.append(Answer(f"messages[{index}]", start, end, limit))
     return answers[::-1]
+
+
+def _check_no_other(layout: Layout, index: int, start: int, end: int) -> None:
+    """Check that no part of another message stands between the beginning and the end of an answer.
+
+    Raises:
+        DataError: The template renders a message inside an answer, where it would be trained.
+    """
+    first = bisect_left(layout.places, start, key=lambda place: place.begin)
+    for place in layout.places[first:]:
+        if place.begin >= end:
+            return
+        if place.part.message not in (index, -1):
+            raise DataError(
+                f"the chat template renders {place.part.label} inside the answer messages[{index}], so it would be "
+                "trained; set data.template to a template that renders messages one after the other"
+            )
 
 
 def _known_start(layout: Layout, index: int, ending: str | None) -> int | None:
@@ -158,6 +177,8 @@ def _known_start(layout: Layout, index: int, ending: str | None) -> int | None:
     last = max(before, key=lambda place: place.mark_end)
     first = min(place.mark_begin for place in own)
     between = layout.marked_text[last.mark_end : first]
+    if next(layout.marker.marks(between), None):  # e.g. Gemma renders a tool's response before the content of its call
+        return None
     return last.end + len(ending) if between.startswith(ending) else None
 
 

@@ -5,7 +5,7 @@ is not or if the template does so by its own rules.
 """
 
 import re
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -80,6 +80,11 @@ class Layout:
                 found.setdefault(part.message, []).append(span)
         return {index: (min(begin for begin, _ in own), max(end for _, end in own)) for index, own in found.items()}
 
+    @cached_property
+    def order(self) -> list[int]:
+        """The indices of the messages that have any text."""
+        return sorted(self.spans)
+
     def span(self, index: int) -> tuple[int, int] | None:
         """Return the characters [begin, end) of a message; None if it has none in the text."""
         return self.spans.get(index)
@@ -144,7 +149,13 @@ def changed_span(part: Part, layout: Layout) -> tuple[int, int] | None:
     if changed == text:
         return None
     begin = common_prefix(text, changed)
-    return begin, len(text) - common_prefix(text[begin:][::-1], changed[begin:][::-1])
+    end = len(text) - common_prefix(text[begin:][::-1], changed[begin:][::-1])
+    for form in part.forms(None) if isinstance(part.value, str) else ():
+        if text.startswith(form, begin) and begin + len(form) >= end:
+            return begin, begin + len(form)
+        if end - len(form) >= begin and text.endswith(form, begin, end):  # text before it depends on it as well
+            return end - len(form), end
+    return begin, end
 
 
 def _with_change(part: Part, conversation: Conversation) -> Conversation:
@@ -231,10 +242,9 @@ def _is_whole(part: Part, span: tuple[int, int], layout: Layout) -> bool:
     """Return whether the text has a kept part whole at the characters that depend on it."""
     begin, end = span
     if part.kind == "arguments":
-        region = layout.text[begin:end]
-        return not missing_leaves(part.value, region) or part.value in ({"x": "x"}, {"y": "y"})
-    forms = part.forms(None)
-    return any(layout.text.startswith(form, begin) and begin + len(form) >= end for form in forms)
+        region = layout.text[max(0, begin - 2) : end + 2]  # the changed arguments may share a letter with these
+        return not missing_leaves(part.value, region, everything=True)
+    return layout.text[begin:end] in part.forms(None)
 
 
 def _not_whole(part: Part, span: tuple[int, int], layout: Layout) -> Remark:
@@ -253,14 +263,34 @@ def _not_whole(part: Part, span: tuple[int, int], layout: Layout) -> Remark:
 
 
 def _trimmed(layout: Layout) -> list[Remark]:
-    """Return remarks on messages whose blanks at the edges are not in the text."""
-    remarks = []
-    for part, _, _, begin, end in layout.places:
-        before, after = part.edges
-        if part.kind == "content" and (before or after):
-            around = layout.marked_text[max(0, begin - len(before)) : begin], layout.marked_text[end : end + len(after)]
-            if around != part.edges:
-                remarks.append(Remark(TRIMMED, "", part.label))
+    """Return remarks on messages whose blanks at the edges are not in the text.
+
+    A rendering without these blanks is shorter between two marks by the number of the blanks that the text has there.
+    """
+    if not any(part.kind == "content" and any(part.edges) for part in layout.marker.parts):
+        return []
+    marker = replace(layout.marker, edges=False, parts=[], unmarked=[], styles={})
+    bare = marker.plain(apply(marker.conversation, layout.renderer, prompting=layout.prompted))
+    marks = list(marker.marks(bare))
+    if [number for number, _, _ in marks] != [layout.marker.parts.index(place.part) for place in layout.places]:
+        return []
+    remarks, places = list[Remark](), layout.places
+    for order, place in enumerate(places):
+        before, after = place.part.edges
+        if place.part.kind != "content" or not (before or after):
+            continue
+        previous, bare_previous = (places[order - 1].mark_end, marks[order - 1][2]) if order else (0, 0)
+        last = order + 1 == len(places)
+        following = len(layout.marked_text) if last else places[order + 1].mark_begin
+        bare_following = len(bare) if last else marks[order + 1][1]
+        shorter_before = (place.mark_begin - previous) - (marks[order][1] - bare_previous)
+        shorter_after = (following - place.mark_end) - (bare_following - marks[order][2])
+        others = (
+            len(places[order - 1].part.edges[1]) if order else 0,
+            0 if last else len(places[order + 1].part.edges[0]),
+        )
+        if shorter_before < len(before) + others[0] or shorter_after < len(after) + others[1]:
+            remarks.append(Remark(TRIMMED, "", place.part.label))
     return remarks
 
 
@@ -284,7 +314,8 @@ def _check_leaves(layout: Layout) -> None:
 
 def next_begin(layout: Layout, index: int, default: int) -> int:
     """Return where the next message with any text begins."""
-    return next((begin for later, (begin, _) in sorted(layout.spans.items()) if later > index), default)
+    later = bisect_right(layout.order, index)
+    return layout.spans[layout.order[later]][0] if later < len(layout.order) else default
 
 
 def check_control(layout: Layout, trained: set[int]) -> list[Remark]:
@@ -294,10 +325,10 @@ def check_control(layout: Layout, trained: set[int]) -> list[Remark]:
         DataError: The message is trained.
     """
     control, remarks = layout.renderer.control, list[Remark]()
-    spans = [(place.part, place.begin, place.end) for place in layout.places]
-    spans += [(part, *span) for part, span in layout.changed if span and isinstance(part.value, str)]
-    for part, begin, end in spans:
-        if not (found := control.search(layout.text, begin, end)):
+    texts = [(place.part, layout.text[place.begin : place.end]) for place in layout.places]
+    texts += [(part, str(part.value)) for part, span in layout.changed if span]
+    for part, text in texts:
+        if not (found := control.search(text)):
             continue
         if part.message in trained:
             raise DataError(

@@ -20,7 +20,7 @@ TRAINS = {  # keys of a message that say whether it is trained, and the value th
     "masked": 0,
 }
 PARTLY = ("mask", "train_detail", "training_detail")  # keys of other toolkits with a meaning that lora_kit lacks
-REASONING = ("reasoning_content", "reasoning", "thinking")  # a message keeps its reasoning under the first of them
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of an answer
 UNUSABLE = ("refusal", "audio", "image", "images", "video", "videos", "audios")  # keys of what would be trained or seen
 
 VALUES = ("default", "const", "enum", "examples")  # keywords of JSON Schema that may have null as a value
@@ -126,8 +126,8 @@ def _message(raw: Any, label: str, *, trained: bool) -> dict[str, Any]:
         message["tool_calls"] = calls
     reasoning = _reasoning(message, label) if role == "assistant" else None
     if reasoning is not None:
-        message["reasoning_content"] = reasoning
-    optional = calls or (role == "assistant" and (reasoning or not trained))
+        message[reasoning[0]] = reasoning[1]
+    optional = calls or (role == "assistant" and ((reasoning and reasoning[1]) or not trained))
     message["content"] = "" if optional and raw.get("content") is None else _content(raw.get("content"), label)
     if role == "assistant" and not optional and not message["content"].strip():
         raise DataError(f"{label} is an assistant message without content; add an answer or remove the record")
@@ -175,15 +175,20 @@ def _calls(message: dict[str, Any], label: str) -> list[dict[str, Any]]:
     return [_tool_call(call, name) for name, call in labelled(calls, f"{label}.tool_calls")]
 
 
-def _reasoning(message: dict[str, Any], label: str) -> str | None:
-    """Remove the reasoning from a message and return it."""
+def reasoning_key(message: Mapping[str, Any]) -> str | None:
+    """Return the key under which a message has its reasoning; None if it has none."""
+    return next((key for key in REASONING if key in message), None) if message["role"] == "assistant" else None
+
+
+def _reasoning(message: dict[str, Any], label: str) -> tuple[str, str] | None:
+    """Remove the reasoning from a message, and return its first key and the text."""
     found = {key: message.pop(key) for key in REASONING if key in message}
     for key, value in found.items():
         if not isinstance(value, str):
             raise DataError(f"{label}.{key} is {kind(value)}; expected a string")
     if len(set(found.values())) > 1:
         raise DataError(f"{label} has different reasoning in {' and '.join(found)}; keep one of them")
-    return next(iter(found.values()), None)
+    return next(iter(found.items()), None)
 
 
 def _content(value: Any, label: str) -> str:

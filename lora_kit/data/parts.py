@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from lora_kit.data.messages import Conversation
+from lora_kit.data.messages import Conversation, reasoning_key
 
 THOUGHT = re.compile(r"(\s*<think>\s*)(.*?)(\s*</think>\s*)(.*)", re.S)
 IDENTITY = ("id", "tool_call_id")  # keys that connect a call with its response; templates compare them
-FIXED = ("role", "content", "reasoning_content", "tool_calls", *IDENTITY)
+FIXED = ("role", "content", "tool_calls", *IDENTITY)
 
 Style = Callable[[Any], str]
 
@@ -92,6 +92,7 @@ class Marker:
         text: Its rendered text, in which no mark may occur.
         kept: Labels of the parts that stay as they are.
         leafwise: Labels of the arguments whose values get a mark each, because the template does not write JSON.
+        edges: Whether marks stand between the blanks of their texts.
         parts: The marked parts; the number of a mark is its index.
         unmarked: The kept parts.
     """
@@ -100,6 +101,7 @@ class Marker:
     text: str
     kept: frozenset[str] = frozenset()
     leafwise: frozenset[str] = frozenset()
+    edges: bool = True
     parts: list[Part] = field(default_factory=list)
     unmarked: list[Part] = field(default_factory=list)
     styles: dict[int, Style] = field(default_factory=dict)
@@ -126,7 +128,8 @@ class Marker:
         if label in self.kept:
             self.unmarked.append(part)
             return text
-        return before + self._add(part) + after
+        mark = self._add(part)
+        return before + mark + after if self.edges else mark
 
     def _add(self, part: Part) -> str:
         self.parts.append(part)
@@ -141,12 +144,11 @@ class Marker:
 
     def _message(self, index: int, message: dict[str, Any]) -> dict[str, Any]:
         label, changed = f"messages[{index}]", dict(message)
-        if "reasoning_content" in message:
-            reasoning = message["reasoning_content"]
-            changed["reasoning_content"] = self._text(f"{label}.reasoning_content", "reasoning", index, reasoning)
+        if reasoning := reasoning_key(message):
+            changed[reasoning] = self._text(f"{label}.{reasoning}", "reasoning", index, message[reasoning])
         changed["content"] = self._content(f"{label}.content", index, message)
         for key in message:
-            if key not in FIXED and message[key] not in ("", [], {}):
+            if key not in (*FIXED, reasoning) and message[key] not in ("", [], {}):
                 changed[key] = self._key(f"{label}.{key}", index, message[key])
         if "tool_calls" in message:
             calls = enumerate(message["tool_calls"])
@@ -166,7 +168,7 @@ class Marker:
     @staticmethod
     def thought(message: dict[str, Any]) -> tuple[str, ...] | None:
         """Return an assistant's content as (opening, reasoning, closing, answer) if it begins with `<think>`."""
-        if message["role"] != "assistant" or "reasoning_content" in message or "<think>" not in message["content"]:
+        if message["role"] != "assistant" or reasoning_key(message) or "<think>" not in message["content"]:
             return None
         found = THOUGHT.fullmatch(message["content"])
         return found.groups() if found else None
@@ -268,18 +270,26 @@ class Marker:
         return places
 
 
-def missing_leaves(arguments: Any, region: str) -> bool:
-    """Return whether a key, true, false or null of a call's arguments does not occur in a part of the text."""
-    return any(not any(form in region for form in forms) for forms in _leaf_forms(arguments))
+def missing_leaves(arguments: Any, region: str, *, everything: bool = False) -> bool:
+    """Return whether a leaf of a call's arguments does not occur in a part of the text.
+
+    Args:
+        arguments: The arguments.
+        region: The part of the text.
+        everything: Whether strings and numbers are looked for too, beside keys, true, false and null.
+    """
+    return any(not any(form in region for form in forms) for forms in _leaf_forms(arguments, everything))
 
 
-def _leaf_forms(value: Any) -> Iterable[tuple[str, ...]]:
+def _leaf_forms(value: Any, everything: bool) -> Iterable[tuple[str, ...]]:
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield (key, json.dumps(key)[1:-1])
-            yield from _leaf_forms(inner)
+            yield (key, json.dumps(key, ensure_ascii=False)[1:-1], json.dumps(key)[1:-1])
+            yield from _leaf_forms(inner, everything)
     elif isinstance(value, list):
         for inner in value:
-            yield from _leaf_forms(inner)
+            yield from _leaf_forms(inner, everything)
     elif value is None or isinstance(value, bool):
         yield (json.dumps(value), str(value))
+    elif everything:
+        yield tuple(Part("", "arguments", -1, value).forms(None))

@@ -12,7 +12,10 @@ MAX_ITEMS = 10  # named in a note
 
 COLUMNS = "columns of the data that are not read"
 KEYS = "keys of messages that the chat template does not read"
-HISTORY = "the chat template leaves the reasoning of earlier answers out, so it is neither context nor trained"
+HISTORY = (
+    "the chat template leaves the reasoning of answers out by its own rules (most keep it after the last question "
+    "only), so it is neither context nor trained"
+)
 TRIMMED = "the chat template trims blanks at the edges of messages"
 CHANGED = "the chat template does not render these messages as they are; none of them is trained"
 NULLS = (
@@ -23,6 +26,7 @@ TOOLS = "the chat template leaves parts of the tools out"
 CONTROL = "messages that are not trained contain control tokens of the tokenizer as text"
 UNKNOWN = "the tokenizer does not know these characters and writes its unknown token"
 LOST = "the tokenizer drops or changes characters"
+BLANKS = "the tokenizer drops blanks or line feeds inside answers"
 
 
 class Remark(NamedTuple):

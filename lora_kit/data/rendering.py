@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from lora_kit.data.messages import REASONING, Conversation
+from lora_kit.data.messages import REASONING, Conversation, reasoning_key
 from lora_kit.errors import BaseError, DataError
 
 if TYPE_CHECKING:
@@ -168,9 +168,9 @@ class Renderer:
         """Return the messages with reasoning and arguments where and as the chat template reads them."""
         messages = list(conversation.messages)
         for index, message in enumerate(messages):
-            if "reasoning_content" in message and self.reasoning_key not in (None, "reasoning_content"):
-                reasoning = {str(self.reasoning_key): message["reasoning_content"]}
-                message = {key: value for key, value in message.items() if key != "reasoning_content"} | reasoning
+            if (key := reasoning_key(message)) and self.reasoning_key not in (None, key):
+                reasoning = {str(self.reasoning_key): message[key]}
+                message = {name: value for name, value in message.items() if name != key} | reasoning
             if "tool_calls" in message and self.string_arguments:
                 message = message | {"tool_calls": [_with_text(call) for call in message["tool_calls"]]}
             messages[index] = message

@@ -12,7 +12,7 @@ from unicodedata import normalize
 from lora_kit.data.answers import Answer, Rendered
 from lora_kit.data.formats import Example
 from lora_kit.data.messages import Conversation
-from lora_kit.data.remarks import LOST, UNKNOWN, Remark
+from lora_kit.data.remarks import BLANKS, LOST, UNKNOWN, Remark
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.sandbox import render_all, render_prompt
 from lora_kit.errors import DataError
@@ -158,21 +158,23 @@ def _mask(rendered: Rendered, encoding: "Encoding", renderer: Renderer) -> Token
         DataError: An answer does not end with the stop token, or no token is trained.
     """
     ids, text, merged = encoding.ids, rendered.text, False
-    trained = [False] * len(ids)
+    trained, remarks = [False] * len(ids), list[Remark]()
     for answer in rendered.answers:
         first, stop = _span(answer, text, encoding, renderer)
         marked = rendered.marked[first : stop + 1] if rendered.marked else [True] * (stop + 1 - first)
         if any(marked):
             trained[first : stop + 1] = [*marked[:-1], True]
         merged = merged or _begins_before(encoding, first, answer.start)
-        _check_text(answer.label, text[answer.start : answer.end], ids[first:stop], renderer)
+        remarks += _check_text(answer.label, text[answer.start : answer.end], ids[first:stop], renderer)
     if rendered.boundary is not None:
         first = _first_token(encoding, rendered.boundary, text, renderer)
         merged = _begins_before(encoding, first, rendered.boundary)
         bos = _missing_bos(ids, renderer)
         end = [] if ids[-1:] == [renderer.stop_id] else [renderer.stop_id]
         trained = [False] * (len(bos) + first) + [True] * (len(ids) - first + len(end))
-        _check_text("completion" if rendered.boundary else "text", text[rendered.boundary :], ids[first:], renderer)
+        remarks += _check_text(
+            "completion" if rendered.boundary else "text", text[rendered.boundary :], ids[first:], renderer
+        )
         ids = bos + ids + end
     if renderer.train_on == "all":
         trained = [True] * len(ids)
@@ -182,7 +184,7 @@ def _mask(rendered: Rendered, encoding: "Encoding", renderer: Renderer) -> Token
     trained[:1] = [False] * len(trained[:1])
     if not any(trained):
         raise DataError("no token of this example is trained; add an answer or remove the example")
-    return Tokenized(ids, trained, merged, rendered.remarks + _lost(text, encoding, renderer))
+    return Tokenized(ids, trained, merged, rendered.remarks + tuple(remarks) + _lost(text, encoding, renderer))
 
 
 def _tokens(encoding: "Encoding", begin: int, end: int) -> tuple[int, int]:
@@ -192,20 +194,25 @@ def _tokens(encoding: "Encoding", begin: int, end: int) -> tuple[int, int]:
     return (inside[0], inside[-1] + 1) if inside else (0, 0)
 
 
-def _check_text(label: str, text: str, ids: list[int], renderer: Renderer) -> None:
-    """Check that the tokens of an answer have any of its text.
+def _check_text(label: str, text: str, ids: list[int], renderer: Renderer) -> tuple[Remark, ...]:
+    """Check that the tokens of an answer have any of its text, and return a remark if they lack blanks inside it.
+
+    Decoders may add blanks beside special tokens, so only missing blanks are told.
 
     Raises:
         DataError: The tokenizer knows none of its characters.
     """
     if not text.strip():
-        return
+        return ()
     known = [number for number in ids if number != renderer.tokenizer.unk_token_id]
     if not known or not _decoded(known, renderer).strip():
         raise DataError(
             f"the tokenizer knows no character of {label} ({text.strip()[:40]!r}), so nothing of it would be trained; "
             "remove the record, or choose a base whose tokenizer knows them"
         )
+    blanks, decoded = text.strip(), _decoded(ids, renderer).strip()
+    fewer = sum(map(str.isspace, decoded)) < sum(map(str.isspace, blanks))
+    return (Remark(BLANKS, "", label),) if fewer else ()
 
 
 def _lost(text: str, encoding: "Encoding", renderer: Renderer) -> tuple[Remark, ...]:

@@ -34,7 +34,7 @@ from lora_kit.data.preflight import (
 )
 from lora_kit.data.preview import make_preview
 from lora_kit.data.rendering import Renderer
-from lora_kit.data.tokens import Prepared, check_context
+from lora_kit.data.tokens import Prepared, Tell, check_context, silent
 from lora_kit.data.vocabulary import check_tokenizer_fits, untrained_labels, untrained_notes
 from lora_kit.errors import BaseError, InputError, RecipeError
 from lora_kit.model.sizes import (
@@ -233,6 +233,7 @@ def check(
     processes: int = 1,
     show: int = 2,
     ids: bool = False,
+    tell: Tell = silent,
 ) -> Report:
     """Check everything about a recipe that can be checked without the base's weights.
 
@@ -243,6 +244,7 @@ def check(
         processes: The number of processes that will train together on this machine.
         show: The number of examples in the preview.
         ids: Whether the preview shows each token with its id.
+        tell: Is told how many records are tokenised, and how many there are.
     """
     report = Report(this_machine(processes))
     try:
@@ -271,7 +273,7 @@ def check(
         if offline and any(_is_hub_name(recipe, source.source) for source in recipe.data.sources):
             report.unchecked.append("data: a Hub dataset, not read with --offline")
         else:
-            data = prepare_data(recipe, renderer)
+            data = prepare_data(recipe, renderer, tell)
             tokens, where = micro_batches.micro_batch_tokens, places(recipe, data)
             plan = Plan(recipe, data.train, tokens, padded=False, sizes=data.counts.sizes)
             report.preview = make_preview(plan, renderer, where, show, ids=ids)

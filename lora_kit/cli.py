@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from importlib.util import find_spec
 from io import TextIOWrapper
 from itertools import takewhile
@@ -23,7 +24,7 @@ from rich.table import Table
 
 from lora_kit.errors import CheckpointError, InputError, LaunchError, LoraKitError
 from lora_kit.version import VERSION
-from lora_kit.views.console import print_error, printable, rich_console
+from lora_kit.views.console import Console, print_error, printable, rich_console
 from lora_kit.views.output import make_output_safe
 
 app = typer.Typer(
@@ -261,9 +262,14 @@ def check(
     from lora_kit import check as checking
     from lora_kit.recipe.load import load_recipe
 
-    report = checking.check(
-        load_recipe(recipe, set_), offline=offline, shapes=shapes, processes=processes, show=show, ids=ids
-    )
+    checked, console = load_recipe(recipe, set_), Console(silent=as_json)
+    tell = partial(console.count, "data: render and tokenise")
+    try:
+        report = checking.check(
+            checked, offline=offline, shapes=shapes, processes=processes, show=show, ids=ids, tell=tell
+        )
+    finally:
+        console.end()
     if html is not None:
         try:
             html.write_text(report.page(str(recipe)), encoding="utf-8")
@@ -285,7 +291,6 @@ def status(
 ) -> None:
     """Show a run's progress, its newest safe step, and every interruption with its cost. Changes nothing."""
     from lora_kit.runs import status as run_status
-    from lora_kit.views.console import Console
 
     state, checkpoints = run_status.status(run), run_status.checkpoints(run)
     if as_json:

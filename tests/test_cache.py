@@ -186,6 +186,12 @@ def test_a_damaged_entry_is_made_again(folder, made):
     assert same(first, data_of(folder)) and entries(folder) == [path] and not made
 
 
+def resident_kb(path):
+    """Return how much of a mapped file is in the memory of this process."""
+    maps = Path("/proc/self/smaps").read_text().split(str(path))[1:]
+    return sum(int(part.split("Rss:")[1].split()[0]) for part in maps)
+
+
 def test_a_large_entry_is_mapped_and_the_same_and_damage_in_it_is_noticed(folder, made, monkeypatch):
     first = data_of(folder)
     monkeypatch.setattr(arrays, "SPILL_BYTES", 100)
@@ -197,6 +203,9 @@ def test_a_large_entry_is_mapped_and_the_same_and_damage_in_it_is_noticed(folder
     assert copied.fingerprint == mapped.train.fingerprint == first.train.fingerprint
     assert copied.largest == mapped.train.largest == copied.ids.max()
     assert (copied.label_counts() == np.bincount(copied.labels, minlength=copied.largest + 1)).all()
+    assert resident_kb(path) > 0
+    assert sum(int(chunk.sum()) for chunk in arrays.chunks(mapped.train.ids)) == copied.ids.sum()
+    assert resident_kb(path) == 0, "what was read as a whole leaves the memory"
     whole = path.read_bytes()
     for place in range(0, len(whole), 997):
         broken = bytearray(whole)

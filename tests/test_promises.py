@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,6 +124,17 @@ def test_a_keeper_beside_a_trainer_outlives_it_when_memory_runs_out(recipe_file,
     go_on(recipe_file, out, "train.steps=120")
     assert scores and all(ours > theirs for ours, theirs in scores)
     assert int(mine.read_text()) == before
+
+
+def test_the_work_of_a_process_includes_that_of_its_children():
+    code = "import time\nwhile time.process_time() < 0.2: pass\nprint(flush=True)\ninput()"
+    before = launching._cpu_seconds(os.getpid())
+    command = [sys.executable, "-S", "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        assert launching._cpu_seconds(os.getpid()) - before > 0.15
+        child.communicate(b"\n")
+    assert launching._cpu_seconds(os.getpid()) - before > 0.15, "also that of children that have ended"
 
 
 @pytest.fixture

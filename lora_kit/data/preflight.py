@@ -260,6 +260,8 @@ def inspect(tokens: Tokens, signs: Signs) -> Inspection:
             if len(examples):
                 counts[kind] += len(examples)
                 firsts.setdefault(kind, begin + int(examples[0]))
+        release(tokens.ids)
+        release(tokens.trained)
     found = {kind: Found(counts[kind], first) for kind, first in firsts.items()}
     repeated = _repeated(hashes)
     if len(repeated):

@@ -112,6 +112,12 @@ class Renderer:
         return {number: token.content for number, token in self.tokenizer.added_tokens_decoder.items()}
 
     @cached_property
+    def unknown_id(self) -> int | None:
+        """The id of the token for characters that the tokenizer does not know; None if there is none."""
+        number: int | None = self.tokenizer.unk_token_id
+        return number
+
+    @cached_property
     def control(self) -> re.Pattern[str]:
         """Matches the text of a control token: a special token of the tokenizer, or the stop token."""
         added = self.tokenizer.added_tokens_decoder.values()

@@ -137,7 +137,8 @@ def _ask(
     if not conversations:
         return []
     try:
-        renderer = replace(renderer, template=renderer.chat_template)
+        if renderer.template != (template := renderer.chat_template):  # else the renderer keeps what it has found out
+            renderer = replace(renderer, template=template)
     except DataError as error:
         return [error for _ in conversations]
     if _own_cells:

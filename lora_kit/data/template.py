@@ -204,7 +204,8 @@ def _check_text(label: str, text: str, ids: list[int], renderer: Renderer) -> tu
     """
     if not text.strip():
         return ()
-    known = [number for number in ids if number != renderer.tokenizer.unk_token_id]
+    unknown = renderer.unknown_id
+    known = ids if unknown is None or unknown not in ids else [number for number in ids if number != unknown]
     if not known or not _decoded(known, renderer).strip():
         raise DataError(
             f"the tokenizer knows no character of {label} ({text.strip()[:40]!r}), so nothing of it would be trained; "
@@ -217,13 +218,13 @@ def _check_text(label: str, text: str, ids: list[int], renderer: Renderer) -> tu
 
 def _lost(text: str, encoding: "Encoding", renderer: Renderer) -> tuple[Remark, ...]:
     """Compare the decoded tokens with the text, apart from blanks, and return a remark on what differs."""
-    unknown = renderer.tokenizer.unk_token_id
-    if unknown is not None and unknown in encoding.ids:
-        places = [_characters(encoding, token) for token, number in enumerate(encoding.ids) if number == unknown]
+    unknown, ids = renderer.unknown_id, encoding.ids
+    if unknown is not None and unknown in ids:
+        places = [_characters(encoding, token) for token, number in enumerate(ids) if number == unknown]
         items = dict.fromkeys(text[begin:end] for begin, end in places)
         items.pop(renderer.tokenizer.unk_token, None)
         return tuple(Remark(UNKNOWN, repr(item), "") for item in items)
-    decoded = _decoded(encoding.ids, renderer)
+    decoded = _decoded(ids, renderer)
     if decoded == text or _comparable(decoded) == _comparable(text):
         return ()
     missing = [character for character in dict.fromkeys(_comparable(text)) if character not in decoded]

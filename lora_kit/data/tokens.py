@@ -419,7 +419,8 @@ def _tokenise(
     """
     format = _format(records, data)
     if format in CONVERSATIONS:
-        _ = renderer.chat_template  # if there is none, raise once and not for every record
+        # if there is no template, raise once and not for every record; a child finds out once what it expects
+        renderer = replace(renderer, template=renderer.chat_template)
     folder, pace, tallies = spill_folder(), Pace(), dict.fromkeys(TALLIES, 0)
     arrays = {name: Growing(dtype, folder) for name, dtype in ARRAYS.items()}
     work = Tokenising(records, renderer, format, data.columns, data.sequence_length, data.overlong, data.overlap)

@@ -173,6 +173,5 @@ def test_large_tensors_go_back_to_the_system_where_nearly_all_memory_is_pooled(
     """Elsewhere each large tensor would be new memory at every step, one page fault after another."""
     calls, plain = [], ["train.steps=1", "base.dtype=bfloat16", "adapter.dropout=0"]
     monkeypatch.setattr("lora_kit.training.choices.keep_freed_memory", lambda **below: calls.append(below))
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     loop.train(load_recipe(recipe_file, [*plain, *changes]), tmp_path / "run")
     assert calls == ([{"below": LARGE}] if all_pooled and not without_c() else [])

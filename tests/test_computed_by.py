@@ -77,7 +77,7 @@ def test_a_run_begun_with_a_compiler_and_resumed_without_one_or_the_reverse_clai
     assert "exact to rounding" in printed and facts_of(half).claim.level == "rounding"
 
 
-COMPUTED_BY = {"backend": "c", "library": "0f", "compiler": "gcc 12", "cpu": "a", "cpu_caches": "b", "aten": "AVX2"}
+COMPUTED_BY = {"backend": "c", "library": "0f", "compiler": "gcc 12", "products": "amx", "cpu": "a", "aten": "AVX2"}
 
 
 @pytest.mark.parametrize("key", [*COMPUTED_BY, "ONEDNN_MAX_CPU_ISA"])

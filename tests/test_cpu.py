@@ -10,10 +10,9 @@ import pytest
 import torch
 from conftest import need_c
 
-from lora_kit.kernels.cpu import ops
+from lora_kit.kernels.cpu import build, ops
 from lora_kit.kernels.cpu.backend import Cpu
 from lora_kit.kernels.cpu.buffers import BufferPool
-from lora_kit.kernels.plain import Plain
 
 BF16, EXACT = torch.bfloat16, torch.float64
 LENGTHS = (1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 130, 300)
@@ -29,6 +28,17 @@ def c():
     """The operators in C; skip the test where they cannot be compiled."""
     need_c()
     return ops
+
+
+@pytest.fixture(params=["avx512", "amx"])
+def products(c, request):
+    """The operators, which multiply with these instructions."""
+    library = build.library()
+    if request.param == "amx" and not library.in_tiles:
+        pytest.skip("this CPU has no AMX")
+    library.kernels.use_tiles(request.param == "amx")
+    yield c
+    library.kernels.use_tiles(library.in_tiles)
 
 
 @pytest.fixture
@@ -143,7 +153,7 @@ def hold(given, lengths, scale, window):
 
 
 @pytest.mark.parametrize("seed", range(132))
-def test_attention_is_that_of_the_definition_wherever_tiles_begin_and_end(seed, c):
+def test_attention_is_that_of_the_definition_wherever_tiles_begin_and_end(seed, products):
     rng = np.random.default_rng(seed)
     lengths = tuple(map(int, rng.permutation([LENGTHS[seed % 12], *rng.choice(LENGTHS, seed % 3)])))
     width, window, heads = WIDTHS[seed % 8], WINDOWS[seed % 11], HEADS[(seed + seed // 4) % 4]
@@ -151,7 +161,7 @@ def test_attention_is_that_of_the_definition_wherever_tiles_begin_and_end(seed, 
     hold(given, lengths, scale, window)
 
 
-def test_rows_have_the_logarithm_of_their_sum(c):
+def test_rows_have_the_logarithm_of_their_sum(products):
     lengths, (query, key, *_) = (130, 33), parts((130, 33), 4, 2, 24)
     *_, sums = attended(parts(lengths, 4, 2, 24), lengths, 0.3, None)
     for first, last in ((0, 130), (130, 163)):
@@ -163,7 +173,7 @@ def test_rows_have_the_logarithm_of_their_sum(c):
 
 
 @pytest.mark.parametrize("window", [None, 40])
-def test_huge_scores_are_finite_and_right(window, c):
+def test_huge_scores_are_finite_and_right(window, products):
     lengths = (300, 33)
     given = parts(lengths, 4, 2, 64, size=12)  # scores of some hundreds
     assert (given[0][:300, 0].float() @ given[1][:300, 0].float().T * 64**-0.5).abs().max() > 400
@@ -172,7 +182,7 @@ def test_huge_scores_are_finite_and_right(window, c):
 
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("sign", [-1, 1])
-def test_rows_whose_scores_are_all_far_from_zero_are_right(sign, window, c):
+def test_rows_whose_scores_are_all_far_from_zero_are_right(sign, window, products):
     lengths = (130, 65, 1)  # padding has a score of zero: far above all others, or far below
     given = parts(lengths, 4, 2, 64)
     given[0], given[1] = given[0] * 0.25 + 8, given[1] * 0.25 + 8 * sign
@@ -182,7 +192,7 @@ def test_rows_whose_scores_are_all_far_from_zero_are_right(sign, window, c):
 
 
 @pytest.mark.parametrize("window", [None, 33])
-def test_neighbours_do_not_change_the_bits_of_an_example(window, c):
+def test_neighbours_do_not_change_the_bits_of_an_example(window, products):
     lengths = (65, 130, 33)
     given = parts(lengths, 4, 2, 24)
     alone = attended([one[65:195] for one in given], (130,), 0.3, window)
@@ -194,14 +204,14 @@ def test_neighbours_do_not_change_the_bits_of_an_example(window, c):
 
 
 @pytest.mark.parametrize("window", [None, 33])
-def test_what_comes_later_in_an_example_changes_nothing_before(window, c):
+def test_what_comes_later_in_an_example_changes_nothing_before(window, products):
     given, lengths = parts((130,), 4, 2, 24), (130,)
     changed = [torch.cat([one[:70], one[70:] * -3]) for one in given]
     assert torch.equal(attended(given, lengths, 0.3, window)[0][:70], attended(changed, lengths, 0.3, window)[0][:70])
 
 
 @pytest.mark.parametrize("place", [0, 3, 40])
-def test_a_nan_key_makes_every_row_that_sees_it_nan(place, c):
+def test_a_nan_key_makes_every_row_that_sees_it_nan(place, products):
     given = parts((70,), 2, 1, 8)
     given[1][place, 0, 0] = torch.nan
     output, *_ = attended(given, (70,), 0.3, None)
@@ -211,7 +221,7 @@ def test_a_nan_key_makes_every_row_that_sees_it_nan(place, c):
 @pytest.mark.parametrize("lengths", [(1,), (33, 64), (130, 1, 65), (300,)])
 @pytest.mark.parametrize("width", [1, 24, 136])
 @pytest.mark.parametrize("window", [None, 33])
-def test_attention_writes_all_of_its_outputs_and_nothing_else(lengths, width, window, c, request):
+def test_attention_writes_all_of_its_outputs_and_nothing_else(lengths, width, window, products, request):
     given = parts(lengths, 4, 2, width)
     expected = attended(given, lengths, 0.3, window)
     guarded = request.getfixturevalue("guarded")
@@ -283,7 +293,7 @@ def test_a_gate_however_far_from_zero_is_open_or_shut(far, tanh, c):
     [(1, 1), (2, 33), (31, 32), (64, 17), (64, 24), (50, 70), (96, 200), (40, 4100), (2730, 130), (9000, 40)],
 )
 @pytest.mark.parametrize("bias", [False, True])
-def test_sums_of_products_are_right_in_every_number(rows, inner, columns, bias, c, guarded):
+def test_sums_of_products_are_right_in_every_number(rows, inner, columns, bias, products, guarded):
     """Weights in both layouts, as contiguous tensors and as transposed views, and an odd rank."""
     few = drawn(rows, 7, seed=1)
     several = [
@@ -304,10 +314,10 @@ def test_sums_of_products_are_right_in_every_number(rows, inner, columns, bias, 
     assert inside_guards([output])
 
 
-def test_neighbours_do_not_change_the_bits_of_a_row_of_a_product(c):
+def test_neighbours_do_not_change_the_bits_of_a_row_of_a_product(products):
     x, weight = drawn(300, 96), drawn(200, 96, seed=1)
     whole = linear([(x, weight, True)])
-    for begin, end in ((0, 8), (3, 20), (100, 229), (292, 300)):
+    for begin, end in ((0, 32), (3, 40), (100, 229), (260, 300)):  # fewer rows are no tile
         assert torch.equal(linear([(x[begin:end], weight, True)]), whole[begin:end])
 
 
@@ -315,13 +325,13 @@ def test_neighbours_do_not_change_the_bits_of_a_row_of_a_product(c):
 @pytest.mark.parametrize(
     ("few", "columns"), [(1, 1), (7, 33), (8, 31), (16, 200), (48, 128), (33, 257), (130, 140), (300, 5)]
 )
-def test_products_over_rows_are_right_in_every_number(rows, few, columns, c, guarded):
+def test_products_over_rows_are_right_in_every_number(rows, few, columns, products, guarded):
     left, right = drawn(rows, few), drawn(rows, columns, seed=1)
     expected, size = left.to(EXACT).T @ right.to(EXACT), left.to(EXACT).abs().T @ right.to(EXACT).abs()
     wider = torch.full((rows, few + columns + 5), torch.nan, dtype=BF16)
     wider[:, 3 : 3 + few], wider[:, 5 + few :] = left, right
     for given in ([left, right], between_guards(guarded, [left, right]), [wider[:, 3 : 3 + few], wider[:, 5 + few :]]):
-        output = c.weight_gradient(*given)
+        output = products.weight_gradient(*given)
         assert output.shape == expected.shape and output.dtype == torch.float32
         assert ((output - expected).abs() <= 1e-6 * size).all()
     assert inside_guards([output])
@@ -388,7 +398,6 @@ def test_a_label_that_does_not_exist_gives_nan_and_leaves_its_row_unchanged(c):
 
 
 def test_products_of_few_rows_or_of_another_precision_are_left_to_torch(c, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     backend, ours, x, weight, bias = Cpu(), drawn(32, 5), drawn(32, 6), drawn(5, 6), drawn(5)
     monkeypatch.setattr(ops, "linear", lambda *_: ours)
     assert backend.linear([(x, weight, True)], bias) is ours
@@ -402,16 +411,16 @@ def test_products_of_few_rows_or_of_another_precision_are_left_to_torch(c, monke
             backend.linear(*given)
 
 
-def test_where_there_is_amx_products_are_left_to_torch_and_the_rest_is_in_c(c, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    backend, x, weight = Cpu(), drawn(64, 6), drawn(6, seed=1)
-    assert not backend.pools_memory
-    parts = [(x, drawn(5, 6), True), (x, drawn(6, 5), False)]
-    assert torch.equal(backend.linear(parts, None), Plain().linear(parts, None))
-    assert torch.equal(backend.weight_gradient(x, x), (x.T @ x).float())
-    output, inverse_rms = ops.rms_norm(x, weight, 1e-5, False)
-    monkeypatch.setattr(Plain, "rms_norm", None)
-    assert all(map(torch.equal, backend.rms_norm(x, weight, 1e-5, gemma=False), (output, inverse_rms)))
+def test_the_two_instructions_sum_in_another_order_and_each_is_named(c, monkeypatch):
+    library = build.library()
+    if not library.in_tiles:
+        pytest.skip("this CPU has no AMX")
+    left, right, found = drawn(300, 16), drawn(300, 200, seed=1), []
+    assert Cpu().identity()["products"] == "amx"
+    for wanted in (False, True):
+        assert library.kernels.use_tiles(wanted) == wanted
+        found.append(c.weight_gradient(left, right))
+    assert not torch.equal(*found) and torch.allclose(*found, rtol=1e-4, atol=1e-4)
 
 
 # wrong arguments
@@ -529,7 +538,7 @@ def test_a_profiler_shows_the_operators_by_name(c):
 # threads
 
 
-def test_a_replay_by_any_number_of_threads_has_the_same_bits(c):
+def test_a_replay_by_any_number_of_threads_has_the_same_bits(products):
     before, made = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 2, 1):

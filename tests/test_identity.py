@@ -48,7 +48,7 @@ def test_the_kernels_in_c_are_named_by_their_library_and_its_compiler():
     facts, library = identity(CPU, torch.bfloat16), build.library()
     assert facts["backend"] == "c" and library.sha256.startswith(facts["library"]) and len(facts["library"]) == 16
     version = subprocess.run(["cc", "-dumpfullversion"], capture_output=True, text=True, check=True).stdout.strip()
-    assert version in facts["compiler"]
+    assert version in facts["compiler"] and facts["products"] == ("amx" if library.in_tiles else "avx512")
 
 
 def test_the_same_compiler_makes_the_same_library(monkeypatch, tmp_path):

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
@@ -18,25 +17,32 @@ FEWEST_ROWS = 32  # rows of a product; with fewer, as in generation, packing the
 PLAIN = Plain()
 
 
+def _multiplies(x: Tensor, other: Tensor) -> bool:
+    return len(x) >= FEWEST_ROWS and x.dtype == other.dtype
+
+
 class Cpu:
-    """See `Backend`. On a CPU with AMX torch computes the products, because it is several times as fast there."""
+    """See `Backend`."""
 
     adds_adapters = False
-
-    @property
-    def pools_memory(self) -> bool:
-        """Whether products are computed here; where torch computes them, it allocates their memory."""
-        return not torch.cpu._is_amx_tile_supported()
+    pools_memory = True
 
     def identity(self) -> dict[str, str]:
-        """Return the hash of the compiled library and the compiler that made it."""
-        return {"backend": "c", "library": library().sha256[:16], "compiler": library().compiler}
+        """Return the hash of the compiled library, the compiler that made it and the instructions of its products."""
+        compiled = library()
+        instructions = "amx" if compiled.in_tiles else "avx512"
+        return {
+            "backend": "c",
+            "library": compiled.sha256[:16],
+            "compiler": compiled.compiler,
+            "products": instructions,
+        }
 
     def linear(self, products: Iterable[Product], bias: Tensor | None) -> Float[Tensor, "rows columns"]:
         """Return the sum of the products and the bias, rounded once."""
         products = iter(products)
         first = x, weight, _ = next(products)
-        if not self._multiplies(x, weight) or (bias is not None and bias.dtype != x.dtype):
+        if not _multiplies(x, weight) or (bias is not None and bias.dtype != x.dtype):
             return PLAIN.linear(chain([first], products), bias)
         inputs, weights, transposed = zip(first, *products, strict=True)
         return ops.linear(inputs, weights, transposed, bias)
@@ -45,10 +51,7 @@ class Cpu:
         self, left: Float[Tensor, "rows outputs"], right: Float[Tensor, "rows inputs"]
     ) -> Float[Tensor, "outputs inputs"]:
         """Return left.T @ right in fp32."""
-        return (ops if self._multiplies(left, right) else PLAIN).weight_gradient(left, right)
-
-    def _multiplies(self, x: Tensor, other: Tensor) -> bool:
-        return self.pools_memory and len(x) >= FEWEST_ROWS and x.dtype == other.dtype
+        return (ops if _multiplies(left, right) else PLAIN).weight_gradient(left, right)
 
     def rms_norm(
         self, rows: Float[Tensor, "rows width"], weight: Float[Tensor, "width"], epsilon: float, *, gemma: bool

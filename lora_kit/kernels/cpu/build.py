@@ -43,11 +43,13 @@ class Library:
         kernels: The functions that kernels.c exports, with their argument types.
         sha256: Hash of the library's bytes.
         compiler: Name and version of the compiler that made it.
+        in_tiles: Whether products are computed in AMX tiles instead of with AVX-512; the sums have other bits.
     """
 
     kernels: ctypes.CDLL
     sha256: str
     compiler: str
+    in_tiles: bool
 
 
 @cache
@@ -110,7 +112,8 @@ def _load(descriptor: int, source: str) -> Library:
         function.argtypes, function.restype = types, C_TYPES[result]
     compiler = ctypes.c_char_p.in_dll(kernels, "COMPILER").value or b""
     content = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
-    return Library(kernels, hashlib.sha256(content).hexdigest(), compiler.decode())
+    in_tiles = bool(kernels.use_tiles(True))
+    return Library(kernels, hashlib.sha256(content).hexdigest(), compiler.decode(), in_tiles)
 
 
 def _compile(compiler: Sequence[str], source: str) -> bytes:

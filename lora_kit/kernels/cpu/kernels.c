@@ -5,12 +5,19 @@
    `vdpbf16ps` multiplies two adjacent bf16 of each 32-bit lane and adds both products to the lane's fp32 sum. The right
    operand of a product is therefore interleaved in pairs, [pairs][lanes][2] (the VNNI layout), along the dimension that
    is summed over. Rows and columns are padded with zeros to multiples of STEP. Each output is written by one task, in an
-   order that does not depend on the number of threads, so a replay has the same bits. Strides count elements. */
+   order that does not depend on the number of threads, so a replay has the same bits. Strides count elements.
+
+   On CPUs with AMX, products are computed in tiles: `tdpbf16ps` multiplies 16 rows of 16 pairs by 16 pairs of 16 columns,
+   in the same layouts. It adds the first and the second numbers of 16 pairs separately, so its sums have other bits than
+   those of `vdpbf16ps`; `use_tiles` says which instruction computes. */
+#include <cpuid.h>
 #include <immintrin.h>
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #define EXPORT __attribute__((visibility("default"))) /* build.py reads the declarations of exported functions */
 #define UNROLLED _Pragma("GCC unroll 8")
@@ -47,9 +54,12 @@ INLINE floats rounded_to_bf16(floats value) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(value)), 16));
 }
 
-/* 2^x with a relative error of 1e-7, for x up to 127: a polynomial between -1/2 and 1/2, scaled by the integer part. */
+/* 2^x with a relative error of 1e-7, for x up to 127: a polynomial between -1/2 and 1/2, scaled by the integer part.
+   Numbers that round to zero, as those of masked scores do, are set to zero: CPUs need hundreds of cycles to round them. */
 INLINE floats exp2_floats(floats x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-200), x); /* with x as the second operand NaN stays NaN */
+    const floats least = _mm512_set1_ps(-150);
+    __mmask16 not_zero = _mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ); /* NaN stays NaN here, */
+    x = _mm512_max_ps(least, x);                                  /* and here as the second operand */
     floats integer = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), fraction = x - integer;
     floats sum = _mm512_set1_ps(1.32764710e-3f);
     sum = _mm512_fmadd_ps(sum, fraction, _mm512_set1_ps(9.67554160e-3f));
@@ -57,7 +67,7 @@ INLINE floats exp2_floats(floats x) {
     sum = _mm512_fmadd_ps(sum, fraction, _mm512_set1_ps(2.40221197e-1f));
     sum = _mm512_fmadd_ps(sum, fraction, _mm512_set1_ps(6.93146967e-1f));
     sum = _mm512_fmadd_ps(sum, fraction, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(sum, integer);
+    return _mm512_maskz_scalef_ps(not_zero, sum, integer);
 }
 
 /* Return the next `bytes` of a workspace, aligned to cache lines, and advance it. */
@@ -89,17 +99,124 @@ INLINE void clear(floats sums[ROWS][2]) {
     UNROLLED for (int row = 0; row < ROWS; row++) sums[row][0] = sums[row][1] = _mm512_setzero_ps();
 }
 
-/* Add a product to `sums` [rows][columns] in memory, whose rows are `sums_stride` apart. */
+/* A part of a sum of products: the left matrix [STEP rows][depth]. */
+struct factor {
+    const bf16 *left;
+    long stride, depth;
+};
+
+static int tiles; /* whether this process computes products in AMX tiles */
+
+#if __GNUC__ >= 11 || __clang_major__ >= 12 /* clang says that it is GNU C 4 */
+#define WITH_TILES __attribute__((target("amx-tile,amx-bf16")))
+
+/* Compute in tiles from now on if that is wanted and this CPU and system can; return whether they do. Linux gives a
+   process the tiles' registers only if it asks. */
+EXPORT int use_tiles(int wanted) {
+    enum { AMX_BF16 = 1 << 22, AMX_TILE = 1 << 24, ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILE_DATA = 18 };
+    unsigned a, b, c, d;
+    tiles = wanted && __get_cpuid_count(7, 0, &a, &b, &c, &d) && d & AMX_BF16 && d & AMX_TILE &&
+            syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA) == 0;
+    return tiles;
+}
+
+/* Set up this thread's tiles, all of 16 rows of 64 bytes. */
+WITH_TILES static void open_tiles(void) {
+    static const struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } config __attribute__((aligned(64))) = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    if (tiles) _tile_loadconfig(&config);
+}
+
+/* Let the system save this thread without its tiles again. */
+WITH_TILES static void close_tiles(void) {
+    if (tiles) _tile_release();
+}
+
+/* sums [32][32] = the sum of the factors times right, which has [depth / 2][32][2] for each factor, one after the other;
+   plus `sums` if `add`. Only the first 16 columns if not `wide`. Every depth is a multiple of STEP. */
+WITH_TILES static void multiply_tiles(float *sums, long sums_stride, int add, const struct factor *factors, int count,
+                                      const bf16 *right, long right_columns, int wide) {
+    const long right_bytes = right_columns * 2 * sizeof(bf16), sums_bytes = sums_stride * sizeof(float);
+    __asm__ volatile("" ::: "memory"); /* compilers do not know that a tile load reads memory */
+    if (add) {
+        _tile_loadd(0, sums, sums_bytes);
+        _tile_loadd(1, sums + LANES, sums_bytes);
+        _tile_loadd(2, sums + LANES * sums_stride, sums_bytes);
+        _tile_loadd(3, sums + LANES * sums_stride + LANES, sums_bytes);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (const struct factor *factor = factors; factor < factors + count; factor++) {
+        const long left_bytes = factor->stride * sizeof(bf16);
+        for (const bf16 *left = factor->left; left < factor->left + factor->depth; left += STEP) {
+            _tile_loadd(6, right, right_bytes);
+            _tile_loadd(4, left, left_bytes);
+            _tile_loadd(5, left + LANES * factor->stride, left_bytes);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(2, 5, 6);
+            if (wide) {
+                _tile_loadd(7, right + STEP, right_bytes);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            right += STEP * right_columns;
+        }
+    }
+    _tile_stored(0, sums, sums_bytes);
+    _tile_stored(1, sums + LANES, sums_bytes);
+    _tile_stored(2, sums + LANES * sums_stride, sums_bytes);
+    _tile_stored(3, sums + LANES * sums_stride + LANES, sums_bytes);
+    __asm__ volatile("" ::: "memory");
+}
+#else
+EXPORT int use_tiles(int wanted) { return 0; }
+static void open_tiles(void) {}
+static void close_tiles(void) {}
+static void multiply_tiles(float *sums, long sums_stride, int add, const struct factor *factors, int count,
+                           const bf16 *right, long right_columns, int wide) {}
+#endif
+
+INLINE void load_sums(floats sums[ROWS][2], const float *source, long stride) {
+    UNROLLED for (int row = 0; row < ROWS; row++) {
+        sums[row][0] = _mm512_loadu_ps(source + row * stride);
+        sums[row][1] = _mm512_loadu_ps(source + row * stride + LANES);
+    }
+}
+
+/* Set `sums` to rows `row` to `row` + 7 of left [32][depth] times right [depth / 2][32][2]. `block` [32][32] holds the
+   product from the call with row 0 on, if tiles compute it. */
+INLINE void product_rows(floats sums[ROWS][2], float *block, long row, const bf16 *left, long stride, const bf16 *right,
+                         long right_columns, long depth) {
+    if (tiles) {
+        struct factor factor = {left, stride, depth};
+        if (!row) multiply_tiles(block, STEP, 0, &factor, 1, right, right_columns, 1);
+        load_sums(sums, block + row * STEP, STEP);
+    } else {
+        clear(sums);
+        multiply(sums, left + row * stride, stride, 2, right, right_columns, depth / 2, 1);
+    }
+}
+
+/* Add a product to `sums` [rows][columns] in memory, whose rows are `sums_stride` apart. For tiles `pair_stride` is 2 and
+   all sizes are multiples of STEP. */
 static void add_product(float *sums, long sums_stride, const bf16 *left, long row_stride, long pair_stride,
                         const bf16 *right, long right_columns, long rows, long columns, long pairs) {
     for (long column = 0; column < columns; column += STEP)
-        for (long row = 0; row < rows; row += ROWS) {
+        for (long row = 0; row < rows; row += tiles ? STEP : ROWS) {
             float *target = sums + row * sums_stride + column;
-            floats tile[ROWS][2];
-            UNROLLED for (int r = 0; r < ROWS; r++) {
-                tile[r][0] = _mm512_loadu_ps(target + r * sums_stride);
-                tile[r][1] = _mm512_loadu_ps(target + r * sums_stride + LANES);
+            if (tiles) {
+                struct factor factor = {left + row * row_stride, row_stride, 2 * pairs};
+                multiply_tiles(target, sums_stride, 1, &factor, 1, right + column * 2, right_columns, 1);
+                continue;
             }
+            floats tile[ROWS][2];
+            load_sums(tile, target, sums_stride);
             multiply(tile, left + row * row_stride, row_stride, pair_stride, right + column * 2, right_columns, pairs, 1);
             UNROLLED for (int r = 0; r < ROWS; r++) {
                 _mm512_storeu_ps(target + r * sums_stride, tile[r][0]);
@@ -110,12 +227,18 @@ static void add_product(float *sums, long sums_stride, const bf16 *left, long ro
 
 /* Copy rows [rows][columns] into `target` [padded rows][padded columns]. */
 static void copy_padded(bf16 *target, const bf16 *source, long stride, long rows, long columns) {
-    long padded_columns = padded(columns);
-    memset(target + rows * padded_columns, 0, (padded(rows) - rows) * padded_columns * sizeof(bf16));
-    for (long row = 0; row < rows; row++) {
-        memcpy(target + row * padded_columns, source + row * stride, columns * sizeof(bf16));
-        memset(target + row * padded_columns + columns, 0, (padded_columns - columns) * sizeof(bf16));
-    }
+    for (long row = 0; row < padded(rows); row++)
+        for (long column = 0; column < columns; column += STEP, target += STEP) {
+            __mmask32 mask = row >= rows ? 0 : columns - column >= STEP ? ~0u : (1u << (columns - column)) - 1;
+            _mm512_storeu_si512(target, _mm512_maskz_loadu_epi16(mask, source + row * stride + column));
+        }
+}
+
+/* Interleave 16 columns of a pair of rows. */
+INLINE void interleave(bf16 *target, const bf16 *even_row, const bf16 *odd_row, __mmask16 mask, __mmask16 mask_odd) {
+    __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, even_row));
+    __m512i odd = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask_odd, odd_row));
+    _mm512_storeu_si512(target, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
 }
 
 /* Interleave pairs of rows: [rows][columns] becomes [rows / 2][padded columns][2]. */
@@ -125,10 +248,7 @@ static void interleave_rows(bf16 *target, const bf16 *source, long stride, long 
         for (long column = 0; column < padded_columns; column += LANES) {
             const bf16 *from = source + row * stride + column;
             __mmask16 mask = first_lanes(columns - column), mask_odd = row + 1 < rows ? mask : 0;
-            __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
-            __m512i odd = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask_odd, from + stride));
-            __m512i both = _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
-            _mm512_storeu_si512(target + row * padded_columns + column * 2, both);
+            interleave(target + row * padded_columns + column * 2, from, from + stride, mask, mask_odd);
         }
 }
 
@@ -194,7 +314,7 @@ INLINE __mmask16 visible_queries(long query, long key, long window) {
 EXPORT long attention_workspace(long longest, long head_dim) {
     long rows = padded(longest), columns = padded(head_dim);
     long of_example = rows * columns * (9 * sizeof(bf16) + 4 * sizeof(float)) + rows * 2 * sizeof(float);
-    return of_example + TILE * (2 * columns + 2 * TILE) * sizeof(float);
+    return of_example + TILE * (2 * columns + 2 * TILE) * sizeof(float) + 2 * STEP * STEP * sizeof(float);
 }
 
 /* Multiply rows of sums [rows][padded columns] by `scale` and store them, rounded, in `target`. */
@@ -289,6 +409,7 @@ static void attend_backward(const struct attention *all, long begin, long count,
     float *logsumexp = allocate(&workspace, rows * 4), *delta = allocate(&workspace, rows * 4);
     bf16 *probs = allocate(&workspace, TILE * TILE * 2), *grad_scores = allocate(&workspace, TILE * TILE * 2);
     bf16 *grad_scores_interleaved = allocate(&workspace, TILE * TILE * 2);
+    float *score_block = allocate(&workspace, STEP * STEP * 4), *grad_block = allocate(&workspace, STEP * STEP * 4);
     const floats scales = _mm512_set1_ps(all->scale * LOG2_E);
     copy_padded(keys, all->key + begin * key_stride + key_head * dim, key_stride, count, dim);
     copy_padded(values, all->value + begin * key_stride + key_head * dim, key_stride, count, dim);
@@ -323,9 +444,10 @@ static void attend_backward(const struct attention *all, long begin, long count,
                 for (long column = 0; column < tile_queries; column += STEP)
                     for (long row = 0; row < minimum(tile_keys, query + column + STEP - key); row += ROWS) {
                         floats sums[ROWS][2], prob[ROWS][2];
-                        clear(sums);
-                        multiply(sums, keys + (key + row) * columns, columns, 2,
-                                 queries_transposed + (query + column) * 2, rows, columns / 2, 1);
+                        const long block = row / STEP * STEP, in_block = row % STEP, left = (key + block) * columns;
+                        const long right = (query + column) * 2;
+                        product_rows(sums, score_block, in_block, keys + left, columns, queries_transposed + right, rows,
+                                     columns);
                         UNROLLED for (int r = 0; r < ROWS; r++)
                             UNROLLED for (int i = 0; i < 2; i++) {
                                 long first = query + column + i * LANES;
@@ -335,9 +457,8 @@ static void attend_backward(const struct attention *all, long begin, long count,
                                 prob[r][i] = _mm512_maskz_mov_ps(visible, power);
                                 store(probs + (row + r) * TILE + column + i * LANES, 0xffff, prob[r][i]);
                             }
-                        clear(sums);
-                        multiply(sums, values + (key + row) * columns, columns, 2,
-                                 grads_transposed + (query + column) * 2, rows, columns / 2, 1);
+                        product_rows(sums, grad_block, in_block, values + left, columns, grads_transposed + right, rows,
+                                     columns);
                         UNROLLED for (int r = 0; r < ROWS; r++)
                             UNROLLED for (int i = 0; i < 2; i++) {
                                 floats delta_part = _mm512_loadu_ps(delta + query + column + i * LANES);
@@ -374,7 +495,9 @@ INLINE void for_each_example(const struct attention *all,
     for (long task = 0; task < examples * all->key_heads; task++) {
         const int32_t *tile = tiles + task / all->key_heads * 3;
         char *own = workspaces + omp_get_thread_num() * workspace;
+        open_tiles();
         compute(all, tile[0], tile[2] - tile[0], task % all->key_heads, own);
+        close_tiles();
     }
 }
 
@@ -401,101 +524,250 @@ EXPORT void attention_backward(const bf16 *grad_output, const bf16 *query, const
 
 enum { PANEL_BYTES = 1 << 19, CHUNK = 64 }; /* bytes of packed weight and rows of x that stay in the L2 cache */
 enum { SPLIT_ROWS = 128 }; /* fewest rows per task when several tasks pack the same panel: packing must pay */
+enum { TILES_BYTES = 1 << 20, TILES_PANELS = 8, TILES_MOST_PANELS = 16, SLICE = 256 }; /* the same for tiles; CPUs with AMX have 2 MiB */
 
-/* Copy a panel, 32 columns of a weight from `column` on, in the VNNI layout [inner / 2][32][2], padded with zeros. The
-   weight is [columns][inner] if `transposed`, as nn.Linear keeps it, else [inner][columns]. */
-static void pack(bf16 *target, const bf16 *weight, long inner, int transposed, long column, long columns) {
-    long panel_columns = minimum(STEP, columns - column);
-    if (!transposed) {
-        interleave_rows(target, weight + column, columns, inner, panel_columns);
-        return;
+/* The arguments of `linear`. */
+struct linear {
+    const bf16 *const *x;
+    const long *x_stride;
+    const bf16 *const *weight;
+    const long *inner;
+    const int *transposed;
+    int count;
+    const bf16 *bias;
+    bf16 *output;
+    long rows, columns;
+};
+
+/* How the tasks of `linear` divide a product: `groups` of `together` panels, `splits` of `task_rows` rows, and for tiles
+   `passes` over those, which sum `depth` numbers each. A panel is 32 columns. */
+struct division {
+    long panels, together, groups, splits, task_rows, passes, depth;
+};
+
+/* The columns `begin` to `end` of a product's x, and the same rows of its weight. */
+struct piece {
+    int product;
+    long begin, end;
+};
+
+static long ceiling(long count, long divisor) { return (count + divisor - 1) / divisor; }
+
+/* A pass of tiles has as many packed weights as fit the cache. With many summands there are several passes, whose sums
+   stay in the cache too; one pass with fewer columns would read x more often. */
+static struct division divide(const long *inner, int count, long rows, long columns, int threads) {
+    struct division to = {.panels = ceiling(columns, STEP), .passes = 1};
+    long total = 0;
+    for (int i = 0; i < count; i++) total += padded(inner[i]);
+    to.depth = total;
+    if (!tiles || rows < STEP) {
+        to.together = maximum(1, minimum(4, PANEL_BYTES / (total * STEP * 2)));
+        to.together = maximum(1, minimum(to.together, to.panels * maximum(1, rows / SPLIT_ROWS) / threads));
+        to.groups = ceiling(to.panels, to.together);
+        to.splits = maximum(1, minimum(rows / SPLIT_ROWS, 4 * threads / to.groups));
+        to.task_rows = ceiling(ceiling(rows, to.splits), ROWS) * ROWS;
+        return to;
     }
-    const bf16 *from = weight + column * inner;
-    long in_blocks = panel_columns / LANES * LANES, pairs_in_blocks = inner / 2 / LANES * LANES;
-    transpose(target, STEP, from, inner / 2, in_blocks, pairs_in_blocks);
-    for (long i = 0; i < STEP; i++)
-        for (long pair = i < in_blocks ? pairs_in_blocks : 0; pair < inner / 2; pair++)
-            for (int k = 0; k < 2; k++)
-                target[(pair * STEP + i) * 2 + k] = i < panel_columns ? from[i * inner + 2 * pair + k] : 0;
+    to.together = minimum(TILES_MOST_PANELS, maximum(TILES_PANELS, TILES_BYTES / (total * STEP * 2)));
+    to.groups = ceiling(to.panels, to.together);
+    if (to.groups > 1) to.groups = ceiling(to.groups, threads) * threads;
+    to.together = ceiling(to.panels, to.groups);
+    to.passes = ceiling(total, TILES_BYTES / (to.together * STEP * 2) / STEP * STEP);
+    to.depth = padded(ceiling(total, to.passes));
+    to.splits = maximum(1, minimum(rows / SPLIT_ROWS, ceiling(2 * threads, to.groups)));
+    if (to.passes > 1) to.splits = maximum(to.splits, ceiling(rows * to.together * STEP * sizeof(float), TILES_BYTES));
+    to.task_rows = padded(ceiling(rows, to.splits));
+    return to;
 }
 
-/* Return the bytes of workspace that a thread needs for products whose inner sizes add up to `inner`. */
-EXPORT long linear_workspace(long inner) { return maximum(PANEL_BYTES, inner * STEP * sizeof(bf16)) + 64; }
+/* Copy the panels `first` to `last` of a weight in the VNNI layout [padded depth / 2][32][2], padded with zeros; panels are
+   `panel_size` apart. The weight is [columns][inner] if `transposed`, as nn.Linear keeps it, else [inner][columns]. */
+static void pack(bf16 *target, long panel_size, const struct linear *all, struct piece piece, long first, long last) {
+    const bf16 *weight = all->weight[piece.product];
+    long columns = all->columns, inner = all->inner[piece.product], depth = piece.end - piece.begin;
+    for (long pair = 0; pair < padded(depth) / 2 && !all->transposed[piece.product]; pair++)
+        for (long panel = first; panel < last; panel++)
+            for (long i = 0; i < STEP; i += LANES) {
+                const bf16 *from = weight + (piece.begin + 2 * pair) * columns + panel * STEP + i;
+                __mmask16 mask = 2 * pair < depth ? first_lanes(columns - panel * STEP - i) : 0;
+                interleave(target + (panel - first) * panel_size + (pair * STEP + i) * 2, from, from + columns, mask, mask);
+            }
+    for (long panel = first; panel < last && all->transposed[piece.product]; panel++, target += panel_size) {
+        const bf16 *from = weight + panel * STEP * inner + piece.begin;
+        long panel_columns = minimum(STEP, columns - panel * STEP), pairs = depth / 2;
+        long in_blocks = panel_columns / LANES * LANES, pairs_in_blocks = pairs / LANES * LANES;
+        transpose(target, STEP, from, inner / 2, in_blocks, pairs_in_blocks);
+        for (long i = 0; i < STEP; i++)
+            for (long pair = i < in_blocks ? pairs_in_blocks : 0; pair < padded(depth) / 2; pair++)
+                for (int k = 0; k < 2; k++)
+                    target[(pair * STEP + i) * 2 + k] = i < panel_columns && pair < pairs ? from[i * inner + 2 * pair + k] : 0;
+    }
+}
+
+/* Round sums of 8 rows and 32 columns from `row` and `column` on, plus the bias, and store them in the output. */
+INLINE void store_sums(const struct linear *all, floats sums[ROWS][2], long row, long column) {
+    UNROLLED for (int r = 0; r < ROWS; r++)
+        UNROLLED for (int i = 0; i < 2; i++) {
+            long first = column + i * LANES;
+            __mmask16 mask = first_lanes(all->columns - first);
+            floats sum = sums[r][i];
+            if (all->bias) sum += load(all->bias + first, mask);
+            store(all->output + (row + r) * all->columns + first, mask, sum);
+        }
+}
+
+/* Compute the output of 64 rows from `chunk` on, at most up to row `end`, and one panel. */
+static void linear_chunk(const struct linear *all, const bf16 *packed, long chunk, long end, long column) {
+    for (long row = chunk; row < minimum(end, chunk + CHUNK); row += ROWS) {
+        long from = minimum(row, all->rows - ROWS); /* the last rows are computed twice */
+        const bf16 *right = packed;
+        floats sums[ROWS][2];
+        clear(sums);
+        for (int i = 0; i < all->count; right += padded(all->inner[i++]) * STEP) {
+            const bf16 *left = all->x[i] + from * all->x_stride[i];
+            if (all->columns - column > LANES) /* two calls, so that `wide` is a constant in each */
+                multiply(sums, left, all->x_stride[i], 2, right, STEP, all->inner[i] / 2, 1);
+            else
+                multiply(sums, left, all->x_stride[i], 2, right, STEP, all->inner[i] / 2, 0);
+        }
+        store_sums(all, sums, from, column);
+    }
+}
+
+/* Set the factors of 32 rows from `row` on; return their number. Where a depth is no multiple of STEP, its end is copied
+   to `ends` [pieces][32][32] and padded with zeros. */
+static int factors_of(const struct linear *all, const struct piece *pieces, int count, long row, bf16 *ends,
+                      struct factor *factors) {
+    int found = 0;
+    for (int i = 0; i < count; i++, ends += STEP * STEP) {
+        long stride = all->x_stride[pieces[i].product], depth = pieces[i].end - pieces[i].begin;
+        long complete = depth / STEP * STEP;
+        const bf16 *left = all->x[pieces[i].product] + row * stride + pieces[i].begin;
+        if (complete) factors[found++] = (struct factor){left, stride, complete};
+        if (complete == depth) continue;
+        copy_padded(ends, left + complete, stride, STEP, depth - complete);
+        factors[found++] = (struct factor){ends, STEP, STEP};
+    }
+    return found;
+}
+
+/* Set the pieces that are summed from number `begin` to number `end`, counted with padding; return how many there are. */
+static int pieces_of(const struct linear *all, long begin, long end, struct piece *pieces) {
+    int found = 0;
+    for (int i = 0; i < all->count; begin -= padded(all->inner[i]), end -= padded(all->inner[i]), i++) {
+        struct piece piece = {i, maximum(0, begin), minimum(all->inner[i], end)};
+        if (piece.begin < piece.end) pieces[found++] = piece;
+    }
+    return found;
+}
+
+/* Return the bytes of workspace that a thread needs for `count` products whose inner sizes add up to `inner`. */
+EXPORT long linear_workspace(long inner, int count) {
+    long total = inner + count * STEP;
+    if (tiles) return TILES_BYTES + TILES_BYTES + count * STEP * STEP * sizeof(bf16) + 64 * 4;
+    return maximum(PANEL_BYTES, total * STEP * sizeof(bf16)) + 64;
+}
 
 /* output [rows][columns] = the sum of `count` products x [rows][inner] times weight, plus the bias unless it is NULL.
    Every inner is even and there are at least ROWS rows. */
 EXPORT void linear(const bf16 *const *x, const long *x_stride, const bf16 *const *weight, const long *inner,
                    const int *transposed, int count, const bf16 *bias, bf16 *output, long rows, long columns,
                    char *workspaces, long workspace, int threads) {
-    long total = 0;
-    for (int i = 0; i < count; i++) total += inner[i];
-    long panels = (columns + STEP - 1) / STEP, together = maximum(1, minimum(4, PANEL_BYTES / (total * STEP * 2)));
-    together = maximum(1, minimum(together, panels * maximum(1, rows / SPLIT_ROWS) / threads));
-    long groups = (panels + together - 1) / together;
-    long splits = maximum(1, minimum(rows / SPLIT_ROWS, 4 * threads / groups));
-    long task_rows = ((rows + splits - 1) / splits + ROWS - 1) / ROWS * ROWS;
+    const struct linear all = {x, x_stride, weight, inner, transposed, count, bias, output, rows, columns};
+    const struct division to = divide(inner, count, rows, columns, threads);
+    const int in_tiles = tiles && rows >= STEP;
+    long total = 0; /* summands of an output, with padding */
+    for (int i = 0; i < count; i++) total += padded(inner[i]);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (long task = 0; task < groups * splits; task++) {
-        bf16 *packed = (bf16 *)(workspaces + omp_get_thread_num() * workspace);
-        long begin = task / groups * task_rows, end = minimum(rows, begin + task_rows);
-        long first = task % groups * together, last = minimum(panels, first + together);
-        if (begin >= end) continue;
-        bf16 *target = packed;
-        for (long panel = first; panel < last; panel++)
-            for (int i = 0; i < count; target += inner[i++] * STEP)
-                pack(target, weight[i], inner[i], transposed[i], panel * STEP, columns);
-        for (long chunk = begin; chunk < end; chunk += CHUNK)
-            for (long panel = first; panel < last; panel++)
-                for (long row = chunk; row < minimum(end, chunk + CHUNK); row += ROWS) {
-                    long from = row + ROWS <= rows ? row : rows - ROWS; /* the last rows are computed twice */
-                    const bf16 *right = packed + (panel - first) * total * STEP;
-                    floats sums[ROWS][2];
-                    clear(sums);
-                    for (int i = 0; i < count; right += inner[i++] * STEP) {
-                        const bf16 *left = x[i] + from * x_stride[i];
-                        if (columns - panel * STEP > LANES) /* two calls, so that `wide` is a constant in each */
-                            multiply(sums, left, x_stride[i], 2, right, STEP, inner[i] / 2, 1);
-                        else
-                            multiply(sums, left, x_stride[i], 2, right, STEP, inner[i] / 2, 0);
-                    }
-                    UNROLLED for (int r = 0; r < ROWS; r++)
-                        UNROLLED for (int i = 0; i < 2; i++) {
-                            long column = panel * STEP + i * LANES;
-                            __mmask16 mask = first_lanes(columns - column);
-                            floats sum = sums[r][i];
-                            if (bias) sum += load(bias + column, mask);
-                            store(output + (from + r) * columns + column, mask, sum);
+    for (long task = 0; task < to.groups * to.splits; task++) {
+        long begin = task / to.groups * to.task_rows, end = minimum(rows, begin + to.task_rows);
+        long first = task % to.groups * to.together, last = minimum(to.panels, first + to.together);
+        if (begin >= end || first >= last) continue;
+        char *own = workspaces + omp_get_thread_num() * workspace;
+        bf16 *ends = in_tiles ? allocate(&own, count * STEP * STEP * sizeof(bf16)) : NULL;
+        float *blocks = in_tiles ? allocate(&own, TILES_BYTES) : NULL;
+        bf16 *packed = allocate(&own, 0);
+        struct piece pieces[count];
+        struct factor factors[2 * count];
+        open_tiles();
+        for (long pass = 0; pass < to.passes; pass++) {
+            const long low = pass * to.depth, high = minimum(total, low + to.depth);
+            int found = pieces_of(&all, low, high, pieces);
+            bf16 *target = packed;
+            for (int i = 0; i < found; target += padded(pieces[i].end - pieces[i].begin) * STEP, i++)
+                pack(target, (high - low) * STEP, &all, pieces[i], first, last);
+            if (!in_tiles) {
+                for (long chunk = begin; chunk < end; chunk += CHUNK)
+                    for (long panel = first; panel < last; panel++)
+                        linear_chunk(&all, packed + (panel - first) * total * STEP, chunk, end, panel * STEP);
+                continue;
+            }
+            for (long chunk = begin; chunk < end; chunk += STEP) {
+                const long row = minimum(chunk, rows - STEP); /* the last rows are computed twice */
+                float *sums = blocks + (to.passes > 1 ? (chunk - begin) * to.together * STEP : 0);
+                for (long from = low; from < high; from += SLICE) {
+                    found = pieces_of(&all, from, minimum(high, from + SLICE), pieces);
+                    int factor_count = factors_of(&all, pieces, found, row, ends, factors);
+                    for (long panel = first; panel < last; panel++) {
+                        const bf16 *right = packed + ((panel - first) * (high - low) + from - low) * STEP;
+                        float *block = sums + (panel - first) * STEP * STEP;
+                        int wide = columns - panel * STEP > LANES;
+                        multiply_tiles(block, STEP, from > 0, factors, factor_count, right, STEP, wide);
+                        for (long r = 0; r < STEP && from + SLICE >= total; r += ROWS) {
+                            floats part[ROWS][2];
+                            load_sums(part, block + r * STEP, STEP);
+                            store_sums(&all, part, row + r, panel * STEP);
                         }
+                    }
                 }
+            }
+        }
+        close_tiles();
     }
 }
 
-enum { BLOCK_COLUMNS = 4 * STEP, BLOCK_ROWS = 2 * CHUNK }; /* most columns and rows that a task multiplies at once */
+enum { BLOCK_ROWS = 2 * CHUNK }; /* most rows that a task multiplies at once */
+
+/* Return the most columns that a task multiplies at once. */
+static long block_columns(void) { return tiles ? 16 * STEP : 4 * STEP; }
 
 /* Return the bytes of workspace that a thread needs for a gradient of `outputs` rows. */
 EXPORT long weight_gradient_workspace(long outputs) {
-    return BLOCK_ROWS * (BLOCK_COLUMNS + padded(outputs)) * sizeof(bf16) + padded(outputs) * BLOCK_COLUMNS * sizeof(float);
+    long rows = padded(outputs), columns = block_columns();
+    return BLOCK_ROWS * (columns + 2 * rows) * sizeof(bf16) + rows * columns * sizeof(float);
 }
 
 /* gradient [outputs][inputs] = transposed left times right, for left [rows][outputs] and right [rows][inputs]. */
 EXPORT void weight_gradient(const bf16 *left, long left_stride, const bf16 *right, long right_stride, float *gradient,
                             long rows, long outputs, long inputs, char *workspaces, long workspace, int threads) {
-    long padded_outputs = padded(outputs), block = minimum(BLOCK_COLUMNS, padded((inputs + threads - 1) / threads));
+    long padded_outputs = padded(outputs), block = minimum(block_columns(), padded((inputs + threads - 1) / threads));
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (long begin = 0; begin < inputs; begin += block) {
         long columns = minimum(block, inputs - begin), padded_columns = padded(columns);
         char *own = workspaces + omp_get_thread_num() * workspace;
         bf16 *right_pairs = allocate(&own, BLOCK_ROWS * padded_columns * sizeof(bf16));
         bf16 *left_pairs = allocate(&own, BLOCK_ROWS * padded_outputs * sizeof(bf16));
+        bf16 *left_rows = allocate(&own, tiles ? BLOCK_ROWS * padded_outputs * sizeof(bf16) : 0);
         float *sums = allocate(&own, padded_outputs * padded_columns * sizeof(float));
+        open_tiles();
         memset(sums, 0, padded_outputs * padded_columns * sizeof(float));
         for (long chunk = 0; chunk < rows; chunk += BLOCK_ROWS) {
             long count = minimum(BLOCK_ROWS, rows - chunk);
             interleave_rows(left_pairs, left + chunk * left_stride, left_stride, count, outputs);
             interleave_rows(right_pairs, right + chunk * right_stride + begin, right_stride, count, columns);
+            if (tiles) {
+                long done = (count + 1) / 2 * 2, missing = padded(count) - done; /* rows of zeros up to a multiple of 32 */
+                memset(left_pairs + done * padded_outputs, 0, missing * padded_outputs * sizeof(bf16));
+                memset(right_pairs + done * padded_columns, 0, missing * padded_columns * sizeof(bf16));
+                transpose(left_rows, BLOCK_ROWS / 2, left_pairs, padded_outputs, padded(count) / 2, padded_outputs);
+                add_product(sums, padded_columns, left_rows, BLOCK_ROWS, 2, right_pairs, padded_columns, padded_outputs,
+                            padded_columns, padded(count) / 2);
+                continue;
+            }
             add_product(sums, padded_columns, left_pairs, 2, 2 * padded_outputs, right_pairs, padded_columns,
                         (outputs + ROWS - 1) / ROWS * ROWS, padded_columns, (count + 1) / 2);
         }
+        close_tiles();
         for (long row = 0; row < outputs; row++)
             memcpy(gradient + row * inputs + begin, sums + row * padded_columns, columns * sizeof(float));
     }

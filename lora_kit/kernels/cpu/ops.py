@@ -107,7 +107,7 @@ def linear(x: Sequence[Tensor], weight: Sequence[Tensor], transposed: Sequence[b
     x, weight, transposed = zip(*prepared, strict=True)
     bias = None if bias is None else bias.contiguous()
     count, threads, kernels = len(prepared), torch.get_num_threads(), library().kernels
-    size = kernels.linear_workspace(sum(tensor.shape[1] for tensor in x))
+    size = kernels.linear_workspace(sum(tensor.shape[1] for tensor in x), count)
     output, workspace, pointers = pool.empty(rows, columns), pool.workspace(threads * size), ctypes.c_void_p * count
     kernels.linear(
         pointers(*[tensor.data_ptr() for tensor in x]),

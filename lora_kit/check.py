@@ -217,7 +217,8 @@ def _bars(lengths: list[tuple[int, int, int]]) -> Iterator[str]:
         yield "tokens of an example:"
     for shortest, longest, count in lengths:
         bar = "#" * -(-BAR * count // most)
-        yield f"  {shortest:>{width},} to {longest:>{width},} {bar:{BAR}} {count:,}".rstrip()
+        end = f"to {longest:>{width},} " if longest > shortest else ""
+        yield f"  {shortest:>{width},} {end}{bar:{BAR}} {count:,}".rstrip()
 
 
 def _line(name: str, values: Mapping[str, Any]) -> Text:

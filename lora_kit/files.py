@@ -125,7 +125,7 @@ def remembered_sha256(path: Path) -> str:
                 digest = sha256_of(real)
                 os.close(folder.write(key, digest.encode()))
     except OSError as error:  # the cache is optional
-        warnings.warn(f"hashes of files are not remembered: {error}", stacklevel=3)
+        warnings.warn(f"hashes of large files are not remembered: {error}", stacklevel=3)
     return digest or sha256_of(real)
 
 

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from lora_kit.data.formats import to_example
 from lora_kit.data.remarks import CHANGED, CONTROL, HISTORY, TRIMMED
 from lora_kit.data.rendering import Renderer
-from lora_kit.data.template import attempt, tokenize_all
+from lora_kit.data.template import Tokenized, attempt, tokenize_all
 from lora_kit.errors import DataError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -290,7 +290,7 @@ def wrong(
             if thought[1].strip() != expected.strip() and (thought[1].strip() or HISTORY not in remarks):
                 return f"reasoning {thought[1]!r} for {expected!r}"
             rest, content = rest[thought.end() :], block[2] if block else content
-        elif reasoning or in_content:
+        elif reasoning.strip() or in_content:
             if HISTORY not in remarks or (template.thought != r"(?!)" and index > last_user):
                 return f"no reasoning in {run!r}"
             content = block[2] if block else content
@@ -357,7 +357,8 @@ def examine(made: list[dict[str, Any]], template: Template) -> tuple[Counter[str
     """Tokenise records and return the counts of what happened, and what is wrong."""
     counts, faults = Counter[str](), list[str]()
     examples = [attempt(lambda one: to_example(one, "messages", {}), one) for one in made]
-    for one, result in zip(made, tokenize_all(examples, template.renderer), strict=True):
+    results = tokenize_all(examples, template.renderer)
+    for one, result in zip(made, results, strict=True):
         if isinstance(result, DataError):
             message = re.sub(r"\d+|'.*?'|\".*\"", "_", str(result))[:60]
             answered = any(map(is_trained, one["messages"]))
@@ -371,7 +372,40 @@ def examine(made: list[dict[str, Any]], template: Template) -> tuple[Counter[str
         counts.update(f"noted: {remark[:60]}" for remark in remarks & {CHANGED, CONTROL, HISTORY, TRIMMED})
         if fault := wrong(one, decoded, remarks, template, merged=result.merged):
             faults.append(f"{fault}: {json.dumps(one)}")
+    for changes, check in (({"train_on": "last"}, last_only), ({"reasoning": "mask"}, without_reasoning)):
+        others = tokenize_all(examples, replace(template.renderer, **changes))
+        for one, result, other in zip(made, results, others, strict=True):
+            fault = None
+            if isinstance(result, DataError):  # with fewer answers it may be trained
+                continue
+            if not isinstance(other, DataError):
+                fault = check(one, result, other, template.renderer.tokenizer)
+            elif "no token of this example is trained" not in str(other):
+                fault = str(other)
+            if fault:
+                faults.append(f"{changes}: {fault}: {json.dumps(one)}")
     return counts, faults
+
+
+def last_only(made: dict[str, Any], result: Tokenized, last: Tokenized, tokenizer: Any) -> str | None:
+    """Return what is wrong if only the last answer is trained."""
+    every, only = (runs(each.ids, each.trained, tokenizer) for each in (result, last))
+    trained, single = ([text for text, mark in each if mark] for each in (every, only))
+    return None if single == trained[-1:] and result.ids == last.ids else f"{single} for {trained[-1:]}"
+
+
+def without_reasoning(made: dict[str, Any], result: Tokenized, masked: Tokenized, tokenizer: Any) -> str | None:
+    """Return what is wrong if reasoning is masked: the tokens that are no longer trained must be reasoning."""
+    fewer = [before and not after for before, after in zip(result.trained, masked.trained, strict=True)]
+    pieces = [text for text, mark in runs(result.ids, fewer, tokenizer) if mark]
+    texts = [reasoning_of(turn) for turn in made["messages"]]
+    texts += [
+        found[1] for turn in made["messages"] if (found := re.match(r"\s*<think>(.*?)</think>", turn["content"], re.S))
+    ]
+    known = [normalize("NFC", "".join(text.split())) for text in texts]
+    wrongs = [piece for piece in pieces if normalize("NFC", "".join(piece.split())) not in known]
+    more = any(after and not before for before, after in zip(result.trained, masked.trained, strict=True))
+    return f"{wrongs} masked, {more} more" if wrongs or more else None
 
 
 def own_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

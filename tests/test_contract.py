@@ -36,6 +36,7 @@ def resume(recipe_file, run, *changes, accept=()):
         ("train.seed=5", "train.seed"),
         ("base.dtype=bfloat16", "base.dtype"),
         ("objective.train_on=all", "fingerprints.train"),
+        ("objective.reasoning=mask", "objective.reasoning"),
         ("data.max_examples=20", "fingerprints.train"),
     ],
 )

@@ -314,6 +314,19 @@ def test_sums_of_products_are_right_in_every_number(rows, inner, columns, bias, 
     assert inside_guards([output])
 
 
+def test_sums_of_several_passes_stay_inside_their_memory(products):
+    """One thread, 6 panels of columns and two passes: most rows of a task that tiles keep sums of."""
+    x, weight, threads = drawn(2730, 2750), drawn(180, 2750, seed=1), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        output = linear([(x, weight, True)])
+    finally:
+        torch.set_num_threads(threads)
+    expected = x.to(EXACT) @ weight.to(EXACT).T
+    size = x.to(EXACT).abs() @ weight.to(EXACT).abs().T
+    assert ((output.to(EXACT) - expected).abs() <= 1.01 * 2**-8 * expected.abs() + 1e-6 * size).all()
+
+
 def test_neighbours_do_not_change_the_bits_of_a_row_of_a_product(products):
     x, weight = drawn(300, 96), drawn(200, 96, seed=1)
     whole = linear([(x, weight, True)])

@@ -128,6 +128,7 @@ BROKEN = [
     Broken("NaN in arguments", {"d.jsonl": CALL % b'{"a": NaN}'}, ("d.jsonl:1: NaN is not JSON", "write null or a string")),
     Broken("number without an end", {"d.jsonl": CALL % b'{"a": 1e999}'}, ("d.jsonl:1: the number 1e999 is too large", "write it as a string")),
     Broken("NaN in arguments as a string", {"d.jsonl": CALL % b'"{\\"a\\": -Infinity}"'}, ("d.jsonl:1: messages[1].tool_calls[0].function.arguments", "-Infinity is not JSON", "write null")),
+    Broken("no JSON in arguments", {"d.jsonl": CALL % b'"x=1"'}, ("d.jsonl:1: messages[1].tool_calls[0].function.arguments is not JSON", "expected an object")),
     Broken("number of 5,000 digits", {"d.jsonl": GOOD + GOOD[:-2] + b', "id": ' + b"1" * 5000 + b"}\n"}, ("d.jsonl:2: a number has 5,000 digits", "write it as a string")),
     Broken("huge number in arguments as a string", {"d.jsonl": CALL % (b'"{\\"a\\": ' + b"1" * 5000 + b'}"')}, ("d.jsonl:1: messages[1]", "5,000 digits", "write it as a string")),
     Broken("deep nesting", {"d.jsonl": GOOD + nested(20_000)}, ("d.jsonl:2: lists and objects are nested more than 100 deep", "write a flatter record")),
@@ -157,6 +158,8 @@ BROKEN = [
     Broken("list with NaN", {"d.json": b'[{"prompt": "a", "completion": "b"},\n{"x": NaN}]'}, ("d.json:2: NaN is not JSON", "write null")),
     Broken("empty list", {"d.json": b"[]"}, ("d.json: it contains no records", "write at least one")),
     Broken("object with a list inside", {"d.json": b'{"version": 1,\n"data": [{"prompt": "a", "completion": "b"}]}'}, ("d.json: the columns are version, data", "jq -c '.data[]'")),
+    Broken("object of records by name", {"d.json": b'{"0": {"prompt": "a"}, "1": {"prompt": "b"}}'}, ("d.json: the columns are 0, 1", "jq -c '.[]' FILE")),
+    Broken("object without lists", {"d.json": b'{"version": 1}'}, ("d.json: the columns are version; expected those of a format", "map them in data.columns")),
     Broken("damage in an object over several lines", {"d.json": JQ + JQ.replace(b'"a",', b'"a"')}, ("d.json:7: not JSON", "put a comma before it")),
     # CSV
     Broken("row too long", {"d.csv": b"prompt,completion\na,b\nHi, you,Hello\n"}, ("d.csv:3: 3 fields, the header has 2", "quote fields that contain commas")),

@@ -204,7 +204,7 @@ data:
   sequence_length: 256
 adapter: {{rank: 4, alpha: 8, dropout: 0.1}}
 optim: {{learning_rate: 1e-2}}
-train: {{steps: 8, batch_size: 6, micro_batch_tokens: 256}}
+train: {{steps: 8, batch_size: 6, micro_batch_tokens: 256, seed: 1}}
 checkpoint: {{every_steps: 3}}
 evaluate: {{every_steps: 4}}
 """
@@ -236,7 +236,7 @@ def mean_loss(base_folder, tokens, examples):
     model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     total, weight = 0.0, 0
     for example in examples:
-        ids, trained = (torch.from_numpy(array) for array in tokens.example(example))
+        ids, trained = (torch.tensor(array) for array in tokens.example(example))
         with torch.no_grad():
             logits = model(ids[None].long()).logits[0, :-1]
         losses = torch.nn.functional.cross_entropy(logits, ids[1:].long(), reduction="none")

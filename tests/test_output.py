@@ -172,5 +172,5 @@ def test_a_home_and_caches_that_cannot_be_written_end_no_run(recipe_file, tmp_pa
     nowhere = str(tmp_path / "file" / "below")  # root could write to a folder without permissions
     caches = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "LORA_KIT_CACHE", "HF_HOME"), nowhere)
     printed = train(recipe_file, tmp_path / "run", environment=caches)
-    assert "hashes of base files are not remembered" in printed and "Traceback" not in printed
+    assert "hashes of large files are not remembered" in printed and "Traceback" not in printed
     assert state_hash(tmp_path / "run", 8) == state_hash(reference(recipe_file), 8)

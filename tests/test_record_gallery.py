@@ -147,7 +147,7 @@ CASES = {
     "reasoning": Case(chat(GOOD | {"reasoning_content": "hm"}), ["<think>hm</think>GOOD"]),
     "reasoning, renamed": Case(chat(GOOD | {"reasoning": "hm"}), ["<think>hm</think>GOOD"]),
     "reasoning, masked": Case(
-        chat(GOOD | {"thinking": "hm"}), ["<think>", "</think>GOOD"], options={"reasoning": "mask"}
+        chat(GOOD | {"thinking": "hm é"}), ["<think>", "</think>GOOD"], options={"reasoning": "mask"}
     ),
     "thought in content, masked": Case(
         chat({"content": "<think>hm</think>GOOD"}), ["<think>", "</think>GOOD"], options={"reasoning": "mask"}
@@ -211,6 +211,17 @@ CASES = {
         calling(tool_calls=[{"function": CALL}]),
         LEAVES_OUT + "messages[1].tool_calls[0] (role",
         template=OWN["thinking"].replace("{{ f.name }} ", ""),
+    ),
+    "parts": Case(
+        chat({"content": [{"type": "reasoning", "value": "hm"}, {"type": "text", "value": "GOOD"}]}),
+        ["<think>hm</think>GOOD"],
+    ),
+    "parts in another order": Case(
+        chat({"content": [{"type": "text", "value": "GOOD"}, {"type": "thinking", "thinking": "hm"}]}),
+        "train.jsonl:1: messages[1].content has parts in another order than reasoning, text, calls",
+    ),
+    "the name of a message": Case(
+        {"instruction": "a", "output": "a<|end|>b", "system": "x"}, "train.jsonl:1: output.content contains '<|end|>'"
     ),
     "refusal": Case(chat({"content": None, "refusal": "No."}), "train.jsonl:1: messages[1].refusal is a string"),
     "audio": Case(chat(GOOD | {"audio": {"id": "x"}}), "train.jsonl:1: messages[1].audio is an object with id"),

@@ -124,6 +124,7 @@ def test_the_summary_counts(make):
         "split": 0,
         "bad": 0,
         "raw": 3,
+        "records": 3,
     }
     assert counts.tokens == len(made.train.ids) and counts.trained_tokens == len(made.train.labels)
     assert made.counts.validation is None and made.notes == ()
@@ -295,13 +296,22 @@ def test_every_real_answer_ends_with_the_stop_token(shared_data, chatml):
     ("source", "expected"),
     [
         ("bfcl/BFCL_v4_simple_python.json", "the columns are id, question, function; expected those of a format"),
-        ("snips/train_GetWeather_full.json", "the file is one object (GetWeather); expected a list of records"),
-        ("tinystories-sample/tinystories_1000.json", "record 1: the record is a string; expected an object"),
+        (
+            "snips/train_GetWeather_full.json",
+            "a single object, and its records seem to be in GetWeather",
+        ),
+        (
+            "tinystories-sample/tinystories_1000.json",
+            "1000.json:2: the record is a string; expected an object",
+        ),
         (
             "llamafactory-demos/reason_tool_use_demo_50.jsonl",
-            ":1: messages[2].content[0].type is 'reasoning'; expected",
+            ":1: the chat template leaves out messages[2].reasoning_content (role assistant)",
         ),
-        ("llamafactory-demos/wiki_demo.txt", "the file has the suffix '.txt'; expected one of"),
+        (
+            "llamafactory-demos/wiki_demo.txt",
+            ":1: 8,071 tokens are more than data.sequence_length (2,048)",
+        ),
     ],
 )
 def test_real_data_that_cannot_be_used_is_refused_with_the_reason(shared_data, chatml, source, expected):

@@ -146,9 +146,9 @@ def _answers(layout: Layout, chosen: list[int], *, has_marks: bool) -> list[Answ
         begin, end = layout.span(index) or (start, start)
         limit = next_begin(layout, index, layout.limit)
         if begin < start and not has_marks:
-            raise _ambiguous(index)
+            raise _ambiguous(layout.conversation.label(index))
         _check_no_other(layout, index, start, end)
-        answers.append(Answer(f"messages[{index}]", start, end, limit))
+        answers.append(Answer(layout.conversation.label(index), start, end, limit))
     return answers[::-1]
 
 
@@ -164,8 +164,8 @@ def _check_no_other(layout: Layout, index: int, start: int, end: int) -> None:
             return
         if place.part.message not in (index, -1):
             raise DataError(
-                f"the chat template renders {place.part.label} inside the answer messages[{index}], so it would be "
-                "trained; set data.template to a template that renders messages one after the other"
+                f"the chat template renders {place.part.label} inside the answer {layout.conversation.label(index)}, "
+                "so it would be trained; set data.template to a template that renders messages one after the other"
             )
 
 
@@ -197,7 +197,7 @@ def _start(layout: Layout, index: int, *, has_marks: bool) -> tuple[int, str]:
         own = layout.span(index - 1)
         if has_marks and own:  # the marks tell the exact tokens; it is enough to start after the previous message
             return own[1], ""
-        raise _ambiguous(index)
+        raise _ambiguous(layout.conversation.label(index))
     start = (place.end if place else 0) + len(ending)
     span = layout.span(index)
     header = layout.text[start : span[0]] if span else ""
@@ -207,9 +207,10 @@ def _start(layout: Layout, index: int, *, has_marks: bool) -> tuple[int, str]:
         and not renderer.prompts
         and prompt == layout.marker.plain(apply(before, renderer))
     ):
+        label = layout.conversation.label(index)
         raise DataError(
-            f"the chat template ignores add_generation_prompt and puts {header!r} before messages[{index}]; set "
-            "data.template to a template that uses it"
+            f"the chat template ignores add_generation_prompt and puts {header!r} before {label}; set data.template "
+            "to a template that uses it"
         )
     return start, ending
 
@@ -222,9 +223,9 @@ def _place_before(layout: Layout, index: int, number: int) -> Place | None:
     return found[-1] if found else None
 
 
-def _ambiguous(index: int) -> DataError:
+def _ambiguous(label: str) -> DataError:
     return DataError(
-        f"the chat template renders what comes before messages[{index}] differently when the answer follows, so the "
+        f"the chat template renders what comes before {label} differently when the answer follows, so the "
         "beginning of the answer is ambiguous; train on later answers only (`weight: 0` in this message), or set "
         "data.template to a template with {% generation %}"
     )

@@ -8,7 +8,6 @@ import re
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 from lora_kit.data.messages import Conversation
 from lora_kit.data.parts import Marker, Part, Place, missing_leaves
@@ -81,6 +80,12 @@ class Layout:
         return {index: (min(begin for begin, _ in own), max(end for _, end in own)) for index, own in found.items()}
 
     @cached_property
+    def called(self) -> set[str]:
+        """The names of the called functions."""
+        calls = (call for message in self.conversation.messages for call in message.get("tool_calls", ()))
+        return {call["function"]["name"] for call in calls}
+
+    @cached_property
     def order(self) -> list[int]:
         """The indices of the messages that have any text."""
         return sorted(self.spans)
@@ -123,7 +128,8 @@ def locate(conversation: Conversation, renderer: Renderer, text: str) -> Layout:
             if kept or found is None:
                 prompted = False
             kept |= {found.label} if found else set()
-            kept |= {part.label for part in marker.parts if _triggers(part, renderer)}
+            compared = ("key", "name") if attempt else ()
+            kept |= {part.label for part in marker.parts if part.kind in compared or _triggers(part, renderer)}
     raise DataError(f"the chat template renders the same messages differently; {REMEDY}")
 
 
@@ -138,13 +144,15 @@ def _match(marker: Marker, renderer: Renderer, *, prompted: bool) -> tuple[list[
 
 
 def _triggers(part: Part, renderer: Renderer) -> bool:
-    """Return whether the template may look into a part, or compares it."""
-    return part.kind in ("key", "name") or (isinstance(part.value, str) and bool(renderer.triggers.search(part.value)))
+    """Return whether the template may look for something in a part and find it."""
+    return isinstance(part.value, str) and bool(renderer.triggers.search(part.value))
 
 
 def changed_span(part: Part, layout: Layout) -> tuple[int, int] | None:
     """Return the characters of the text that differ if a part is changed; None if there are none."""
     text = layout.text
+    if part.kind == "name":  # a template may compare it, so it is not worth a rendering
+        return (0, 0) if part.value in text else None
     changed = apply(_with_change(part, layout.conversation), layout.renderer)
     if changed == text:
         return None
@@ -171,10 +179,8 @@ def _with_change(part: Part, conversation: Conversation) -> Conversation:
         calls = list(message["tool_calls"])
         number = int(re.findall(r"\d+", path)[0])
         function = calls[number]["function"]
-        change: dict[str, Any] = {"name": _different_letter(function["name"])}
-        if part.kind == "arguments":
-            change = {"arguments": {"x": "x"} if function["arguments"] != {"x": "x"} else {"y": "y"}}
-        calls[number] = calls[number] | {"function": function | change}
+        arguments = {"x": "x"} if function["arguments"] != {"x": "x"} else {"y": "y"}
+        calls[number] = calls[number] | {"function": function | {"arguments": arguments}}
         message["tool_calls"] = calls
     elif part.kind == "key":
         del message[path]
@@ -198,7 +204,7 @@ def check(layout: Layout) -> list[Remark]:
     for part in sorted(lost, key=lambda part: part.message < 0):  # messages are more telling than tools
         role = conversation.messages[part.message]["role"] if part.message >= 0 else ""
         if part.kind == "key":
-            if not _is_name_of_a_call(part, conversation):
+            if part.label.rpartition(".")[2] != "name" or part.value not in layout.called:  # a tool's may repeat it
                 remarks.append(Remark(KEYS, part.label.rpartition(".")[2], part.label))
         elif part.kind == "tool":
             if part.label.endswith(".description"):
@@ -215,12 +221,6 @@ def check(layout: Layout) -> list[Remark]:
     remarks += _trimmed(layout)
     _check_leaves(layout)
     return remarks
-
-
-def _is_name_of_a_call(part: Part, conversation: Conversation) -> bool:
-    """Return whether a key repeats the name of a called function, as a tool's message does."""
-    calls = (call for message in conversation.messages for call in message.get("tool_calls", ()))
-    return part.label.endswith(".name") and any(call["function"]["name"] == part.value for call in calls)
 
 
 def _reasoning_left_out(part: Part, conversation: Conversation, renderer: Renderer) -> Remark:
@@ -272,7 +272,8 @@ def _trimmed(layout: Layout) -> list[Remark]:
     marker = replace(layout.marker, edges=False, parts=[], unmarked=[], styles={})
     bare = marker.plain(apply(marker.conversation, layout.renderer, prompting=layout.prompted))
     marks = list(marker.marks(bare))
-    if [number for number, _, _ in marks] != [layout.marker.parts.index(place.part) for place in layout.places]:
+    numbers = {id(part): number for number, part in enumerate(layout.marker.parts)}
+    if [number for number, _, _ in marks] != [numbers[id(place.part)] for place in layout.places]:
         return []
     remarks, places = list[Remark](), layout.places
     for order, place in enumerate(places):
@@ -302,7 +303,7 @@ def _check_leaves(layout: Layout) -> None:
     """
     for index, message in enumerate(layout.conversation.messages):
         for number, call in enumerate(message.get("tool_calls", ())):
-            label = f"messages[{index}].tool_calls[{number}]"
+            label = f"{layout.conversation.label(index)}.tool_calls[{number}]"
             if label not in layout.marker.leafwise or label in layout.marker.kept:
                 continue
             own = [place for place in layout.own.get(index, []) if place.part.label in (label, f"{label}.name")]

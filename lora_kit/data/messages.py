@@ -6,7 +6,7 @@ else is an error that names its place in the record.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lora_kit.data.remarks import Remark
@@ -21,6 +21,7 @@ TRAINS = {  # keys of a message that say whether it is trained, and the value th
 }
 PARTLY = ("mask", "train_detail", "training_detail")  # keys of other toolkits with a meaning that lora_kit lacks
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of an answer
+PARTS = {"reasoning": 0, "thinking": 0, "text": 1, "tool_call": 2}  # types of an answer's parts, and their order
 UNUSABLE = ("refusal", "audio", "image", "images", "video", "videos", "audios")  # keys of what would be trained or seen
 
 VALUES = ("default", "const", "enum", "examples")  # keywords of JSON Schema that may have null as a value
@@ -40,6 +41,7 @@ class Conversation:
         excluded: Indices of messages that the record excludes by name (`weight: 0`), so that
             `objective.train_on: all` does not train them either.
         remarks: What the record has and the conversation lacks.
+        labels: The messages' names in the record for errors; `messages[0]` and so on if empty.
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -47,6 +49,11 @@ class Conversation:
     untrained: frozenset[int] = frozenset()
     excluded: frozenset[int] = frozenset()
     remarks: tuple[Remark, ...] = ()
+    labels: tuple[str, ...] = field(default=(), compare=False)
+
+    def label(self, index: int) -> str:
+        """Return the name of a message in the record."""
+        return self.labels[index] if self.labels else f"messages[{index}]"
 
     @property
     def answers(self) -> list[int]:
@@ -80,7 +87,8 @@ def conversation(parts: Sequence[Sequence[Labelled]], tools: Any) -> Conversatio
         raise DataError("the record has no messages; expected at least a question and its answer")
     roles = [message["role"] for message in messages]
     context = frozenset(index for index in untrained if roles[index] == "assistant")
-    result = Conversation(tuple(messages), _tools(tools), context, frozenset(excluded))
+    labels = tuple(label for part in parts for label, _ in part)
+    result = Conversation(tuple(messages), _tools(tools), context, frozenset(excluded), labels=labels)
     if not result.answers:
         raise DataError(f"no assistant message to train on; the roles are {', '.join(roles)}")
     if result.answers[0] == 0:
@@ -117,6 +125,7 @@ def _message(raw: Any, label: str, *, trained: bool) -> dict[str, Any]:
         DataError: The message is malformed, or is trained and has nothing to train.
     """
     role = _role(raw, label)
+    raw = _unfolded(raw, label) if role == "assistant" else raw
     message: dict[str, Any] = {"role": role, "content": ""}
     message |= {key: value for key, value in raw.items() if value is not None and key not in (*TRAINS, "content")}
     message["role"] = role
@@ -189,6 +198,39 @@ def _reasoning(message: dict[str, Any], label: str) -> tuple[str, str] | None:
     if len(set(found.values())) > 1:
         raise DataError(f"{label} has different reasoning in {' and '.join(found)}; keep one of them")
     return next(iter(found.items()), None)
+
+
+def _unfolded(raw: Mapping[str, Any], label: str) -> Mapping[str, Any]:
+    """Return an answer with keys for the reasoning and the calls that are parts of its content.
+
+    Raises:
+        DataError: Templates would render the parts in another order: reasoning, text, calls.
+    """
+    parts = labelled(raw["content"], f"{label}.content") if isinstance(raw.get("content"), list) else []
+    kinds = [PARTS.get(str(part.get("type")) if isinstance(part, Mapping) else "", 1) for _, part in parts]
+    if set(kinds) <= {1}:
+        return raw
+    if kinds != sorted(kinds):
+        raise DataError(
+            f"{label}.content has parts in another order than reasoning, text, calls; write a message for each of them"
+        )
+    reasoning, calls = list[str](), list[Any]()
+    for (name, part), order in zip(parts, kinds, strict=True):
+        value = part.get("value", part.get("text", part.get(part["type"]))) if order != 1 else None
+        if order == 0:
+            if not isinstance(value, str):
+                raise DataError(f"{name}.value is {kind(value)}; expected a string")
+            reasoning.append(value)
+        elif order == 2:
+            calls.append(parsed(value, f"{name}.value", "a call") if isinstance(value, str) else value)
+    message = dict(raw) | {
+        "content": [part for (_, part), order in zip(parts, kinds, strict=True) if order == 1] or None
+    }
+    if reasoning:
+        message[REASONING[0]] = "".join([*([raw[REASONING[0]]] if raw.get(REASONING[0]) else []), *reasoning])
+    if calls:
+        message["tool_calls"] = [*(raw.get("tool_calls") or []), *calls]
+    return message
 
 
 def _content(value: Any, label: str) -> str:
@@ -345,7 +387,10 @@ def parsed(text: str, label: str, expected: str) -> Any:
     try:
         return loads(text)
     except DataError as error:
-        raise DataError(f"{label}, expected to hold {expected} as JSON: {error}") from error
+        problem = str(error)
+        if not problem.startswith("not JSON"):
+            raise DataError(f"{label}: {problem}") from error
+        raise DataError(f"{label} is {problem.rpartition('; ')[0]}; expected {expected}") from error
 
 
 def labelled(values: Any, name: str) -> list[Labelled]:

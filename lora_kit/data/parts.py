@@ -143,7 +143,7 @@ class Marker:
         return tool | {"function": function | changed}
 
     def _message(self, index: int, message: dict[str, Any]) -> dict[str, Any]:
-        label, changed = f"messages[{index}]", dict(message)
+        label, changed = self.source.label(index), dict(message)
         if reasoning := reasoning_key(message):
             changed[reasoning] = self._text(f"{label}.{reasoning}", "reasoning", index, message[reasoning])
         changed["content"] = self._content(f"{label}.content", index, message)

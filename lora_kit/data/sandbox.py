@@ -171,7 +171,11 @@ def _chunks(kind: str, conversations: Sequence[Conversation]) -> Iterator[bytes]
     chunk, size = list[str](), 0
     for conversation in conversations:
         indices = {name: sorted(getattr(conversation, name)) for name in ("untrained", "excluded")}
-        values = {"messages": conversation.messages, "tools": conversation.tools} | indices
+        values = {
+            "messages": conversation.messages,
+            "tools": conversation.tools,
+            "labels": conversation.labels,
+        } | indices
         chunk.append(json.dumps(values, default=str))
         size += len(chunk[-1])
         if size > CHUNK_BYTES:
@@ -190,6 +194,7 @@ def _answer(renderer: Renderer, request: bytes) -> list[bytes]:
             each["tools"] and tuple(each["tools"]),
             frozenset(each["untrained"]),
             frozenset(each["excluded"]),
+            labels=tuple(each["labels"]),
         )
         for each in values
     ]

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,11 +68,11 @@ class Records:
 
     def read(self, start: int, stop: int) -> list[Record | DataError]:
         """Return the records [start, stop), or the error for a record that cannot be read."""
+        rows = self.rows[start:stop]
+        owners = np.searchsorted(self._ends, rows, side="right")
         result: list[Record | DataError] = []
-        places = [self._locate(int(row)) for row in self.rows[start:stop]]
-        for part in self.parts:
-            if numbers := [number for owner, number in places if owner is part]:
-                result.extend(part.read(numbers))
+        for owner in np.unique(owners):
+            result.extend(self.parts[owner].read((rows[owners == owner] - self._starts[owner]).tolist()))
         return result
 
     def select(self, indices: np.ndarray) -> "Records":
@@ -84,13 +85,20 @@ class Records:
         sample = self.read(0, COLUMN_SAMPLE)
         return list(dict.fromkeys(key for record in sample if isinstance(record, dict) for key in record))
 
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        """The number of rows up to the end of each part, int64 [parts]."""
+        return np.cumsum([len(part) for part in self.parts], dtype=np.int64)
+
+    @property
+    def _starts(self) -> np.ndarray:
+        """The number of rows before each part, int64 [parts]."""
+        return np.concatenate([[0], self._ends[:-1]])
+
     def _locate(self, row: int) -> tuple[Part, int]:
-        """Return the part that contains a row, and the index of the row inside the part."""
-        for part in self.parts:
-            if row < len(part):
-                return part, row
-            row -= len(part)
-        raise IndexError(f"{self.name}: the row is after the last row")
+        """Return the part that contains a row, and the number of the row inside the part."""
+        owner = int(np.searchsorted(self._ends, row, side="right"))
+        return self.parts[owner], row - int(self._starts[owner])
 
 
 def load(source: str, *, base_dir: Path, max_examples: int | None = None, documents: bool = False) -> Records:

@@ -4,6 +4,7 @@
 tokens map these positions to tokens. The trained tokens are those of an answer up to and including its stop token.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -189,9 +190,9 @@ def _mask(rendered: Rendered, encoding: "Encoding", renderer: Renderer) -> Token
 
 def _tokens(encoding: "Encoding", begin: int, end: int) -> tuple[int, int]:
     """Return the range of the tokens that have a character in [begin, end)."""
-    found = (encoding.char_to_token(character) for character in (*range(begin, end),))
-    inside = [token for token in found if token is not None]
-    return (inside[0], inside[-1] + 1) if inside else (0, 0)
+    offsets = encoding.offsets  # a character may be several tokens
+    first = bisect_right(offsets, begin, key=lambda characters: characters[1])
+    return first, bisect_left(offsets, end, key=lambda characters: characters[0])
 
 
 def _check_text(label: str, text: str, ids: list[int], renderer: Renderer) -> tuple[Remark, ...]:

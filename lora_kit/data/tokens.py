@@ -479,12 +479,15 @@ def _nested(records: Records) -> str:
     record = records.read(0, 1)[0]
     if len(records) > 1 or not isinstance(record, dict):
         return ""
-    names = [name for name, value in record.items() if isinstance(value, list) and isinstance((value or [0])[0], dict)]
-    path = f"jq -c '.{names[0]}[]' FILE" if names else ""
-    return (
-        f"; the file is a single object, and its records seem to be in {names[0]}: take them out with `{path}`"
-        * bool(names)
-    )
+    if all(isinstance(value, dict) for value in record.values()):  # records by their names
+        return "; the file is a single object: take the records out of it with `jq -c '.[]' FILE`"
+    for name, value in record.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return (
+                f"; the file is a single object, and its records seem to be in {name}: take them out with "
+                f"`jq -c '.{name}[]' FILE`"
+            )
+    return ""
 
 
 def _prompts(

@@ -575,7 +575,8 @@ static struct division divide(const long *inner, int count, long rows, long colu
     to.passes = ceiling(total, TILES_BYTES / (to.together * STEP * 2) / STEP * STEP);
     to.depth = padded(ceiling(total, to.passes));
     to.splits = maximum(1, minimum(rows / SPLIT_ROWS, ceiling(2 * threads, to.groups)));
-    if (to.passes > 1) to.splits = maximum(to.splits, ceiling(rows * to.together * STEP * sizeof(float), TILES_BYTES));
+    const long most_rows = TILES_BYTES / (to.together * STEP * sizeof(float)) / STEP * STEP; /* whose sums fit */
+    if (to.passes > 1) to.splits = maximum(to.splits, ceiling(rows, most_rows));
     to.task_rows = padded(ceiling(rows, to.splits));
     return to;
 }
@@ -663,9 +664,8 @@ static int pieces_of(const struct linear *all, long begin, long end, struct piec
 
 /* Return the bytes of workspace that a thread needs for `count` products whose inner sizes add up to `inner`. */
 EXPORT long linear_workspace(long inner, int count) {
-    long total = inner + count * STEP;
-    if (tiles) return TILES_BYTES + TILES_BYTES + count * STEP * STEP * sizeof(bf16) + 64 * 4;
-    return maximum(PANEL_BYTES, total * STEP * sizeof(bf16)) + 64;
+    long bytes = maximum(PANEL_BYTES, (inner + count * STEP) * STEP * sizeof(bf16)) + 64;
+    return tiles ? maximum(bytes, 2 * TILES_BYTES + count * STEP * STEP * sizeof(bf16) + 64) : bytes;
 }
 
 /* output [rows][columns] = the sum of `count` products x [rows][inner] times weight, plus the bias unless it is NULL.

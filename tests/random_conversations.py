@@ -284,7 +284,7 @@ def wrong(
         )
         thought = re.match(template.thought, rest, re.S)
         block = None if reasoning else re.fullmatch(r"\s*<think>(.*?)</think>(.*)", content, re.S)
-        in_content = block and not thought and "<think>" not in rest
+        in_content = block and not thought and "</think>" not in rest
         if thought and (reasoning or block or not thought[1].strip()):
             expected = reasoning or (block[1] if block else "")
             if thought[1].strip() != expected.strip() and (thought[1].strip() or HISTORY not in remarks):

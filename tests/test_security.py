@@ -19,9 +19,10 @@ from typer.testing import CliRunner
 import lora_kit as lk
 from lora_kit.cli import app
 from lora_kit.data import cache, sandbox
+from lora_kit.data.answers import render
 from lora_kit.data.messages import Conversation
 from lora_kit.data.plan import prepare_data
-from lora_kit.data.rendering import Renderer, render
+from lora_kit.data.rendering import Renderer
 from lora_kit.data.sandbox import render_all
 from lora_kit.errors import BaseError, CheckpointError, ContractError, DataError
 from lora_kit.files import sha256_of

@@ -6,7 +6,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= runs/quickstart
-PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+# two workers for each core, because many tests wait for processes
+PYTEST := $(BIN)/python -m pytest --numprocesses $$(( $$(nproc) < 4 ? 2 * $$(nproc) : 8 )) --dist worksteal
 
 .PHONY: quickstart test quick pytest-test pytest-quick lint notebooks clean
 quickstart: .venv/installed

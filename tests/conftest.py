@@ -6,7 +6,11 @@ import tempfile
 if "PYTEST_XDIST_WORKER" not in os.environ:  # else it shares the cache of the process that has started it
     os.environ.update(LORA_KIT_CACHE=tempfile.mkdtemp(prefix="lora-kit-cache-"))
 # a run computes with all cores; its idle threads must not spin while other tests compute on the same cores
-os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
+os.environ["OMP_NUM_THREADS"] = "1"
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    # one core for each worker and all that it starts: tiny models are slower with threads that wait for each other
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
 
 import torch

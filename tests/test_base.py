@@ -12,6 +12,7 @@ from runs import run_code
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+from lora_kit import files
 from lora_kit.check import check
 from lora_kit.errors import BaseError
 from lora_kit.kernels.attention import SEGMENT, use_attention
@@ -231,7 +232,7 @@ def test_a_file_is_hashed_once_until_it_changes(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_bytes(b"one")
     first = file_hash(path)
-    monkeypatch.setattr(bases, "sha256_of", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(files, "sha256_of", lambda *_: pytest.fail("read again"))
     assert file_hash(path) == first
     monkeypatch.undo()
     monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "cache"))

@@ -115,10 +115,10 @@ def test_the_oracle_sees_a_leak_between_packed_examples(recipe_file, tmp_path, c
     # the same check must fail when positions do not restart, or it proves nothing
     keep = loop.collate
 
-    def leaky(tokens, members, *, padded):
+    def leaky(tokens, members, **named):
         from dataclasses import replace
 
-        batch = keep(tokens, members, padded=padded)
+        batch = keep(tokens, members, **named)
         return replace(batch, position_ids=torch.arange(batch.ids.shape[1]).numpy()[None])
 
     monkeypatch.setattr(loop, "collate", leaky)

@@ -10,9 +10,10 @@ import pytest
 from runs import WAIT_SECONDS, state_hash, wait_until
 
 import lora_kit as lk
-from lora_kit.check import Preview, check
+from lora_kit.check import check
 from lora_kit.errors import DataError, Stopped
 from lora_kit.views import notebook
+from lora_kit.views.preview import Example, Piece, Preview
 
 jupyter = pytest.importorskip("jupyter_client.manager")
 pytestmark = pytest.mark.timeout(300)
@@ -56,9 +57,10 @@ def test_held_out_losses_are_dots():
 
 def test_nothing_of_the_user_becomes_markup(recipe_file):
     hostile = "<script>alert('&')</script>"
-    shown = Preview((((hostile, False), (hostile, True)),))
+    pieces = tuple(Piece(hostile, trained, (1,), (hostile,)) for trained in (False, True))
+    shown = Preview((Example(0, hostile, pieces),))
     assert "<script" not in shown._repr_html_() + notebook.table(hostile, [(hostile, hostile)], caption=hostile)
-    assert repr(shown) == f"{hostile}⟦{hostile}⟧"
+    assert f"{hostile}⟦{hostile}⟧" in repr(shown)
     report = check(lk.load_recipe(recipe_file))
     assert "<user>" not in report._repr_html_() and "&lt;user&gt;" in report._repr_html_()
     assert repr(report).endswith("the recipe can start")

@@ -176,3 +176,21 @@ def test_what_agrees_with_the_recipe_goes_through():
     refuse_contradictions({"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_FSDP": "false"}, "bfloat16")
     refuse_contradictions({"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}, "float32")
     refuse_contradictions({}, "float32")
+
+
+THREADS = """
+import torch
+from lora_kit.training.processes import Processes
+processes = Processes.start("float32")
+torch.manual_seed(0)
+left, right, found = torch.randn(2048, 64), torch.randn(2048, 16), []
+for threads in (1, 2, 3):
+    torch.set_num_threads(threads)
+    found.append(left.T @ right)
+print(all(torch.equal(found[0], each) for each in found))
+"""
+
+
+def test_a_product_in_fp32_has_the_same_bits_with_any_number_of_threads():
+    # so one process with two threads ends with the bytes of two processes with one; MKL alone would not do so
+    assert run_code(THREADS, fresh=True).splitlines()[-1] == "True"

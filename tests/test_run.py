@@ -11,7 +11,7 @@ import lora_kit as lk
 from lora_kit.errors import CheckpointError, RecipeError
 from lora_kit.runs import store
 from lora_kit.training import loop
-from lora_kit.training.evaluation import HeldOut
+from lora_kit.training.evaluation import HeldOut, HeldOutLoss
 
 CHANGES = ("train.steps=4", "optim.learning_rate=0.05", "checkpoint.every_steps=2")  # those of `trained_run`
 
@@ -49,7 +49,12 @@ def test_a_measured_loss_is_that_of_its_checkpoint(recipe_file, tmp_path, watche
 def test_the_best_checkpoint_survives_pruning(recipe_file, tmp_path, watched, monkeypatch):
     changes = [*watched, "checkpoint.best=true", "checkpoint.keep=2", "train.steps=12", "checkpoint.every_steps=100"]
     measure = loop.held_out_loss
-    monkeypatch.setattr(loop, "held_out_loss", lambda job, done, *rest: measure(job, done, *rest) + 100 * abs(done - 6))
+
+    def away(job, done, *rest):
+        found = measure(job, done, *rest)
+        return found._replace(mean=found.mean + 100 * abs(done - 6))
+
+    monkeypatch.setattr(loop, "held_out_loss", away)
     run = lk.train(lk.load_recipe(recipe_file, changes), tmp_path / "run")
     measured = {record["step"]: record["held_out_loss"] for record in run.metrics if "held_out_loss" in record}
     lowest = min(measured, key=measured.get)
@@ -89,7 +94,7 @@ def test_a_damaged_result_is_told_and_written_again(recipe_file, tmp_path, train
 def test_a_held_out_loss_that_is_not_finite_is_told_and_stored_as_null(
     recipe_file, tmp_path, watched, monkeypatch, capsys
 ):
-    monkeypatch.setattr(HeldOut, "loss", lambda *_: math.nan)
+    monkeypatch.setattr(HeldOut, "loss", lambda *_: HeldOutLoss(math.nan, {}))
     recipe = lk.load_recipe(recipe_file, [*watched, "train.steps=4", "checkpoint.best=true"])
     for _ in range(2):
         run = lk.train(recipe, tmp_path / "run")

@@ -93,6 +93,8 @@ class Processes:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
         else:
             os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRODUCTS_KEPT)
+            # read by MKL at its first product; without it the bits of a sum depend on the number of threads
+            os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
             keep_freed_memory()
         was_initialized, undo = is_initialized(), ExitStack()
         memory: Any = torch.utils.deterministic  # torch's annotations lack the setting

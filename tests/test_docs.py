@@ -280,6 +280,10 @@ def test_the_page_on_reliability_quotes_what_was_measured():
         f"{found['damage']['ours']['final_bytes_equal']} of {found['damage']['ours']['trials']} noticed",
         found["crash_states"]["said"],
         found["writer_kills"]["said"],
+        found["mutated_files"]["said"],
+        f"{found['pairs']['ran']} pairs: {found['pairs']['two_writers']} with two writers, "
+        f"{found['pairs']['finished_steps_lost']} finished steps lost, "
+        f"{found['pairs']['finished_steps_repeated']} repeated",
     ]
     page = RELIABILITY.read_text()
     assert all(measure["reached"] for measure in found.values()) and not [text for text in quoted if text not in page]

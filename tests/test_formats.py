@@ -141,7 +141,7 @@ def test_a_rename_of_no_format_s_column_is_refused():
         (
             "sharegpt",
             {"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "f()"}]},
-            "conversations[1].value, expected to hold a call",
+            "conversations[1].value is not JSON",
         ),
     ],
 )  # fmt: skip

@@ -191,6 +191,8 @@ def test_the_signs_of_a_tokenizer(tmp_path):
     assert (lined.prompt, lined.blank) == ((ids("<assistant>"),), ids("\n"))
     tokenizer.unk_token = "</s>"
     assert signs_of(Renderer(tokenizer), raw=False).unknown is None, "as GPT-2, whose unknown token is its end"
+    tokenizer.chat_template = None  # each source of a mixture has a template of its own
+    assert signs_of(Renderer(tokenizer), raw=False).prompt == ()
     tokenizer.chat_template = "{{ raise_exception('a system message is needed') }}"
     assert signs_of(Renderer(tokenizer), raw=False).prompt == ()
 

@@ -107,7 +107,7 @@ CASES = {
     ),
     "repeated key": Case(
         calling(function_call={"name": "f", "arguments": '{"a": 1, "a": 2}'}),
-        "train.jsonl:1: messages[1].function_call.function.arguments, expected to hold an object as JSON: the key 'a' ",
+        "train.jsonl:1: messages[1].function_call.function.arguments: the key 'a' stands twice in one object",
     ),
     "NaN": Case(
         calling(function_call={"name": "f", "arguments": '{"a": NaN}'}),

@@ -1,8 +1,8 @@
 """Find the answers in a rendered conversation.
 
-The text is never searched for strings that a template might contain. `layout` tells where every part of the messages
-stands. The messages before an answer, rendered with the generation prompt, give the text before the answer. An answer
-whose position stays ambiguous is an error.
+The positions come from renderings; nothing here knows the strings of certain templates. `layout` gives the position of
+every part of the messages. An answer begins where the messages before it end if they are rendered with the generation
+prompt. An ambiguous position is an error.
 """
 
 from bisect import bisect_left
@@ -43,8 +43,8 @@ class Rendered(NamedTuple):
         answers: The trained answers of a conversation.
         boundary: The character at which the completion of raw text begins; None for a conversation.
         marked: Whether each token is inside `{% generation %}`; None for a template without it.
-        context: Characters [begin, end) that are not trained although they are in an answer, or all text is trained.
-        remarks: What the record has and the text lacks.
+        context: Ranges of characters [begin, end) that are never trained, e.g. masked reasoning inside an answer.
+        remarks: Differences between the record and the text that are no errors.
     """
 
     text: str
@@ -56,7 +56,7 @@ class Rendered(NamedTuple):
 
     @staticmethod
     def of(values: Any) -> "Rendered":
-        """Return what JSON has made lists of."""
+        """Return the value that `values` was before JSON turned its tuples into lists."""
         text, answers, boundary, marked, context, remarks = values
         spans = tuple((begin, end) for begin, end in context)
         return Rendered(
@@ -107,7 +107,7 @@ def _marked_tokens(conversation: Conversation, renderer: Renderer) -> list[bool]
 
 
 def _reasoning(layout: Layout, trained: Iterable[int]) -> tuple[tuple[int, int], ...]:
-    """Return the characters of the reasoning of trained messages if it is masked."""
+    """Return the characters [begin, end) of the reasoning of trained messages; nothing unless reasoning is masked."""
     if layout.renderer.reasoning != "mask":
         return ()
     own = [place for index in trained for place in layout.own.get(index, []) if place.part.kind == "reasoning"]
@@ -119,9 +119,10 @@ def _reasoning(layout: Layout, trained: Iterable[int]) -> tuple[tuple[int, int],
 def _answers(layout: Layout, chosen: list[int], *, has_marks: bool) -> list[Answer]:
     """Find trained answers in the rendered text.
 
-    An answer begins where the messages before it end if they are rendered with the generation prompt. They are
-    rendered so for the last answer of each kind: what precedes it is a question, or the response of a tool, and so on.
-    The text between the message before an earlier answer and the answer then begins alike.
+    An answer begins where the messages before it end if they are rendered with the generation prompt. To save time,
+    only the last answer of each kind is found in this way; the kind is the role of the message before the answer, and
+    whether that message calls tools. The text between the two messages, e.g. a header, is then expected before the
+    earlier answers of the same kind.
 
     Args:
         layout: The parts in the text.
@@ -141,7 +142,7 @@ def _answers(layout: Layout, chosen: list[int], *, has_marks: bool) -> list[Answ
             try:
                 start, endings[kind] = _start(layout, index, has_marks=has_marks)
             except DataError:
-                _start(layout, chosen[0], has_marks=has_marks)  # its error, if it has one, names the first answer
+                _start(layout, chosen[0], has_marks=has_marks)  # if the first answer has this error too, name it
                 raise
         begin, end = layout.span(index) or (start, start)
         limit = next_begin(layout, index, layout.limit)
@@ -170,7 +171,7 @@ def _check_no_other(layout: Layout, index: int, start: int, end: int) -> None:
 
 
 def _known_start(layout: Layout, index: int, ending: str | None) -> int | None:
-    """Return where an answer begins if the text after the message before it has the given beginning."""
+    """Return where an answer begins if the text after the message before it begins with `ending`, otherwise None."""
     own, before = layout.own.get(index), layout.own.get(index - 1)
     if ending is None or not own or not before:
         return None
@@ -195,7 +196,7 @@ def _start(layout: Layout, index: int, *, has_marks: bool) -> tuple[int, str]:
     history = any(part.kind == "reasoning" for part in layout.marker.parts)
     if not whole and not (place and history and layout.marked_text.startswith(ending, place.mark_end)):
         own = layout.span(index - 1)
-        if has_marks and own:  # the marks tell the exact tokens; it is enough to start after the previous message
+        if has_marks and own:  # `{% generation %}` gives the exact tokens, so this start is enough
             return own[1], ""
         raise _ambiguous(layout.conversation.label(index))
     start = (place.end if place else 0) + len(ending)
@@ -216,7 +217,7 @@ def _start(layout: Layout, index: int, *, has_marks: bool) -> tuple[int, str]:
 
 
 def _place_before(layout: Layout, index: int, number: int) -> Place | None:
-    """Return the last place of a part before a message begins in the marked text."""
+    """Return the last place of part `number` before message `index` in the marked text; None if there is none."""
     own = layout.own.get(index)
     first = min(place.mark_begin for place in own) if own else len(layout.marked_text)
     found = [p for p in layout.places if number >= 0 and p.part is layout.marker.parts[number] and p.mark_end <= first]

@@ -1,7 +1,7 @@
-"""Arrays that are too large for memory: they grow in a file, are saved in one, and are mapped from it into memory.
+"""Arrays that may be larger than memory: they are appended to a file, saved to a file, and mapped into memory.
 
-A saved file is in the format of safetensors. It is written and checked in pieces, and the pages of a mapped array leave
-the memory of this process again after it was read as a whole, so that no array must fit into memory.
+A saved file has the format of safetensors. It is written and checked in chunks, and the pages of a mapped array are
+released after each pass over it, so no array has to fit into memory.
 """
 
 import json
@@ -17,16 +17,16 @@ import xxhash
 
 from lora_kit.files import cache_folder, private_folder
 
-SPILL_BYTES = 1 << 24  # an array, or a saved file, stays in memory up to this size
-CHUNK_BYTES = 1 << 24  # what is read or written at a time
-HEADER_BYTES = 100_000_000  # the most of the format
+SPILL_BYTES = 1 << 24  # an array or a saved file up to this size is kept in memory
+CHUNK_BYTES = 1 << 24  # read or written at a time
+HEADER_BYTES = 100_000_000  # the largest header of the format
 DTYPES: dict[str, np.dtype[Any]] = {"I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "BOOL": np.dtype("?")}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHECKSUM, NO_CHECKSUM = "checksum", "0" * 32
 
 
 def spill_folder() -> Path | None:
-    """Return the folder for temporary files: the cache, which is on a disk; None, the system's, if it is unusable."""
+    """Return the folder for temporary files: the cache, which is on a disk; None for the system's if that fails."""
     try:
         with private_folder(cache_folder("tokens")) as folder:
             return folder.path
@@ -35,7 +35,7 @@ def spill_folder() -> Path | None:
 
 
 class Growing:
-    """An array to append to, in memory or, if it is large, in a file without a name, which ends with this process.
+    """An array to append to, in memory or, if it is large, in an unnamed file that is deleted with the process.
 
     Args:
         dtype: The type of its elements.
@@ -45,7 +45,7 @@ class Growing:
     def __init__(self, dtype: type[np.generic], folder: Path | None) -> None:
         self._dtype = np.dtype(dtype)
         directory = None if folder is None else str(folder)
-        self._file = tempfile.SpooledTemporaryFile(SPILL_BYTES, dir=directory)  # noqa: SIM115  (ends with the object)
+        self._file = tempfile.SpooledTemporaryFile(SPILL_BYTES, dir=directory)  # noqa: SIM115  (closed with this object)
         self._bytes = 0
 
     def append(self, array: np.ndarray) -> None:
@@ -53,7 +53,7 @@ class Growing:
         self._bytes += self._file.write(np.ascontiguousarray(array, self._dtype).data)
 
     def finish(self) -> np.ndarray:
-        """Return the whole array, which is read-only."""
+        """Return the complete array, read-only."""
         self._file.seek(0)
         if self._bytes <= SPILL_BYTES:
             return np.frombuffer(self._file.read(), self._dtype)
@@ -62,7 +62,7 @@ class Growing:
 
 
 def chunks(array: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield an array of one dimension in pieces. Pages of a mapped array leave this process' memory again."""
+    """Yield an array of one dimension in chunks, and release the pages of a mapped array after each chunk."""
     length = max(1, CHUNK_BYTES // array.itemsize)
     for start in range(0, len(array), length):
         yield array[start : start + length]
@@ -70,7 +70,7 @@ def chunks(array: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def release(*arrays: np.ndarray) -> None:
-    """Let the pages of mapped arrays leave this process' memory; they are read again when they are used."""
+    """Release the memory of the pages of mapped arrays; they are read from the file again when they are used."""
     for array in arrays:
         if isinstance(mapped := getattr(array.base, "obj", None), mmap.mmap):
             mapped.madvise(mmap.MADV_DONTNEED)
@@ -82,7 +82,7 @@ def write(file: BinaryIO, arrays: Mapping[str, np.ndarray], metadata: Mapping[st
     Args:
         file: An unbuffered or buffered file that is open for reading and writing.
         arrays: The arrays by their names.
-        metadata: Further texts.
+        metadata: Texts for the header, by name.
     """
     ordered = sorted(arrays.items(), key=lambda item: -item[1].itemsize)  # each begins at a multiple of its size
     header, end = dict[str, Any](), 0
@@ -116,7 +116,7 @@ def read(descriptor: int, *, verify: bool = True) -> tuple[dict[str, np.ndarray]
         verify: Whether to compare the checksum, for which the whole file is read.
 
     Raises:
-        ValueError, KeyError, TypeError: The file is not such a file, or is damaged.
+        ValueError, KeyError, TypeError: The file was not written by `write`, or is damaged.
     """
     size = os.fstat(descriptor).st_size
     length = int.from_bytes(os.pread(descriptor, 8, 0), "little")

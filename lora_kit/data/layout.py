@@ -1,7 +1,7 @@
 """Find the parts of a conversation in its rendered text, and check that none is missing or changed.
 
-What the template leaves out or changes is an error if it is trained or would be seen by the model, and a remark if it
-is not or if the template does so by its own rules.
+It is an error if the template leaves out a message, tool or call, renders no reasoning at all, or changes an answer.
+Other differences are remarks, e.g. a changed message that is not trained, or reasoning left out of earlier answers.
 """
 
 import re
@@ -30,7 +30,7 @@ class Layout:
         marker: The conversation with marks.
         marked_text: Its rendering.
         places: The places of the marked parts, in the order of the text.
-        changed: The kept parts, with the characters of the text that depend on each; None if it has no effect.
+        changed: The parts without a mark, each with the characters of the text that depend on it; None if none do.
         prompted: Whether the marked text ends with the generation prompt.
     """
 
@@ -45,7 +45,7 @@ class Layout:
 
     @cached_property
     def limit(self) -> int:
-        """The end of what is in the text with and without the generation prompt: Phi's ends with more without it."""
+        """Where the texts with and without the generation prompt begin to differ; without it, Phi adds a token."""
         if not self.prompted:
             return common_prefix(self.text, apply(self.conversation, self.renderer, prompting=True))
         end, mark_end = (self.places[-1].end, self.places[-1].mark_end) if self.places else (0, 0)
@@ -53,7 +53,7 @@ class Layout:
 
     @cached_property
     def own(self) -> dict[int, list[Place]]:
-        """The places of each message's content, reasoning and calls, after those of the message before it."""
+        """The places of the content, reasoning and calls of each message, after the places of the message before it."""
         own: dict[int, list[Place]] = {}
         for place in self.places:
             if place.part.kind not in ("tool", "key"):
@@ -70,7 +70,7 @@ class Layout:
 
     @cached_property
     def spans(self) -> dict[int, tuple[int, int]]:
-        """The characters [begin, end) of each message that has any."""
+        """The characters [begin, end) of each message that has text."""
         found: dict[int, list[tuple[int, int]]] = {}
         for index, places in self.own.items():
             found[index] = [(place.begin, place.end) for place in places]
@@ -87,7 +87,7 @@ class Layout:
 
     @cached_property
     def order(self) -> list[int]:
-        """The indices of the messages that have any text."""
+        """The indices of the messages that have text, ascending."""
         return sorted(self.spans)
 
     def span(self, index: int) -> tuple[int, int] | None:
@@ -95,7 +95,7 @@ class Layout:
         return self.spans.get(index)
 
     def turn_end(self, end: int) -> int:
-        """Return the end of the stop token that follows a message before the next one begins."""
+        """Return the end of the stop token between `end` and the next message; `end` if there is none."""
         following = min((begin for begin, _ in self.spans.values() if begin >= end), default=len(self.text))
         stop = self.text.find(self.renderer.stop, end, following)
         return end if stop < 0 else stop + len(self.renderer.stop)
@@ -104,9 +104,10 @@ class Layout:
 def locate(conversation: Conversation, renderer: Renderer, text: str) -> Layout:
     """Find every part of a conversation in its rendered text.
 
-    The marked text usually agrees with the text. It does not if the template changes a part, or looks into it and
-    renders something else for a mark. Then parts stay as they are, beginning with the part at the first difference and
-    those in which the template may look for something, and each of these is changed in a rendering of its own.
+    The marked text, with each mark replaced by its part, usually equals the text. It does not if the template changes a
+    part, or tests its content and therefore renders a mark in another way. Then parts keep their text instead of a
+    mark: first the part at the first difference, and the parts with a string that the template may test. For each of
+    them, a rendering with another content shows which characters of the text depend on it.
     """
     kept: frozenset[str] = frozenset()
     leafwise: frozenset[str] = frozenset()
@@ -144,14 +145,14 @@ def _match(marker: Marker, renderer: Renderer, *, prompted: bool) -> tuple[list[
 
 
 def _triggers(part: Part, renderer: Renderer) -> bool:
-    """Return whether the template may look for something in a part and find it."""
+    """Return whether a part contains a string that the template may test for."""
     return isinstance(part.value, str) and bool(renderer.triggers.search(part.value))
 
 
 def changed_span(part: Part, layout: Layout) -> tuple[int, int] | None:
     """Return the characters of the text that differ if a part is changed; None if there are none."""
     text = layout.text
-    if part.kind == "name":  # a template may compare it, so it is not worth a rendering
+    if part.kind == "name":  # a template may compare names, so a changed name tells nothing
         return (0, 0) if part.value in text else None
     changed = apply(_with_change(part, layout.conversation), layout.renderer)
     if changed == text:
@@ -161,13 +162,13 @@ def changed_span(part: Part, layout: Layout) -> tuple[int, int] | None:
     for form in part.forms(None) if isinstance(part.value, str) else ():
         if text.startswith(form, begin) and begin + len(form) >= end:
             return begin, begin + len(form)
-        if end - len(form) >= begin and text.endswith(form, begin, end):  # text before it depends on it as well
+        if end - len(form) >= begin and text.endswith(form, begin, end):  # text before the part depends on it too
             return end - len(form), end
     return begin, end
 
 
 def _with_change(part: Part, conversation: Conversation) -> Conversation:
-    """Return a conversation in which a part differs. A key is removed, and the names of tools are all changed."""
+    """Return the conversation with a part changed. A key is removed; for a tool, all tools are changed."""
     if part.kind == "tool":
         tools = tuple(
             tool | {"function": tool["function"] | {"name": "x" * 9, "description": "x" * 9}}
@@ -191,7 +192,7 @@ def _with_change(part: Part, conversation: Conversation) -> Conversation:
 
 
 def check(layout: Layout) -> list[Remark]:
-    """Check that the text has every part, and return remarks on what is left out or changed without harm.
+    """Check that the text has every part, and return remarks on differences that are no errors.
 
     Raises:
         DataError: The template leaves out a message, a call, a tool or the reasoning of a trained answer, or changes
@@ -201,10 +202,10 @@ def check(layout: Layout) -> list[Remark]:
     rendered = {id(place.part) for place in layout.places}
     lost = [part for part in layout.marker.parts if id(part) not in rendered]
     lost += [part for part, span in layout.changed if span is None]
-    for part in sorted(lost, key=lambda part: part.message < 0):  # messages are more telling than tools
+    for part in sorted(lost, key=lambda part: part.message < 0):  # report messages before tools
         role = conversation.messages[part.message]["role"] if part.message >= 0 else ""
         if part.kind == "key":
-            if part.label.rpartition(".")[2] != "name" or part.value not in layout.called:  # a tool's may repeat it
+            if part.label.rpartition(".")[2] != "name" or part.value not in layout.called:  # the call has it too
                 remarks.append(Remark(KEYS, part.label.rpartition(".")[2], part.label))
         elif part.kind == "tool":
             if part.label.endswith(".description"):
@@ -239,7 +240,7 @@ def _reasoning_left_out(part: Part, conversation: Conversation, renderer: Render
 
 
 def _is_whole(part: Part, span: tuple[int, int], layout: Layout) -> bool:
-    """Return whether the text has a kept part whole at the characters that depend on it."""
+    """Return whether the characters that depend on a part without a mark are the complete part."""
     begin, end = span
     if part.kind == "arguments":
         region = layout.text[max(0, begin - 2) : end + 2]  # the changed arguments may share a letter with these
@@ -265,7 +266,8 @@ def _not_whole(part: Part, span: tuple[int, int], layout: Layout) -> Remark:
 def _trimmed(layout: Layout) -> list[Remark]:
     """Return remarks on messages whose blanks at the edges are not in the text.
 
-    A rendering without these blanks is shorter between two marks by the number of the blanks that the text has there.
+    The conversation is rendered again with marks but without these blanks. Where the template keeps blanks, this makes
+    the text between two marks shorter by their number.
     """
     if not any(part.kind == "content" and any(part.edges) for part in layout.marker.parts):
         return []
@@ -296,7 +298,7 @@ def _trimmed(layout: Layout) -> list[Remark]:
 
 
 def _check_leaves(layout: Layout) -> None:
-    """Check the keys, booleans and nulls of arguments whose values have marks of their own.
+    """Check the keys, booleans and nulls of arguments whose values are marked one by one.
 
     Raises:
         DataError: A key or a value is not in the text.
@@ -314,7 +316,7 @@ def _check_leaves(layout: Layout) -> None:
 
 
 def next_begin(layout: Layout, index: int, default: int) -> int:
-    """Return where the next message with any text begins."""
+    """Return where the next message with text begins; `default` if there is none."""
     later = bisect_right(layout.order, index)
     return layout.spans[layout.order[later]][0] if later < len(layout.order) else default
 

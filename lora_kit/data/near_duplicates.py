@@ -11,9 +11,9 @@ from lora_kit.errors import InputError
 
 SAMPLE = 50_000
 WIDTH = 5  # tokens of a sequence; two examples are compared by their sets of such sequences
-LIKE = 0.8  # the share of their sequences that near duplicates have in common
-LIKELY = 0.7  # at which MinHash finds candidates, so that few of those above `LIKE` are missed
-COMMON = 0.1  # a sequence in a larger share of the examples belongs to the template or a system message
+LIKE = 0.8  # near duplicates have at least this Jaccard similarity
+LIKELY = 0.7  # threshold for candidates from MinHash; lower than `LIKE`, so that few near duplicates are missed
+COMMON = 0.1  # a sequence in a larger share of the examples is ignored, e.g. that of a template or system message
 PERMUTATIONS = 128
 
 
@@ -22,7 +22,7 @@ class NearDuplicates(NamedTuple):
 
     Attributes:
         sampled: The number of examples compared.
-        pairs: For each example that resembles an earlier one of the sample: the earlier one and the example.
+        pairs: The index of an earlier example and of its near duplicate, one pair for each near duplicate.
     """
 
     sampled: int
@@ -30,10 +30,11 @@ class NearDuplicates(NamedTuple):
 
 
 def near_duplicates(parts: Sequence[Tokens], hashes: np.ndarray, *, sample: int = SAMPLE) -> NearDuplicates:
-    """Return the near duplicates among the examples of several parts, which are numbered through all parts.
+    """Return the near duplicates among the examples of several parts. The parts are numbered one after the other.
 
-    Two examples are near duplicates if at least `LIKE` of their token sequences are the same. Sequences of the template
-    do not count. Of equal examples only the first is compared, because `preflight` counts the others.
+    Two examples are near duplicates if the Jaccard similarity of their sets of token sequences is at least `LIKE`.
+    Common sequences, e.g. of the template, are ignored. Of equal examples only the first is compared, because
+    `preflight` counts the others.
 
     Args:
         parts: The examples.
@@ -73,7 +74,7 @@ def _place(parts: Sequence[Tokens], index: int) -> tuple[Tokens, int]:
 
 
 def _sequences(tokens: Tokens, index: int) -> np.ndarray:
-    """Return hashes of all sequences of `WIDTH` tokens of an example, uint32, ascending, each once."""
+    """Return the distinct hashes of all sequences of `WIDTH` tokens of an example, uint32, ascending."""
     ids = tokens.example(index)[0].astype(np.uint64)
     if len(ids) < WIDTH:
         return np.zeros(0, np.uint32)
@@ -83,7 +84,7 @@ def _sequences(tokens: Tokens, index: int) -> np.ndarray:
 
 
 def _without_common(sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Return the sequences of each example without those that many examples have."""
+    """Return the sequences of each example without the common sequences."""
     values, counts = np.unique(np.concatenate([np.zeros(0, np.uint32), *sequences]), return_counts=True)
     common = values[counts > max(10, COMMON * len(sequences))]
     return [own[~np.isin(own, common)] for own in sequences]

@@ -101,8 +101,9 @@ class Mixture:
 def allotted(positions: int, shares: Sequence[int]) -> np.ndarray:
     """Return how many of the first positions each source gets, int64 [sources].
 
-    The sources take their part of what is left one after the other, the largest first, each rounded to the nearest
-    number. So no count falls when positions are added, and counts are exact where the shares divide the positions.
+    One source after the other, the largest share first, gets its part of the remaining positions, rounded to the
+    nearest integer. So no count falls when positions are added, and counts are exact where the shares divide the
+    positions.
 
     Args:
         positions: The number of positions.
@@ -131,7 +132,7 @@ def mixed_examples_of_step(step: int, *, batch_size: int, mixture: Mixture, tota
     return result
 
 
-@lru_cache(maxsize=4)  # a step reads a few positions of a block, and the next step reads on
+@lru_cache(maxsize=4)  # consecutive steps take positions of the same block
 def _examples_of_block(start: int, end: int, mixture: Mixture, seed: int) -> np.ndarray:
     """Return the examples at the positions [start, end) of a block, int64 [end - start]."""
     before, after = allotted(start, mixture.shares), allotted(end, mixture.shares)

@@ -40,7 +40,7 @@ class Part:
     """A text of the record that the rendered text should have.
 
     Attributes:
-        label: Its name in errors, e.g. `messages[1].content`; parts with the same label are marked together or not.
+        label: Its name in errors, e.g. `messages[1].content`; parts with the same label are all marked, or none is.
         kind: "content", "reasoning", "name", "arguments", "tool" or "key".
         message: The index of its message; -1 for a tool.
         value: The text without blanks at its edges, a number, or the arguments of a call.
@@ -90,11 +90,12 @@ class Marker:
     Attributes:
         source: The conversation.
         text: Its rendered text, in which no mark may occur.
-        kept: Labels of the parts that stay as they are.
-        leafwise: Labels of the arguments whose values get a mark each, because the template does not write JSON.
-        edges: Whether marks stand between the blanks of their texts.
+        kept: Labels of the parts that are not replaced by a mark.
+        leafwise: Labels of the arguments whose values get a mark each, because the template writes no JSON.
+        edges: Whether the blanks at the edges of a text are kept around its mark.
         parts: The marked parts; the number of a mark is its index.
-        unmarked: The kept parts.
+        unmarked: The parts that are not replaced by a mark.
+        styles: How the template writes the arguments with a mark, by the number of the mark.
     """
 
     source: Conversation

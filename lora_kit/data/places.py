@@ -27,7 +27,7 @@ def places(recipe: Recipe, data: Prepared) -> Where:
         held_out = part == VALIDATION
         try:
             return opened().where(index, int(data.kept[held_out][index]), sizes[part], validation=held_out)
-        except LoraKitError:  # e.g. the network is gone, and the tokens were in the cache
+        except LoraKitError:  # e.g. no network, and the tokens came from the cache
             return f"{part} example {index}"
 
     return where

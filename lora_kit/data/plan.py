@@ -25,7 +25,7 @@ def prepare_data(recipe: Recipe, renderer: Renderer, tell: Tell = silent) -> Pre
     Args:
         recipe: The recipe.
         renderer: Tokenizer, template and stop token.
-        tell: Is told how many records are done, and how many there are, unless the data is in the cache.
+        tell: Called with the number of records done and the number of all records, unless the data is in the cache.
 
     Raises:
         DataError: The data has problems; the message lists them.

@@ -1,6 +1,6 @@
-"""Look for what would train something else than intended, in the token ids and loss masks of all examples.
+"""Inspect the token ids and loss masks of all examples for mistakes in the training data, before training.
 
-This is independent of the code that made the tokens, because it sees only the arrays. Everything is vectorised over
+Only the arrays are inspected, so the result is independent of the code that made them. Everything is vectorised over
 chunks of the arrays, which may be memory-mapped, so a million examples take seconds and little memory.
 """
 
@@ -30,7 +30,7 @@ THOUGHTS = [*((f"<{tag}>", f"</{tag}>") for tag in TAGS), ("[THINK]", "[/THINK]"
 PROBES = (("user", "assistant", "user"), ("system", "user"), ("user", "assistant", "tool"))
 GAPS, TAILS = ("", "\n", "\n\n", " "), ("", "\n", "\n\n")  # between the two tags of an empty thought, and after them
 
-KINDS = {  # of findings: the examples, and what to do about them
+KINDS = {  # of findings: a description of the examples, and the remedy
     "masked": ("without a trained token", "remove them, or train their answers"),
     "unstopped": (
         "with an answer that does not end with the stop token, so it does not teach to stop; most often it is cut",
@@ -69,18 +69,18 @@ KINDS = {  # of findings: the examples, and what to do about them
 
 
 class Signs(NamedTuple):
-    """What to look for in the token ids.
+    """The tokens and settings that the inspection looks for.
 
     Attributes:
         stop: The stop token.
         bos: The BOS token; None if the tokenizer has none.
         adds_bos: Whether the tokenizer puts the BOS token before a text.
-        unknown: The unknown token; None if the tokenizer has none that means only this.
-        prompt: The end of a message and the generation prompt, without blanks at its end; empty for raw text.
-        blank: The token of the blanks at its end; None if there are none.
+        unknown: The unknown token; None if the tokenizer has none, or uses it as another special token too.
+        prompt: The end of a user message and the generation prompt, without trailing blanks; empty for raw text.
+        blank: The token of the trailing blanks of `prompt`; None if there are none.
         thoughts: The ways to write a thought without content.
-        parts: Whether the template marks what is trained, so that an answer may be trained in parts.
-        answers: Whether only answers are trained; otherwise all of a text or a conversation is.
+        parts: Whether the template has `{% generation %}`, so that parts of an answer may not be trained.
+        answers: Whether only answers are trained; otherwise all of each text or conversation is trained.
         pieces: Whether long texts are cut into several examples, so that an example may end anywhere.
     """
 
@@ -98,7 +98,7 @@ class Signs(NamedTuple):
 
 @dataclass(frozen=True)
 class Found:
-    """How many examples have a kind of finding, and the index of the first of them."""
+    """The number of examples with a kind of finding, and the index of the first of them."""
 
     count: int
     first: int
@@ -106,10 +106,10 @@ class Found:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What the arrays of some examples show.
+    """The result of inspecting some examples.
 
     Attributes:
-        found: For each kind of finding that there is, how many examples have it.
+        found: The findings by kind; kinds that no example has are missing.
         weights: The number of trained tokens of each example, int64 [examples].
         hashes: A hash of the ids of each example, uint64 [examples].
     """
@@ -121,13 +121,13 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Finding:
-    """Examples of a part of the data that may train something else than intended.
+    """A finding in the training or the validation examples.
 
     Attributes:
         part: `training` or `validation`.
         kind: A key of KINDS.
-        count: How many examples have it.
-        examples: How many examples the part has.
+        count: The number of examples that have it.
+        examples: The number of examples of the part.
         first: The index of the first of them.
         original: The index of the example that the first one repeats, in the training data if the kind is `leaked`;
             None for other kinds.
@@ -185,10 +185,18 @@ def signs_of(renderer: Renderer, *, raw: bool, pieces: bool = False) -> Signs:
         prompt=prompt,
         blank=with_blank[-1] if prompt and with_blank[:-1] == prompt else None,
         thoughts=tuple(dict.fromkeys(ids for ids in written if unknown not in ids)),
-        parts=not raw and "endgeneration" in renderer.chat_template,
+        parts=not raw and "endgeneration" in _template(renderer),
         answers=renderer.train_on != "all",
         pieces=pieces,
     )
+
+
+def _template(renderer: Renderer) -> str:
+    """Return the chat template of the run; empty if each source of a mixture has its own and the run has none."""
+    try:
+        return renderer.chat_template
+    except DataError:
+        return ""
 
 
 def _prompt(renderer: Renderer) -> str:
@@ -200,12 +208,12 @@ def _prompt(renderer: Renderer) -> str:
 
 
 class Header(NamedTuple):
-    """What the template writes before the content of a message.
+    """The text that the template writes before the content of a message.
 
     Attributes:
         role: The role of the message.
-        ids: The token ids from the end of the content before it on, without blanks at the end.
-        blank: The token of the blanks at its end; None if there are none.
+        ids: The token ids between the content before it and its content, without trailing blanks.
+        blank: The token of the trailing blanks; None if there are none.
     """
 
     role: str
@@ -214,7 +222,7 @@ class Header(NamedTuple):
 
 
 def headers_of(renderer: Renderer) -> tuple[Header, ...]:
-    """Return the headers of the template, as far as it renders short conversations."""
+    """Return the headers of the template, from renderings of short conversations; roles that it refuses are missing."""
     tokenizer, found = renderer.tokenizer, list[Header]()
     for roles in PROBES:
         try:
@@ -235,7 +243,7 @@ def headers_of(renderer: Renderer) -> tuple[Header, ...]:
 def roles(tokens: Tokens, headers: Sequence[Header]) -> dict[str, tuple[int, int]]:
     """Return the number of tokens, and of trained tokens, in the messages of each role.
 
-    The tokens between two messages are not counted; the end of the last message is.
+    Tokens between the contents of two messages are not counted. The tokens after the last content are.
     """
     result: dict[str, tuple[int, int]] = {}
     for begin, end in _chunks(tokens.offsets):
@@ -246,7 +254,7 @@ def roles(tokens: Tokens, headers: Sequence[Header]) -> dict[str, tuple[int, int
 
 
 def inspect(tokens: Tokens, signs: Signs) -> Inspection:
-    """Look for every kind of finding that a single example can have, and for duplicates."""
+    """Look for all kinds of findings except `leaked`, which needs the training and the validation examples."""
     weights, hashes = np.zeros(len(tokens), np.int64), np.zeros(len(tokens), np.uint64)
     longest = int(tokens.lengths.max(initial=1))
     factors = np.random.default_rng(0).integers(1, 1 << 63, longest, np.uint64) * np.uint64(2) + np.uint64(1)
@@ -328,7 +336,7 @@ def preflight(data: Prepared, renderer: Renderer, settings: "Preflight", where: 
 
 
 class Cost(NamedTuple):
-    """What a source contributes.
+    """The part of a source in a run.
 
     Attributes:
         source: Its name.
@@ -351,7 +359,7 @@ def costs(
     ranges: Mapping[str, tuple[int, int]],
     epochs: Mapping[str, float] | None = None,
 ) -> list[Cost]:
-    """Return what each source contributes to a run.
+    """Return the part of each source in a run.
 
     Args:
         tokens: The examples.
@@ -408,7 +416,7 @@ class _Chunk:
         self._ids = np.array(tokens.ids[offsets[0] : offsets[-1]])
         self._trained = np.array(tokens.trained[offsets[0] : offsets[-1]])
         self._starts, self._lengths = offsets[:-1] - offsets[0], np.diff(offsets)
-        self._of_id: dict[int, np.ndarray] = {}  # the places of ids that were looked for
+        self._of_id: dict[int, np.ndarray] = {}  # a cache of `_places`: the indices of an id
         self._trained[self._starts] = False  # no token precedes the first
         self.weights = self._count(self._trained)
 
@@ -448,7 +456,7 @@ class _Chunk:
         begin, end, number = np.concatenate([np.zeros((3, 0), np.int64), *found], axis=1)
         order = np.lexsort((begin, end))
         begin, end, number = begin[order], end[order], number[order]
-        longest = np.append(True, end[1:] != end[:-1])[: len(end)]  # a header may be the end of another one
+        longest = np.append(True, end[1:] != end[:-1])[: len(end)]  # of headers with the same end, take the longest
         end, begin, number = end[longest], begin[longest], number[longest]
         following = np.append(begin[1:], len(self._ids))[: len(begin)]
         stop = np.minimum(following, (self._starts + self._lengths)[self._owners(begin)])
@@ -466,12 +474,12 @@ class _Chunk:
         is_open = (self._ids[ends] != signs.stop) & ~whole[owners]
         if signs.pieces:
             is_open &= ends + 1 < (self._starts + self._lengths)[owners]
-        if signs.parts:  # the template may leave out a part of an answer, so only the last run tells
+        if signs.parts:  # the template may leave out a part of an answer, so only the last run is checked
             is_open &= np.append(owners[1:] != owners[:-1], True)[: len(owners)]
         return np.unique(owners[is_open])
 
     def _prompted(self, signs: Signs, whole: np.ndarray) -> np.ndarray:
-        """Return the examples that train the end of the generation prompt, but not all of their tokens."""
+        """Return the examples that train the end of the generation prompt, apart from those that train all tokens."""
         last = self._places(signs.prompt) + len(signs.prompt) - 1
         after = np.minimum(last + 1, len(self._ids) - 1)
         is_trained = self._trained[last]

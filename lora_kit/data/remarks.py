@@ -1,14 +1,13 @@
-"""Remarks on examples: what a record has and the tokens lack, where that is no error.
+"""Remarks on examples: differences between a record and its tokens that are no errors.
 
-A remark is made for each example and shown once for a source, with the number of its records and the place of the
-first.
+For each source a kind of remark is shown once, as a note with the number of records and the place of the first.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-MAX_ITEMS = 10  # named in a note
+MAX_ITEMS = 10  # that a note names
 
 COLUMNS = "columns of the data that are not read"
 KEYS = "keys of messages that the chat template does not read"
@@ -30,12 +29,12 @@ BLANKS = "the tokenizer drops blanks or line feeds inside answers"
 
 
 class Remark(NamedTuple):
-    """Something that an example's record has and its tokens lack.
+    """A difference between a record and its tokens.
 
     Attributes:
-        text: What happens, one of the constants of this module.
-        item: To what, e.g. a key or a character; the note names the first ten. Empty for nothing in particular.
-        place: Where in the record, e.g. `messages[2].content`; the note names the first.
+        text: The kind of difference, one of the constants of this module.
+        item: The key, column or character concerned, of which the note names the first ten; may be empty.
+        place: The place in the record, e.g. `messages[2].content`; the note names the first.
     """
 
     text: str

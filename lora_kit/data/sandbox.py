@@ -1,12 +1,13 @@
 """Do work in forked processes, with limits on the time, memory and output of chat templates.
 
-A chat template is a program, and often a stranger's. transformers runs it in jinja2's immutable sandbox, which keeps it
-from the objects of Python, but not from a loop without end or from filling the memory. So templates are rendered in
-children of this process. A child is forked, because a new interpreter would import for seconds; it touches no device
-and no lock, holds no open file of this process, and ends with it. What it answers is JSON or bytes, never a pickle.
+A chat template is a program, often by an unknown author. transformers runs it in jinja2's immutable sandbox, which
+denies access to Python's objects, but does not prevent an endless loop or filling the memory. So templates are rendered
+in children of this process. A child is forked, because a new interpreter would import for seconds. It touches no device
+and no lock, keeps no open file of this process, and ends when this process ends. Its answers are JSON or bytes, never
+pickles.
 
-`render_all` and `render_prompt` ask a child for a few examples. A `Pool` has several children, which do whole pieces of
-work on their own; inside a child, `render_all` and `render_prompt` render in the child itself, within the same limits.
+`render_all` and `render_prompt` ask a child for a few examples. A `Pool` has several children that run a function of
+the caller; inside a child, `render_all` and `render_prompt` render in the child itself, within the same limits.
 """
 
 import gc
@@ -46,13 +47,13 @@ from lora_kit.errors import DataError
 from lora_kit.host import end_with_parent
 
 SECONDS = 10  # processor time for one example
-MEMORY_BYTES = 1 << 30  # in addition to what this process has mapped
+MEMORY_BYTES = 1 << 30  # in addition to the memory that the process has mapped before
 ANSWER_SECONDS = 300.0  # for one example by the clock, on a machine that is busy with other things
 CHUNK_BYTES = 1 << 22  # examples that are sent together
 OUT_OF_MEMORY, TOO_LONG = 97, 98  # exit codes of the child
 PARALLELISM = "TOKENIZERS_PARALLELISM"
-PENDING = 2  # requests that a child of a pool has received and not answered; it never waits for the next request
-WINDOW = 4  # answers per child that may wait for the answer to an earlier request
+PENDING = 2  # requests that a child of a pool has not answered yet; with two it never waits for a request
+WINDOW = 4  # answers per child that may be held back until an earlier request is answered
 HEADER = struct.Struct("<cQ")  # a message's kind and length
 RESULT, BUG = b"=", b"!"
 
@@ -66,7 +67,7 @@ class LostError(Exception):
     Attributes:
         excess: Which limit the child exceeded, or how it ended.
         place: The index of the example in the request that the child was rendering.
-        killed: Whether SIGKILL ended it, as the kernel does when the machine runs out of memory.
+        killed: Whether SIGKILL ended it: from the kernel when memory runs out, or from `wait_for`.
         request: The request, for a child of a pool.
     """
 
@@ -133,11 +134,11 @@ def close() -> None:
 def _ask(
     kind: str, conversations: Sequence[Conversation], renderer: Renderer, places: Sequence[int] | None = None
 ) -> list[Any]:
-    """Return the results of a child, or of this process if it is one; an error takes the place of its result."""
+    """Return the results of a child, or of this process if it is a child; an error takes the place of its result."""
     if not conversations:
         return []
     try:
-        if renderer.template != (template := renderer.chat_template):  # else the renderer keeps what it has found out
+        if renderer.template != (template := renderer.chat_template):  # otherwise keep its cached properties
             renderer = replace(renderer, template=template)
     except DataError as error:
         return [error for _ in conversations]
@@ -163,7 +164,7 @@ def _ask(
 
 
 _child: list["Child"] = []  # at most one
-_settings: list[Any] = []  # the tokenizer, the template and the trained tokens that it was forked with
+_settings: list[Any] = []  # the fields of the renderer that it was forked with
 _lock = threading.RLock()
 
 
@@ -271,7 +272,7 @@ class Child:
         return self.receive()
 
     def send(self, request: bytes) -> None:
-        """Send a request. If the child has ended, `receive` tells."""
+        """Send a request. If the child has ended, `receive` raises the error."""
         with suppress(BrokenPipeError, ConnectionResetError):
             _send(self._socket, RESULT, [request])
 
@@ -305,12 +306,12 @@ class Child:
         return LostError(excess, self._cells[0], killed=code == -signal.SIGKILL)
 
     def kill(self) -> None:
-        """Kill the child; `receive` then tells that it has ended."""
+        """Kill the child; `receive` then raises LostError."""
         if self._process:
             os.kill(self._process, signal.SIGKILL)
 
     def end(self) -> None:
-        """Kill the child and wait for its end. It owns nothing that a kill could leave behind."""
+        """Kill the child and wait for its end. A child has no files or locks that would be left behind."""
         if self._process:
             self.kill()
             self._socket.close()
@@ -319,7 +320,7 @@ class Child:
 
 
 def wait_for(children: Sequence[Child]) -> list[Child]:
-    """Return the children with an answer. A child that begins no further example for too long is killed."""
+    """Return the children with an answer. If no child answers for ANSWER_SECONDS, kill those that began no example."""
     while True:
         begun = [child.begun for child in children]
         if ready := wait([child.fileno() for child in children], ANSWER_SECONDS):
@@ -357,8 +358,8 @@ class Pool:
     def map(self, requests: Iterator[bytes]) -> Iterator[bytearray]:
         """Yield the answers in the order of the requests, each as soon as all before it are there.
 
-        If a child is killed, as for want of memory, another takes its requests; if that is killed by the same request,
-        the error is raised.
+        If a child is killed, e.g. because memory ran out, a new child takes its requests. If that child is killed at
+        the same request, the error is raised.
 
         Raises:
             LostError: A child ended.
@@ -404,7 +405,7 @@ class Pool:
             successor.send(each)
 
 
-_own_cells: list[memoryview] = []  # in a child, its cells
+_own_cells: list[memoryview] = []  # in a child, the numbers that it shares with its parent
 
 
 def _serve(descriptor: int, work: Work, cells: memoryview, parent: int) -> None:
@@ -414,7 +415,7 @@ def _serve(descriptor: int, work: Work, cells: memoryview, parent: int) -> None:
             end_with_parent(signal.SIGKILL)
             if os.getppid() != parent:
                 os._exit(0)
-        gc.freeze()  # a collection would write to all objects of the parent, and so copy their pages
+        gc.freeze()  # a collection would write to the parent's objects, which copies their pages
         _own_cells.append(cells)
         signal.set_wakeup_fd(-1)
         for number, action in _ACTIONS.items():

@@ -1,7 +1,7 @@
-"""Parse JSON exactly, or say what is wrong and what to do.
+"""Parse JSON strictly; errors say what is wrong and what to do.
 
-Python's json module accepts what no other parser takes (NaN, half of a surrogate pair, a key twice) and fails with
-other errors than its own for huge numbers and deep nesting. All of these are a DataError here.
+Python's json module accepts text that other parsers reject (NaN, half of a surrogate pair, a repeated key), and raises
+errors other than JSONDecodeError for huge numbers and deep nesting. Here all of these are a DataError.
 """
 
 import json
@@ -24,8 +24,8 @@ def loads(text: str) -> Any:
     """Parse JSON.
 
     Raises:
-        DataError: The text is not JSON, holds NaN or a number that no parser reads back, repeats a key, is nested too
-            deep, or has half of a surrogate pair. The message names the column and what to do.
+        DataError: The text is not JSON, contains NaN, a number that is too large, a repeated key or half of a surrogate
+            pair, or is nested too deep. The message says what to do.
     """
     try:
         if text.count("[") + text.count("{") > MAX_DEPTH:
@@ -77,9 +77,9 @@ def _remedy(text: str, error: json.JSONDecodeError) -> str:
 
 
 def unwritable(value: Any, label: str) -> str | None:
-    """Describe the first value inside `value` that JSON cannot hold, by its place; None if there is none.
+    """Describe the first value inside `value` that JSON cannot represent, with its place; None if there is none.
 
-    Tables (Parquet, Arrow, the Hub) have such values: NaN, times, bytes.
+    Tables (Parquet, Arrow, the Hub) contain such values: NaN, times, bytes.
     """
     if isinstance(value, Mapping):
         parts: Iterable[tuple[str, Any]] = ((f"{label}.{key}", item) for key, item in value.items())

@@ -1,7 +1,7 @@
 """Records in typed tables: Parquet and Arrow files, and datasets of the Hub.
 
-A table has a null wherever a record lacks a field that another record has. Such nulls are removed, and only they: the
-values of a map or of a JSON column (as `datasets` 5 writes them) are exact.
+A table has a null wherever a record lacks a field that another record has. Such nulls are removed. Nulls inside a map
+or a JSON column (as `datasets` 5 writes them) are values of the record and are kept.
 """
 
 import tempfile
@@ -55,7 +55,7 @@ class TablePart:
 
 
 def open_parquet(label: str, file: BinaryIO) -> TablePart:
-    """Open a Parquet file. Its rows are written to a temporary Arrow file, which has no name and ends with the process.
+    """Open a Parquet file. Its rows are copied to an unnamed temporary Arrow file, which is deleted with the process.
 
     Raises:
         DataError: The file is damaged, or two columns have the same name.
@@ -85,7 +85,7 @@ def open_arrow(label: str, file: BinaryIO) -> TablePart:
         is_file = file.read(6) == b"ARROW1"
         open_table = pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream
         table = open_table(_mapped(file)).read_all()
-        table.validate(full=True)  # offsets that point elsewhere would crash the process
+        table.validate(full=True)  # reading invalid offsets would crash the process
         return _part(label, table)
 
 
@@ -117,7 +117,7 @@ def _damage_of(label: str, format: str) -> Iterator[None]:
 
 
 def _mapped(file: BinaryIO) -> "pyarrow.MemoryMappedFile":
-    """Map an open file into memory; it may have no name."""
+    """Map an open file into memory, also a file without a name."""
     import pyarrow
 
     return pyarrow.memory_map(f"/dev/fd/{file.fileno()}")
@@ -142,7 +142,7 @@ def _record(names: Sequence[str], values: Sequence[Any]) -> Record | DataError:
 
 
 def _exact(value: Any, kind: "pyarrow.DataType") -> Any:
-    """Return a value of a table as JSON would have it: without padding, maps as objects, JSON columns parsed.
+    """Return a value of a table as JSON would have it: without padding nulls, maps as objects, JSON columns parsed.
 
     Raises:
         DataError: A map has a key twice, or a JSON column holds no JSON.

@@ -1,7 +1,7 @@
-"""Records in text files, read by the position of their bytes: JSON Lines, JSON, CSV and plain text.
+"""Read records from text files by byte offset: JSON Lines, JSON, CSV and plain text.
 
-A file is scanned once for where its records begin and end, which takes 24 bytes of memory a record. A record is parsed
-when it is read. Lines end with a line feed and at no other character: JSON and text may contain U+2028 or a form feed.
+Opening a file scans it once and stores where each record begins and ends, 24 bytes per record. A record is parsed when
+it is read. Lines end with a line feed and at no other character: JSON and text may contain U+2028 or a form feed.
 """
 
 import csv
@@ -26,8 +26,8 @@ from lora_kit.errors import DataError
 Record = dict[str, Any]
 
 CARRIAGE_RETURNS = "a carriage return alone ends its lines; convert the file with `tr '\\r' '\\n'`"
-LINES_OF_SAMPLE = 100  # lines that tell JSON Lines with a damaged first line from objects over several lines
-SMALL_BYTES = 1 << 18  # of a file that is kept in memory
+LINES_OF_SAMPLE = 100  # lines read to distinguish JSON Lines with a damaged first line from objects over several lines
+SMALL_BYTES = 1 << 18  # larger files are mapped
 FIELD_BYTES = (1 << 31) - 1  # the longest field of a CSV file; the csv module's own limit is 128 KB
 WHITESPACE = re.compile(r"[ \t\n\r]*")
 
@@ -43,7 +43,7 @@ class TextPart:
         starts: Where each record begins, in bytes, int64 [records].
         stops: Where each record ends, int64 [records].
         lines: The line in which each record begins, from 1, int64 [records].
-        parse: Returns the record in its bytes, or the error if they hold none.
+        parse: Returns the record that some bytes contain, or the error if they are not a record.
     """
 
     label: str
@@ -77,7 +77,7 @@ class TextPart:
 
 
 class _Index:
-    """Collects where records begin and end, in 24 bytes a record."""
+    """Collects where records begin and end, in 24 bytes per record."""
 
     def __init__(self) -> None:
         self._columns = array("q"), array("q"), array("q")
@@ -125,7 +125,7 @@ def has_objects(file: BinaryIO, start: int) -> bool:
 
 
 def open_lines(label: str, file: BinaryIO, start: int, parse: Callable[[bytes], Record | DataError]) -> TextPart:
-    """Index a file with a record in each line; blank lines are none."""
+    """Index a file with a record in each line; blank lines are skipped."""
     index = _Index()
     for number, (position, line) in enumerate(_lines(file, start), 1):
         if not line.isspace():
@@ -179,7 +179,7 @@ def open_csv(label: str, file: BinaryIO, start: int, *, tabs: bool) -> TextPart:
 
 
 def decode(raw: bytes) -> str | DataError:
-    """Decode UTF-8; a NUL byte is damage too."""
+    """Decode UTF-8; return an error if the bytes are not UTF-8 or contain a NUL byte."""
     if b"\0" in raw:
         place = raw.index(b"\0")
         return DataError(f"a NUL byte (column {place + 1}): the file is damaged, or not UTF-8; write it again")
@@ -190,17 +190,17 @@ def decode(raw: bytes) -> str | DataError:
 
 
 def not_utf8(byte: int, guess: str) -> str:
-    """Describe a byte that is not UTF-8, with how to convert the file."""
+    """Describe a byte that is not UTF-8, and how to convert the file."""
     return f"byte 0x{byte:02x} is not UTF-8, maybe {guess}; convert the file with `iconv -f {guess} -t utf-8`"
 
 
 def parse_json(raw: bytes) -> Record | DataError:
-    """Return the object in a piece of JSON."""
+    """Return the object that some bytes contain as JSON."""
     text = decode(raw)
     if isinstance(text, DataError):
         return text
     try:
-        value = loads(text.strip(" \t\r\n\ufeff"))  # a byte order mark is inside a file that was joined from several
+        value = loads(text.strip(" \t\r\n\ufeff"))  # a file joined from several files contains byte order marks
     except DataError as error:
         return error
     return value if isinstance(value, dict) else DataError(f"the record is {kind(value)}; expected an object")
@@ -215,7 +215,7 @@ def parse_line(raw: bytes) -> Record | DataError:
 
 
 def parse_document(raw: bytes) -> Record | DataError:
-    """Return a text file as a record of the format text, its lines ended by line feeds."""
+    """Return a text file as a record of the format text, with line feeds as the ends of its lines."""
     text = decode(raw)
     if isinstance(text, DataError):
         return text
@@ -252,7 +252,7 @@ def _sample(file: BinaryIO, start: int) -> list[bytes]:
 
 
 def _value(line: bytes) -> Any:
-    """Return the value in a line of JSON that is not read strictly; None if it is not JSON."""
+    """Parse a line of JSON without the strict checks; None if it is not JSON."""
     try:
         return _SCANNER.decode(line.decode())
     except (ValueError, RecursionError):
@@ -342,7 +342,7 @@ def _header(row: list[str], label: str, line: int) -> list[str]:
 
 
 def _quotes(error: csv.Error, line: int) -> str:
-    """Describe a row that the csv module cannot take apart."""
+    """Describe a row that the csv module cannot parse."""
     if "new-line character" in str(error):
         return CARRIAGE_RETURNS
     if "unexpected end" in str(error):

@@ -1,7 +1,7 @@
 """Tokenise ranges of a source's records in child processes.
 
-A child reads, converts, renders and tokenises a range on its own. Its answer is a few arrays, as the bytes of a
-safetensors file, which the parent appends to those of the ranges before.
+A child reads, converts, renders and tokenises a range of records. It returns arrays as the bytes of a safetensors file,
+and the parent appends them to the arrays of the earlier ranges.
 """
 
 import hashlib
@@ -24,9 +24,9 @@ from lora_kit.data.template import Tokenized, attempt, pieces, tokenize_all
 from lora_kit.errors import DataError
 from lora_kit.host import host_cores
 
-BATCH, FIRST_BATCH = 512, 32  # records of a range; of the first ranges, whose examples may be of any length
-BATCH_TOKENS = 1 << 20  # a range has about this many tokens at most, which limits the memory of children and parent
-WORTH_A_CHILD = 1024  # records; a fork takes as long as some hundred of them
+BATCH, FIRST_BATCH = 512, 32  # records of a range; fewer in the first ranges, until lengths are known
+BATCH_TOKENS = 1 << 20  # about the most tokens of a range, which limits the memory of children and parent
+WORTH_A_CHILD = 1024  # records per child; a fork takes as long as a few hundred records
 ARRAYS: dict[str, type[np.generic]] = {
     "kept": np.int64,  # the index of the record of each example
     "lengths": np.int64,  # the number of tokens of each example
@@ -34,26 +34,26 @@ ARRAYS: dict[str, type[np.generic]] = {
     "ids": np.int32,  # the token ids of all examples
     "trained": np.bool_,  # whether each token is trained
 }
-"""The arrays of an answer and their types."""
+"""The arrays that a child returns, and their types."""
 TALLIES = ("dropped", "truncated", "emptied", "merged", "split", "bad", "raw", "labels")
-"""What is counted; `labels` are the trained tokens without the first token of each example."""
+"""The names of the counts; `labels` are the trained tokens without the first token of each example."""
 
 
 def children(records: int) -> int:
-    """Return how many children tokenise so many records: one for few records, at most one per core."""
+    """Return the number of children that tokenise `records` records: one for few records, at most one per core."""
     return max(1, min(host_cores(), records // WORTH_A_CHILD))
 
 
 @dataclass
 class Range:
-    """What a child has made of a range of records.
+    """The result of tokenising a range of records.
 
     Attributes:
         records: The number of records.
         tokens: The number of tokens before any was dropped or cut.
-        bad: The index of each record that cannot be used, and what is wrong with it.
-        problems: The index of each record that is too long, and what to do.
-        remarks: The index of each record that has something which its tokens lack, and what.
+        bad: The index of each record that cannot be used, and the error.
+        problems: The index of each record that is too long, and the error.
+        remarks: The index of each record with remarks, and its remarks.
         tallies: Counts by the names in TALLIES.
         arrays: The arrays by the names in ARRAYS, as lists of numbers or, if they have an element per token, of bytes.
     """
@@ -76,7 +76,7 @@ class Range:
         self.tallies["labels"] += mask.count(1) - mask[0]
 
     def dump(self) -> bytes:
-        """Return the range as the bytes of a safetensors file; `about` has everything but the arrays, as JSON."""
+        """Return the result as the bytes of a safetensors file; the array `about` has all other attributes as JSON."""
         about = {name: value for name, value in vars(self).items() if name != "arrays"}
         arrays = {"about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
         for name, dtype in ARRAYS.items():
@@ -156,10 +156,10 @@ class Pace:
     """Divides records into ranges of a suitable size, from the lengths seen so far. Results do not depend on it."""
 
     def __init__(self) -> None:
-        self.records = self.tokens = 0  # that are done
+        self.records = self.tokens = 0  # done so far
 
     def note(self, records: int, tokens: int) -> None:
-        """Note that so many more records with so many tokens are done."""
+        """Add to the numbers of records and tokens that are done."""
         self.records += records
         self.tokens += tokens
 

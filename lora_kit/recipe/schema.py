@@ -15,10 +15,10 @@ HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name
 FRACTION = Annotated[float, Field(gt=0, lt=1)]
 COUNT = Annotated[int, Field(gt=0, le=1_000_000_000)]
 SECONDS = Annotated[float, Field(gt=0, le=1e9)]
-BOUND = Annotated[float, Field(gt=0, le=1e30)]  # fp32 holds it
+BOUND = Annotated[float, Field(gt=0, le=1e30)]  # representable in float32
 FORMAT = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text"]
 SOURCE_NAME = Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")]
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # in no path, name or column
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # not allowed in paths, names and columns
 
 
 class Section(BaseModel):
@@ -63,7 +63,7 @@ class Base(Section):
 
 
 class Source(Section):
-    """A source of examples with settings of its own; null takes the setting of the section `data`."""
+    """A source of examples with its own settings; null takes the setting of the section `data`."""
 
     source: str
     """A file, a folder, a Hub dataset or a builtin file, as for `data.train`."""
@@ -72,22 +72,23 @@ class Source(Section):
     columns: dict[str, str] | None = None
     """The file's name for a column of the format."""
     template: str | None = None
-    """A Jinja file that renders its conversations. The run's template, which generation uses, stays `data.template`."""
+    """A Jinja file with the chat template of this source. `generate` and `chat` use `data.template`."""
     max_examples: COUNT | None = None
-    """Read only its first N records."""
+    """Read only its first N records. null takes `data.max_examples` for sources of `train`, and reads all records of
+    sources of `validation`."""
 
 
 class TrainSource(Source):
     """An entry of `data.train`: a source of a mixture. Without weights, the sources are joined: an epoch sees each
-    example as often as its source's `epochs` says."""
+    example as often as the `epochs` of its source says."""
 
     name: SOURCE_NAME | None = None
     """The source's name in logs and tables; null takes it from the file's or the dataset's name."""
     weight: BOUND | None = None
     """Its share of the examples of the run, relative to the weights of the other sources. Either all sources have a
-    weight or none; with weights the run's length is `train.steps`."""
+    weight or none; with weights, set `train.steps` and not `train.epochs`."""
     epochs: float | None = Field(None, gt=0, le=1e6)
-    """How often its examples are seen in one epoch of the mixture; null is once. Needs `train.epochs`, and no
+    """How often its examples are seen in one epoch of the mixture; null is once. Needs `train.epochs`, and excludes
     weights."""
 
 
@@ -101,7 +102,7 @@ def name_of(source: str) -> str:
 
 
 def _tag(value: Any) -> str:
-    """Return which type a value is checked as, so that an error speaks of that type alone."""
+    """Return the tag of the type that a value is validated as, so that an error is about this type only."""
     if isinstance(value, Mapping | Source):
         return "<mapping>"
     return "<list>" if isinstance(value, list | tuple) else "<plain>"
@@ -135,8 +136,8 @@ class Data(Section):
     `Dataset.save_to_disk`, a Hub dataset `name:config@revision[split]`, or `builtin:quickstart.train.jsonl`. A list is
     a mixture of sources ([data.md](data.md#mixtures))."""
     validation: HELD_OUT = None
-    """A source as for `train`, or the fraction of each source of `train` to hold out for it, or a mapping of names to
-    sources: the held-out loss is then also measured for each of them."""
+    """A source as for `train`; or a fraction, between 0 and 1, of each source of `train` to hold out; or a mapping of
+    names to sources. With a mapping, or a fraction of a list, the held-out loss is also measured for each of them."""
     format: FORMAT | None = None
     """The format of the records; null detects it from their column names."""
     columns: dict[str, str] = {}
@@ -151,10 +152,10 @@ class Data(Section):
     one text; with it, longer examples of other formats are an error."""
     overlap: int = Field(1, ge=1, le=1_000_000_000)
     """With `overlong: split`, the number of tokens at the start of a piece that repeat the end of the piece before it.
-    They are context and not trained again."""
+    They are context and are not trained again."""
     bad_records: Literal["error", "drop"] = "error"
     """What to do with records that cannot be read, do not fit the format or cannot be rendered: stop with an error that
-    lists the first 20, or leave them out; then their number and the first ten are told."""
+    lists the first 20, or leave them out; a note then gives their number and names the first ten."""
     max_examples: COUNT | None = None
     """Read only the first N records of `train`, or of each of its sources; null reads all of them."""
 
@@ -227,7 +228,7 @@ class Objective(Section):
     answer only, or all tokens. A message with `weight: 0` is never trained."""
     reasoning: Literal["train", "mask"] = "train"
     """Whether the reasoning of a trained answer (`reasoning_content`, or `<think>` in its content) is trained, or is
-    only context of the answer. Which reasoning stays in the text is decided by the chat template: most leave it out
+    only context. The chat template decides which reasoning is in the text; most templates leave out the reasoning
     before the last question."""
 
 
@@ -313,9 +314,9 @@ SHARE = Annotated[float, Field(ge=0, le=1)]
 
 
 class Preflight(Section):
-    """Checks of the tokens before step 1, and in `lora-kit check`. Each field is the largest share of the training or
-    validation examples that may have a finding. A finding with more examples is an error, which stops the run before
-    step 1 (exit code 2). Other findings are warnings, each with its number and its first file and line."""
+    """Limits for the checks of all tokens before step 1, which `lora-kit check` also runs. A field is the largest share
+    of the training or of the validation examples that may have a finding. If more examples have it, the run stops
+    before step 1 (exit code 2). Otherwise it is a warning, with the number of examples and the first file and line."""
 
     masked: SHARE = 0.0
     """Examples without a trained token."""
@@ -324,9 +325,9 @@ class Preflight(Section):
     unknown: SHARE = 1.0
     """Examples with the tokenizer's unknown token."""
     duplicates: SHARE = 1.0
-    """Examples with the tokens of an earlier example of the same part."""
+    """Examples with the same tokens as an earlier training example or, in the validation data, validation example."""
     leaked: SHARE = 1.0
-    """Validation examples that are also in the training data."""
+    """Validation examples with the same tokens as a training example."""
 
 
 class Hub(Section):

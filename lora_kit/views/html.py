@@ -28,7 +28,7 @@ body{{font-family:system-ui,sans-serif;max-width:960px;margin:24px auto;padding:
 
 
 def page(title: str, body: str) -> str:
-    """Return a whole page; `body` is HTML."""
+    """Return a complete page; `body` is HTML."""
     return PAGE.format(title=escape(title), body=body)
 
 
@@ -38,13 +38,13 @@ def block(content: str) -> str:
 
 
 def legend() -> str:
-    """Return what the colour means."""
+    """Return the legend of the colour."""
     style = f"{TITLE};border-left:14px solid {COLOUR};padding-left:6px"
     return f'<div style="{style}">tokens that the model is trained on</div>'
 
 
 def example(title: str, pieces: Iterable[tuple[str, bool]], tokens: Iterable[tuple[str, int, bool]] = ()) -> str:
-    """Return an example: its text with the trained parts coloured and, if given, a table of its tokens to unfold.
+    """Return an example: its text with the trained parts coloured and, if given, a collapsed table of its tokens.
 
     Args:
         title: A line above the text.
@@ -63,7 +63,7 @@ def example(title: str, pieces: Iterable[tuple[str, bool]], tokens: Iterable[tup
 
 
 def lines(text: str) -> str:
-    """Return lines of text in a font of equal widths."""
+    """Return lines of text in a monospaced font."""
     return f'<pre style="{TEXT};margin-top:14px">{escape(text)}</pre>'
 
 

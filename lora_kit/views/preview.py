@@ -1,6 +1,6 @@
 """The preview: examples with their trained tokens marked, and how they are packed; for terminals, notebooks and pages.
 
-Texts of records and tokens may come from anyone. They are shown literally: markup of rich or HTML has no effect, and
+The texts of records and tokens are untrusted. They are shown literally: markup of rich or HTML has no effect, and
 control characters are escaped.
 """
 
@@ -45,7 +45,7 @@ class Example:
 
     @property
     def title(self) -> str:
-        """The place and the numbers of tokens."""
+        """The index, the place, and the numbers of tokens and of trained tokens."""
         tokens = sum(len(piece.ids) for piece in self.pieces)
         trained = sum(len(piece.ids) for piece in self.pieces if piece.trained)
         return f"example {self.index} · {printable(self.place)} · {tokens:,} tokens, {trained:,} trained"
@@ -81,7 +81,7 @@ class Preview:
         return "\n\n".join(texts)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        colours = not console.no_color and console.color_system is not None  # there are none in a pipe
+        colours = not console.no_color and console.color_system is not None  # a pipe has no colours
         for example in self.examples:
             yield Text(example.title, style="dim")
             yield Text.assemble(*(part for piece in example.pieces for part in self._parts(piece, colours)))
@@ -116,7 +116,7 @@ class Preview:
 
     @property
     def packing_title(self) -> str:
-        """What the lines about packing show."""
+        """The title of the lines about packing."""
         examples = sum(map(len, self.batches))
         packed = f"{len(self.batches):,} micro-batch{'es' if len(self.batches) > 1 else ''}"
         return f"step 1: {examples:,} examples, packed into {packed}"

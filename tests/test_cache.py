@@ -369,3 +369,35 @@ def test_what_is_prepared_while_torch_is_imported_is_what_the_run_looks_up(recip
     remote = load_recipe(recipe_file, ["data.train=owner/name"])
     ahead.prepare(TrainRequest(remote, tmp_path / "run", accept=(), start_from=None, profile=False).to_json())
     assert len(made) == 1, "the training process itself asks the Hub"
+
+
+def test_a_template_of_a_source_that_is_a_pipe_does_not_block(folder, monkeypatch):
+    os.mkfifo(folder / "t.jinja")
+    opened = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda path, *a, **k: pytest.fail("blocks") if path.is_fifo() else opened(path, *a, **k)
+    )
+    recipe = load_recipe(folder / "recipe.yaml", ["data.train=[{source: train.jsonl, template: t.jinja}]"])
+    assert cache.key_of(recipe, Renderer(AutoTokenizer.from_pretrained(folder / "base"))) is None
+    (folder / "t.jinja").unlink()
+    (folder / "t.jinja").write_text("{{ x }}")
+    assert cache.key_of(recipe, Renderer(AutoTokenizer.from_pretrained(folder / "base")))
+
+
+def test_a_file_whose_name_is_not_utf_8_can_have_a_note_that_names_it(folder, made):
+    (folder / "d").mkdir()
+    records = [record | {"id": 1} for record in make_records(30)]
+    write_jsonl(folder / "d" / os.fsdecode(b"caf\xe9.jsonl"), records)
+    first = data_of(folder, "data.train=d")
+    assert any(r"d/caf\xe9.jsonl:1" in note for note in first.notes)
+    assert same(first, data_of(folder, "data.train=d")) and len(made) == 1
+
+
+def test_another_name_of_a_file_in_a_folder_makes_new_tokens(folder, made):
+    (folder / "d").mkdir()
+    path = folder / "d" / "a.jsonl"
+    write_jsonl(path, [record | {"id": 1} for record in make_records(30)])
+    data_of(folder, "data.train=d")
+    path.rename(folder / "d" / "b.jsonl")
+    changed = data_of(folder, "data.train=d")
+    assert any("d/b.jsonl:1" in note for note in changed.notes) and len(made) == 2

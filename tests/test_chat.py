@@ -14,8 +14,11 @@ from runs import ENVIRONMENT, WAIT_SECONDS
 from typer.testing import CliRunner
 
 import lora_kit as lk
+from lora_kit.artifacts.answering import read_questions
 from lora_kit.artifacts.chat import HELP, chat
 from lora_kit.cli import app
+from lora_kit.data.formats import to_example
+from lora_kit.errors import DataError
 
 
 def talk(loaded, *lines):
@@ -104,6 +107,30 @@ def test_it_begins_with_messages_and_tools(trained_run):
 
 
 TOOL = {"name": "add", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}
+
+
+def test_a_question_has_the_context_of_a_record(tmp_path):
+    """The same columns as in training; an error names the line of the file."""
+    asked = tmp_path / "asked.jsonl"
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    record = {"messages": turns[:1], "system": "Be brief.", "functions": [TOOL]}
+    asked.write_text(f"\n{json.dumps(record)}\n\n{json.dumps(record | {'system': 5})}\n")
+    with pytest.raises(DataError, match=r"asked\.jsonl:4: system is a number; expected a string"):
+        read_questions(asked)
+    asked.write_text(json.dumps(record))
+    (question,) = read_questions(asked)
+    trained = to_example(record | {"messages": turns}, "messages", {})
+    assert (question.messages, question.tools) == (trained.messages[:2], trained.tools)
+    assert question.label(1) == "messages[0]"
+
+
+def test_a_template_that_refuses_a_message_does_not_end_the_chat(trained_run):
+    loaded = lk.load(trained_run)
+    refusing = "{% if messages[-1].role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    loaded[1].chat_template = refusing + loaded[1].chat_template
+    written, messages = talk(loaded, "one", "/tool 5", "two")
+    assert "no tools here" in written and "Traceback" not in written
+    assert messages == talk(loaded, "one", "two")[1]
 
 
 def test_generate_continues_the_conversations_of_a_file(trained_run, tmp_path):

@@ -48,6 +48,27 @@ def arrow(values, kind):
     return pyarrow.array(values, kind)
 
 
+def timestamp(zone):
+    import pyarrow
+
+    return pyarrow.timestamp("ms", zone)
+
+
+def map_of_objects():
+    import pyarrow
+
+    return pyarrow.map_(pyarrow.struct([("y", pyarrow.int64())]), pyarrow.int64())
+
+
+def twice_a_field(folder):
+    import pyarrow
+
+    twice = pyarrow.StructArray.from_arrays([pyarrow.array([1]), pyarrow.array([2])], ["y", "y"])
+    table = pyarrow.table({"text": ["a"], "x": twice})
+    with pyarrow.ipc.new_file(folder / "d.arrow", table.schema) as writer:
+        writer.write_table(table)
+
+
 def cut(builder, name, keep):
     """Return a builder that cuts the end off a file of another builder."""
 
@@ -181,6 +202,11 @@ BROKEN = [
     Broken("Parquet with a wrong beginning", {"d.parquet": b"PAR1 nothing"}, ("d.parquet: cannot be read as Parquet", "download it again")),
     Broken("no Parquet", {"d.parquet": b"nothing"}, ("d.parquet: cannot be read as Parquet", "download it again")),
     Broken("NaN in a table", lambda folder: parquet(messages=arrow([[{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": float("nan")}}}]}]], None))(folder), ("d.parquet, record 1: messages[1].tool_calls[0].function.arguments.a is nan", "write null or a string"), {"train": "d.parquet"}),
+    Broken("time after the year 9999", lambda folder: parquet(text=["a", "b"], at=arrow([0, 10**15], "timestamp[ms]"))(folder), ("d.parquet, record 2: at: the value cannot be read", "cast or remove the column"), {"train": "d.parquet"}),
+    Broken("duration without an end", lambda folder: parquet(text=["a", "b"], at=arrow([0, 2**62], "duration[s]"))(folder), ("d.parquet, record 2: at: the value cannot be read", "cast or remove the column"), {"train": "d.parquet"}),
+    Broken("unknown time zone", lambda folder: parquet(text=["a"], at=arrow([0], timestamp("Mars/X")))(folder), ("d.parquet, record 1: at: the value cannot be read", "cast or remove the column"), {"train": "d.parquet"}),
+    Broken("field twice", twice_a_field, ("d.arrow, record 1: x: the value cannot be read", "cast or remove the column"), {"train": "d.arrow"}),
+    Broken("map with objects as keys", lambda folder: parquet(text=["a"], x=arrow([[({"y": 1}, 2)]], map_of_objects()))(folder), ("d.parquet, record 1: x: the value cannot be read", "cast or remove the column"), {"train": "d.parquet"}),
     Broken("bytes as text", lambda folder: parquet(text=[b"x"])(folder), ("d.parquet, record 1: text is a bytes", "expected a string"), {"train": "d.parquet"}),
     Broken("saved dataset that is cut off", cut(saved, "ds/data-00000-of-00001.arrow", 90), ("ds/data-00000-of-00001.arrow: cannot be read as Arrow", "download it again"), {"train": "ds"}),
     # files and folders
@@ -409,7 +435,9 @@ def test_a_text_file_is_one_text_if_it_is_split(tmp_path, renderer):
         for index in range(len(prepared.train))
     )
     assert trained == "ne\ntwo\n</s>" and prepared.counts.train.split == 1
-    assert prepared.notes == ("d.txt: 1 of 1 texts were cut, into 2 pieces of at most data.sequence_length tokens",)
+    first, cut = prepared.notes
+    assert "the first token has the beginning of the answer and is never trained" in first
+    assert cut == "d.txt: 1 of 1 texts were cut, into 2 pieces of at most data.sequence_length tokens"
 
 
 PADDED = {"city": {"type": "string", "enum": None}, "ticker": None, "default": None}

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import lora_kit as lk
 from lora_kit.cli import app
 from lora_kit.errors import DataError
+from lora_kit.training import evaluation
 
 
 @pytest.fixture
@@ -92,3 +93,9 @@ def test_an_evaluation_without_held_out_data_says_what_to_add(recipe_file, tmp_p
     run = lk.train(lk.load_recipe(recipe_file, ["train.steps=1"]), tmp_path / "run")
     with pytest.raises(DataError, match=r"data\.validation: the recipe names none; add"):
         lk.evaluate(lk.load_recipe(recipe_file), run.latest)
+
+
+def test_a_held_out_example_longer_than_the_context_is_refused(trained_run, recipe_file, changes, monkeypatch):
+    monkeypatch.setattr(evaluation, "positions_of", lambda model: 8)
+    with pytest.raises(DataError, match=r"the longest example has \d+ tokens, the base was made for 8; set"):
+        lk.evaluate(lk.load_recipe(recipe_file, changes), trained_run)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from lora_kit.data.formats import FORMATS, Completion, Conversation, detect, to_example
+from lora_kit.data.remarks import COLUMNS, Remark
 from lora_kit.errors import DataError
 
 USER, ASSISTANT = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}
@@ -88,6 +89,16 @@ def test_sharegpt_takes_system_tools_and_calls():
     assert made.tools == ({"type": "function", "function": tools[0]},)
 
 
+def test_a_sharegpt_turn_may_repeat_its_role_and_content():
+    turns = [{"from": "human", "value": "Hi?"} | USER, {"from": "gpt", "value": "Hello.", "role": "assistant"}]
+    assert to_example({"conversations": turns}, "sharegpt", {}) == Conversation((USER, ASSISTANT))
+
+
+@pytest.mark.parametrize("said", [{"weight": "1"}, {"train": "yes"}, {"masked": "false"}, {"loss": "0.25"}])
+def test_a_column_that_excludes_no_record_is_noted(said):
+    assert to_example({"text": "x"} | said, "text", {}).remarks == (Remark(COLUMNS, *said, ""),)
+
+
 def test_a_text_column_beside_another_format_is_ignored():
     assert detect(["instruction", "input", "output", "text"], {}) == "alpaca"
     assert detect(["instruction", "input", "output", "text"], {}, named="text") == "text"
@@ -130,6 +141,16 @@ def test_a_rename_of_no_format_s_column_is_refused():
         ("alpaca", {"instruction": "x", "output": ""}, "output is an assistant message without content"),
         ("alpaca", {"instruction": "x", "output": "y", "history": [["a"]]}, "history[0] has 1 items"),
         ("text", {"text": ["a"]}, "text is a list; expected a string"),
+        *(
+            ("text", {"text": "x", key: value}, f"{key} is {value!r} for the whole record")
+            for key, values in (("weight", (0, "0", "0.0")), ("train", (False, "no", " False")), ("masked", ("1",)))
+            for value in values
+        ),
+        (
+            "prompt-completion",
+            {"prompt": [USER, ASSISTANT | {"train": True}, USER], "completion": [ASSISTANT]},
+            "prompt[1] says that it is trained, and only messages of the completion are trained; move it there",
+        ),
         ("text", {"text": "\n"}, "text is empty"),
         ("prompt-completion", {"prompt": "a", "completion": " "}, "completion is empty"),
         ("prompt-completion", {"prompt": "a", "completion": [1]}, "prompt is a string and completion"),
@@ -138,6 +159,10 @@ def test_a_rename_of_no_format_s_column_is_refused():
         ("sharegpt", {"conversations": [{"from": "bot", "value": "x"}]}, "conversations[0].from is 'bot'"),
         ("sharegpt", {"conversations": [{"from": "gpt", "value": 1}]}, "conversations[0].value is a number"),
         ("sharegpt", {"conversations": [USER]}, "set data.format: messages and data.columns: {messages"),
+        *(
+            ("sharegpt", {"conversations": [{"from": "human", "value": "x"} | other]}, "conversations[0] has from and")
+            for other in ({"content": "y"}, {"role": "assistant"}, {"role": "gpt"})
+        ),
         (
             "sharegpt",
             {"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "f()"}]},

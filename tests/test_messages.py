@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from lora_kit.data.messages import ROLES, Conversation, conversation, labelled
+from lora_kit.data.messages import ROLES, Conversation, conversation, labelled, unknown_nulls
+from lora_kit.data.remarks import KEYS, Remark
 from lora_kit.errors import DataError
 
 USER, ASSISTANT = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}
@@ -31,6 +32,17 @@ def test_messages_pass_unchanged_and_assistant_turns_are_answers():
 @pytest.mark.parametrize("part", [{"type": "text", "text": "Hello."}, {"type": "text", "value": "Hello."}])
 def test_a_list_of_text_parts_becomes_one_string(part):
     assert make(USER, ASSISTANT | {"content": [part, part]}).messages[1]["content"] == "Hello.Hello."
+
+
+def test_empty_reasoning_beside_another_key_is_ignored():
+    made = make(USER, ASSISTANT | {"reasoning_content": "", "reasoning": "hm"})
+    assert made.messages[1] == ASSISTANT | {"reasoning": "hm"}
+
+
+def test_other_keys_of_a_part_are_noted_and_empty_ones_ignored():
+    part = {"type": "text", "text": "Hello.", "cache_control": {"type": "ephemeral"}, "annotations": [], "train": None}
+    made = make(USER, ASSISTANT | {"content": [{"type": "thinking", "thinking": "hm", "signature": "x"}, part]})
+    assert made.remarks == (Remark(KEYS, "signature", "messages[1].content[0].signature"),)
 
 
 @pytest.mark.parametrize("key", ["weight", "loss_weight"])
@@ -69,12 +81,41 @@ def test_the_id_of_a_call_is_kept():
     assert made.messages[1]["tool_calls"][0]["id"] == "c1"
 
 
+def test_other_keys_of_a_call_are_noted_and_empty_ones_ignored():
+    call = {"id": "c1", "index": 0, "comment": "x", "parameters": {}, "thought": None, **CALL}
+    call["function"] = CALL["function"] | {"result": 0, "args": ""}
+    made = make(USER, {"role": "assistant", "tool_calls": [call]})
+    assert made.messages[1]["tool_calls"] == [CALL | {"id": "c1"}]
+    places = ("messages[1].tool_calls[0].comment", "messages[1].tool_calls[0].function.result")
+    assert made.remarks == tuple(Remark(KEYS, place.rpartition(".")[2], place) for place in places)
+
+
 @pytest.mark.parametrize("shape", ["wrapped", "flat", "json"])
 def test_every_variant_of_tools_becomes_the_same(shape):
     flat = {"name": "weather", "parameters": {"type": "object"}}
     wrapped = {"type": "function", "function": flat}
     given = {"wrapped": [wrapped], "flat": [flat], "json": json.dumps([flat])}[shape]
     assert make(USER, ASSISTANT, tools=given).tools == (wrapped,)
+
+
+PLACE = {"type": "object", "properties": {"city": {}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "nulls"),
+    [
+        (None, ["f.loc.city", "f.loc.zip", "f.stops.city", "f.day"]),
+        ({"loc": PLACE}, ["f.loc.zip", "f.stops.city", "f.day"]),
+        ({"loc": PLACE, "stops": {"items": PLACE}, "day": {}}, ["f.loc.zip"]),
+        ({"loc": {"anyOf": [PLACE, {"type": "null"}]}, "stops": {"$ref": "#/$defs/stops"}}, ["f.loc.zip", "f.day"]),
+        ({"loc": "odd", "stops": {"items": [PLACE]}}, ["f.loc.city", "f.loc.zip", "f.stops.city", "f.day"]),
+    ],
+)
+def test_null_arguments_that_the_schema_lacks_are_found_at_any_depth(schema, nulls):
+    arguments = {"loc": {"city": None, "zip": None}, "stops": [{"city": None}, None], "day": None}
+    tools = schema and [{"name": "f", "parameters": {"type": "object", "properties": schema}}]
+    made = make(USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": arguments}]}, tools=tools)
+    assert unknown_nulls(made.messages, made.tools) == nulls
 
 
 @pytest.mark.parametrize("nothing", [None, [], "", "[]"])
@@ -108,6 +149,14 @@ def test_empty_tools_become_none(nothing):
         ),
         ([USER | {"content": ["x"]}], "messages[0].content[0] is a string; expected a part of type 'text'"),
         ([USER | {"content": [{"type": "text"}]}], "messages[0].content[0].text is null; expected a string"),
+        *(
+            (
+                [USER, ASSISTANT | {"content": [{"type": kind, kind: "x", key: False}, {"type": "text", "text": "y"}]}],
+                f"messages[1].content[0].{key} is not supported: a message is trained as a whole",
+            )
+            for kind in ("text", "thinking")
+            for key in ("train", "weight", "mask")
+        ),
         ([USER, ASSISTANT | {"content": " \n"}], "messages[1] is an assistant message without content"),
         (
             [USER, ASSISTANT | {"weight": 0.5}],
@@ -133,6 +182,19 @@ def test_empty_tools_become_none(nothing):
         (
             [USER, ASSISTANT | {"tool_calls": [{"name": "f", "arguments": "[1]"}]}],
             "messages[1].tool_calls[0].function.arguments is a list; expected an object",
+        ),
+        *(
+            ([USER, ASSISTANT | {"tool_calls": [call | {key: {"city": "Rome"}}]}], f"tool_calls[0].{key} is an object")
+            for key in ("parameters", "input", "args")
+            for call in ({"name": "f"}, {"name": "f", "arguments": {"city": "Oslo"}})
+        ),
+        (
+            [USER, ASSISTANT | {"tool_calls": [{"function": {"name": "f"}, "arguments": {"city": "Rome"}}]}],
+            "messages[1].tool_calls[0].arguments is an object with city, which lora_kit does not read; write",
+        ),
+        (
+            [USER, ASSISTANT | {"tool_calls": [{"function": {"name": "f", "input": "Rome"}}]}],
+            "messages[1].tool_calls[0].function.input is a string",
         ),
     ],
 )

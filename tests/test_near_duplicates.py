@@ -56,6 +56,15 @@ def test_the_template_and_the_system_message_make_no_near_duplicates():
     assert near.near_duplicates(parts, hashes(parts)).pairs == ()
 
 
+def test_many_copies_of_an_example_are_no_template():
+    pytest.importorskip("datasketch")
+    rng = np.random.default_rng(5)
+    rows = [rng.integers(1, 900, 80).tolist() for _ in range(86)]
+    rows += [[*rows[0][:40], 1000 + number, *rows[0][41:]] for number in range(14)]
+    parts = [tokens(rows)]
+    assert near.near_duplicates(parts, hashes(parts)).pairs == tuple((0, index) for index in range(86, 100))
+
+
 def test_a_check_names_the_first_near_duplicate(recipe_file, tmp_path):
     pytest.importorskip("datasketch")
     records = make_records(40, seed=2)

@@ -20,6 +20,8 @@ USER, BAD, GOOD = (
     {"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "BAD"), ("assistant", "GOOD"))
 )
 CALL = {"name": "f", "arguments": {"b": 1, "a": "é", "c": [True, None, 1.0, 10**20]}}
+CITY = {"name": "f", "description": "Weather.", "parameters": {"type": "object", "properties": {"city": {
+    "type": "string", "description": "Its \"name\"."}}}}  # fmt: skip
 CALL_TEXT = '<call>f {"b": 1, "a": "é", "c": [true, null, 1.0, 100000000000000000000]}</call>'
 TEXT_CALL = {"name": "f", "arguments": '{"b": 1, "a": "\\u00e9", "c": [true, null, 1.0, 100000000000000000000]}'}
 SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "GOOD"}]
@@ -65,6 +67,16 @@ CASES = {
         for one in KEYS[:5]
         for key in one
     },
+    "an excluded call of all": Case(
+        chat({"content": "", "tool_calls": [CALL], "train": False}, GOOD),
+        ["user\na<|end|><|m|>assistant\n", "<|m|>user\na<|end|><|m|>assistant\nGOOD"],
+        options={"train_on": "all"},
+    ),
+    "an excluded empty turn of all": Case(
+        chat({"content": "", "train": False}, GOOD),
+        ["user\na<|end|><|m|>assistant\n", "<|m|>user\na<|end|><|m|>assistant\nGOOD"],
+        options={"train_on": "all"},
+    ),
     "a sharegpt turn": Case(
         {"conversations": [*SHAREGPT[:1], {"from": "gpt", "value": "BAD", "train": False}, *SHAREGPT]}, ["GOOD"]
     ),
@@ -152,6 +164,24 @@ CASES = {
     "thought in content, masked": Case(
         chat({"content": "<think>hm</think>GOOD"}), ["<think>", "</think>GOOD"], options={"reasoning": "mask"}
     ),
+    "another tag of reasoning, masked": Case(
+        chat({"content": "<thinking>hm</thinking>GOOD"}),
+        ["<thinking>hm</thinking>GOOD"],
+        note="train.jsonl:1, messages[1].content: objective.reasoning: mask does not mask these tags",
+        options={"reasoning": "mask"},
+    ),
+    "an open tag, masked": Case(
+        chat({"content": "<think>hm"}),
+        ["<think>hm"],
+        note="train.jsonl:1, messages[1].content: objective.reasoning: mask does not mask these tags",
+        options={"reasoning": "mask"},
+    ),
+    "a tag in a completion, masked": Case(
+        {"prompt": "ab", "completion": "<think>hm</think>GOOD"},
+        ["<think>hm</think>GOOD"],
+        note="train.jsonl:1, completion: objective.reasoning: mask does not mask these tags",
+        options={"reasoning": "mask"},
+    ),
     "reasoning alone": Case(chat({"content": "", "thinking": "hm"}), ["<think>hm</think>"]),
     "reasoning unread": Case(
         chat(GOOD | {"thinking": "hm"}),
@@ -229,6 +259,29 @@ CASES = {
         {"messages": [USER | {"name": "Ann"}, GOOD]},
         ["GOOD"],
         note="train.jsonl:1, messages[0].name: keys of messages that the chat template does not read: name (1",
+    ),
+    "a key that begins like another": Case(
+        {"messages": [USER | {"tool_calls_raw": [1]}, GOOD]},
+        ["GOOD"],
+        note="train.jsonl:1, messages[0].tool_calls_raw: keys of messages",
+    ),
+    "parameters of a tool left out": Case(
+        calling(tool_calls=[{"function": {"name": "f", "arguments": {"city": "Rome"}}}]) | {"tools": [CITY]},
+        ['<call>f {"city": "Rome"}</call>', "GOOD"],
+        note="train.jsonl:1, tools[0].parameters: the chat template leaves parts of the tools out: parameters (1",
+        template=OWN["thinking"].replace("{{ t | tojson }}", "{{ t.function.name }} {{ t.function.description }}"),
+    ),
+    "parameters of a tool": Case(
+        calling(tool_calls=[{"function": {"name": "f", "arguments": {"city": "Rome"}}}]) | {"tools": [CITY]},
+        ['<call>f {"city": "Rome"}</call>', "GOOD"],
+    ),
+    "a key with a dot": Case(
+        {"messages": [USER | {"x.y": [1]}, GOOD | {"x.y": 2}]},
+        ["GOOD"],
+        note="train.jsonl:1, messages[0].x.y: keys of messages that the chat template does not read: x.y (1",
+    ),
+    "a name that is a list": Case(
+        {"messages": [USER | {"name": ["bob"]}, GOOD]}, ["GOOD"], note="train.jsonl:1, messages[0].name: keys of mess"
     ),
     "a value that is not read": Case(
         chat(GOOD | {"score": 5}), ["GOOD"], note="train.jsonl:1, messages[1].score: keys of messages"
@@ -332,6 +385,15 @@ def test_qwen_3_keeps_reasoning_after_the_last_question_only(shared_data, tmp_pa
     assert found == ["GOOD<|im_end|>", "<think>\n", "\n</think>\n\nGOOD<|im_end|>"]
 
 
+def test_a_thought_before_the_name_of_a_tag_is_masked(shared_data, tmp_path):
+    """Qwen 3 tests a user's text for `<tool_response>`, so these contents are rendered without marks."""
+    renderer, _ = load_family("qwen3", shared_data)
+    turns = [USER, {"role": "assistant", "content": "<think>\nSECRET\n</think>\n\nuse <tool_call>"},
+             {"role": "user", "content": "<tool_response>x</tool_response>"}, GOOD]  # fmt: skip
+    found, _ = outcome([{"messages": turns}], replace(renderer, reasoning="mask"), tmp_path)
+    assert found[:2] == ["<think>\n", "\n</think>\n\nuse <tool_call><|im_end|>"]
+
+
 def test_a_call_after_reasoning_is_trained_in_a_history_without_it(shared_data, tmp_path):
     """Qwen 3 renders the reasoning before a call while the exchange goes on, and not once a question follows."""
     renderer, _ = load_family("qwen3", shared_data)
@@ -357,7 +419,7 @@ def test_the_number_of_renderings_does_not_grow_with_the_calls(tokenizer, monkey
     monkeypatch.setattr(rendering, "_apply", counted)
     for length in (2, 40):
         call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]}
-        turns = [USER, *[call, {"role": "tool", "content": "ok"}] * length, GOOD]
+        turns = [USER, *[call, {"role": "tool", "content": "ok", "index": 1}] * length, GOOD]
         counts.append(0)
         made = answers.render(layout.Conversation(tuple(turns)), renderer)
         assert len(made.answers) == length + 1

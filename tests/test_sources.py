@@ -211,3 +211,56 @@ def test_two_processes_can_open_a_file_at_once_and_say_nothing(tmp_path):
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) for _ in range(2)
     ]
     assert [(process.communicate(timeout=WAIT_SECONDS)[0], process.returncode) for process in both] == [(b"", 0)] * 2
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("~nobody.of.this.name/a.jsonl", "Could not determine home directory"),
+        ("a" * 300 + ".jsonl", "File name too long"),
+    ],
+    ids=["home", "name"],
+)
+def test_a_path_that_cannot_be_used_is_named(tmp_path, source, reason):
+    found = f"{source}: the path cannot be used: {reason}; check its spelling and permissions"
+    assert refusal(source, tmp_path) == found
+
+
+def test_a_template_whose_path_cannot_be_used_is_named(tmp_path):
+    from lora_kit.data.tokens import _renderer
+    from lora_kit.recipe.schema import Source
+
+    source = Source(source="a.jsonl", template="~nobody.of.this.name/t.jinja")
+    with pytest.raises(DataError, match=r"a\.jsonl: template: the path cannot be used: Could not determine home"):
+        _renderer(source, None, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"_data_files": [{"filename": 5}]}',
+        b'{"_data_files": [{"filename": "/etc/a.jsonl"}]}',
+        b'{"_data_files": [{"filename": "../a.jsonl"}]}',
+        b'{"_data_files": [' + b"[" * 5000 + b"]" * 5000 + b"]}",
+        b"[",
+        None,
+    ],
+    ids=["number", "absolute", "parent", "deep", "cut off", "pipe"],
+)
+def test_a_damaged_list_of_the_files_of_a_folder_is_not_followed(tmp_path, content, monkeypatch):
+    (tmp_path / "d").mkdir()
+    write_jsonl(tmp_path / "d" / "a.jsonl", texts("a"))
+    write_jsonl(tmp_path / "a.jsonl", texts("outside"))
+    if content is None:
+        os.mkfifo(tmp_path / "d" / "state.json")
+        monkeypatch.setattr(sources.Path, "read_text", lambda *_: pytest.fail("it would block"))
+    else:
+        (tmp_path / "d" / "state.json").write_bytes(content)
+    assert words(load("d", base_dir=tmp_path)) == ["a"]
+
+
+def test_the_columns_are_those_of_the_first_records_that_have_any(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{}] * 1500 + texts("a"))
+    assert load("a.jsonl", base_dir=tmp_path).columns == ["text"]
+    write_jsonl(tmp_path / "b.jsonl", [{}] * 3)
+    assert load("b.jsonl", base_dir=tmp_path).columns == []

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from lora_kit.data import layout, rendering
 from lora_kit.data.formats import Completion, Conversation
-from lora_kit.data.remarks import CONTROL, Remark
+from lora_kit.data.remarks import CONTROL, FIRST, Remark
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.template import prompt, tokenize_all
 from lora_kit.errors import DataError
@@ -343,3 +343,19 @@ def test_a_prompt_that_ends_in_the_answer_s_first_token_trains_it_and_says_so(sh
     assert joined.merged and not apart.merged
     assert (joined.ids, joined.trained) == (apart.ids, apart.trained)
     assert trained_text(Completion("A: ", "yes"), renderer)[0].strip() == "yes</s>"
+
+
+@pytest.mark.parametrize("pair", [("a", "b c"), ("Hel", "lo world"), ("", "GOOD")])
+def test_an_answer_that_begins_in_the_first_token_is_noted_without_a_bos_token(shared_data, llama, pair):
+    plain = Renderer(AutoTokenizer.from_pretrained(shared_data / "tok-gpt2"), stop_token="<|endoftext|>")
+    made = tokenize(Completion(*pair), plain)
+    assert not made.trained[0] and made.merged == bool(pair[0])
+    assert [remark.text for remark in made.remarks] == [FIRST]
+    made = tokenize(Completion(*pair), llama)
+    assert (made.trained[1], made.merged, made.remarks) == (True, bool(pair[0]), ())
+
+
+def test_an_answer_within_the_first_token_is_refused_without_a_bos_token(shared_data):
+    plain = Renderer(AutoTokenizer.from_pretrained(shared_data / "tok-gpt2"), stop_token="<|endoftext|>")
+    with pytest.raises(DataError, match="completion begins in the first token, which is never trained"):
+        tokenize(Completion("a", "b"), plain)

@@ -210,3 +210,48 @@ def test_ranges_cover_all_records_and_shrink_for_long_examples():
     assert requests[0][0] == 0 and requests[-1][1] == 2000
     assert all(first[1] == second[0] for first, second in pairwise(requests))
     assert np.diff(requests, axis=1).max() == tokenising.FIRST_BATCH and requests[5][1] - requests[5][0] == 1
+
+
+def test_few_answers_wait_for_an_earlier_one(tmp_path):
+    """The first request is answered only when another child has answered all that may be dealt meanwhile."""
+    dealt, opened, gate = [], [], tmp_path / "gate"
+    os.mkfifo(gate)
+
+    def work(request):
+        if request == b"0":
+            gate.read_bytes()
+        return [request]
+
+    def requests():
+        for number in range(1000):
+            dealt.append(number)
+            yield b"%d" % number
+
+    class Watched(sandbox.Pool):
+        def _deal(self, requests, end):
+            super()._deal(requests, end)
+            if not opened and not any(asked and asked[0][0] for asked in self._asked.values()):
+                opened.append(len(dealt))
+                gate.write_bytes(b"x")
+
+    with Watched(work, 2) as pool:
+        answers = [bytes(answer) for answer in pool.map(requests())]
+    assert answers == [b"%d" % number for number in range(1000)]
+    assert opened == [2 * sandbox.WINDOW]
+
+
+def test_prompts_leave_no_child_behind_and_an_error_names_the_record(make, monkeypatch):
+    before, asked = children_of_this(), []
+
+    def refuse(example, renderer):
+        asked.append(sandbox.render_all([example], renderer))
+        if len(asked) > 1:
+            raise DataError("the template does not end the turn")
+
+    monkeypatch.setattr(tokens, "prompt", refuse)
+    data = Data(train="train.jsonl", validation="train.jsonl")
+    prepare(data, make.renderer, base_dir=make.folder, seed=0, prompts=1)
+    assert asked and children_of_this() <= before
+    with pytest.raises(DataError, match=r"^train\.jsonl:1: the template does not end the turn$"):
+        prepare(data, make.renderer, base_dir=make.folder, seed=0, prompts=1)
+    assert children_of_this() <= before

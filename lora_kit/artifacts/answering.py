@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorS
 from transformers.utils import logging as transformers_logging
 
 from lora_kit.data import strict_json
+from lora_kit.data.formats import to_question
 from lora_kit.data.messages import Conversation, question
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.template import prompt_tokens, text_tokens
@@ -255,19 +256,19 @@ def read_questions(path: Path) -> list[Conversation]:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-        lines = [line for line in text.split("\n") if line.strip()] if path.suffix == ".jsonl" else [text]
-        values = [strict_json.loads(line.strip()) for line in lines]
+        lines = text.split("\n") if path.suffix == ".jsonl" else [text]
+        filled = {number: line for number, line in enumerate(lines, 1) if line.strip() or path.suffix != ".jsonl"}
+        values = {number: strict_json.loads(line.strip()) for number, line in filled.items()}
     except (OSError, UnicodeDecodeError, DataError) as error:
         raise DataError(f"{path}: cannot be read as JSON: {error}") from error
-    if path.suffix != ".jsonl" and isinstance(values[0], list):
-        first = next(iter(values[0]), None)
-        values = values if isinstance(first, dict) and "role" in first else values[0]
-    return [_question(value, f"{path}:{number}") for number, value in enumerate(values, 1)]
+    if path.suffix != ".jsonl" and isinstance(values[1], list):
+        first = next(iter(values[1]), None)
+        values = values if isinstance(first, dict) and "role" in first else dict(enumerate(values[1], 1))
+    return [_question(value, f"{path}:{number}") for number, value in values.items()]
 
 
 def _question(value: Any, where: str) -> Conversation:
-    record = value if isinstance(value, dict) else {"messages": value}
     try:
-        return question(record.get("messages"), record.get("tools"))
+        return to_question(value if isinstance(value, dict) else {"messages": value})
     except DataError as error:
         raise DataError(f"{where}: {error}") from error

@@ -51,7 +51,8 @@ def chat(
     """Answer the lines of a user in a conversation.
 
     Without a chat template, the model continues each line as text, independently of earlier lines. Ctrl-C ends the
-    answer, not the conversation. A conversation that leaves no position of the base for an answer gets a message.
+    answer, not the conversation. A message that the template refuses, or that leaves no position of the base for an
+    answer, is left out with a note.
 
     Args:
         model: A model from `lora_kit.load`.
@@ -97,7 +98,12 @@ def chat(
             continue
         write("" if use_adapter else "[base] ")
         asked = Conversation(tuple(messages), tools, frozenset(range(len(messages))))
-        ids = prompt_ids(str(messages[-1]["content"]) if raw else asked, renderer)
+        try:
+            ids = prompt_ids(str(messages[-1]["content"]) if raw else asked, renderer)
+        except DataError as error:
+            write(f"[{error}]\n")
+            messages.pop()
+            continue
         limit = new_tokens(ids, positions, settings)
         if not limit:
             write(f"[{no_room(ids, positions)}; /reset starts a new conversation]\n")

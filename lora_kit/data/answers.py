@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from lora_kit.data.formats import Completion, Example
 from lora_kit.data.layout import Layout, check, check_control, locate, next_begin
 from lora_kit.data.messages import Conversation
-from lora_kit.data.parts import Place
-from lora_kit.data.remarks import Remark
+from lora_kit.data.parts import TAG, THOUGHT, Place
+from lora_kit.data.remarks import UNMASKED, Remark
 from lora_kit.data.rendering import Renderer, apply
 from lora_kit.errors import DataError
 
@@ -76,21 +76,45 @@ def render(example: Example, renderer: Renderer) -> Rendered:
         DataError: The template fails, leaves out a part of the example, or the position of an answer is ambiguous.
     """
     if isinstance(example, Completion):
-        return Rendered(example.prompt + example.completion, boundary=len(example.prompt))
+        remarks = _unmasked("completion" if example.prompt else "text", example.completion, renderer)
+        return Rendered(example.prompt + example.completion, boundary=len(example.prompt), remarks=tuple(remarks))
     text = apply(example, renderer)
     layout = locate(example, renderer, text)
     remarks = check(layout)
-    trained = range(len(example.messages)) if renderer.train_on == "all" else example.answers
+    trained = list(range(len(example.messages))) if renderer.train_on == "all" else example.answers
     remarks += check_control(layout, set(trained))
+    chosen = trained[-1:] if renderer.train_on == "last" else trained
+    masked, unmasked = _reasoning(layout, chosen)
+    remarks += unmasked
     if renderer.train_on == "all":
-        spans = (layout.span(index) for index in sorted(example.excluded))
-        turns = tuple((begin, layout.turn_end(end)) for begin, end in filter(None, spans))
-        return Rendered(text, context=turns + _reasoning(layout, trained), remarks=tuple(remarks))
-    chosen = example.answers[-1:] if renderer.train_on == "last" else example.answers
+        endings: dict[tuple[str, bool], str] = {}
+        turns = tuple(_turn(layout, index, endings) for index in sorted(example.excluded))
+        return Rendered(text, context=turns + masked, remarks=tuple(remarks))
     marked = _marked_tokens(example, renderer) if "endgeneration" in renderer.chat_template else None
     answers = _answers(layout, chosen, has_marks=marked is not None)
-    context = _reasoning(layout, chosen)
-    return Rendered(text, tuple(answers), marked=marked, context=context, remarks=tuple(remarks))
+    return Rendered(text, tuple(answers), marked=marked, context=masked, remarks=tuple(remarks))
+
+
+def _turn(layout: Layout, index: int, endings: dict[tuple[str, bool], str]) -> tuple[int, int]:
+    """Return the characters [begin, end) of a message, with what the template writes around it after its header.
+
+    An answer begins where generation would start; if that is ambiguous, or for another role, where its own text begins.
+    `endings` has the text between two messages by their kind, as in `_answers`, and is extended.
+    """
+    span, messages = layout.span(index), layout.conversation.messages
+    begin = span[0] if span else None
+    if messages[index]["role"] == "assistant" and index:
+        kind = (messages[index - 1]["role"], "tool_calls" in messages[index - 1])
+        start = _known_start(layout, index, endings.get(kind))
+        if start is None:
+            try:
+                start, endings[kind] = _start(layout, index, has_marks=False)
+            except DataError:
+                start = begin
+        begin = start if begin is None or start is None else min(start, begin)
+    if begin is None:
+        begin = max((layout.turn_end(end) for at, (_, end) in layout.spans.items() if at < index), default=0)
+    return begin, layout.turn_end(max(begin, span[1] if span else begin))
 
 
 def _marked_tokens(conversation: Conversation, renderer: Renderer) -> list[bool]:
@@ -106,14 +130,39 @@ def _marked_tokens(conversation: Conversation, renderer: Renderer) -> list[bool]
     return [bool(mark) for mark in output["assistant_masks"]]
 
 
-def _reasoning(layout: Layout, trained: Iterable[int]) -> tuple[tuple[int, int], ...]:
-    """Return the characters [begin, end) of the reasoning of trained messages; nothing unless reasoning is masked."""
+def _reasoning(layout: Layout, trained: Iterable[int]) -> tuple[tuple[tuple[int, int], ...], list[Remark]]:
+    """Return the characters [begin, end) of the reasoning of trained messages, and remarks on tags outside of it.
+
+    Both are empty unless reasoning is masked.
+
+    Raises:
+        DataError: The reasoning that a content begins with is not in the text as it is.
+    """
     if layout.renderer.reasoning != "mask":
-        return ()
-    own = [place for index in trained for place in layout.own.get(index, []) if place.part.kind == "reasoning"]
-    spans = [(place.begin, place.end) for place in own]
-    changed = [span for part, span in layout.changed if span and part.kind == "reasoning" and part.message in trained]
-    return tuple(sorted([*spans, *changed]))
+        return (), []
+    spans, remarks = list[tuple[int, int]](), list[Remark]()
+    parts = [(place.part, place.begin, place.end) for index in trained for place in layout.own.get(index, [])]
+    kept = [(part, *span) for part, span in layout.changed if span and part.message in trained]
+    for part, begin, end in parts + kept:
+        if part.kind == "reasoning":
+            spans.append((begin, end))
+        elif part.kind == "content" and layout.conversation.messages[part.message]["role"] == "assistant":
+            if THOUGHT.fullmatch(part.value):
+                if not (found := THOUGHT.match(layout.text, begin, end)):
+                    raise DataError(
+                        f"the reasoning inside {part.label} cannot be masked, because the chat template changes it; "
+                        "write it into reasoning_content"
+                    )
+                spans.append(found.span(2))
+                begin = found.start(4)
+            remarks += _unmasked(part.label, layout.text[begin:end], layout.renderer)
+    return tuple(sorted((begin, end) for begin, end in spans if begin < end)), remarks
+
+
+def _unmasked(label: str, text: str, renderer: Renderer) -> list[Remark]:
+    """Return a remark if a trained text has a tag of reasoning although reasoning is masked."""
+    found = TAG.search(text) if renderer.reasoning == "mask" else None
+    return [Remark(UNMASKED, repr(found[0]), label)] if found else []
 
 
 def _answers(layout: Layout, chosen: list[int], *, has_marks: bool) -> list[Answer]:

@@ -23,6 +23,7 @@ from pydantic import TypeAdapter
 from lora_kit import randomness
 from lora_kit.data import arrays, sources
 from lora_kit.data.counts import DataCounts
+from lora_kit.data.files import read_text
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.template import Prompt
 from lora_kit.data.tokens import Entry, Prepared, Tokens
@@ -51,10 +52,7 @@ def key_of(recipe: Recipe, renderer: Renderer) -> str | None:
         return None
     try:
         contents = [_contents(source.source, recipe.folder) for source in recipe.data.sources]
-        templates = [
-            source.template and sha256_of(recipe.folder / Path(source.template).expanduser())
-            for source in recipe.data.sources
-        ]
+        templates = [source.template and _template(source.template, recipe.folder) for source in recipe.data.sources]
     except (LoraKitError, OSError):  # the caller will read the data and report the error
         return None
     if None in contents:
@@ -74,11 +72,16 @@ def key_of(recipe: Recipe, renderer: Renderer) -> str | None:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode()).hexdigest()
 
 
+def _template(name: str, base_dir: Path) -> str:
+    """Return the chat template of a source, read as the source itself will read it: a FIFO would block."""
+    return read_text(sources.path_of(name, base_dir, name), name)
+
+
 def _contents(source: str, base_dir: Path) -> list[str] | None:
-    """Return the suffixes and hashes of a source's files, or its name if it names a commit; None if it may change."""
+    """Return the names and hashes of a source's files, or its name if it names a commit; None if it may change."""
     files = sources.files(source, base_dir)
     if files is not None:
-        return [part for file in files.values() for part in (file.suffix, _content_hash(file))]
+        return [part for name, file in files.items() for part in (name, _content_hash(file))]
     name = sources.parse_hub_name(source)
     return [source] if name and COMMIT.fullmatch(name.revision or "") else None
 

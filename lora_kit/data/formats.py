@@ -8,7 +8,18 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_kit.data.messages import TRAINS, Conversation, Labelled, conversation, kind, labelled, parsed
+from lora_kit.data.messages import (
+    EMPTY,
+    TRAINS,
+    Conversation,
+    Labelled,
+    asked,
+    conversation,
+    kind,
+    labelled,
+    parsed,
+    to_continue,
+)
 from lora_kit.data.remarks import COLUMNS, Remark
 from lora_kit.errors import DataError
 
@@ -29,6 +40,7 @@ SHAREGPT_ROLES = {
 }
 CALLS = ("function_call", "tool_call")  # roles of ShareGPT whose value is a call as JSON
 NOT_TEXT = ("images", "image", "videos", "video", "audios", "audio")  # columns of multimodal data
+SWITCHED = (("0", "0.0", "false", "no"), ("1", "1.0", "true", "yes"))  # how 0 and 1 are written, also in a CSV file
 
 
 @dataclass(frozen=True)
@@ -127,10 +139,10 @@ def to_example(record: Mapping[str, Any], format: str, columns: Mapping[str, str
                 f"{names[name]} is missing; found {', '.join(map(str, record)) or 'nothing'}; "
                 f"the format {format} needs {' and '.join(names[column] for column in expected.required)}"
             )
-    unread = [name for name in record if name not in names.values() and record[name] not in (None, "", [], {})]
+    unread = [name for name in record if name not in names.values() and record[name] not in EMPTY]
     _refuse_columns({name: record[name] for name in unread})
     example = expected.read(fields)
-    return replace(example, remarks=tuple(Remark(COLUMNS, str(name), "") for name in unread)) if unread else example
+    return replace(example, remarks=(*example.remarks, *(Remark(COLUMNS, str(name), "") for name in unread)))
 
 
 def _refuse_columns(unread: Mapping[str, Any]) -> None:
@@ -145,7 +157,7 @@ def _refuse_columns(unread: Mapping[str, Any]) -> None:
                 f"{name} is {kind(value)}, and lora_kit renders every record alike; set the variables in the first "
                 "line of a copy of the template, e.g. {% set enable_thinking = false %}, and set data.template to it"
             )
-        if name in TRAINS and (isinstance(value, list) or (value in (0, 1) and value != TRAINS[name])):
+        if name in TRAINS and (isinstance(value, list) or str(value).strip().lower() in SWITCHED[1 - TRAINS[name]]):
             raise DataError(
                 f"{name} is {value!r} for the whole record, which lora_kit does not read; remove the record, or say "
                 "it in a message, e.g. `train: false`"
@@ -156,8 +168,23 @@ def _from_messages(fields: Mapping[str, Any]) -> Example:
     return _conversation([labelled(fields["messages"], "messages")], fields)
 
 
+def to_question(record: Mapping[str, Any]) -> Conversation:
+    """Convert a record of the format `messages` to a conversation that the model shall continue.
+
+    Raises:
+        DataError: A message or a tool is malformed, or there are no messages.
+    """
+    fields = {name: record.get(name) for name in CONTEXT}
+    (turns,), tools = _with_context([asked(record.get("messages"))], fields)
+    return to_continue(turns, tools)
+
+
 def _conversation(parts: list[list[Labelled]], fields: Mapping[str, Any]) -> Conversation:
-    """Build a conversation from lists of messages and the columns `system`, `tools` and `functions`."""
+    return conversation(*_with_context(parts, fields))
+
+
+def _with_context(parts: list[list[Labelled]], fields: Mapping[str, Any]) -> tuple[list[list[Labelled]], Any]:
+    """Add the column `system` to lists of messages; return them and the tools, of the column `tools` or `functions`."""
     system, turns = _system(fields["system"]), [turn for part in parts for turn in part]
     if system and turns and isinstance(turns[0][1], Mapping) and turns[0][1].get("role") in ("system", "developer"):
         if turns[0][1].get("content") != fields["system"]:
@@ -166,7 +193,7 @@ def _conversation(parts: list[list[Labelled]], fields: Mapping[str, Any]) -> Con
     tools, functions = fields["tools"], fields.get("functions")
     if tools and functions:
         raise DataError("the record has both tools and functions; keep tools")
-    return conversation([[*system, *parts[0]], *parts[1:]], tools or functions)
+    return [[*system, *parts[0]], *parts[1:]], tools or functions
 
 
 def _from_prompt_completion(fields: Mapping[str, Any]) -> Example:
@@ -237,8 +264,11 @@ def _sharegpt_message(turn: Any, label: str) -> dict[str, Any]:
         raise DataError(f"{label}.from is {turn['from']!r}; expected one of {', '.join(SHAREGPT_ROLES)}")
     if not isinstance(turn["value"], str):
         raise DataError(f"{label}.value is {kind(turn['value'])}; expected a string")
+    role, content = SHAREGPT_ROLES[turn["from"]], turn.get("content")
+    if content not in (None, "", turn["value"]) or SHAREGPT_ROLES.get(str(turn.get("role")), role) != role:
+        raise DataError(f"{label} has from and value beside a role or content that differs; keep from and value")
     others = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
-    message = {"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"], **others}
+    message = {"role": role, "content": turn["value"], **others}
     if turn["from"] not in CALLS:
         return message
     calls = parsed(turn["value"], f"{label}.value", 'a call such as {"name": "f", "arguments": {}}')

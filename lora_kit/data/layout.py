@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from lora_kit.data.messages import Conversation
-from lora_kit.data.parts import Marker, Part, Place, missing_leaves
+from lora_kit.data.parts import Marker, Part, Place, missing_leaves, parameter_leaves
 from lora_kit.data.remarks import CHANGED, CONTROL, HISTORY, KEYS, TOOLS, TRIMMED, Remark
 from lora_kit.data.rendering import Renderer, apply
 from lora_kit.errors import DataError
@@ -117,7 +117,11 @@ def locate(conversation: Conversation, renderer: Renderer, text: str) -> Layout:
         found, marked_text = _match(marker, renderer, prompted=prompted)
         if isinstance(found, list):
             layout = Layout(conversation, renderer, text, marker, marked_text, found, prompted)
-            layout.changed = [(part, changed_span(part, layout)) for part in marker.unmarked]
+            unread = _unread(layout)
+            layout.changed = [
+                (part, None if part.kind == "key" and _key(part) in unread else changed_span(part, layout))
+                for part in marker.unmarked
+            ]
             return layout
         if isinstance(found, set):
             leafwise |= found
@@ -142,6 +146,35 @@ def _match(marker: Marker, renderer: Renderer, *, prompted: bool) -> tuple[list[
     if not_json := marker.not_json(marked_text):
         return not_json, ""
     return marker.match(marked_text, open_end=prompted), marked_text
+
+
+def _key(part: Part) -> str:
+    """Return the key of a message that a part is the value of."""
+    return part.label.partition(".")[2]
+
+
+def _unread(layout: Layout) -> set[str]:
+    """Return keys without a mark that the template does not read in any message: without them the text is the same.
+
+    A key of many messages takes one rendering in this way, and not one for each of them.
+    """
+    keys: dict[str, set[int]] = {}
+    for part in layout.marker.unmarked:
+        if part.kind == "key":
+            keys.setdefault(_key(part), set()).add(part.message)
+    return {key for key, indices in keys.items() if len(indices) > 1 and _same_without(key, indices, layout)}
+
+
+def _same_without(key: str, indices: set[int], layout: Layout) -> bool:
+    """Return whether the text is the same without a key of some messages."""
+    messages = tuple(
+        {name: value for name, value in message.items() if name != key} if index in indices else message
+        for index, message in enumerate(layout.conversation.messages)
+    )
+    try:
+        return apply(replace(layout.conversation, messages=messages), layout.renderer) == layout.text
+    except DataError:
+        return False
 
 
 def _triggers(part: Part, renderer: Renderer) -> bool:
@@ -176,7 +209,7 @@ def _with_change(part: Part, conversation: Conversation) -> Conversation:
         )
         return replace(conversation, tools=tools)
     message, path = dict(conversation.messages[part.message]), part.label.partition(".")[2]
-    if path.startswith("tool_calls"):
+    if part.kind == "arguments":
         calls = list(message["tool_calls"])
         number = int(re.findall(r"\d+", path)[0])
         function = calls[number]["function"]
@@ -184,7 +217,7 @@ def _with_change(part: Part, conversation: Conversation) -> Conversation:
         calls[number] = calls[number] | {"function": function | {"arguments": arguments}}
         message["tool_calls"] = calls
     elif part.kind == "key":
-        del message[path]
+        del message[_key(part)]
     else:
         message[path] = _different_letter(part.value)
     messages = (*conversation.messages[: part.message], message, *conversation.messages[part.message + 1 :])
@@ -205,8 +238,8 @@ def check(layout: Layout) -> list[Remark]:
     for part in sorted(lost, key=lambda part: part.message < 0):  # report messages before tools
         role = conversation.messages[part.message]["role"] if part.message >= 0 else ""
         if part.kind == "key":
-            if part.label.rpartition(".")[2] != "name" or part.value not in layout.called:  # the call has it too
-                remarks.append(Remark(KEYS, part.label.rpartition(".")[2], part.label))
+            if _key(part) != "name" or part.value not in [*layout.called]:  # the call has it too
+                remarks.append(Remark(KEYS, _key(part), part.label))
         elif part.kind == "tool":
             if part.label.endswith(".description"):
                 remarks.append(Remark(TOOLS, "description", part.label))
@@ -219,7 +252,7 @@ def check(layout: Layout) -> list[Remark]:
     for part, span in layout.changed:
         if span is not None and part.kind not in ("key", "tool", "name") and not _is_whole(part, span, layout):
             remarks.append(_not_whole(part, span, layout))
-    remarks += _trimmed(layout)
+    remarks += _trimmed(layout) + _tool_remarks(layout)
     _check_leaves(layout)
     return remarks
 
@@ -261,6 +294,27 @@ def _not_whole(part: Part, span: tuple[int, int], layout: Layout) -> Remark:
         f"the chat template does not render {part.label} (role {layout.conversation.messages[part.message]['role']}) "
         f"as it is, but {found[:60]!r}; set data.template to a template that renders it as it is, or change the record"
     )
+
+
+def _tool_remarks(layout: Layout) -> list[Remark]:
+    """Return remarks on tools whose parameters, or a description that is no string, the template leaves out.
+
+    Their names and descriptions are looked for in the text between the parts of messages, since calls have them too.
+    """
+    tools = layout.conversation.tools or ()
+    if not tools:
+        return []
+    spans = sorted((place.begin, place.end) for place in layout.places if place.part.message >= 0)
+    between = zip([0, *(end for _, end in spans)], [*(begin for begin, _ in spans), len(layout.text)], strict=True)
+    region, remarks = "\n".join(layout.text[begin:end] for begin, end in between), list[Remark]()
+    for number, tool in enumerate(tools):
+        function, label = tool["function"], f"tools[{number}]"
+        if missing_leaves(parameter_leaves(function.get("parameters")), region, everything=True):
+            remarks.append(Remark(TOOLS, "parameters", f"{label}.parameters"))
+        description = function.get("description")
+        if not isinstance(description, str | None) and missing_leaves(description, region, everything=True):
+            remarks.append(Remark(TOOLS, "description", f"{label}.description"))
+    return remarks
 
 
 def _trimmed(layout: Layout) -> list[Remark]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_kit.data.remarks import Remark
+from lora_kit.data.remarks import KEYS, Remark
 from lora_kit.data.strict_json import loads, unwritable
 from lora_kit.errors import DataError
 
@@ -22,7 +22,12 @@ TRAINS = {  # keys of a message that say whether it is trained, and the value th
 PARTLY = ("mask", "train_detail", "training_detail")  # keys of other toolkits with a meaning that lora_kit lacks
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of an answer
 PARTS = {"reasoning": 0, "thinking": 0, "text": 1, "tool_call": 2}  # types of an answer's parts, and their order
+ARGUMENTS = ("arguments", "parameters", "input", "args")  # keys that toolkits write a call's arguments under
 UNUSABLE = ("refusal", "audio", "image", "images", "video", "videos", "audios")  # keys of what would be trained or seen
+
+FUNCTION = ("name", "arguments")  # keys of a called function
+
+EMPTY: tuple[Any, ...] = (None, "", [], {})  # values that say nothing
 
 VALUES = ("default", "const", "enum", "examples")  # keywords of JSON Schema that may have null as a value
 
@@ -73,22 +78,29 @@ def conversation(parts: Sequence[Sequence[Labelled]], tools: Any) -> Conversatio
         DataError: A message or a tool is malformed, or nothing is trained.
     """
     messages = list[dict[str, Any]]()
-    untrained, excluded = set[int](), set[int]()
+    untrained, excluded, remarks = set[int](), set[int](), list[Remark]()
     for number, part in enumerate(parts):
         for label, raw in part:
             stated = _trained(raw, label)
+            if stated and number < len(parts) - 1:
+                raise DataError(
+                    f"{label} says that it is trained, and only messages of the completion are trained; move it there, "
+                    "or remove the key"
+                )
             trained = stated is not False and number == len(parts) - 1
             if not trained:
                 untrained.add(len(messages))
             if stated is False:
                 excluded.add(len(messages))
-            messages.append(_message(raw, label, trained=trained))
+            messages.append(_message(raw, label, remarks, trained=trained))
     if not messages:
         raise DataError("the record has no messages; expected at least a question and its answer")
     roles = [message["role"] for message in messages]
     context = frozenset(index for index in untrained if roles[index] == "assistant")
     labels = tuple(label for part in parts for label, _ in part)
-    result = Conversation(tuple(messages), _tools(tools), context, frozenset(excluded), labels=labels)
+    result = Conversation(
+        tuple(messages), _tools(tools), context, frozenset(excluded), remarks=tuple(remarks), labels=labels
+    )
     if not result.answers:
         raise DataError(f"no assistant message to train on; the roles are {', '.join(roles)}")
     if result.answers[0] == 0:
@@ -107,30 +119,52 @@ def question(messages: Any, tools: Any = None) -> Conversation:
     Raises:
         DataError: A message or a tool is malformed, or there are no messages.
     """
+    return to_continue(asked(messages), tools)
+
+
+def asked(messages: Any) -> list[Labelled]:
+    """Pair the messages of a question with their names.
+
+    Raises:
+        DataError: They are no list, or there are none.
+    """
     if not isinstance(messages, list) or not messages:
         raise DataError(f"messages is {kind(messages)}; expected a list with at least one message")
-    checked = tuple(_message(raw, label, trained=False) for label, raw in labelled(messages, "messages"))
-    return Conversation(checked, _tools(tools), frozenset(range(len(checked))))
+    return labelled(messages, "messages")
 
 
-def _message(raw: Any, label: str, *, trained: bool) -> dict[str, Any]:
+def to_continue(turns: Sequence[Labelled], tools: Any) -> Conversation:
+    """Build a conversation that the model shall continue from messages with their names, and check it.
+
+    Raises:
+        DataError: A message or a tool is malformed.
+    """
+    remarks = list[Remark]()
+    checked = tuple(_message(raw, label, remarks, trained=False) for label, raw in turns)
+    labels = tuple(label for label, _ in turns)
+    return Conversation(checked, _tools(tools), frozenset(range(len(checked))), remarks=tuple(remarks), labels=labels)
+
+
+def _message(raw: Any, label: str, remarks: list[Remark], *, trained: bool) -> dict[str, Any]:
     """Check a message and return it as chat templates expect it.
 
     Args:
         raw: The message of the record.
         label: Its name for errors.
+        remarks: The remarks on the record; those on keys that no template gets are appended.
         trained: Whether it is trained if it is an assistant message.
 
     Raises:
         DataError: The message is malformed, or is trained and has nothing to train.
     """
     role = _role(raw, label)
+    remarks += _unread_of_parts(raw.get("content"), f"{label}.content")
     raw = _unfolded(raw, label) if role == "assistant" else raw
     message: dict[str, Any] = {"role": role, "content": ""}
     message |= {key: value for key, value in raw.items() if value is not None and key not in (*TRAINS, "content")}
     message["role"] = role
     _refuse_unusable(message, label)
-    calls = _calls(message, label)
+    calls = _calls(message, label, remarks)
     if calls:
         message["tool_calls"] = calls
     reasoning = _reasoning(message, label) if role == "assistant" else None
@@ -166,7 +200,7 @@ def _refuse_unusable(message: Mapping[str, Any], label: str) -> None:
             )
 
 
-def _calls(message: dict[str, Any], label: str) -> list[dict[str, Any]]:
+def _calls(message: dict[str, Any], label: str, remarks: list[Remark]) -> list[dict[str, Any]]:
     """Remove the tool calls from a message and return them; OpenAI's older `function_call` is a tool call.
 
     An empty list is removed too, because some templates would render it as a tool call.
@@ -180,8 +214,8 @@ def _calls(message: dict[str, Any], label: str) -> list[dict[str, Any]]:
     if calls and older:
         raise DataError(f"{label} has both tool_calls and function_call; keep tool_calls")
     if older:
-        return [_tool_call(older, f"{label}.function_call")]
-    return [_tool_call(call, name) for name, call in labelled(calls, f"{label}.tool_calls")]
+        return [_tool_call(older, f"{label}.function_call", remarks)]
+    return [_tool_call(call, name, remarks) for name, call in labelled(calls, f"{label}.tool_calls")]
 
 
 def reasoning_key(message: Mapping[str, Any]) -> str | None:
@@ -195,9 +229,36 @@ def _reasoning(message: dict[str, Any], label: str) -> tuple[str, str] | None:
     for key, value in found.items():
         if not isinstance(value, str):
             raise DataError(f"{label}.{key} is {kind(value)}; expected a string")
-    if len(set(found.values())) > 1:
-        raise DataError(f"{label} has different reasoning in {' and '.join(found)}; keep one of them")
-    return next(iter(found.items()), None)
+    filled = {key: value for key, value in found.items() if value}
+    if len(set(filled.values())) > 1:
+        raise DataError(f"{label} has different reasoning in {' and '.join(filled)}; keep one of them")
+    return next(iter((filled or found).items()), None)
+
+
+def _unread_of_parts(content: Any, label: str) -> list[Remark]:
+    """Return remarks on the keys of a content's parts that are not read; empty values are ignored.
+
+    Raises:
+        DataError: A key says whether the part is trained.
+    """
+    remarks = list[Remark]()
+    for name, part in labelled(content, label) if isinstance(content, list) else ():
+        if not isinstance(part, Mapping):
+            continue
+        stated = next((key for key in (*TRAINS, *PARTLY) if part.get(key) is not None), None)
+        if stated:
+            raise _partly(f"{name}.{stated}")
+        known = ("type", "text", "value", "cache_control", part.get("type"))
+        unread = [key for key, value in part.items() if key not in known and value not in EMPTY]
+        remarks += [Remark(KEYS, key, f"{name}.{key}") for key in unread]
+    return remarks
+
+
+def _partly(label: str) -> DataError:
+    return DataError(
+        f"{label} is not supported: a message is trained as a whole or not at all; "
+        "write `train: true` or `train: false` as a key of the message"
+    )
 
 
 def _unfolded(raw: Mapping[str, Any], label: str) -> Mapping[str, Any]:
@@ -261,10 +322,7 @@ def _trained(raw: Any, label: str) -> bool | None:
     role, said = _role(raw, label), dict[str, bool]()
     for key in PARTLY:
         if raw.get(key) is not None:
-            raise DataError(
-                f"{label}.{key} is not supported: a message is trained as a whole or not at all; "
-                "write `train: true` or `train: false` in its place"
-            )
+            raise _partly(f"{label}.{key}")
     for key, trains in TRAINS.items():
         value = raw.get(key)
         if value is None:
@@ -281,8 +339,11 @@ def _trained(raw: Any, label: str) -> bool | None:
     return next(iter(said.values()), None)
 
 
-def _tool_call(call: Any, label: str) -> dict[str, Any]:
+def _tool_call(call: Any, label: str, remarks: list[Remark]) -> dict[str, Any]:
     function = _function(call, label, "arguments")
+    remarks += _unread(call, ("id", "type", "index", *(FUNCTION if function is call else ("function",))), label)
+    if function is not call:
+        remarks += _unread(function, FUNCTION, f"{label}.function")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         arguments = parsed(arguments, f"{label}.function.arguments", "an object")
@@ -292,6 +353,22 @@ def _tool_call(call: Any, label: str) -> dict[str, Any]:
         raise DataError(found)
     identity = {"id": call["id"]} if call.get("id") is not None else {}
     return identity | {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
+
+
+def _unread(call: Mapping[str, Any], known: Sequence[str], label: str) -> list[Remark]:
+    """Return remarks on the other keys of a call or its function; empty values are ignored.
+
+    Raises:
+        DataError: A key has the arguments in another toolkit's spelling.
+    """
+    unread = [key for key, value in call.items() if key not in known and value not in EMPTY]
+    for key in unread:
+        if key in ARGUMENTS:
+            raise DataError(
+                f"{label}.{key} is {kind(call[key])}, which lora_kit does not read; "
+                "write the function's arguments beside its name, as `arguments`"
+            )
+    return [Remark(KEYS, key, f"{label}.{key}") for key in unread]
 
 
 def _tools(value: Any) -> tuple[dict[str, Any], ...] | None:
@@ -343,22 +420,46 @@ def _without_nulls(schema: Any, *, at_property: bool) -> Any:
 
 
 def unknown_nulls(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> list[str]:
-    """Return the arguments of calls that are null and that the schema of the called tool lacks, e.g. `w.ticker`.
+    """Return the keys in arguments of calls that are null and that the called tool's schema lacks, e.g. `w.ticker`.
 
-    A typed table writes such nulls when it is saved as JSON, and a model would learn to write them.
+    A typed table writes such nulls when it is saved as JSON, and a model would learn to write them. A call of a tool
+    without a schema has only such keys. What a schema names by `$ref` is not looked up, and its keys are not returned.
     """
-    known: dict[str, Any] = {}
-    for tool in tools or ():
-        parameters = tool["function"].get("parameters")
-        properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
-        known[tool["function"]["name"]] = properties if isinstance(properties, Mapping) else {}
+    schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools or ()}
     functions = [call["function"] for message in messages for call in message.get("tool_calls", ())]
     return [
-        f"{function['name']}.{key}"
+        name
         for function in functions
-        for key, value in function["arguments"].items()
-        if value is None and key not in known.get(function["name"], {key: None})
+        for name in _unknown_nulls(function["arguments"], [schemas.get(function["name"])], function["name"])
     ]
+
+
+def _unknown_nulls(value: Any, schemas: Sequence[Any], name: str) -> list[str]:
+    """Return the null keys in a value of the name `name` that none of its schemas has as a property."""
+    schemas = [part for schema in schemas for part in _alternatives(schema)]
+    if any("$ref" in schema for schema in schemas):
+        return []
+    if isinstance(value, list):
+        items = [schema.get("items") for schema in schemas]
+        return [found for item in value for found in _unknown_nulls(item, items, name)]
+    if not isinstance(value, Mapping):
+        return []
+    properties, names = [schema.get("properties") for schema in schemas], list[str]()
+    for key, part in value.items():
+        own = [each[key] for each in properties if isinstance(each, Mapping) and key in each]
+        if part is None and not own:
+            names.append(f"{name}.{key}")
+        names += _unknown_nulls(part, own, f"{name}.{key}")
+    return names
+
+
+def _alternatives(schema: Any) -> list[Mapping[str, Any]]:
+    """Return a schema and the schemas that it combines."""
+    if not isinstance(schema, Mapping):
+        return []
+    lists = [schema.get(key) for key in ("anyOf", "oneOf", "allOf")]
+    combined = [each for part in lists if isinstance(part, list) for each in part]
+    return [schema, *(found for each in combined for found in _alternatives(each))]
 
 
 def _function(value: Any, label: str, other: str) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ SAMPLE = 50_000
 WIDTH = 5  # tokens of a sequence; two examples are compared by their sets of such sequences
 LIKE = 0.8  # near duplicates have at least this Jaccard similarity
 LIKELY = 0.7  # threshold for candidates from MinHash; lower than `LIKE`, so that few near duplicates are missed
-COMMON = 0.1  # a sequence in a larger share of the examples is ignored, e.g. that of a template or system message
+COMMON = 0.5  # a sequence in a larger share of the examples is ignored, e.g. that of a template or system message
 PERMUTATIONS = 128
 
 

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from lora_kit.data.messages import Conversation, reasoning_key
 
+TAGS = ("think", "thinking", "thought", "reasoning")  # around reasoning
+TAG = re.compile(rf"</?(?:{'|'.join(TAGS)})>|\[/?THINK\]")
 THOUGHT = re.compile(r"(\s*<think>\s*)(.*?)(\s*</think>\s*)(.*)", re.S)
 IDENTITY = ("id", "tool_call_id")  # keys that connect a call with its response; templates compare them
 FIXED = ("role", "content", "tool_calls", *IDENTITY)
@@ -280,6 +282,20 @@ def missing_leaves(arguments: Any, region: str, *, everything: bool = False) -> 
         everything: Whether strings and numbers are looked for too, beside keys, true, false and null.
     """
     return any(not any(form in region for form in forms) for forms in _leaf_forms(arguments, everything))
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def parameter_leaves(schema: Any) -> list[str]:
+    """Return the names and the descriptions of the parameters in a tool's schema, and of those inside them."""
+    leaves = list[str]()
+    for name, inner in _mapping(_mapping(schema).get("properties")).items():
+        leaves += [name, *parameter_leaves(inner), *parameter_leaves(_mapping(inner).get("items"))]
+        if isinstance(description := _mapping(inner).get("description"), str):
+            leaves.append(description.strip())
+    return leaves
 
 
 def _leaf_forms(value: Any, everything: bool) -> Iterable[tuple[str, ...]]:

@@ -14,6 +14,7 @@ from lora_kit.data import sandbox
 from lora_kit.data.arrays import release
 from lora_kit.data.messages import question
 from lora_kit.data.packing import TOKEN_COST
+from lora_kit.data.parts import TAGS
 from lora_kit.data.places import TRAINING, VALIDATION, Where
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.sandbox import render_prompt
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 CHUNK_TOKENS = 1 << 20
 MARK = "\ue000"  # a private character, in place of a message
-TAGS = ("think", "thinking", "thought", "reasoning")
 THOUGHTS = [*((f"<{tag}>", f"</{tag}>") for tag in TAGS), ("[THINK]", "[/THINK]")]
 PROBES = (("user", "assistant", "user"), ("system", "user"), ("user", "assistant", "tool"))
 GAPS, TAILS = ("", "\n", "\n\n", " "), ("", "\n", "\n\n")  # between the two tags of an empty thought, and after them

@@ -25,6 +25,11 @@ TOOLS = "the chat template leaves parts of the tools out"
 CONTROL = "messages that are not trained contain control tokens of the tokenizer as text"
 UNKNOWN = "the tokenizer does not know these characters and writes its unknown token"
 LOST = "the tokenizer drops or changes characters"
+UNMASKED = "objective.reasoning: mask does not mask these tags of reasoning, nor the text at them"
+FIRST = (
+    "the first token has the beginning of the answer and is never trained, because the tokenizer puts no BOS token "
+    "before it"
+)
 BLANKS = "the tokenizer drops blanks or line feeds inside answers"
 
 

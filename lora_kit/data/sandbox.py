@@ -341,6 +341,7 @@ class Pool:
     def __init__(self, work: Work, children: int) -> None:
         self._work, self._children = work, children
         self._asked: dict[Child, deque[tuple[int, bytes]]] = {}  # each child's requests, by number; the oldest first
+        self._dealt = 0  # requests of `map` that were sent
 
     def __enter__(self) -> "Pool":
         try:
@@ -365,6 +366,7 @@ class Pool:
             LostError: A child ended.
         """
         numbered, answers, lost = enumerate(requests), dict[int, bytearray](), set[int]()
+        self._dealt = 0
         for number in count():
             while number not in answers:
                 self._deal(numbered, number + WINDOW * len(self._asked))
@@ -381,13 +383,12 @@ class Pool:
             yield answers.pop(number)
 
     def _deal(self, requests: Iterator[tuple[int, bytes]], end: int) -> None:
-        """Send requests to the children that have too few, up to the number `end`."""
+        """Send requests to the children that have too few, at most the first `end` of all requests."""
         for child, asked in self._asked.items():
             while len(asked) < PENDING:
-                if max((number for each in self._asked.values() for number, _ in each), default=-1) >= end:
+                if self._dealt >= end or (request := next(requests, None)) is None:
                     return
-                if (request := next(requests, None)) is None:
-                    return
+                self._dealt += 1
                 asked.append(request)
                 child.send(request[1])
 

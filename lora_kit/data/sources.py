@@ -5,10 +5,10 @@ records held out for validation are a function of (seed, number of records), so 
 """
 
 import difflib
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_kit.data.files import SUFFIXES, Part, Record, open_file, stem_of, suffix_of
+from lora_kit.data.files import SUFFIXES, Part, Record, open_file, read_text, stem_of, suffix_of
 from lora_kit.data.order import permute
+from lora_kit.data.strict_json import loads
 from lora_kit.data.tables import TablePart, hub_part
 from lora_kit.errors import DataError
 from lora_kit.randomness import mix
@@ -81,9 +82,12 @@ class Records:
 
     @property
     def columns(self) -> list[str]:
-        """The keys of the first 1,000 records, in order of first appearance."""
-        sample = self.read(0, COLUMN_SAMPLE)
-        return list(dict.fromkeys(key for record in sample if isinstance(record, dict) for key in record))
+        """The keys of the first 1,000 records that have any among them, in order of first appearance."""
+        for start in range(0, len(self), COLUMN_SAMPLE):
+            sample = self.read(start, start + COLUMN_SAMPLE)
+            if keys := list(dict.fromkeys(key for record in sample if isinstance(record, dict) for key in record)):
+                return keys
+        return []
 
     @cached_property
     def _ends(self) -> np.ndarray:
@@ -136,10 +140,15 @@ def files(source: str, base_dir: Path) -> dict[str, Path] | None:
         return None
     if path.is_dir():
         folder = source.removesuffix(f"[{split_name}]").rstrip("/")
-        return {f"{folder}/{file.relative_to(path)}": file for file in _files_of(path, source, split_name)}
+        return {f"{folder}/{_printable(file.relative_to(path))}": file for file in _files_of(path, source, split_name)}
     if not path.is_file():
         raise DataError(f"{source}: not a regular file (perhaps a pipe); write the records to a file first")
     return {source: path}
+
+
+def _printable(path: Path) -> str:
+    """Return a path with `\\xNN` in place of each byte that is not UTF-8."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def split(records: Records, fraction: float, seed: int) -> tuple[Records, Records]:
@@ -175,6 +184,21 @@ def parse_hub_name(source: str) -> HubName | None:
     return HubName(*match.groups()) if match else None
 
 
+def path_of(text: str, base_dir: Path, label: str) -> Path:
+    """Return the path of a text, which may begin with `~`; it may not exist.
+
+    Raises:
+        DataError: The home folder is unknown, the name is too long, or a folder of the path cannot be searched.
+    """
+    try:
+        path = base_dir / Path(text).expanduser()
+        path.exists()
+    except (RuntimeError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
+        raise DataError(f"{label}: the path cannot be used: {reason}; check its spelling and permissions") from error
+    return path
+
+
 def _local(source: str, base_dir: Path) -> tuple[Path | None, str | None]:
     """Return the existing path that a source names, and its split; (None, None) for a Hub name.
 
@@ -186,13 +210,15 @@ def _local(source: str, base_dir: Path) -> tuple[Path | None, str | None]:
     if name.startswith("builtin:"):
         return _builtin(name.removeprefix("builtin:")), split_name
     for text, chosen in ((source, None), (name, split_name)):
-        path = base_dir / Path(text).expanduser()
+        path = path_of(text, base_dir, source)
         if path.exists():
             return path, chosen
     is_path = suffix_of(path) in SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") > 1
     if not is_path and parse_hub_name(source):
         return None, None
-    siblings = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+    siblings = list[str]()
+    with suppress(OSError, ValueError):  # there is no such folder, or it cannot be read
+        siblings = os.listdir(path.parent)  # noqa: PTH208
     similar = difflib.get_close_matches(path.name, siblings)
     hint = f"did you mean {similar[0]}?" if similar else "relative paths start in the recipe's folder"
     if re.search(r"[*?{]", path.name):
@@ -283,10 +309,15 @@ def _walk(folder: Path, source: str) -> Iterator[Path]:
 
 
 def _saved(folder: Path) -> list[Path]:
-    """Return the files of a folder of `Dataset.save_to_disk`, which may contain caches too."""
+    """Return the files of a folder of `Dataset.save_to_disk`, which may contain caches too.
+
+    If the list of files is damaged, or names something other than files of this folder, all files are returned.
+    """
     try:
-        names = [entry["filename"] for entry in json.loads((folder / SAVED).read_text())["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        names = [entry["filename"] for entry in loads(read_text(folder / SAVED, SAVED))["_data_files"]]
+    except (DataError, KeyError, TypeError):
+        names = [None]
+    if not all(isinstance(name, str) and Path(name).name == name for name in names):
         names = sorted(os.listdir(folder))  # noqa: PTH208
     return [folder / name for name in names if not (folder / name).is_dir()]
 

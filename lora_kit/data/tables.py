@@ -124,14 +124,30 @@ def _mapped(file: BinaryIO) -> "pyarrow.MemoryMappedFile":
 
 
 def _values_of(column: "pyarrow.ChunkedArray") -> list[Any]:
-    return list(column.to_pylist())
+    """Return the values of a column; an error takes the place of a value that Python cannot represent."""
+    try:
+        return list(column.to_pylist())
+    except _unreadable():
+        return [_attempt(lambda scalar, _: scalar.as_py(), scalar, None) for scalar in column]
 
 
 def _attempt(function: Callable[[Any, Any], Any], value: Any, kind: Any) -> Any:
+    if isinstance(value, DataError):
+        return value
     try:
         return function(value, kind)
     except DataError as error:
         return error
+    except _unreadable() as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        return DataError(f"the value cannot be read: {reason}; cast or remove the column")
+
+
+def _unreadable() -> tuple[type[Exception], ...]:
+    """Return what is raised for a value without a counterpart: a time after the year 9999, a field twice, ..."""
+    import pyarrow
+
+    return ValueError, OverflowError, TypeError, pyarrow.ArrowException
 
 
 def _record(names: Sequence[str], values: Sequence[Any]) -> Record | DataError:

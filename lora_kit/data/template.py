@@ -13,7 +13,7 @@ from unicodedata import normalize
 from lora_kit.data.answers import Answer, Rendered
 from lora_kit.data.formats import Example
 from lora_kit.data.messages import Conversation
-from lora_kit.data.remarks import BLANKS, LOST, UNKNOWN, Remark
+from lora_kit.data.remarks import BLANKS, FIRST, LOST, UNKNOWN, Remark
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.sandbox import render_all, render_prompt
 from lora_kit.errors import DataError
@@ -156,7 +156,7 @@ def _mask(rendered: Rendered, encoding: "Encoding", renderer: Renderer) -> Token
     """Compute the loss mask of a tokenised text.
 
     Raises:
-        DataError: An answer does not end with the stop token, or no token is trained.
+        DataError: An answer does not end with the stop token, or no token of it is trained.
     """
     ids, text, merged = encoding.ids, rendered.text, False
     trained, remarks = [False] * len(ids), list[Remark]()
@@ -173,9 +173,16 @@ def _mask(rendered: Rendered, encoding: "Encoding", renderer: Renderer) -> Token
         bos = _missing_bos(ids, renderer)
         end = [] if ids[-1:] == [renderer.stop_id] else [renderer.stop_id]
         trained = [False] * (len(bos) + first) + [True] * (len(ids) - first + len(end))
-        remarks += _check_text(
-            "completion" if rendered.boundary else "text", text[rendered.boundary :], ids[first:], renderer
-        )
+        label = "completion" if rendered.boundary else "text"
+        remarks += _check_text(label, text[rendered.boundary :], ids[first:], renderer)
+        if first == 0 and ids and not renderer.bos:
+            remarks.append(Remark(FIRST, "", label))
+            if rendered.boundary and ids[1:] in ([], [renderer.stop_id]):
+                raise DataError(
+                    "the completion begins in the first token, which is never trained, because the tokenizer puts no "
+                    "BOS token before it, so only the stop token would be trained; write more text into the prompt, "
+                    "or remove the record"
+                )
         ids = bos + ids + end
     if renderer.train_on == "all":
         trained = [True] * len(ids)
@@ -290,7 +297,7 @@ def _first_token(encoding: "Encoding", start: int, text: str, renderer: Renderer
 
 def _begins_before(encoding: "Encoding", token: int, start: int) -> bool:
     """Return whether a token contains a character before `start`, even a blank that its offsets do not include."""
-    return 0 < token < len(encoding.ids) and _characters(encoding, token - 1)[1] < start
+    return token < len(encoding.ids) and (_characters(encoding, token - 1)[1] if token else 0) < start
 
 
 def _characters(encoding: "Encoding", token: int) -> tuple[int, int]:

@@ -296,7 +296,10 @@ def prepare(
     if not validation:
         return Prepared(tokens, None, (), DataCounts(counts, None, named), notes, (_kept(train),))
     held_out, held_out_counts, sets = _joined(opened.validation, validation)
-    asked = _prompts(opened.validation, validation, data, renderer, base_dir, prompts)
+    try:
+        asked = _prompts(opened.validation, validation, data, renderer, base_dir, prompts)
+    finally:
+        sandbox.close()
     kept = (_kept(train), _kept(validation))
     return Prepared(tokens, held_out, asked, DataCounts(counts, held_out_counts, named, sets), notes, kept)
 
@@ -384,7 +387,7 @@ def _renderer(source: "Source", renderer: Renderer, base_dir: Path) -> Renderer:
     """Return the renderer of a source: with a template of its own if it names one."""
     if source.template is None:
         return renderer
-    path = base_dir / Path(source.template).expanduser()
+    path = sources.path_of(source.template, base_dir, f"{source.source}: template")
     if not path.is_file():
         raise DataError(f"{source.source}: template: {source.template} is not a file; expected a Jinja file")
     return replace(renderer, template=read_text(path, source.template))
@@ -511,7 +514,10 @@ def _prompts(
         for index in result.kept[:share].tolist():
             (record,) = result.records.read(index, index + 1)
             assert isinstance(record, dict)
-            prompts.append(prompt(to_example(record, result.counts.format, columns), own))
+            try:
+                prompts.append(prompt(to_example(record, result.counts.format, columns), own))
+            except DataError as error:
+                raise DataError(f"{result.records.where(index)}: {error}") from error
     return tuple(prompts)
 
 

@@ -16,7 +16,7 @@ from lora_kit.data.packing import collate
 from lora_kit.data.plan import Plan, prepare_data
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.template import Prompt
-from lora_kit.data.tokens import Prepared, Tokens
+from lora_kit.data.tokens import Prepared, Tokens, check_context
 from lora_kit.errors import DataError, RecipeError
 from lora_kit.kernels.attention import use_attention
 from lora_kit.kernels.fusing import use_kernels
@@ -181,7 +181,7 @@ def evaluate(
         tell: Called with notes for the user: where the recipe differs from the run in what decides the tokens.
 
     Raises:
-        DataError: The recipe has no validation data.
+        DataError: The recipe has no validation data, or an example is longer than the base's context.
     """
     processes = Processes.start(recipe.base.dtype)
     try:
@@ -199,6 +199,7 @@ def evaluate(
         for note in differences(recipe, loaded):
             tell(note)
         data = prepare_data(recipe, renderer)
+        check_context(data, positions_of(model))
         sizes = (recipe.train.micro_batch_tokens, resolved.micro_batch_tokens, loaded.recipe.train.micro_batch_tokens)
         tokens = next((size for size in sizes if isinstance(size, int)), None)
         if tokens is None:

@@ -6,7 +6,7 @@ import tempfile
 if "PYTEST_XDIST_WORKER" not in os.environ:  # else it shares the cache of the process that has started it
     os.environ.update(LORA_KIT_CACHE=tempfile.mkdtemp(prefix="lora-kit-cache-"))
 # a run computes with all cores; its idle threads must not spin while other tests compute on the same cores
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.update(OMP_NUM_THREADS="1", MKL_CBWR="AUTO,STRICT")  # MKL reads it once, before a run could set it
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
     # one core for each worker and all that it starts: tiny models are slower with threads that wait for each other
     cores = sorted(os.sched_getaffinity(0))

@@ -56,7 +56,7 @@ class Rendered(NamedTuple):
 
     @staticmethod
     def of(values: Any) -> "Rendered":
-        """Return the value that `values` was before JSON turned its tuples into lists."""
+        """Rebuild a `Rendered` from the lists that JSON makes of its tuples."""
         text, answers, boundary, marked, context, remarks = values
         spans = tuple((begin, end) for begin, end in context)
         return Rendered(

@@ -202,7 +202,7 @@ def read(path: Path) -> Record | None:
         return None
 
 
-def lent() -> Lease | None:
+def borrowed_lease() -> Lease | None:
     """Return the lease that the environment names; None if this process has no keeper that holds one."""
     try:
         return Lease.borrowed_from(os.environ.get(KEEPER, ""))
@@ -216,7 +216,7 @@ def inherited(run: Path) -> Lease | None:
     Raises:
         LeaseError: The keeper has lost the lease.
     """
-    lease = lent()
+    lease = borrowed_lease()
     if lease is None or lease.run.resolve() != run.resolve():
         return None
     lease.require()

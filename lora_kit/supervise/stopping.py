@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from lora_kit.runs.lease import lent
+from lora_kit.runs.lease import borrowed_lease
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
 FORWARDED_SECONDS = 2.0  # a signal so soon after the first was forwarded by a launcher; it is no second request
@@ -72,7 +72,7 @@ def stop_signals() -> Iterator[StopRequest]:
             signal.raise_signal(number)
         request.set()
 
-    if lent() or threading.current_thread() is not threading.main_thread():
+    if borrowed_lease() or threading.current_thread() is not threading.main_thread():
         with request.reading, request.writing:
             yield request
         return

@@ -12,7 +12,7 @@ from lora_kit.data.plan import table as table_of_mixture
 from lora_kit.files import read_regular, write_atomically
 from lora_kit.kernels import fusing
 from lora_kit.recipe.load import dump
-from lora_kit.runs.lease import START_REQUESTED, lent
+from lora_kit.runs.lease import START_REQUESTED, borrowed_lease
 from lora_kit.runs.origin import PlainAdapter
 from lora_kit.runs.resume import Row, table
 from lora_kit.runs.trackers import STATE, Curves, tracker_id
@@ -100,7 +100,7 @@ def start_seconds(began: Mapping[str, float]) -> dict[str, float]:
         began: The Unix time at which each part began, in order. Under `lora-kit train` a part `start` precedes them. It
             begins when the keeper requests this process, so it contains the fork or the imports.
     """
-    marks = {"start": float(os.environ[START_REQUESTED])} if lent() else {}
+    marks = {"start": float(os.environ[START_REQUESTED])} if borrowed_lease() else {}
     marks |= began
     ends = [*list(marks.values())[1:], time.time()]
     return {name: round(end - begin, 3) for (name, begin), end in zip(marks.items(), ends, strict=True)}

@@ -12,9 +12,10 @@ import stat
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO, Protocol
 
 from lora_kit.data import tables, text_files
+from lora_kit.data.strict_json import Record
 from lora_kit.errors import DataError
 
 SUFFIXES = {
@@ -45,8 +46,6 @@ BYTE_ORDER_MARKS = (  # the mark of UTF-32 begins with that of UTF-16
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-
-Record = dict[str, Any]
 
 
 class Part(Protocol):
@@ -94,7 +93,7 @@ def open_file(path: Path, label: str, *, documents: bool = False) -> Part:
     if suffix not in SUFFIXES:
         found = f"has the suffix {suffix!r}" if suffix else "has no suffix"
         raise DataError(f"{label}: the file {found}; expected one of {', '.join(SUFFIXES)}, also with .gz or .zst")
-    file = open_regular(path, label)
+    file = open_input(path, label)
     head = os.pread(file.fileno(), HEAD_BYTES, 0)
     if codec := _match(CODECS, head):
         file = _decompressed(file, codec, label)
@@ -108,7 +107,7 @@ def open_file(path: Path, label: str, *, documents: bool = False) -> Part:
         raise DataError(f"{label}: cannot be read: {error.strerror}; {remedy}") from error
 
 
-def open_regular(path: Path, label: str) -> BinaryIO:
+def open_input(path: Path, label: str) -> BinaryIO:
     """Open a regular file. Another kind is refused: a FIFO would block, and can be read only once.
 
     Raises:
@@ -130,7 +129,7 @@ def read_text(path: Path, label: str) -> str:
     Raises:
         DataError: The file cannot be read, is empty, too large, or not UTF-8.
     """
-    with open_regular(path, label) as file:
+    with open_input(path, label) as file:
         raw = file.read(TEXT_BYTES + 1)
     if not raw.strip() or len(raw) > TEXT_BYTES:
         found = "is empty; write it again, or remove data.template" if len(raw) <= TEXT_BYTES else "is too large"

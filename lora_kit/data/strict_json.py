@@ -13,6 +13,8 @@ from typing import Any
 
 from lora_kit.errors import DataError
 
+Record = dict[str, Any]
+
 MAX_DEPTH = 100  # of lists and objects inside each other; chat templates and tokenizers recurse over them
 EXCERPT = 60  # characters of the text that an error shows
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")

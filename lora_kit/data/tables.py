@@ -10,13 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from lora_kit.data.strict_json import loads
+from lora_kit.data.strict_json import Record, loads
 from lora_kit.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow
-
-Record = dict[str, Any]
 
 BATCH_ROWS = 4096  # rows of a Parquet file that are in memory together while it is converted
 

@@ -20,10 +20,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from lora_kit.data.messages import kind
-from lora_kit.data.strict_json import EXCERPT, loads, not_json
+from lora_kit.data.strict_json import EXCERPT, Record, loads, not_json
 from lora_kit.errors import DataError
-
-Record = dict[str, Any]
 
 CARRIAGE_RETURNS = "a carriage return alone ends its lines; convert the file with `tr '\\r' '\\n'`"
 LINES_OF_SAMPLE = 100  # lines read to distinguish JSON Lines with a damaged first line from objects over several lines

@@ -185,7 +185,7 @@ def scores(result: dict[str, Any]) -> list[tuple[str, str]]:
             (f"held-out, {name}, {each}", f"loss {number(loss, '.4f')}") for each, loss in score.get("sets", {}).items()
         ]
     rows += [
-        (f"trained, {name}", f"loss {number(loss, '.4f')} over the last {RECENT_STEPS} steps")
+        (f"trained, {name}", f"loss {number(loss, '.4f')} over the last {min(RECENT_STEPS, result['step'])} steps")
         for name, loss in result.get("sources", {}).items()
     ]
     base_bytes = result["base_bytes"]

@@ -157,7 +157,7 @@ class Finding:
 
 
 def signs_of(renderer: Renderer, *, raw: bool, pieces: bool = False) -> Signs:
-    """Return what to look for in tokens that a renderer made.
+    """Return the token ids and token sequences that `inspect` looks for.
 
     Args:
         renderer: The tokenizer, the template and the stop token.

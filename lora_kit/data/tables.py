@@ -142,7 +142,7 @@ def _attempt(function: Callable[[Any, Any], Any], value: Any, kind: Any) -> Any:
 
 
 def _unreadable() -> tuple[type[Exception], ...]:
-    """Return what is raised for a value without a counterpart: a time after the year 9999, a field twice, ..."""
+    """Return the exceptions for a value that Python cannot represent: a time after year 9999, a repeated field"""
     import pyarrow
 
     return ValueError, OverflowError, TypeError, pyarrow.ArrowException

@@ -32,7 +32,7 @@ from lora_kit.supervise.keeper import start_keeper
 from lora_kit.supervise.stopping import StopRequest, name_of
 from lora_kit.training.job import Job
 
-MOST_KEEPERS = 3  # that end in a row without a checkpoint: another one would end too
+MOST_KEEPERS = 3  # after so many keepers in a row without a checkpoint, the run ends instead of starting another
 
 
 class Publisher:
@@ -189,7 +189,7 @@ class Publisher:
             raise CheckpointError(self._region.fault)
 
     def new_fault(self) -> str:
-        """Return what is new of a replaced keeper or of the keeper's last failed write; empty if nothing is new."""
+        """Return a message about a replaced keeper or a failed write that was not shown yet; empty if none."""
         replaced, self._replaced = self._replaced, ""
         return replaced or self._keepers_fault()
 

@@ -23,6 +23,7 @@ HEADER_BYTES = 100_000_000  # the largest header of the format
 DTYPES: dict[str, np.dtype[Any]] = {"I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "BOOL": np.dtype("?")}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHECKSUM, NO_CHECKSUM = "checksum", "0" * 32
+NO_SPACE = "free space for temporary files, or set LORA_KIT_CACHE to a folder on another disk"
 
 
 def spill_folder() -> Path | None:
@@ -34,12 +35,17 @@ def spill_folder() -> Path | None:
         return None
 
 
+def spill_file() -> BinaryIO:
+    """Return an unnamed temporary file in `spill_folder`, which is deleted with the process."""
+    return tempfile.TemporaryFile(dir=spill_folder())
+
+
 class Growing:
     """An array to append to, in memory or, if it is large, in an unnamed file that is deleted with the process.
 
     Args:
         dtype: The type of its elements.
-        folder: Where the file is created.
+        folder: Where the file is created, from `spill_folder`.
     """
 
     def __init__(self, dtype: type[np.generic], folder: Path | None) -> None:

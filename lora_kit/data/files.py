@@ -7,14 +7,15 @@ changes data (a column of dates becomes datetimes, and a single odd record can a
 import codecs
 import errno
 import os
+import re
 import shutil
 import stat
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from lora_kit.data import tables, text_files
+from lora_kit.data.arrays import NO_SPACE, spill_file
 from lora_kit.data.strict_json import Record
 from lora_kit.errors import DataError
 
@@ -23,21 +24,23 @@ SUFFIXES = {
     **{".csv": "csv", ".tsv": "csv", ".txt": "text", ".parquet": "parquet", ".arrow": "arrow"},
 }
 COMPRESSED = (".gz", ".zst", ".bz2")  # suffixes that may follow these
-CODECS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}  # by the first bytes of a file
-TABLES = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow"}
+CODECS = {  # patterns of the first bytes of a file; a text may begin with the letters BZh, PAR1 or ARROW1
+    rb"\x1f\x8b": "gzip",
+    rb"\x28\xb5\x2f\xfd": "zstd",
+    rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": "bz2",
+}
+TABLES = {rb"PAR1\x15": "parquet", rb"ARROW1\0\0": "arrow", rb"\xff\xff\xff\xff": "arrow"}
 OTHERS = (  # the first bytes of files that are not read, and what to do
     (b"PK\x03\x04", "is a zip archive or an Excel table; unpack it, or save it as CSV"),
     (b"\xfd7zXZ", "is compressed by xz; decompress it with `xz -d`"),
     (b"7z\xbc\xaf", "is a 7z archive; unpack it"),
-    (b"SQLite format 3", "is a SQLite database; export the table as CSV"),
-    (b"%PDF", "is a PDF; extract its text"),
+    (b"SQLite format 3\0", "is a SQLite database; export the table as CSV"),
+    (b"%PDF-", "is a PDF; extract its text"),
     (b"\x80\x02", "is a pickle, which could run code; write JSON Lines or Parquet instead"),
     (b"\x80\x04", "is a pickle, which could run code; write JSON Lines or Parquet instead"),
     (b"version https://git-lfs", "is a pointer of Git LFS, without the data; fetch it with `git lfs pull`"),
-    (b"<!DOCTYPE", "is a web page; download the file itself (on the Hub, its /resolve/ address)"),
-    (b"<!doctype", "is a web page; download the file itself (on the Hub, its /resolve/ address)"),
-    (b"<html", "is a web page; download the file itself (on the Hub, its /resolve/ address)"),
 )
+WEB_PAGE = re.compile(rb"<(!doctype|html)", re.IGNORECASE)
 TEXT_BYTES = 10_000_000  # of a chat template
 HEAD_BYTES = 4096  # the beginning of a file that tells its format
 BYTE_ORDER_MARKS = (  # the mark of UTF-32 begins with that of UTF-16
@@ -92,7 +95,8 @@ def open_file(path: Path, label: str, *, documents: bool = False) -> Part:
     suffix = suffix_of(path)
     if suffix not in SUFFIXES:
         found = f"has the suffix {suffix!r}" if suffix else "has no suffix"
-        raise DataError(f"{label}: the file {found}; expected one of {', '.join(SUFFIXES)}, also with .gz or .zst")
+        known, packed = ", ".join(SUFFIXES), ", ".join(COMPRESSED)
+        raise DataError(f"{label}: the file {found}; expected one of {known}, also compressed ({packed})")
     file = open_input(path, label)
     head = os.pread(file.fileno(), HEAD_BYTES, 0)
     if codec := _match(CODECS, head):
@@ -141,12 +145,13 @@ def read_text(path: Path, label: str) -> str:
     return raw[start:].decode().replace("\r\n", "\n").replace("\r", "\n")
 
 
-def text_start(head: bytes, label: str) -> int:
+def text_start(head: bytes, label: str, *, plain: bool = False) -> int:
     """Return where the text of a file begins, after a byte order mark of UTF-8.
 
     Args:
         head: The first bytes of the file.
         label: Its name in messages.
+        plain: Whether any text is expected, also that of a web page.
 
     Raises:
         DataError: The file is UTF-16, UTF-32, or of a kind that is no text.
@@ -154,6 +159,9 @@ def text_start(head: bytes, label: str) -> int:
     for magic, found in OTHERS:
         if head.startswith(magic):
             raise DataError(f"{label}: the file {found}")
+    if WEB_PAGE.match(head) and not plain:
+        remedy = "download the file itself (on the Hub, its /resolve/ address)"
+        raise DataError(f"{label}: the file is a web page; {remedy}")
     if head[257:262] == b"ustar":
         raise DataError(f"{label}: the file is a tar archive; unpack it")
     for mark, name in BYTE_ORDER_MARKS:
@@ -173,7 +181,7 @@ def _open(file: BinaryIO, head: bytes, suffix: str, label: str, *, documents: bo
         return tables.open_parquet(label, file)
     if format == "arrow":
         return tables.open_arrow(label, file)
-    start = text_start(head, label)
+    start = text_start(head, label, plain=format == "text")
     if format == "json" or text_files.has_objects(file, start):
         return text_files.open_json(label, file, start)
     if format == "csv":
@@ -184,7 +192,7 @@ def _open(file: BinaryIO, head: bytes, suffix: str, label: str, *, documents: bo
 
 
 def _match(magic: dict[bytes, str], head: bytes) -> str | None:
-    return next((name for first, name in magic.items() if head.startswith(first)), None)
+    return next((name for first, name in magic.items() if re.match(first, head)), None)
 
 
 def _decompressed(file: BinaryIO, codec: str, label: str) -> BinaryIO:
@@ -195,14 +203,15 @@ def _decompressed(file: BinaryIO, codec: str, label: str) -> BinaryIO:
     """
     import pyarrow
 
-    copy = tempfile.TemporaryFile()  # noqa: SIM115  (returned open)
+    copy = spill_file()
     try:
         with pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), codec) as stream:
             shutil.copyfileobj(stream, copy, 1 << 22)
         copy.flush()
     except (OSError, pyarrow.ArrowException) as error:
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         raise DataError(
-            f"{label}: cannot be decompressed ({codec}): {error}; the file is damaged or cut off, or the disk of "
-            f"{tempfile.gettempdir()} is full: copy it again, or set TMPDIR"
+            f"{label}: cannot be decompressed ({codec}): {error}; "
+            + (NO_SPACE if full else "the file is damaged or cut off: copy it again")
         ) from error
     return copy

@@ -9,6 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from typing import Any
 
 from lora_kit.errors import DataError
@@ -81,12 +82,15 @@ def _remedy(text: str, error: json.JSONDecodeError) -> str:
 def unwritable(value: Any, label: str) -> str | None:
     """Describe the first value inside `value` that JSON cannot represent, with its place; None if there is none.
 
-    Tables (Parquet, Arrow, the Hub) contain such values: NaN, times, bytes.
+    Tables (Parquet, Arrow, the Hub) contain such values: NaN, times, bytes. JSON itself contains numbers with more
+    digits than Python's, which would be written with other digits.
     """
     if isinstance(value, Mapping):
         parts: Iterable[tuple[str, Any]] = ((f"{label}.{key}", item) for key, item in value.items())
     elif isinstance(value, list | tuple):
         parts = ((f"{label}[{number}]", item) for number, item in enumerate(value))
+    elif isinstance(value, Inexact):
+        return f"{label} is {value.digits[:EXCERPT]}, which is read as {value}; write it as a string, or so"
     elif isinstance(value, float):
         return None if math.isfinite(value) else f"{label} is {value}, which is not JSON; write null or a string"
     elif value is None or isinstance(value, str | bool | int):
@@ -105,10 +109,26 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+class Inexact(float):
+    """A number of JSON that is not equal to the text that Python writes for it.
+
+    Attributes:
+        digits: How JSON writes it.
+    """
+
+    digits: str
+
+
 def _float(digits: str) -> float:
-    if math.isinf(value := float(digits)):
+    value = float(digits)
+    if math.isinf(value):
         raise DataError(f"the number {digits[:EXCERPT]} is too large for JSON's readers; write it as a string")
-    return value
+    is_zero = not digits.lower().partition("e")[0].strip("-0.")
+    if is_zero or (value and Decimal(digits) == Decimal(repr(value))):
+        return value
+    inexact = Inexact(value)
+    inexact.digits = digits
+    return inexact
 
 
 def _int(digits: str) -> int:

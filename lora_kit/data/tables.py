@@ -4,12 +4,13 @@ A table has a null wherever a record lacks a field that another record has. Such
 or a JSON column (as `datasets` 5 writes them) are values of the record and are kept.
 """
 
-import tempfile
+import errno
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from lora_kit.data.arrays import NO_SPACE, spill_file
 from lora_kit.data.strict_json import Record, loads
 from lora_kit.errors import DataError
 
@@ -60,7 +61,7 @@ def open_parquet(label: str, file: BinaryIO) -> TablePart:
     """
     import pyarrow.parquet
 
-    copy = tempfile.TemporaryFile()  # noqa: SIM115  (the table keeps it open)
+    copy = spill_file()  # the table keeps it open
     with _damage_of(label, "Parquet"):
         source = pyarrow.parquet.ParquetFile(file)
         with pyarrow.ipc.new_file(copy, source.schema_arrow) as writer:
@@ -108,10 +109,9 @@ def _damage_of(label: str, format: str) -> Iterator[None]:
         yield
     except (pyarrow.ArrowException, OSError, EOFError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"{label}: cannot be read as {format}: {reason.rstrip('.')}; the file is damaged or cut off: "
-            "write, copy or download it again"
-        ) from error
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        remedy = NO_SPACE if full else "the file is damaged or cut off: write, copy or download it again"
+        raise DataError(f"{label}: cannot be read as {format}: {reason.rstrip('.')}; {remedy}") from error
 
 
 def _mapped(file: BinaryIO) -> "pyarrow.MemoryMappedFile":

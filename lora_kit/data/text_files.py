@@ -111,9 +111,23 @@ def open_json(label: str, file: BinaryIO, start: int) -> TextPart:
     if first.startswith(b"["):
         alone = len(lines) > 1 and isinstance(_value(first), list)  # JSON Lines whose records are lists
         return open_lines(label, file, start, parse_json) if alone else _open_values(label, file, start, in_list=True)
-    if first.startswith(b"{") and not any(isinstance(_value(line), dict) for line in lines if line[:1] == b"{"):
+    if first.startswith(b"{") and (
+        _spans_lines(lines) or not any(isinstance(_value(line), dict) for line in lines if line[:1] == b"{")
+    ):
         return _open_values(label, file, start, in_list=False)
     return open_lines(label, file, start, parse_json)
+
+
+def _spans_lines(lines: Sequence[bytes]) -> bool:
+    """Return whether the first lines of a file begin with an object over several lines, perhaps without its end."""
+    text = b"".join(lines).decode(errors="replace").lstrip()
+    try:
+        end = _SCANNER.raw_decode(text)[1]
+    except json.JSONDecodeError as error:
+        return error.pos >= len(text.rstrip())
+    except RecursionError:
+        return False
+    return "\n" in text[:end]
 
 
 def has_objects(file: BinaryIO, start: int) -> bool:

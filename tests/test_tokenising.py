@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from conftest import TEMPLATE, make_records, make_tokenizer, write_jsonl
 from transformers import AutoTokenizer
 
-from lora_kit.data import arrays, sandbox, tokenising, tokens
+from lora_kit.data import arrays, sandbox, template, tokenising, tokens
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.template import tokenize_all
 from lora_kit.data.tokens import prepare
@@ -142,22 +143,46 @@ def test_the_work_of_a_killed_child_is_done_by_another(make):
     assert children_of_this() <= before
 
 
-def test_a_record_that_kills_every_child_is_named(make, monkeypatch):
-    from lora_kit.data import template
+@pytest.mark.parametrize(
+    ("module", "name", "expected"),
+    [
+        (sandbox, "render", r"bad\.jsonl:31: the chat template ended the process that renders it \(SIGKILL\)"),
+        (
+            template,
+            "_encode",
+            r"bad\.jsonl:\d+: the process that tokenises the records from here on ended \(SIGKILL\); free",
+        ),
+    ],
+)
+def test_a_record_that_kills_every_child_is_named_and_the_template_blamed_if_it_runs(
+    make, monkeypatch, module, name, expected
+):
+    original = getattr(module, name)
 
-    render_all = template.render_all
-
-    def fatal(examples, renderer):
-        if any("spoil" in str(example) for example in examples):
+    def fatal(what, renderer):
+        if "spoil" in str(what):
             os.kill(os.getpid(), signal.SIGKILL)
-        return render_all(examples, renderer)
+        return original(what, renderer)
 
-    monkeypatch.setattr(template, "render_all", fatal)
+    monkeypatch.setattr(module, name, fatal)
     records = make_records(60)
     records[30]["messages"][0]["content"] = "spoil"
     write_jsonl(make.folder / "bad.jsonl", records)
-    with pytest.raises(DataError, match=r"bad.jsonl:\d+: the chat template ended the process that renders it .SIGKILL"):
+    with pytest.raises(DataError, match=expected):
         make(2, train="bad.jsonl", validation=None)
+
+
+def test_only_a_child_that_renders_the_same_example_too_long_is_killed(make, monkeypatch):
+    """A range of raw text may take as long as it wants, since no template renders it."""
+    monkeypatch.setattr(sandbox, "RENDER_SECONDS", 0.05)
+    encode = template._encode
+    monkeypatch.setattr(template, "_encode", lambda *both: time.sleep(0.1) or encode(*both))
+    write_jsonl(make.folder / "text.jsonl", [{"text": "abc"}] * 7)
+    assert len(make(1, train="text.jsonl", validation=None).train) == 7
+    render = sandbox.render
+    monkeypatch.setattr(sandbox, "render", lambda *both: time.sleep(0.5) or render(*both))
+    with pytest.raises(DataError, match=r"train\.jsonl:1: the chat template ended .* \(SIGKILL\)"):
+        make(1, validation=None)
 
 
 def test_an_error_of_the_program_in_a_child_is_no_error_of_the_data(make, monkeypatch):

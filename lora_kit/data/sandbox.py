@@ -48,7 +48,8 @@ from lora_kit.host import end_with_parent
 
 SECONDS = 10  # processor time for one example
 MEMORY_BYTES = 1 << 30  # in addition to the memory that the process has mapped before
-ANSWER_SECONDS = 300.0  # for one example by the clock, on a machine that is busy with other things
+RENDER_SECONDS = 300.0  # to render one example by the clock, on a machine that is busy with other things
+IDLE = -1  # the place in a request while a child renders nothing
 CHUNK_BYTES = 1 << 22  # examples that are sent together
 OUT_OF_MEMORY, TOO_LONG = 97, 98  # exit codes of the child
 PARALLELISM = "TOKENIZERS_PARALLELISM"
@@ -66,17 +67,19 @@ class LostError(Exception):
 
     Attributes:
         excess: Which limit the child exceeded, or how it ended.
-        place: The index of the example in the request that the child was rendering.
+        place: The index of the example in the request that the child was rendering; None if it rendered none.
         killed: Whether SIGKILL ended it: from the kernel when memory runs out, or from `wait_for`.
         request: The request, for a child of a pool.
     """
 
-    def __init__(self, excess: str, place: int, *, killed: bool) -> None:
+    def __init__(self, excess: str, place: int | None, *, killed: bool) -> None:
         super().__init__(excess)
         self.excess, self.place, self.killed, self.request = excess, place, killed, b""
 
     def error(self, where: str = "template") -> DataError:
-        """Return the error for the user; `where` is the file and line of the example."""
+        """Return the error for the user; `where` is the file and line of the example, or of the request's first."""
+        if self.place is None:
+            return DataError(f"{where}: the process that tokenises the records from here on {self.excess}")
         return DataError(f"{where}: the chat template {self.excess}; set data.template to another template")
 
 
@@ -235,7 +238,8 @@ class Child:
     """
 
     def __init__(self, work: Work, *, pooled: bool = False) -> None:
-        self._cells = memoryview(mmap.mmap(-1, 16)).cast("q")  # the place in the request, and a count of examples
+        self._cells = memoryview(mmap.mmap(-1, 16)).cast("q")  # the place in the request, and how many were rendered
+        self._cells[0] = IDLE
         mine, theirs = socket.socketpair()
         before, self._process = os.environ.get(PARALLELISM), 0
         os.environ[PARALLELISM] = "false"  # the threads of tokenizers are not in the child; unset, it would warn
@@ -257,9 +261,9 @@ class Child:
         return self._socket.fileno()
 
     @property
-    def begun(self) -> int:
-        """The number of examples that the child has begun to render, a sign of life."""
-        return self._cells[1]
+    def rendering(self) -> int | None:
+        """The number of examples that the child has begun to render, a sign of life; None if it renders none now."""
+        return None if self._cells[0] == IDLE else self._cells[1]
 
     def ask(self, request: bytes) -> bytearray:
         """Return the answer to a request.
@@ -294,16 +298,20 @@ class Child:
         self._socket.close()
         code = os.waitstatus_to_exitcode(os.waitpid(self._process, 0)[1])
         self._process = 0
-        if code == OUT_OF_MEMORY:
+        killed, place = code == -signal.SIGKILL, None if self._cells[0] == IDLE else self._cells[0]
+        end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        if place is None:
+            no_memory = killed or code == OUT_OF_MEMORY
+            excess = f"ended ({end}); {'free memory, or shorten the records' if no_memory else 'start again'}"
+        elif code == OUT_OF_MEMORY:
             excess = f"needs more than {MEMORY_BYTES >> 30} GB of memory for one example"
         elif code == TOO_LONG:
             excess = f"writes more than {TEXT_CHARACTERS:,} characters for one example"
         elif code == -signal.SIGXCPU:
             excess = f"computes for more than {SECONDS} s for one example"
         else:
-            end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             excess = f"ended the process that renders it ({end})"
-        return LostError(excess, self._cells[0], killed=code == -signal.SIGKILL)
+        return LostError(excess, place, killed=killed)
 
     def kill(self) -> None:
         """Kill the child; `receive` then raises LostError."""
@@ -320,13 +328,13 @@ class Child:
 
 
 def wait_for(children: Sequence[Child]) -> list[Child]:
-    """Return the children with an answer. If no child answers for ANSWER_SECONDS, kill those that began no example."""
+    """Return the children with an answer. If none answers for RENDER_SECONDS, kill those at the same example since."""
     while True:
-        begun = [child.begun for child in children]
-        if ready := wait([child.fileno() for child in children], ANSWER_SECONDS):
+        rendering = [child.rendering for child in children]
+        if ready := wait([child.fileno() for child in children], RENDER_SECONDS):
             return [child for child in children if child.fileno() in ready]
-        for child, before in zip(children, begun, strict=True):
-            if child.begun == before:
+        for child, before in zip(children, rendering, strict=True):
+            if before is not None and child.rendering == before:
                 child.kill()
 
 
@@ -432,7 +440,6 @@ def _serve(descriptor: int, work: Work, cells: memoryview, parent: int) -> None:
         stream = socket.socket(fileno=3)
         while True:
             _, request = _receive(stream)
-            cells[0] = 0
             try:
                 answer = list(work(bytes(request)))
             except MemoryError:
@@ -493,6 +500,7 @@ def _limits() -> Iterator[None]:
     finally:
         for kind in (resource.RLIMIT_AS, resource.RLIMIT_CPU):
             _limit(kind, resource.RLIM_INFINITY)
+        _own_cells[0][0] = IDLE
 
 
 def _begin(place: int) -> None:

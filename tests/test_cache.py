@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_records, make_tokenizer, write_jsonl
+from conftest import labels_of, make_records, make_tokenizer, write_jsonl
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
@@ -153,6 +153,18 @@ def test_another_setting_is_another_entry(folder, made, change):
     assert same(changed, data_of(folder, change)) and len(made) == 2
 
 
+MIXTURE = "data.train=[{{source: train.jsonl, weight: {}}}, {{source: other.jsonl, weight: 1}}]"
+
+
+@pytest.mark.parametrize("change", ["train.seed=1", "data.overlap=9", MIXTURE.format(4)])
+def test_a_setting_that_decides_no_token_takes_the_same_entry(folder, made, change):
+    write_jsonl(folder / "other.jsonl", make_records(9, seed=3))
+    whole = [MIXTURE.format(3), "data.validation=other.jsonl"]
+    data_of(folder, *whole)
+    data_of(folder, *whole, change)
+    assert len(made) == 1
+
+
 @pytest.mark.parametrize("renderer", [{"train_on": "all"}, {"stop_token": "<user>", "train_on": "all"}])
 def test_another_way_to_train_is_another_entry(folder, made, renderer):
     source = "train.jsonl" if "stop_token" not in renderer else "text.jsonl"
@@ -202,7 +214,7 @@ def test_a_large_entry_is_mapped_and_the_same_and_damage_in_it_is_noticed(folder
     copied = Tokens(*(np.array(getattr(mapped.train, name)) for name in ("ids", "trained", "offsets")))
     assert copied.fingerprint == mapped.train.fingerprint == first.train.fingerprint
     assert copied.largest == mapped.train.largest == copied.ids.max()
-    assert (copied.label_counts() == np.bincount(copied.labels, minlength=copied.largest + 1)).all()
+    assert (copied.label_counts() == np.bincount(labels_of(copied), minlength=copied.largest + 1)).all()
     assert resident_kb(path) > 0
     assert sum(int(chunk.sum()) for chunk in arrays.chunks(mapped.train.ids)) == copied.ids.sum()
     assert resident_kb(path) == 0, "what was read as a whole leaves the memory"

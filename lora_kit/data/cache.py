@@ -29,7 +29,7 @@ from lora_kit.data.template import Prompt
 from lora_kit.data.tokens import Entry, Prepared, Tokens
 from lora_kit.errors import LoraKitError
 from lora_kit.files import PARTIAL, PrivateFolder, private_folder, remembered_sha256, sha256_of
-from lora_kit.recipe.schema import Recipe
+from lora_kit.recipe.schema import Data, Recipe
 from lora_kit.version import VERSION
 
 MAX_ENTRIES, MAX_BYTES = 20, 8 << 30  # the limits of the cache
@@ -60,8 +60,8 @@ def key_of(recipe: Recipe, renderer: Renderer) -> str | None:
     facts = {
         "contents": contents,
         "templates": templates,
-        "data": recipe.data.model_dump(mode="json"),
-        "seed": recipe.train.seed,
+        "data": _settings(recipe.data),
+        "seed": recipe.train.seed if isinstance(recipe.data.validation, float) else None,  # else nothing is drawn
         "prompts": recipe.evaluate.generate,
         "rendering": [renderer.template, renderer.train_on, renderer.reasoning, renderer.stop_token],
         "tokenizer": [type(tokenizer).__qualname__, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template],
@@ -70,6 +70,15 @@ def key_of(recipe: Recipe, renderer: Renderer) -> str | None:
         "versions": {"lora_kit": VERSION} | {name: version(name) for name in PACKAGES},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode()).hexdigest()
+
+
+def _settings(data: Data) -> dict[str, Any]:
+    """Return the section without what decides the order of the examples only, or the pieces of texts that are whole."""
+    settings = data.model_dump(mode="json", exclude={"overlap"} if data.overlong != "split" else set())
+    for source in settings["train"] if data.mixture else ():
+        if isinstance(source, dict):
+            del source["weight"], source["epochs"]
+    return settings
 
 
 def _template(name: str, base_dir: Path) -> str:

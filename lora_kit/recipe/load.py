@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import DuplicateKeyError
@@ -335,11 +336,19 @@ def difference(old: Mapping[str, Any], new: Recipe) -> list[tuple[str, Any, Any]
 
     Args:
         old: A recipe from `model_dump(mode="json")`, perhaps of another version of lora_kit.
-        new: The recipe to compare with it. A field that only one of the two has counts as None in the other.
+        new: The recipe to compare with it. A field that the old one lacks counts as its default, with which the other
+            version trained; a field of another version counts as None in the new one.
     """
-    before, after = _fields(old), _fields(new.model_dump(mode="json"))
+    whole = {name: _defaults(section) | dict(old.get(name, {})) for name, section in SECTIONS.items()}
+    before, after = _fields({**old, **whole}), _fields(new.model_dump(mode="json"))
     keys = dict.fromkeys([*after, *before])
     return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
+
+
+def _defaults(section: type[Section]) -> dict[str, Any]:
+    """Return the default of every field of a section that has one."""
+    fields = section.model_fields.items()
+    return {name: to_jsonable_python(field.default) for name, field in fields if not field.is_required()}
 
 
 def _fields(recipe: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from lora_kit.artifacts.hub import push_notes
+from lora_kit.data.counts import TRAINING, VALIDATION
 from lora_kit.data.files import SUFFIXES, suffix_of
 from lora_kit.data.near_duplicates import LIKE, near_duplicates
-from lora_kit.data.places import TRAINING, VALIDATION, Where, places
+from lora_kit.data.places import Where, places
 from lora_kit.data.plan import Plan, SourceShare, prepare_data
 from lora_kit.data.preflight import (
     Cost,
@@ -27,10 +28,10 @@ from lora_kit.data.preflight import (
     findings,
     headers_of,
     histogram,
-    inspect,
+    inspect_all,
     judge,
     roles,
-    signs_of,
+    sources_of,
 )
 from lora_kit.data.preview import make_preview
 from lora_kit.data.rendering import Renderer
@@ -365,7 +366,7 @@ def _check_data(
     report.data = {name: asdict(counts) for name, counts in totals.items() if counts}
     report.data |= {f"train, {name}": share.to_dict() for name, share in plan.mixed(data.counts.sources).items()}
     report.data |= {f"validation, {name}": asdict(counts) for name, counts in data.counts.sets.items()}
-    report.notes += [*data.notes, *push_notes(recipe)]
+    report.notes += [*plan.unseen_notes(data.counts.sources), *data.notes, *push_notes(recipe)]
     report.schedule = {
         "steps": plan.steps,
         "examples": plan.total,
@@ -395,13 +396,14 @@ def _check_tokens(plan: Plan, data: Prepared, renderer: Renderer, where: Where, 
     """Add what the preflight finds, the lengths, and near duplicates to the report."""
     recipe = plan.recipe
     epochs = {name: source.epochs for name, source in plan.mixed(data.counts.sources).items()}
-    signs = signs_of(renderer, raw=data.counts.train.is_raw, pieces=data.counts.train.split > 0)
-    train = inspect(data.train, signs)
-    validation = None if data.validation is None else inspect(data.validation, signs)
+    sources = sources_of(recipe, data, renderer)
+    train, validation = inspect_all(data, sources)
     errors, warnings = judge(findings(train, validation), recipe.preflight, where)
     report.problems += errors
     report.notes += warnings
-    report.roles = {} if signs.prompt == () else roles(data.train, headers_of(renderer))
+    renderers, signs, sizes = sources[TRAINING]
+    headers = [headers_of(own) if each.prompt else () for own, each in zip(renderers, signs, strict=True)]
+    report.roles = roles(data.train, headers, sizes)
     report.lengths = histogram(data.train.lengths)
     report.costs = costs(data.train, train.weights, _ranges(recipe, data), epochs)
     try:

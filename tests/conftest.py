@@ -184,6 +184,13 @@ def make_records(count, *, seed=0):
     return [conversation() for _ in range(count)]
 
 
+def labels_of(tokens):
+    """The ids of all trained tokens; the first token of an example is never trained."""
+    counted = tokens.trained.copy()
+    counted[tokens.offsets[:-1]] = False
+    return tokens.ids[counted]
+
+
 def write_jsonl(path, records):
     """Write records a line each and return the path."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -16,7 +16,7 @@ from lora_kit.runs.manifest import (
 )
 from lora_kit.runs.store import ADAPTER, ADAPTER_CONFIG, OPTIMIZER, headers_of
 
-COUNTS = Counts("text", 5, 50, 40, 0.8, 12, dropped=0, truncated=0, emptied=0, duplicates=0, merged=0)
+COUNTS = Counts("text", 5, 50, 40, 0.8, 12, dropped=0, truncated=0, emptied=0, merged=0)
 RUN = RunFacts(
     run_id="r",
     fencing_token=1,

@@ -125,7 +125,7 @@ class Template:
         thought: Reads reasoning at the beginning of an answer, in its first group.
         call: Matches a call after the content.
         exact: Whether decoding gives blanks back.
-        head: What an answer begins with after the generation prompt.
+        head: Matches what an answer begins with after the generation prompt.
     """
 
     renderer: Renderer
@@ -150,7 +150,7 @@ def templates(tokenizer: PreTrainedTokenizerBase, *, real: bool) -> dict[str, Te
     for name in FAMILIES:
         renderer, _ = load_family(name, SHARED)
         thought = r"<think>\n(.*?)\n</think>\n\n" if name == "qwen3" else r"(?!)"
-        head = "<|message|>" if name == "gpt-oss" else ""
+        head = r"(<\|channel\|>final)?<\|message\|>" if name == "gpt-oss" else ""
         made[name] = Template(renderer, thought, qwen if name.startswith("qwen") else Template.call, head=head)
     for name in ("tok-llama2-hf", "tok-mistral-v3-hf", "tok-neox"):
         other = AutoTokenizer.from_pretrained(SHARED / name)
@@ -278,7 +278,7 @@ def wrong(
         if not run.endswith(stop) or stop in run.removesuffix(stop):
             return f"the end of {run!r}"
         rest, reasoning, content = (
-            run.removeprefix(template.head).removesuffix(stop),
+            re.sub(f"^{template.head}", "", run).removesuffix(stop),
             reasoning_of(turn),
             turn["content"],
         )

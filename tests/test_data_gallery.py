@@ -8,13 +8,14 @@ import json
 import lzma
 import os
 import random
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import make_tokenizer
+from conftest import labels_of, make_tokenizer
 
 from lora_kit.data import sources
 from lora_kit.data.rendering import Renderer
@@ -28,6 +29,7 @@ CALL = (
     b'{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [{"function": {"name": "f", '
 )
 CALL += b'"arguments": %s}}]}]}\n'
+INNER = b'{"a": [\n{"x": 1},\n{"y": 2}\n]}\n'
 JQ = b'{\n  "prompt": "a",\n  "completion": "b"\n}\n'
 
 
@@ -171,7 +173,11 @@ BROKEN = [
     Broken("pickle", {"d.json": b"\x80\x04K\x01."}, ("d.json: the file is a pickle", "write JSON Lines or Parquet")),
     Broken("Git LFS", {"d.jsonl": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"}, ("d.jsonl: the file is a pointer of Git LFS", "git lfs pull")),
     Broken("web page", {"d.jsonl": b"<!DOCTYPE html><html>"}, ("d.jsonl: the file is a web page", "download the file itself")),
+    Broken("web page as CSV", {"d.csv": b"<html lang='en'>"}, ("d.csv: the file is a web page", "download the file itself")),
     # JSON
+    Broken("number with more digits than Python has", {"d.jsonl": CALL % b'{"a": [0.30000000000000000001]}'}, ("d.jsonl:1: messages[1].tool_calls[0].function.arguments.a[0] is 0.30000000000000000001, which is read as 0.3", "write it as a string")),
+    Broken("number that is read as zero, in text", {"d.jsonl": CALL % b'"{\\"a\\": 1e-400}"'}, ("d.jsonl:1: messages[1].tool_calls[0].function.arguments.a is 1e-400, which is read as 0.0", "write it as a string")),
+    Broken("cut off, and its inner objects begin lines", {"d.json": INNER[:-4]}, ("d.json:3: not JSON", "the file is cut off here")),
     Broken("list that does not end", {"d.json": b'[{"prompt": "a"},\n{"prompt": "b"}'}, ("d.json:2: not JSON", "cut off")),
     Broken("list with a comma at its end", {"d.json": b'[{"prompt": "a"},\n]'}, ("d.json:2: not JSON", "remove the comma")),
     Broken("list with a missing comma", {"d.json": b'[{"prompt": "a"}\n{"prompt": "b"}]'}, ("d.json:2: not JSON: Expecting ',' delimiter", "put a comma before it")),
@@ -210,7 +216,7 @@ BROKEN = [
     Broken("bytes as text", lambda folder: parquet(text=[b"x"])(folder), ("d.parquet, record 1: text is a bytes", "expected a string"), {"train": "d.parquet"}),
     Broken("saved dataset that is cut off", cut(saved, "ds/data-00000-of-00001.arrow", 90), ("ds/data-00000-of-00001.arrow: cannot be read as Arrow", "download it again"), {"train": "ds"}),
     # files and folders
-    Broken("suffix that is not read", {"d.xml": b"x"}, ("d.xml: the file has the suffix '.xml'", "expected one of .json, .jsonl")),
+    Broken("suffix that is not read", {"d.xml": b"x"}, ("d.xml: the file has the suffix '.xml'", "expected one of .json, .jsonl", ".arrow, also compressed (.gz, .zst, .bz2)")),
     Broken("no suffix", {"data": b"x"}, ("data: the file has no suffix", "expected one of .json, .jsonl")),
     Broken("missing file", {"train.jsonl": GOOD}, ("trian.jsonl: ", "did you mean train.jsonl?"), {"train": "trian.jsonl"}),
     Broken("pattern", {"a.jsonl": GOOD}, ("./*.jsonl: ", "name the folder"), {"train": "./*.jsonl"}),
@@ -347,6 +353,12 @@ READ = [
     Read("byte order marks of joined files", {"d.jsonl": b"\xef\xbb\xbf" + GOOD + b"\xef\xbb\xbf" + GOOD}, [PAIR, PAIR]),
     Read("other line separators", {"d.jsonl": '{"text": "a\u2028b\x85c\u2029"}\n'.encode()}, [{"text": "a\u2028b\x85c\u2029"}]),
     Read("objects over several lines", {"d.jsonl": JQ * 2}, [{"prompt": "a", "completion": "b"}] * 2),
+    Read("objects over several lines with inner objects at their beginning", {"d.json": INNER * 2}, [{"a": [{"x": 1}, {"y": 2}]}] * 2),
+    Read("object over more lines than are looked at", {"d.json": b'{"a": [\n' + b'{"x": 1},\n' * 200 + b"{}\n]}\n"}, [{"a": [*[{"x": 1}] * 200, {}]}]),
+    Read("text that begins as other files do", {"d.txt": b"<html>\n<!DOCTYPE html>\nBZh\nPAR1\n"}, [{"text": line} for line in ("<html>", "<!DOCTYPE html>", "BZh", "PAR1")]),
+    *(Read(f"text that begins with {begin.decode()}", {"d.txt": begin + b"9 x\n"}, [{"text": begin.decode() + "9 x"}]) for begin in (b"BZh", b"PAR1", b"ARROW1", b"%PDF", b"SQLite format 3", b"<!DOCTYPE html>")),
+    Read("numbers with all their digits", {"d.jsonl": b'{"text": [0.1, 1.10, 1E5, -0.0, 0e-999999999999999999999, 123456789012345678]}\n'}, [{"text": [0.1, 1.1, 1e5, 0.0, 0.0, 123456789012345678]}]),
+    Read("numbers with more digits in a column", {"d.jsonl": b'{"text": "a", "score": 0.10000000000000000555}\n'}, [{"text": "a", "score": 0.1}]),
     Read("objects on one line", {"d.json": b'{"text": 1,\n"x": 2} {"text": 3}'}, [{"text": 1, "x": 2}, {"text": 3}]),
     Read("carriage returns", {"d.jsonl": (GOOD * 2).replace(b"\n", b"\r")}, [PAIR, PAIR]),
     Read("pairs of surrogates", {"d.jsonl": b'{"text": "\\ud83d\\ude00"}\n'}, [{"text": "\U0001f600"}]),
@@ -374,6 +386,16 @@ def test_data_is_read_as_it_stands(entry, tmp_path):
     records = sources.load(entry.train or first, base_dir=tmp_path)
     assert records.read(0, len(records)) == entry.records
     assert records.read(len(records) - 1, len(records)) == entry.records[-1:]
+
+
+def test_temporary_files_are_in_the_cache_folder(tmp_path, monkeypatch):
+    """The system's temporary folder is often in memory, or small."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(GOOD))
+    parquet(text=["a"])(tmp_path)
+    for name, expected in (("d.jsonl.gz", PAIR), ("d.parquet", {"text": "a"})):
+        assert sources.load(name, base_dir=tmp_path).read(0, 1) == [expected]
 
 
 def test_records_of_a_list_are_named_by_their_lines(tmp_path):
@@ -416,7 +438,7 @@ def test_each_token_of_a_long_text_is_trained_once(tmp_path, renderer, length, o
     whole = [[*renderer.tokenizer(text).input_ids, renderer.stop_id] for text in texts]
     trained = np.concatenate([ids[mask] for ids, mask in map(prepared.train.example, range(len(prepared.train)))])
     assert trained.tolist() == [token for ids in whole for token in ids[1:]]
-    assert prepared.train.labels.tolist() == trained.tolist()
+    assert labels_of(prepared.train).tolist() == trained.tolist()
     assert prepared.counts.train.split == sum(len(ids) > length for ids in whole)
     before = None
     for index in range(len(prepared.train)):

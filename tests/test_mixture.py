@@ -17,6 +17,7 @@ from conftest import TEMPLATE, make_records, write_jsonl
 from manifests import run_facts, step_facts, step_record
 from transformers import AutoModelForCausalLM
 
+from lora_kit.check import check
 from lora_kit.data import cache
 from lora_kit.data.order import allotted
 from lora_kit.data.plan import Plan, prepare_data
@@ -32,8 +33,6 @@ from lora_kit.runs.run import Run
 from lora_kit.runs.status import status
 from lora_kit.runs.trackers import curves_of
 from lora_kit.training.setup import train_fingerprint
-
-BLOCK = 1000
 
 
 def plan_of(sizes, *, weights=None, passes=None, **train):
@@ -76,7 +75,7 @@ def permuted(position, count, key):
             return position
 
 
-def brute_force(sizes, shares, cycle, total, seed):
+def brute_force(sizes, shares, total, seed):
     """The sequence of a mixture by walking through all its positions, with a counter for each source."""
 
     def counts_until(position):
@@ -86,40 +85,47 @@ def brute_force(sizes, shares, cycle, total, seed):
             left, rest = left - found[source], rest - shares[source]
         return found
 
-    taken, pairs, start = Counter(), [], 0
-    while start < total:
-        end = min(start + BLOCK, start - start % cycle + cycle, total)
-        if start % cycle % BLOCK:
-            end = min(end, start - start % cycle % BLOCK + BLOCK)
-        wanted = counts_until(end)
-        ranks = [source for source in range(len(sizes)) for _ in range(wanted[source] - taken[source])]
-        assert len(ranks) == end - start
-        for place in range(end - start):
-            source = ranks[permuted(place, end - start, mix(seed, 4, start))]
-            epoch, number = divmod(taken[source], sizes[source])
-            pairs.append((source, permuted(number, sizes[source], mix(seed, 5, source, epoch))))
-            taken[source] += 1
-        start = end
+    taken, pairs = Counter(), []
+    for position in range(total):
+        wanted = counts_until(position + 1)
+        (source,) = (source for source in range(len(sizes)) if wanted[source] > taken[source])
+        epoch, number = divmod(taken[source], sizes[source])
+        pairs.append((source, permuted(number, sizes[source], mix(seed, 5, source, epoch))))
+        taken[source] += 1
     return pairs
 
 
 @pytest.mark.parametrize(
-    ("sizes", "options", "shares", "cycle"),
+    ("sizes", "options", "shares"),
     [
-        ((40, 7, 300), {"epochs": 3, "batch_size": 16}, (40, 7, 300), 347),
-        ((900, 700), {"epochs": 2.5, "batch_size": 7}, (900, 700), 1600),
-        ((60, 45), {"epochs": 2, "batch_size": 4, "passes": [2.5, 1]}, (150, 45), 195),
-        ((50, 600, 3), {"steps": 300, "batch_size": 9, "weights": [0.5, 0.3, 0.2]}, (5, 3, 2), 2700),
-        ((50, 60), {"steps": 20, "batch_size": 8}, (50, 60), 110),
+        ((40, 7, 300), {"epochs": 3, "batch_size": 16}, (40, 7, 300)),
+        ((900, 700), {"epochs": 1.5, "batch_size": 7}, (900, 700)),
+        ((60, 45), {"epochs": 2, "batch_size": 4, "passes": [2.5, 1]}, (150, 45)),
+        ((50, 600, 3), {"steps": 200, "batch_size": 9, "weights": [0.5, 0.3, 0.2]}, (5, 3, 2)),
+        ((50, 60), {"steps": 20, "batch_size": 8}, (50, 60)),
+        ((5, 6), {"steps": 20, "batch_size": 8, "weights": [1e30, 1e-20]}, (10**50, 1)),
     ],
 )
-def test_the_order_is_that_of_a_walk_through_all_positions(sizes, options, shares, cycle):
+def test_the_order_is_that_of_a_walk_through_all_positions(sizes, options, shares):
     plan = plan_of(sizes, seed=5, **options)
-    assert sequence_of(plan) == brute_force(sizes, shares, cycle, plan.total, 5)
+    assert sequence_of(plan) == brute_force(sizes, shares, plan.total, 5)
+
+
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        ({"weights": [5, 3, 2], "steps": 33}, {"weights": [5, 3, 2], "steps": 100}),
+        ({"passes": [1, 4.5, 1], "epochs": 1.3}, {"passes": [1, 4.5, 1], "epochs": 3}),
+        ({"epochs": 1}, {"epochs": 2}),
+    ],
+)
+def test_a_run_that_is_extended_begins_with_the_steps_of_the_shorter_run(short, long):
+    before, after = (plan_of([70, 20, 30], batch_size=7, seed=3, **options) for options in (short, long))
+    assert sequence_of(before) == sequence_of(after)[: before.total]
 
 
 @pytest.mark.parametrize("trial", range(8))
-def test_each_source_follows_permutations_of_its_own_and_each_block_its_share(trial):
+def test_each_source_follows_permutations_of_its_own_and_after_each_step_its_share(trial):
     rng = random.Random(trial)
     sizes = [rng.choice([3, 40, 999, 1000, 2500]) for _ in range(rng.randint(2, 6))]
     weights = [round(10 ** rng.uniform(-1, 1), 2) for _ in sizes]
@@ -131,20 +137,18 @@ def test_each_source_follows_permutations_of_its_own_and_each_block_its_share(tr
             assert sorted(own[start : start + size]) == list(range(size))
         if size > 40 and len(own) >= 2 * size:
             assert own[:size] != own[size : 2 * size]
-    for start in range(0, plan.total, BLOCK):
-        block = Counter(source for source, _ in pairs[start : start + BLOCK])
+    taken = Counter()
+    for position, (source, _) in enumerate(pairs, 1):
+        taken[source] += 1
         for source, weight in enumerate(weights):
-            share = min(BLOCK, plan.total - start) * weight / sum(weights)
-            assert abs(block[source] - share) < 2
-    whole = Counter(source for source, _ in pairs)
-    assert [whole[source] for source in range(len(sizes))] == plan.seen()
+            assert abs(taken[source] - position * weight / sum(weights)) < 2
+    assert [taken[source] for source in range(len(sizes))] == plan.seen()
 
 
-def test_shares_in_thousandths_are_the_same_in_every_block():
-    plan = plan_of([70, 2000, 5], weights=[0.125, 0.8, 0.075], steps=250, batch_size=16)
-    pairs = sequence_of(plan)
-    for start in range(0, plan.total, BLOCK):
-        assert Counter(source for source, _ in pairs[start : start + BLOCK]) == {0: 125, 1: 800, 2: 75}
+def test_shares_in_tenths_are_the_same_in_every_ten_examples():
+    pairs = sequence_of(plan_of([70, 200, 5], weights=[0.2, 0.7, 0.1], steps=25, batch_size=16))
+    for start in range(0, 400, 10):
+        assert Counter(source for source, _ in pairs[start : start + 10]) == {0: 2, 1: 7, 2: 1}
 
 
 def test_an_epoch_of_sources_without_weights_sees_each_example_once():
@@ -167,10 +171,9 @@ def test_no_source_is_starved_and_no_count_falls():
     rng = random.Random(0)
     for _ in range(200):
         shares = [int(10 ** rng.uniform(0, 7)) + 1 for _ in range(rng.randint(1, 30))]
-        counts = [allotted(BLOCK * block, shares) for block in range(20)]
-        for block in range(1, 20):
-            assert (counts[block] >= counts[block - 1]).all() and counts[block].sum() == BLOCK * block
-        assert allotted(7 * sum(shares), shares).tolist() == [7 * share for share in shares]
+        grown = np.diff(allotted(np.arange(500) + rng.randrange(10**6), shares))
+        assert (grown >= 0).all() and (grown.sum(axis=0) == 1).all()
+        assert allotted(np.array([7 * sum(shares)]), shares)[:, 0].tolist() == [7 * share for share in shares]
 
 
 def test_a_list_of_one_source_has_the_order_of_that_source():
@@ -294,6 +297,13 @@ def test_the_table_before_training_and_the_end_name_every_source(finished):
     assert re.search(r"code +5 +5 +[\d,]+ +33\.3% +16 +3\.20\n", printed)
     assert "trained, code" in printed and "held-out, adapter, second" in printed
     assert re.search(r"first of 4 validation examples \([\d.]+%\) whose tokens are also in the training data", printed)
+
+
+def test_a_source_of_which_nothing_is_seen_is_told_by_check_too(mixture):
+    changes = ["train.steps=1", "train.batch_size=1"]
+    notes = check(load_recipe(mixture, changes)).notes
+    why = "the run is so short, or the source's share so small, that none of its examples is seen"
+    assert [note for note in notes if why in note] == [f"short: {why}", f"code: {why}"]
 
 
 @pytest.mark.parametrize("processes", [1, 2])

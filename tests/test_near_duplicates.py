@@ -17,7 +17,7 @@ def tokens(rows):
 
 
 def hashes(parts):
-    return np.concatenate([inspect(part, Signs(stop=0)).hashes for part in parts])
+    return np.concatenate([inspect(part, [Signs(stop=0)], [len(part)]).hashes for part in parts])
 
 
 def similar(first, second):

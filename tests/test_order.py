@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from lora_kit.data.order import examples_of_step, micro_batch_seed, permute
+from lora_kit.data.order import micro_batch_seed, permute
 from lora_kit.data.plan import Plan
 from lora_kit.data.tokens import Tokens
 from lora_kit.randomness import mix
@@ -60,9 +60,7 @@ def sequence_of(plan):
     train = plan.recipe.train
     found = []
     for step in range(plan.steps):
-        chosen = examples_of_step(
-            step, batch_size=train.batch_size, examples=len(plan.tokens), total=plan.total, seed=train.seed
-        )
+        chosen = plan.examples(step)
         assert len(chosen) == min(train.batch_size, plan.total - step * train.batch_size)
         assert sorted(chosen) == sorted(example for group in plan.micro_batches(step) for example in group)
         found += chosen

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import TEMPLATE, make_tokenizer
+from conftest import TEMPLATE, make_tokenizer, write_jsonl
 from transformers import AutoTokenizer
 
 from lora_kit.data import preflight
@@ -16,15 +16,16 @@ from lora_kit.data.preflight import (
     findings,
     headers_of,
     histogram,
-    inspect,
+    inspect_all,
     judge,
     roles,
     signs_of,
+    sources_of,
 )
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.template import tokenize_all
-from lora_kit.data.tokens import Tokens
-from lora_kit.recipe.schema import Preflight
+from lora_kit.data.tokens import Tokens, prepare
+from lora_kit.recipe.schema import Preflight, Recipe
 
 STOP, BOS, UNKNOWN, ASK, ANSWER, OPEN, CLOSE, NEWLINE = 1, 2, 3, 4, 5, 6, 7, 8
 SIGNS = Signs(
@@ -36,6 +37,11 @@ SIGNS = Signs(
     blank=NEWLINE,
     thoughts=((OPEN, CLOSE), (OPEN, NEWLINE, CLOSE)),
 )
+
+
+def inspect(tokens, signs):
+    """Inspect the examples of a single source."""
+    return preflight.inspect(tokens, [signs], [len(tokens)])
 
 
 def tokens(*examples):
@@ -191,8 +197,6 @@ def test_the_signs_of_a_tokenizer(tmp_path):
     assert (lined.prompt, lined.blank) == ((ids("<assistant>"),), ids("\n"))
     tokenizer.unk_token = "</s>"
     assert signs_of(Renderer(tokenizer), raw=False).unknown is None, "as GPT-2, whose unknown token is its end"
-    tokenizer.chat_template = None  # each source of a mixture has a template of its own
-    assert signs_of(Renderer(tokenizer), raw=False).prompt == ()
     tokenizer.chat_template = "{{ raise_exception('a system message is needed') }}"
     assert signs_of(Renderer(tokenizer), raw=False).prompt == ()
 
@@ -228,6 +232,50 @@ def test_what_a_template_does_is_found_in_the_tokens_that_it_makes(tmp_path):
     assert found(TEMPLATE, [Completion("é:", "a")]) == {"unknown"}
 
 
+def test_every_kind_has_a_limit_in_the_recipe():
+    assert [*Preflight.model_fields] == [*KINDS]
+    for kind in KINDS:
+        found = [preflight.Finding("validation", kind, 4, 2000, 7)]
+        errors, _ = judge(found, Preflight(**{kind: 0.001}), lambda part, index: "here")
+        assert [error.endswith(f"(preflight.{kind} allows 0.001 of the examples)") for error in errors] == [True]
+        assert judge(found, Preflight(**{kind: 0.002}), lambda part, index: "here")[0] == []
+
+
+def test_each_source_is_judged_by_its_own_template_and_cuts(tmp_path):
+    """A template with {% generation %} may leave out the middle of an answer, and only pieces may end anywhere."""
+    tokenizer = tokenizer_of(tmp_path)
+    tokenizer.chat_template = None
+    trained = "{{% generation %}}{{{{ {} }}}}{{% endgeneration %}}".format
+    template = (
+        "{% for m in messages if m.role in ('user', 'assistant') %}{% if m.role == 'user' %}<user>{{ m.content }}"
+        "{% else %}<assistant>ANSWER{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    answer = trained("m.thinking") + "<think>" + trained("m.content + '</s>'")
+    (tmp_path / "marked.jinja").write_text(template.replace("ANSWER", answer))
+    (tmp_path / "own.jinja").write_text(
+        template.replace("<user>", "<tool>").replace("ANSWER", "{{ m.content + '</s>' }}")
+    )
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes", "thinking": "why"}]
+    write_jsonl(tmp_path / "marked.jsonl", [{"messages": turns}])
+    write_jsonl(tmp_path / "own.jsonl", [{"messages": [turns[0], {"role": "assistant", "content": "no"}]}])
+    (tmp_path / "text.txt").write_text("abcdefghijklmnopqrstuvwxyz" * 2)
+    sources = [{"source": f"{name}.jsonl", "template": f"{name}.jinja"} for name in ("marked", "own")]
+    settings = {"train": [*sources, "text.txt"], "validation": {"own": sources[1]}}
+    data = {**settings, "overlong": "split", "sequence_length": 20}
+    recipe = Recipe.model_validate({"base": {"repo": "x"}, "data": data, "train": {"epochs": 1}})
+    recipe._folder = tmp_path
+    made = prepare(recipe.data, Renderer(tokenizer), base_dir=tmp_path, seed=0)
+    sources = sources_of(recipe, made, Renderer(tokenizer))
+    assert [(signs.parts, signs.pieces) for signs in sources["training"].signs] == [
+        (True, False), (False, False), (False, True)
+    ]  # fmt: skip
+    train, held_out = inspect_all(made, sources)
+    assert not train.found and not held_out.found and len(train.weights) == len(made.train) > 4
+    headers = [headers_of(own) for own in sources["training"].renderers[:2]]
+    counted = roles(made.train, [*headers, ()], sources["training"].sizes)
+    assert counted == {"user": (4, 0), "assistant": (14 + 3, 7 + 3)}
+
+
 def test_costs_and_lengths_are_those_of_a_count_by_hand():
     data = tokens([1, -2], [1, 2, -3], [1, -2, -3, -4, -5], [1, -2])
     weights = inspect(data, Signs(stop=0)).weights
@@ -258,12 +306,12 @@ def test_trained_tokens_are_counted_by_role(tmp_path, monkeypatch, size, blank):
     renderer = Renderer(tokenizer, template)
     made = tokenize_all(conversations, renderer)
     data = Tokens.of([(np.array(each.ids, np.int32), np.array(each.trained)) for each in made])
-    counted = {role: pair for role, pair in roles(data, headers_of(renderer)).items() if pair[0]}
+    counted = {role: pair for role, pair in roles(data, [headers_of(renderer)], [len(data)]).items() if pair[0]}
     assert counted == {"system": (2, 0), "user": (8, 0), "assistant": (12, 12)}
     everything = Tokens(data.ids, np.ones_like(data.trained), data.offsets)
-    assert roles(everything, headers_of(renderer))["user"] == (8, 8)
+    assert roles(everything, [headers_of(renderer)], [len(everything)])["user"] == (8, 8)
 
 
 def test_a_template_that_renders_no_probe_has_no_headers(tmp_path):
     renderer = Renderer(tokenizer_of(tmp_path), "{{ raise_exception('no') }}")
-    assert headers_of(renderer) == () and roles(tokens(GOOD), ()) == {}
+    assert headers_of(renderer) == () and roles(tokens(GOOD), [()], [1]) == {}

@@ -227,12 +227,12 @@ def test_a_path_that_cannot_be_used_is_named(tmp_path, source, reason):
 
 
 def test_a_template_whose_path_cannot_be_used_is_named(tmp_path):
-    from lora_kit.data.tokens import _renderer
+    from lora_kit.data.tokens import renderer_of
     from lora_kit.recipe.schema import Source
 
     source = Source(source="a.jsonl", template="~nobody.of.this.name/t.jinja")
     with pytest.raises(DataError, match=r"a\.jsonl: template: the path cannot be used: Could not determine home"):
-        _renderer(source, None, tmp_path)
+        renderer_of(source, None, tmp_path)
 
 
 @pytest.mark.parametrize(

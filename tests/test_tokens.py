@@ -6,7 +6,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 from chat_oracle import tokenize
-from conftest import make_records, make_tokenizer, write_jsonl
+from conftest import labels_of, make_records, make_tokenizer, write_jsonl
 from transformers import AutoTokenizer
 
 from lora_kit.data.formats import to_example
@@ -72,7 +72,7 @@ def test_every_example_can_be_read_back(make, renderer):
 
 def test_the_first_token_of_an_example_is_no_label():
     made = Tokens.of([(np.array([1, 2]), np.array([True, True])), (np.array([3]), np.array([True]))])
-    assert made.labels.tolist() == [2] and (made.weight(0), made.weight(1)) == (1, 0)
+    assert labels_of(made).tolist() == [2] and (made.weight(0), made.weight(1)) == (1, 0)
 
 
 def test_the_fingerprint_sees_every_array():
@@ -119,14 +119,13 @@ def test_the_summary_counts(make):
         "dropped": 0,
         "truncated": 0,
         "emptied": 0,
-        "duplicates": 1,
         "merged": 0,
         "split": 0,
         "bad": 0,
         "raw": 3,
         "records": 3,
     }
-    assert counts.tokens == len(made.train.ids) and counts.trained_tokens == len(made.train.labels)
+    assert counts.tokens == len(made.train.ids) and counts.trained_tokens == len(labels_of(made.train))
     assert made.counts.validation is None and made.notes == ()
 
 
@@ -242,7 +241,30 @@ def test_a_template_with_a_date_is_noted(make, renderer):
     template = "{% set d = strftime_now('%Y') %}" + renderer.tokenizer.chat_template
     made = make(make_records(2), renderer=Renderer(renderer.tokenizer, template))
     (note,) = made.notes
-    assert note.startswith("the chat template prints today's date; it is fixed at 2025-01-01")
+    assert note.startswith("train.jsonl: the chat template prints today's date; it is fixed at 2025-01-01")
+
+
+def test_the_date_is_noted_for_the_sources_whose_own_template_prints_it(renderer, tmp_path):
+    (tmp_path / "dated.jinja").write_text("{% set d = strftime_now('%Y') %}" + renderer.tokenizer.chat_template)
+    for name in ("a", "b", "c"):
+        write_jsonl(tmp_path / f"{name}.jsonl", make_records(2))
+    write_jsonl(tmp_path / "d.jsonl", [{"text": "abc"}])
+    dated = [{"source": f"{name}.jsonl", "template": "dated.jinja"} for name in "bcd"]
+    made = prepare(Data(train=["a.jsonl", *dated]), renderer, base_dir=tmp_path, seed=0)
+    (note,) = (note for note in made.notes if "today's date" in note)
+    assert note.startswith("b.jsonl, c.jsonl: the chat template prints")
+
+
+def test_prompts_are_divided_evenly_and_a_small_set_gives_what_it_has(renderer, tmp_path):
+    sizes = {"a": 9, "b": 1, "c": 9}
+    for name, size in sizes.items():
+        pairs = [{"prompt": "q", "completion": f"{name}{number}"} for number in range(size)]
+        write_jsonl(tmp_path / f"{name}.jsonl", pairs)
+    data = Data(train="a.jsonl", validation={name: f"{name}.jsonl" for name in sizes})
+    for count in (2, 8, 30):
+        made = prepare(data, renderer, base_dir=tmp_path, seed=0, prompts=count)
+        expected = sorted([(number, name) for name, size in sizes.items() for number in range(size)])[:count]
+        assert [one.expected for one in made.prompts] == [f"{name}{number}" for number, name in expected]
 
 
 # Real data.
@@ -289,7 +311,7 @@ def test_every_real_answer_ends_with_the_stop_token(shared_data, chatml):
         for record in json.loads((shared_data / source).read_text())
         for turn in record["conversations"]
     )
-    assert (made.labels == chatml.stop_id).sum() == answers
+    assert (labels_of(made) == chatml.stop_id).sum() == answers
 
 
 @pytest.mark.parametrize(

@@ -156,16 +156,14 @@ class Work:
 
     def write_data(self) -> None:
         """Write the examples as text, each where lora_kit's order looks for it."""
-        from lora_kit.data.order import examples_of_step
+        from lora_kit.data.order import examples_at
 
         examples, count = self.examples(), self.batch * self.all_steps
         records: list[dict[str, str]] = [{}] * count
-        for step in range(self.all_steps):
-            places = examples_of_step(step, batch_size=self.batch, examples=count, total=count, seed=0)
-            for place, example in zip(places, examples[step * self.batch :], strict=False):
-                words = [f"w{number}" for number in example.ids[:-1]]  # the end is added by whoever reads it
-                prompt, completion = " ".join(words[: example.prompt]), " ".join(words[example.prompt :])
-                records[place] = {"prompt": prompt, "completion": f" {completion}"}
+        for place, example in zip(examples_at(range(count), count, 0), examples, strict=False):
+            words = [f"w{number}" for number in example.ids[:-1]]  # the end is added by whoever reads it
+            prompt, completion = " ".join(words[: example.prompt]), " ".join(words[example.prompt :])
+            records[place] = {"prompt": prompt, "completion": f" {completion}"}
         self.data.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 

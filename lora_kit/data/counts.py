@@ -9,6 +9,7 @@ from pydantic import Field
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 """A number of steps, examples, tokens or bytes."""
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+TRAINING, VALIDATION = "training", "validation"
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,6 @@ class Counts:
         dropped: Records left out because they are longer than `data.sequence_length`.
         truncated: Examples cut to `data.sequence_length`.
         emptied: Records left out because no trained token was left after the cut.
-        duplicates: Examples with the same tokens as an earlier example; they are kept.
         merged: Examples whose first trained token also contains characters of the prompt.
         split: Texts cut into several examples.
         bad: Records left out because they cannot be read, do not fit the format or cannot be rendered.
@@ -42,7 +42,6 @@ class Counts:
     dropped: Count
     truncated: Count
     emptied: Count
-    duplicates: Count
     merged: Count
     split: Count = 0
     bad: Count = 0
@@ -69,14 +68,13 @@ SUMMED = (
 )
 
 
-def summed(parts: Sequence[Counts], *, duplicates: int) -> Counts:
-    """Return the statistics of several sources together, given the duplicates among all of their examples."""
+def summed(parts: Sequence[Counts]) -> Counts:
+    """Return the statistics of several sources together."""
     sums = {name: sum(getattr(part, name) for part in parts) for name in SUMMED}
     return Counts(
         format=", ".join(dict.fromkeys(part.format for part in parts)),
         trained_share=round(sums["trained_tokens"] / max(1, sums["tokens"]), 4),
         longest=max(part.longest for part in parts),
-        duplicates=duplicates,
         raw=sum(part.raw or 0 for part in parts),
         **sums,
     )
@@ -98,6 +96,15 @@ class DataCounts:
     validation: Counts | None
     sources: dict[str, Counts] = field(default_factory=dict)
     sets: dict[str, Counts] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> dict[str, tuple[Counts, ...]]:
+        """The statistics of each source of the training data, and of each source of the validation data."""
+        held_out = () if self.validation is None else (self.validation,)
+        return {
+            TRAINING: tuple(self.sources.values()) or (self.train,),
+            VALIDATION: tuple(self.sets.values()) or held_out,
+        }
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -5,20 +5,17 @@ constant time and nothing is stored, so resuming at step 1,000,000 is as cheap a
 form an endless sequence, and every step takes the next `batch_size` examples of it. The order does not
 depend on the number of processes.
 
-A mixture divides the sequence into blocks of 1,000 positions. How many of them each source gets is computed from the
-shares, so that the counts of the whole run are exact. A permutation of the block says which positions they are. Each
-source has its own sequence of epochs and takes the next example of it at each of its positions.
+In a mixture, how often each source was chosen before a position is computed from the shares, rounded to whole numbers.
+So the source of each position is known, every step has nearly the shares, and a longer run begins as a shorter one.
+Each source has its own sequence of epochs and takes the next example of it at each of its positions.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
 from lora_kit.randomness import mix
 
-BLOCK = 1000  # positions of a mixture in which each source has a fixed number of examples
 ROUNDS = 6  # four rounds already pass the statistical tests; two more cost nothing
 
 
@@ -62,89 +59,70 @@ def _scramble(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-def examples_of_step(step: int, *, batch_size: int, examples: int, total: int, seed: int) -> list[int]:
-    """Return the examples of a step: positions [step * batch_size, (step + 1) * batch_size) of the endless sequence.
+def examples_at(positions: range, examples: int, seed: int) -> list[int]:
+    """Return the examples at some positions of the endless sequence, in its order.
 
     Args:
-        step: The optimizer step, counted from 0.
-        batch_size: Examples per step, over all processes.
+        positions: The positions, e.g. those of a step.
         examples: The number of training examples.
-        total: The number of examples of the whole run, where the last step ends.
         seed: The recipe's seed.
-
-    Returns:
-        The indices of the examples, in the order of the sequence.
     """
-    positions = np.arange(step * batch_size, min((step + 1) * batch_size, total), dtype=np.int64)
-    result: list[int] = []
-    for epoch in np.unique(positions // examples).tolist():
-        inside = positions[positions // examples == epoch] - epoch * examples
-        result += permute(inside, examples, mix(seed, 0, epoch)).tolist()
+    numbers = np.arange(positions.start, positions.stop, dtype=np.int64)
+    result: list[int] = _in_epochs(numbers, examples, seed, 0).tolist()
     return result
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """Several sources of training examples, and how often each is chosen.
+def _in_epochs(numbers: np.ndarray, size: int, *key: int) -> np.ndarray:
+    """Return the examples at ascending positions of a sequence of epochs, int64 [positions].
 
-    Attributes:
-        sizes: The number of examples of each source; examples are numbered through all sources.
-        shares: How often each source is chosen, relative to the others.
-        cycle: A block ends at every multiple of this number of positions, so that the counts are exact there.
+    Args:
+        numbers: The positions.
+        size: The number of examples of an epoch.
+        key: Selects, together with an epoch, its permutation.
     """
+    epochs = numbers // size
+    parts = [permute(numbers[epochs == epoch] % size, size, mix(*key, epoch)) for epoch in np.unique(epochs).tolist()]
+    return np.concatenate([np.zeros(0, np.int64), *parts])
 
-    sizes: tuple[int, ...]
-    shares: tuple[int, ...]
-    cycle: int
 
-
-def allotted(positions: int, shares: Sequence[int]) -> np.ndarray:
-    """Return how many of the first positions each source gets, int64 [sources].
+def allotted(positions: np.ndarray, shares: Sequence[int]) -> np.ndarray:
+    """Return how many of the first positions each source gets, for each of some numbers of positions.
 
     One source after the other, the largest share first, gets its part of the remaining positions, rounded to the
-    nearest integer. So no count falls when positions are added, and counts are exact where the shares divide the
-    positions.
+    nearest integer. So with each further position the count of exactly one source grows, by one, and counts are exact
+    where the shares divide the positions.
 
     Args:
-        positions: The number of positions.
+        positions: Numbers of positions, [n].
         shares: A positive integer for each source.
+
+    Returns:
+        The counts, int64 [sources, n].
     """
-    counts, total = [0] * len(shares), sum(shares)
+    total, most = sum(shares), int(positions.max(initial=0))
+    rest = positions.astype(np.int64 if 2 * most * total + total < 1 << 63 else object)
+    counts = np.zeros((len(shares), len(positions)), np.int64)
     for source in sorted(range(len(shares)), key=lambda source: -shares[source]):
-        counts[source] = (2 * positions * shares[source] + total) // (2 * total)
-        positions, total = positions - counts[source], total - shares[source]
-    return np.array(counts, np.int64)
+        own = (2 * rest * shares[source] + total) // (2 * total)
+        counts[source], rest, total = own, rest - own, total - shares[source]
+    return counts
 
 
-def mixed_examples_of_step(step: int, *, batch_size: int, mixture: Mixture, total: int, seed: int) -> list[int]:
-    """Return the examples of a step of a mixture; `examples_of_step` explains the other arguments.
+def mixed_examples_at(positions: range, sizes: Sequence[int], shares: Sequence[int], seed: int) -> list[int]:
+    """Return the examples at some positions of a mixture, in their order.
 
-    A block ends after `BLOCK` positions, at the end of a cycle, or at the end of the run.
+    Args:
+        positions: The positions, e.g. those of a step.
+        sizes: The number of examples of each source; examples are numbered through all sources.
+        shares: How often each source is chosen, relative to the others.
+        seed: The recipe's seed.
     """
-    position, stop = step * batch_size, min((step + 1) * batch_size, total)
-    result: list[int] = []
-    while position < stop:
-        inside = position % mixture.cycle
-        start = position - inside % BLOCK
-        end = min(start + BLOCK, position - inside + mixture.cycle, total)
-        result += _examples_of_block(start, end, mixture, seed)[position - start : stop - start].tolist()
-        position = end
-    return result
-
-
-@lru_cache(maxsize=4)  # consecutive steps take positions of the same block
-def _examples_of_block(start: int, end: int, mixture: Mixture, seed: int) -> np.ndarray:
-    """Return the examples at the positions [start, end) of a block, int64 [end - start]."""
-    before, after = allotted(start, mixture.shares), allotted(end, mixture.shares)
-    in_order = np.repeat(np.arange(len(before)), after - before)
-    sources = in_order[permute(np.arange(end - start), end - start, mix(seed, 4, start))]
-    examples, first = np.empty(end - start, np.int64), 0
-    for source, size in enumerate(mixture.sizes):
-        numbers = np.arange(before[source], after[source])  # in the endless sequence of the source's epochs
-        order = [
-            permute(numbers[numbers // size == epoch] % size, size, mix(seed, 5, source, epoch))
-            for epoch in np.unique(numbers // size).tolist()
-        ]
-        examples[sources == source] = first + np.concatenate([np.zeros(0, np.int64), *order])
+    before = allotted(np.arange(positions.start, positions.stop + 1), shares)
+    sources = np.argmax(np.diff(before), axis=0)
+    examples, first = np.empty(len(positions), np.int64), 0
+    for source, size in enumerate(sizes):
+        numbers = before[source, :-1][sources == source]  # in the endless sequence of the source's epochs
+        examples[sources == source] = first + _in_epochs(numbers, size, seed, 5, source)
         first += size
-    return examples
+    result: list[int] = examples.tolist()
+    return result

@@ -3,11 +3,10 @@
 from collections.abc import Callable
 from functools import cache
 
+from lora_kit.data.counts import VALIDATION
 from lora_kit.data.tokens import Prepared, open_data
 from lora_kit.errors import LoraKitError
 from lora_kit.recipe.schema import Recipe
-
-TRAINING, VALIDATION = "training", "validation"
 
 Where = Callable[[str, int], str]
 """Returns the file and line of an example, given its part (`training` or `validation`) and its index."""
@@ -15,12 +14,7 @@ Where = Callable[[str, int], str]
 
 def places(recipe: Recipe, data: Prepared) -> Where:
     """Return a function that names examples. It opens the data when it is first called."""
-    counts = data.counts
-    held_out = [] if counts.validation is None else [counts.validation]
-    sizes = {
-        TRAINING: [source.examples for source in counts.sources.values()] or [counts.train.examples],
-        VALIDATION: [source.examples for source in counts.sets.values() or held_out],
-    }
+    sizes = {part: [source.examples for source in sources] for part, sources in data.counts.parts.items()}
     opened = cache(lambda: open_data(recipe.data, recipe.folder, recipe.train.seed))
 
     def where(part: str, index: int) -> str:

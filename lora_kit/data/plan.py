@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_kit.data import cache
 from lora_kit.data.counts import Counts
-from lora_kit.data.order import Mixture, allotted, examples_of_step, mixed_examples_of_step
+from lora_kit.data.order import allotted, examples_at, mixed_examples_at
 from lora_kit.data.packing import Split, pack
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.tokens import Prepared, Tell, Tokens, prepare, silent
@@ -139,20 +139,27 @@ class Plan:
     def examples(self, step: int) -> list[int]:
         """Return the examples of a step, in the order of their positions."""
         size, seed, total = self.recipe.train.batch_size, self.recipe.train.seed, self.total
+        positions = range(step * size, min((step + 1) * size, total))
         if len(self.sizes) < 2:
-            return examples_of_step(step, batch_size=size, examples=len(self.tokens), total=total, seed=seed)
-        weighted = self.recipe.data.mixture[0].weight is not None
-        mixture = Mixture(self.sizes, self.shares, total if weighted else self.epoch)
-        return mixed_examples_of_step(step, batch_size=size, mixture=mixture, total=total, seed=seed)
+            return examples_at(positions, len(self.tokens), seed)
+        return mixed_examples_at(positions, self.sizes, self.shares, seed)
 
     def mixed(self, sources: Mapping[str, Counts]) -> dict[str, SourceShare]:
         """Return what the whole run takes from each source of a mixture, given their statistics."""
         shares = zip(sources.items(), self.seen(), strict=True)
         return {name: SourceShare(counts, seen, seen / self.total) for (name, counts), seen in shares}
 
+    def unseen_notes(self, sources: Mapping[str, Counts]) -> list[str]:
+        """Return a note for each source of a mixture of which the whole run sees no example."""
+        return [
+            f"{name}: the run is so short, or the source's share so small, that none of its examples is seen"
+            for name, source in self.mixed(sources).items()
+            if not source.seen
+        ]
+
     def seen(self) -> list[int]:
         """Return how many examples of each source of a mixture the whole run trains on; repeated examples count."""
-        return [int(count) for count in allotted(self.total, self.shares)]
+        return [int(count) for count in allotted(np.array([self.total]), self.shares)[:, 0]]
 
     def sources_of(self, examples: Sequence[int]) -> tuple[int, ...]:
         """Return the index of the source of each example; nothing if `data.train` is a single source."""

@@ -12,17 +12,18 @@ import numpy as np
 
 from lora_kit.data import sandbox
 from lora_kit.data.arrays import release
+from lora_kit.data.counts import TRAINING, VALIDATION
 from lora_kit.data.messages import question
 from lora_kit.data.packing import TOKEN_COST
 from lora_kit.data.parts import TAGS
-from lora_kit.data.places import TRAINING, VALIDATION, Where
+from lora_kit.data.places import Where
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.sandbox import render_prompt
-from lora_kit.data.tokens import Prepared, Tokens
+from lora_kit.data.tokens import Prepared, Tokens, renderer_of
 from lora_kit.errors import DataError
 
 if TYPE_CHECKING:
-    from lora_kit.recipe.schema import Preflight
+    from lora_kit.recipe.schema import Preflight, Recipe
 
 CHUNK_TOKENS = 1 << 20
 MARK = "\ue000"  # a private character, in place of a message
@@ -69,7 +70,7 @@ KINDS = {  # of findings: a description of the examples, and the remedy
 
 
 class Signs(NamedTuple):
-    """The tokens and settings that the inspection looks for.
+    """The tokens and settings that the inspection looks for in the examples of a source.
 
     Attributes:
         stop: The stop token.
@@ -157,10 +158,10 @@ class Finding:
 
 
 def signs_of(renderer: Renderer, *, raw: bool, pieces: bool = False) -> Signs:
-    """Return the token ids and token sequences that `inspect` looks for.
+    """Return the token ids and token sequences that `inspect` looks for in the examples of a source.
 
     Args:
-        renderer: The tokenizer, the template and the stop token.
+        renderer: The tokenizer, the template and the stop token for this source.
         raw: Whether all examples are raw text, without the template.
         pieces: Whether long texts were cut into several examples.
     """
@@ -185,18 +186,10 @@ def signs_of(renderer: Renderer, *, raw: bool, pieces: bool = False) -> Signs:
         prompt=prompt,
         blank=with_blank[-1] if prompt and with_blank[:-1] == prompt else None,
         thoughts=tuple(dict.fromkeys(ids for ids in written if unknown not in ids)),
-        parts=not raw and "endgeneration" in _template(renderer),
+        parts=not raw and "endgeneration" in renderer.chat_template,
         answers=renderer.train_on != "all",
         pieces=pieces,
     )
-
-
-def _template(renderer: Renderer) -> str:
-    """Return the chat template of the run; empty if each source of a mixture has its own and the run has none."""
-    try:
-        return renderer.chat_template
-    except DataError:
-        return ""
 
 
 def _prompt(renderer: Renderer) -> str:
@@ -240,31 +233,75 @@ def headers_of(renderer: Renderer) -> tuple[Header, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def roles(tokens: Tokens, headers: Sequence[Header]) -> dict[str, tuple[int, int]]:
+def roles(tokens: Tokens, headers: Sequence[Sequence[Header]], sizes: Sequence[int]) -> dict[str, tuple[int, int]]:
     """Return the number of tokens, and of trained tokens, in the messages of each role.
 
     Tokens between the contents of two messages are not counted. The tokens after the last content are.
+
+    Args:
+        tokens: The examples.
+        headers: The headers of the template of each source.
+        sizes: The number of examples of each source.
     """
     result: dict[str, tuple[int, int]] = {}
-    for begin, end in _chunks(tokens.offsets):
-        for role, count, trained in _Chunk(tokens, begin, end).roles(headers):
+    for begin, end, source in _chunks(tokens.offsets, sizes):
+        for role, count, trained in _Chunk(tokens, begin, end).roles(headers[source]):
             before = result.get(role, (0, 0))
             result[role] = (before[0] + count, before[1] + trained)
     return result
 
 
-def inspect(tokens: Tokens, signs: Signs) -> Inspection:
-    """Look for all kinds of findings except `leaked`, which needs the training and the validation examples."""
+class Sources(NamedTuple):
+    """The sources of the training or of the validation data.
+
+    Attributes:
+        renderers: Tokenizer, template and stop token of each source.
+        signs: What to look for in its examples.
+        sizes: The number of its examples.
+    """
+
+    renderers: tuple[Renderer, ...]
+    signs: tuple[Signs, ...]
+    sizes: tuple[int, ...]
+
+
+def sources_of(recipe: "Recipe", data: Prepared, renderer: Renderer) -> dict[str, Sources]:
+    """Return the sources of the training data and of the validation data, by the name of the part.
+
+    Args:
+        recipe: The recipe.
+        data: Its prepared data.
+        renderer: Tokenizer, template and stop token of the run.
+    """
+    settings = {TRAINING: recipe.data.train_sources.values(), VALIDATION: recipe.data.held_out_sources}
+    result = {}
+    for part, counts in data.counts.parts.items():
+        renderers = tuple(renderer_of(source, renderer, recipe.folder) for source in settings[part])
+        signs = (
+            signs_of(own, raw=each.is_raw, pieces=each.split > 0) for own, each in zip(renderers, counts, strict=True)
+        )
+        result[part] = Sources(renderers, tuple(signs), tuple(each.examples for each in counts))
+    return result
+
+
+def inspect(tokens: Tokens, signs: Sequence[Signs], sizes: Sequence[int]) -> Inspection:
+    """Look for all kinds of findings except `leaked`, which needs the training and the validation examples.
+
+    Args:
+        tokens: The examples.
+        signs: What to look for in the examples of each source.
+        sizes: The number of examples of each source.
+    """
     weights, hashes = np.zeros(len(tokens), np.int64), np.zeros(len(tokens), np.uint64)
     longest = int(tokens.lengths.max(initial=1))
     factors = np.random.default_rng(0).integers(1, 1 << 63, longest, np.uint64) * np.uint64(2) + np.uint64(1)
     counts, firsts = dict.fromkeys(KINDS, 0), dict[str, int]()
-    for begin, end in _chunks(tokens.offsets):
+    for begin, end, source in _chunks(tokens.offsets, sizes):
         chunk = _Chunk(tokens, begin, end)
         weights[begin:end] = chunk.weights
         release(tokens.ids, tokens.trained)
         hashes[begin:end] = chunk.hashes(factors)
-        for kind, examples in chunk.findings(signs):
+        for kind, examples in chunk.findings(signs[source]):
             if len(examples):
                 counts[kind] += len(examples)
                 firsts.setdefault(kind, begin + int(examples[0]))
@@ -303,17 +340,9 @@ def _first(hashes: np.ndarray, value: np.uint64) -> int:
 
 def judge(found: Sequence[Finding], settings: "Preflight", where: Where) -> tuple[list[str], list[str]]:
     """Return the findings as errors and warnings: an error is a finding of more examples than the recipe allows."""
-    allowed = {
-        "masked": settings.masked,
-        "unstopped": settings.unstopped,
-        "unknown": settings.unknown,
-        "duplicates": settings.duplicates,
-        "leaked": settings.leaked,
-    }
     errors, warnings = list[str](), list[str]()
     for finding in found:
-        limit = allowed.get(finding.kind, 1.0)
-        text = finding.text(where)
+        limit, text = getattr(settings, finding.kind), finding.text(where)
         if finding.share > limit:
             errors.append(f"{text} (preflight.{finding.kind} allows {limit:.4g} of the examples)")
         elif finding.kind != "unknown":  # a note of the preparation names the characters
@@ -321,15 +350,24 @@ def judge(found: Sequence[Finding], settings: "Preflight", where: Where) -> tupl
     return errors, warnings
 
 
-def preflight(data: Prepared, renderer: Renderer, settings: "Preflight", where: Where) -> list[str]:
+def inspect_all(data: Prepared, sources: Mapping[str, Sources]) -> tuple[Inspection, Inspection | None]:
+    """Return the inspections of the training and of the validation examples."""
+    _, signs, sizes = sources[TRAINING]
+    train = inspect(data.train, signs, sizes)
+    if data.validation is None:
+        return train, None
+    _, signs, sizes = sources[VALIDATION]
+    return train, inspect(data.validation, signs, sizes)
+
+
+def preflight(recipe: "Recipe", data: Prepared, renderer: Renderer, where: Where) -> list[str]:
     """Inspect all examples, and return the warnings.
 
     Raises:
         DataError: A finding has more examples than the recipe allows; the message lists all such findings.
     """
-    signs = signs_of(renderer, raw=data.counts.train.is_raw, pieces=data.counts.train.split > 0)
-    validation = None if data.validation is None else inspect(data.validation, signs)
-    errors, warnings = judge(findings(inspect(data.train, signs), validation), settings, where)
+    found = findings(*inspect_all(data, sources_of(recipe, data, renderer)))
+    errors, warnings = judge(found, recipe.preflight, where)
     if errors:
         raise DataError("\n".join(errors))
     return warnings
@@ -394,14 +432,21 @@ def histogram(lengths: np.ndarray, bins: int = 10) -> list[tuple[int, int, int]]
     return [(start, start + width - 1, int(count)) for start, count in zip(starts, counts, strict=True)]
 
 
-def _chunks(offsets: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Yield ranges of examples with about CHUNK_TOKENS tokens, at least one example each."""
-    begin, examples = 0, len(offsets) - 1
-    while begin < examples:
-        end = int(np.searchsorted(offsets, offsets[begin] + CHUNK_TOKENS, side="right")) - 1
-        end = min(max(end, begin + 1), examples)
-        yield begin, end
-        begin = end
+def _chunks(offsets: np.ndarray, sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Yield ranges of examples of a source with about CHUNK_TOKENS tokens, at least one example each, and the source.
+
+    Args:
+        offsets: Where each example begins, and where the last ends.
+        sizes: The number of examples of each source.
+    """
+    begin = stop = 0
+    for source, size in enumerate(sizes):
+        stop += size
+        while begin < stop:
+            end = int(np.searchsorted(offsets, offsets[begin] + CHUNK_TOKENS, side="right")) - 1
+            end = min(max(end, begin + 1), stop)
+            yield begin, end, source
+            begin = end
 
 
 class _Chunk:

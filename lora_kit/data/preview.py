@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from lora_kit.data.places import TRAINING, Where
+from lora_kit.data.counts import TRAINING
+from lora_kit.data.places import Where
 from lora_kit.data.plan import Plan
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.tokens import Tokens

@@ -66,8 +66,17 @@ class Renderer:
                 "the tokenizer has no chat template, and the data is conversations; set data.template to a "
                 "Jinja file, or use prompt-completion or text data"
             )
-        prints_date = "strftime_now" in template and not template.startswith(FIXED_DATE)
-        return FIXED_DATE + template if prints_date else template
+        needs_date = "strftime_now" in template and not template.startswith(FIXED_DATE)
+        return FIXED_DATE + template if needs_date else template
+
+    @property
+    def prints_date(self) -> bool:
+        """Whether the chat template prints today's date, for which a fixed date is put.
+
+        Raises:
+            DataError: There is no chat template.
+        """
+        return self.chat_template.startswith(FIXED_DATE)
 
     @property
     def stop(self) -> str:

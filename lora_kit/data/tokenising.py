@@ -4,7 +4,6 @@ A child reads, converts, renders and tokenises a range of records. It returns ar
 and the parent appends them to the arrays of the earlier ranges.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +29,6 @@ WORTH_A_CHILD = 1024  # records per child; a fork takes as long as a few hundred
 ARRAYS: dict[str, type[np.generic]] = {
     "kept": np.int64,  # the index of the record of each example
     "lengths": np.int64,  # the number of tokens of each example
-    "hashes": np.uint64,  # of each example's tokens and mask
     "ids": np.int32,  # the token ids of all examples
     "trained": np.bool_,  # whether each token is trained
 }
@@ -69,9 +67,7 @@ class Range:
     def add(self, index: int, ids: Sequence[int], trained: Sequence[bool]) -> None:
         """Add the example of record `index`."""
         tokens, mask = np.array(ids, np.int32).tobytes(), bytes(trained)
-        digest = hashlib.blake2b(tokens + mask, digest_size=8).digest()
-        values = (index, len(ids), int.from_bytes(digest, "little"), tokens, mask)
-        for name, value in zip(ARRAYS, values, strict=True):
+        for name, value in zip(ARRAYS, (index, len(ids), tokens, mask), strict=True):
             self.arrays[name].append(value)
         self.tallies["labels"] += mask.count(1) - mask[0]
 

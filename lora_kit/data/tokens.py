@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -73,13 +74,6 @@ class Tokens:
     def lengths(self) -> np.ndarray:
         """The number of tokens of each example, int64 [examples]."""
         return np.diff(self.offsets)
-
-    @property
-    def labels(self) -> np.ndarray:
-        """The ids of all trained tokens, int32 [trained tokens]."""
-        counted = self.trained.copy()
-        counted[self.offsets[:-1]] = False
-        return self.ids[counted]
 
     def example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of an example, and whether each of them is trained."""
@@ -222,18 +216,18 @@ class _Tokenised:
 
     Attributes:
         records: The records of the source.
+        renderer: Tokenizer, template and stop token for this source.
         tokens: The examples.
         kept: The index of the record of each example, int64 [examples].
-        hashes: A hash of each example's tokens and mask, uint64 [examples].
         counts: Statistics.
         bad: The first records that were left out as bad: their index, and what is wrong.
         remarks: What records have and their tokens lack.
     """
 
     records: Records
+    renderer: Renderer
     tokens: Tokens
     kept: np.ndarray
-    hashes: np.ndarray
     counts: Counts
     bad: list[tuple[int, str]]
     remarks: Remarks
@@ -275,7 +269,7 @@ def prepare(
     try:
         for source in sources:
             before = sum(len(result.records) for result in results)
-            own = _renderer(source.settings, renderer, base_dir)
+            own = renderer_of(source.settings, renderer, base_dir)
             sandbox.check_template(own)
             told = partial(_tell_total, tell, before, total)
             results.append(_tokenise(source.records, _settings(source.settings, data), own, problems, told))
@@ -291,13 +285,13 @@ def prepare(
                 f"({data.sequence_length}); raise it"
             )
     train, validation = results[: len(opened.train)], results[len(opened.train) :]
-    notes = tuple(_notes(train, validation, renderer))
+    notes = tuple(_notes(results))
     tokens, counts, named = _joined(opened.train, train)
     if not validation:
         return Prepared(tokens, None, (), DataCounts(counts, None, named), notes, (_kept(train),))
     held_out, held_out_counts, sets = _joined(opened.validation, validation)
     try:
-        asked = _prompts(opened.validation, validation, data, renderer, base_dir, prompts)
+        asked = _prompts(opened.validation, validation, data, prompts)
     finally:
         sandbox.close()
     kept = (_kept(train), _kept(validation))
@@ -383,8 +377,12 @@ def _settings(source: "Source", data: "Data") -> "Data":
     return data.model_copy(update={"format": source.format or data.format, "columns": columns})
 
 
-def _renderer(source: "Source", renderer: Renderer, base_dir: Path) -> Renderer:
-    """Return the renderer of a source: with a template of its own if it names one."""
+def renderer_of(source: "Source", renderer: Renderer, base_dir: Path) -> Renderer:
+    """Return the renderer of a source: with a template of its own if it names one.
+
+    Raises:
+        DataError: The template cannot be read.
+    """
     if source.template is None:
         return renderer
     path = sources.path_of(source.template, base_dir, f"{source.source}: template")
@@ -398,8 +396,7 @@ def _joined(opened: Sequence[OpenedSource], results: Sequence[_Tokenised]) -> tu
     named = {source.name: result.counts for source, result in zip(opened, results, strict=True) if source.name}
     if len(results) == 1:
         return results[0].tokens, results[0].counts, named
-    hashes = _hashes(results)
-    counts = summed([result.counts for result in results], duplicates=len(hashes) - len(np.unique(hashes)))
+    counts = summed([result.counts for result in results])
     return joined([result.tokens for result in results]), counts, named
 
 
@@ -449,8 +446,8 @@ def _tokenise(
                 pace.note(about["records"], about["tokens"])
                 tell(pace.records)
     except sandbox.LostError as lost:
-        raise lost.error(records.where(json.loads(lost.request)[0] + lost.place)) from lost
-    lengths, hashes = arrays["lengths"].finish(), arrays["hashes"].finish()
+        raise lost.error(records.where(json.loads(lost.request)[0] + (lost.place or 0))) from lost
+    lengths = arrays["lengths"].finish()
     tokens = Tokens(arrays["ids"].finish(), arrays["trained"].finish(), np.concatenate([[0], np.cumsum(lengths)]))
     total, labels = len(tokens.ids), tallies.pop("labels")
     counts = Counts(
@@ -460,11 +457,10 @@ def _tokenise(
         trained_tokens=labels,
         trained_share=round(labels / max(1, total), 4),
         longest=int(lengths.max(initial=0)),
-        duplicates=len(hashes) - len(np.unique(hashes)),
         records=len(records),
         **tallies,
     )
-    return _Tokenised(records, tokens, arrays["kept"].finish(), hashes, counts, bad, remarks)
+    return _Tokenised(records, renderer, tokens, arrays["kept"].finish(), counts, bad, remarks)
 
 
 def _format(records: Records, data: "Data") -> str:
@@ -494,36 +490,27 @@ def _nested(records: Records) -> str:
 
 
 def _prompts(
-    opened: Sequence[OpenedSource],
-    results: Sequence[_Tokenised],
-    data: "Data",
-    renderer: Renderer,
-    base_dir: Path,
-    count: int,
+    opened: Sequence[OpenedSource], results: Sequence[_Tokenised], data: "Data", count: int
 ) -> tuple[Prompt, ...]:
-    """Return prompts of the first validation examples, divided evenly among the sources that have prompts."""
+    """Return prompts of the first validation examples: of the sources that have prompts in turn, so evenly."""
     asked = [(source, result) for source, result in zip(opened, results, strict=True) if result.counts.format != "text"]
     if count and not asked:
         raise DataError(
             f"evaluate.generate is {count}, but {results[0].records.name} is plain text without prompts; set it to 0"
         )
+    turns = zip_longest(*(result.kept[:count].tolist() for _, result in asked))
+    in_turn = ((place, index) for turn in turns for place, index in enumerate(turn) if index is not None)
     prompts = []
-    for place, (source, result) in enumerate(asked):
-        columns, own = _settings(source.settings, data).columns, _renderer(source.settings, renderer, base_dir)
-        share = count // len(asked) + (place < count % len(asked))
-        for index in result.kept[:share].tolist():
-            (record,) = result.records.read(index, index + 1)
-            assert isinstance(record, dict)
-            try:
-                prompts.append(prompt(to_example(record, result.counts.format, columns), own))
-            except DataError as error:
-                raise DataError(f"{result.records.where(index)}: {error}") from error
+    for place, index in islice(in_turn, count):
+        source, result = asked[place]
+        (record,) = result.records.read(index, index + 1)
+        assert isinstance(record, dict)
+        try:
+            example = to_example(record, result.counts.format, _settings(source.settings, data).columns)
+            prompts.append(prompt(example, result.renderer))
+        except DataError as error:
+            raise DataError(f"{result.records.where(index)}: {error}") from error
     return tuple(prompts)
-
-
-def _hashes(results: Sequence[_Tokenised]) -> np.ndarray:
-    """Return the hashes of the examples of several sources, uint64 [examples]."""
-    return np.concatenate([result.hashes for result in results])
 
 
 def _left_out(result: _Tokenised) -> str:
@@ -534,14 +521,13 @@ def _left_out(result: _Tokenised) -> str:
     return "\n  ".join([f"{result.records.name}: {count}", *lines, *more])
 
 
-def _notes(train: Sequence[_Tokenised], validation: Sequence[_Tokenised], renderer: Renderer) -> list[str]:
-    """Describe what may surprise the user in the training data and, if there is any, the validation data.
+def _notes(results: Sequence[_Tokenised]) -> list[str]:
+    """Describe what may surprise the user in the sources of the training and the validation data.
 
     There are five kinds of them: records left out as bad, texts cut into pieces, what records have and their tokens
     lack, answers whose first token contains the end of the prompt, and a chat template that prints the date.
     `preflight` finds more in the tokens.
     """
-    results = (*train, *validation)
     notes = [_left_out(result) for result in results if result.counts.bad]
     for result in results:
         notes += result.remarks.notes(result.records.where)
@@ -556,10 +542,10 @@ def _notes(train: Sequence[_Tokenised], validation: Sequence[_Tokenised], render
             f"{merged} answers share their first token with the end of the prompt (usually a blank), so generation "
             "starts from other tokens than training; move the blank from the prompt to the answer"
         )
-    template = renderer.template or renderer.tokenizer.chat_template
-    chats = any(result.counts.format in CONVERSATIONS for result in train)
-    if chats and isinstance(template, str) and "strftime_now" in template:
+    chats = (result for result in results if result.counts.raw != result.counts.examples)
+    if dated := dict.fromkeys(result.records.name for result in chats if result.renderer.prints_date):
         notes.append(
-            f"the chat template prints today's date; it is fixed at {RENDERED_DATE}, so that tokens never change"
+            f"{', '.join(dated)}: the chat template prints today's date; it is fixed at {RENDERED_DATE}, so that "
+            "tokens never change"
         )
     return notes

@@ -180,6 +180,12 @@ class Data(Section):
         return {name: Source(source=given) if isinstance(given, str) else given for name, given in sets.items()}
 
     @property
+    def held_out_sources(self) -> tuple[Source, ...]:
+        """The sources of the validation examples, which are those of `train` for a fraction of it."""
+        held_out = self.train_sources if isinstance(self.validation, float) else self.validation_sources
+        return tuple(held_out.values())
+
+    @property
     def sources(self) -> tuple[Source, ...]:
         """All sources of `train` and `validation`."""
         return (*self.train_sources.values(), *self.validation_sources.values())
@@ -322,8 +328,18 @@ class Preflight(Section):
     """Examples without a trained token."""
     unstopped: SHARE = 0.5
     """Examples with an answer that does not end with the stop token, e.g. because `data.overlong: truncate` cuts it."""
+    endless: SHARE = 1.0
+    """Examples that are trained as a whole and contain no stop token. Pieces of a longer text do not count."""
+    doubled_bos: SHARE = 1.0
+    """Examples with two BOS tokens at the beginning."""
+    missing_bos: SHARE = 1.0
+    """Examples without the BOS token that the tokenizer puts before a text."""
     unknown: SHARE = 1.0
     """Examples with the tokenizer's unknown token."""
+    empty_thoughts: SHARE = 1.0
+    """Examples with a trained thought without content, such as `<think></think>`."""
+    prompted: SHARE = 1.0
+    """Examples with trained tokens of the generation prompt, which generation supplies and never predicts."""
     duplicates: SHARE = 1.0
     """Examples with the same tokens as an earlier training example or, in the validation data, validation example."""
     leaked: SHARE = 1.0

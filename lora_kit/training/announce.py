@@ -118,9 +118,8 @@ def describe(job: Job, console: Console) -> None:
     )
     if mixture := job.plan.mixed(job.facts.data.sources):
         console.say(table_of_mixture(mixture))
-    for name in (name for name, source in mixture.items() if not source.seen):
-        console.warn(f"{name}: the run is so short, or the source's share so small, that none of its examples is seen")
-    for note in [*job.inputs.data.notes, *push_notes(job.recipe)]:
+    unseen = job.plan.unseen_notes(job.facts.data.sources)
+    for note in [*unseen, *job.inputs.data.notes, *push_notes(job.recipe)]:
         console.warn(note)
     if job.plan.padded:
         console.warn(

@@ -13,7 +13,6 @@ Threads, packed or padded rows, micro-batches and kernels are chosen once for a 
 
 import hashlib
 import platform
-import tempfile
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from functools import partial
@@ -27,7 +26,7 @@ from transformers import PreTrainedModel
 
 from lora_kit.artifacts.locate import checkpoint_at
 from lora_kit.data import cache
-from lora_kit.data.arrays import spill_folder
+from lora_kit.data.arrays import spill_file
 from lora_kit.data.places import places
 from lora_kit.data.plan import Plan, prepare_data
 from lora_kit.data.preflight import preflight
@@ -144,7 +143,7 @@ def read_data(recipe: Recipe, renderer: Renderer, processes: Processes, console:
     missing = processes.gather([data is None])
     if data is not None and not any(missing):
         return data
-    with tempfile.TemporaryFile(dir=spill_folder()) as file:
+    with spill_file() as file:
         if processes.is_main and data is not None:
             cache.save(file, data)
         processes.copy_to_all(file)
@@ -217,7 +216,7 @@ def check_tokens(recipe: Recipe, run: OpenRun, inputs: Inputs, processes: Proces
         return
     console.tick("data: preflight")
     data, where = inputs.data, places(recipe, inputs.data)
-    for warning in processes.main_decides(lambda: preflight(data, inputs.renderer, recipe.preflight, where)):
+    for warning in processes.main_decides(lambda: preflight(recipe, data, inputs.renderer, where)):
         console.warn(warning)
 
 

@@ -211,7 +211,7 @@ def train(
                 run=out,
                 lease=lease,
                 max_restarts=max_restarts,
-                absent=("bitsandbytes",) if loaded.base.quantization == "none" else (),
+                absent=() if loaded.base.by_bitsandbytes else ("bitsandbytes",),
                 step_timeout=loaded.train.step_timeout,
             )
         )

@@ -1,17 +1,22 @@
 """A quantised base is trained as its dequantised weights would be, exactly resumable, and never changed by it."""
 
+import itertools
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from plain_loop import plain_loop, relative
 from runs import state_hash, train
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lora_kit as lk
 from lora_kit.check import check, estimate
 from lora_kit.errors import BaseError
+from lora_kit.kernels import fusing
+from lora_kit.kernels.fp8 import BlockFp8Linear
 from lora_kit.model import base as bases
 from lora_kit.model.base import load_base, refuse_without_bfloat16
 from lora_kit.model.probe import leaks_when_packed
@@ -183,3 +188,64 @@ def test_a_gpu_without_bfloat16_is_refused_with_the_way_out():
         refuse_without_bfloat16("bfloat16", "Tesla T4", (7, 5))
     refuse_without_bfloat16("float32", "Tesla T4", (7, 5))
     refuse_without_bfloat16("bfloat16", "NVIDIA A100", (8, 0))
+
+
+def publish_in_fp8(plain, folder, *, rows=12, columns=16):
+    """Write a base as DeepSeek publishes its own: codes in float8 and a factor for each block; return the folder."""
+    shutil.copytree(plain, folder)
+    weights = load_file(folder / "model.safetensors")
+    for name in [name for name in weights if "proj" in name]:
+        weight = weights[name].float()
+        height, width = (-(-size // block) for size, block in zip(weight.shape, (rows, columns), strict=True))
+        factors = torch.zeros(height, width)
+        for row, column in itertools.product(range(height), range(width)):
+            block = weight[row * rows : (row + 1) * rows, column * columns : (column + 1) * columns]
+            factors[row, column] = block.abs().max() / 448  # the largest number of e4m3
+            block /= factors[row, column]
+        weights |= {name: weight.to(torch.float8_e4m3fn), f"{name}_scale_inv": factors}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [rows, columns],
+        "modules_to_not_convert": ["lm_head"],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def from_blocks(folder, name, *, rows=12, columns=16):
+    """The weight that the codes stand for, block by block."""
+    weights = load_file(folder / "model.safetensors")
+    weight = weights[f"{name}.weight"].float()
+    for (row, column), factor in np.ndenumerate(weights[f"{name}.weight_scale_inv"].numpy()):
+        weight[row * rows : (row + 1) * rows, column * columns : (column + 1) * columns] *= factor
+    return weight
+
+
+def test_a_base_in_fp8_trains_as_its_dequantised_weights_would(base_folder, recipe_file, tmp_path, captured, jobs):
+    folder = publish_in_fp8(base_folder, tmp_path / "fp8")
+    changes = [f"base.repo={folder}", "base.quantization=fp8", "train.steps=2", "adapter.dropout=0"]
+    loop.train(load_recipe(recipe_file, [*changes, "optim.max_grad_norm=null"]), tmp_path / "run")
+    layers = {name: layer for name, layer in jobs[0].model.named_modules() if isinstance(layer, BlockFp8Linear)}
+    assert len(layers) == 14 and all(layer.weight.dtype == torch.float8_e4m3fn for layer in layers.values())
+    assert "fused adapters (14 of 14)" in fusing.about(jobs[0].model, jobs[0].facts.resolved.kernels)
+    plain = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    for name in [name for name, layer in plain.named_modules() if "proj" in name]:
+        plain.get_submodule(name).weight.data = from_blocks(folder, name)
+    for step, (weights, gradient) in enumerate(captured):
+        members = [index for group in jobs[0].plan.micro_batches(step) for index in group]
+        expected, _ = plain_loop(jobs[0], weights, members, plain)
+        assert relative(gradient, expected) < 1e-5
+    assert lk.merge(tmp_path / "run", tmp_path / "merged").top1_agreement == 1
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert {weight.dtype for weight in merged.parameters()} == {torch.float32}
+
+
+def test_fp8_is_only_for_a_base_that_was_published_in_it(recipe_file, base_folder, tmp_path):
+    with pytest.raises(BaseError, match=r"fp8 is for a base that was published in it.*set int8 or nf4"):
+        loop.train(load_recipe(recipe_file, ["base.quantization=fp8"]), tmp_path / "run")
+    folder = publish_in_fp8(base_folder, tmp_path / "fp8")
+    with pytest.raises(BaseError, match=r"published in fp8, and the recipe has base\.quantization: none"):
+        loop.train(load_recipe(recipe_file, [f"base.repo={folder}"]), tmp_path / "run")

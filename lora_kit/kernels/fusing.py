@@ -201,7 +201,7 @@ def _use_where_equal(
 def _test_rows(width: int, like: Tensor) -> Tensor:
     """Return rows [1, 5, width] of very different sizes: small rows reveal another epsilon, large rows clipping."""
     generator = torch.Generator().manual_seed(0)
-    dtype = like.dtype if like.is_floating_point() else torch.float32
+    dtype = like.dtype if like.is_floating_point() and like.itemsize > 1 else torch.float32  # not that of codes
     sizes = torch.tensor([1e-3, 0.1, 1.0, 30.0, 1000.0])[:, None]
     return (torch.randn((1, 5, width), generator=generator) * sizes).to(like.device, dtype)
 

@@ -19,6 +19,7 @@ from torch.autograd import Function
 from transformers.pytorch_utils import Conv1D
 
 from lora_kit.kernels import dispatch
+from lora_kit.kernels.fp8 import BlockFp8Linear
 
 ADAPTER = "default"
 KINDS = ("Linear", "Linear4bit", "Linear8bitLt")  # class names of peft's layers; the last two need bitsandbytes
@@ -47,6 +48,8 @@ class AdaptedLinear:
         dense: Tensor = weight
         if isinstance(base, Conv1D):
             dense = weight.T
+        elif isinstance(base, BlockFp8Linear):
+            dense = base.dequantized(dtype)
         elif type(weight).__name__ == "Params4bit":
             import bitsandbytes.functional
 
@@ -72,8 +75,9 @@ def fusable(module: nn.Module) -> bool:
 
 
 def quantized(base: nn.Module) -> bool:
-    """Return whether bitsandbytes quantised a layer; this does not import it."""
-    return isinstance(base, nn.Linear) and type(base.weight).__name__ in ("Params4bit", "Int8Params")
+    """Return whether the weight of a layer is dequantised where it is multiplied; this does not import bitsandbytes."""
+    by_bitsandbytes = isinstance(base, nn.Linear) and type(base.weight).__name__ in ("Params4bit", "Int8Params")
+    return by_bitsandbytes or isinstance(base, BlockFp8Linear)
 
 
 def adapted_linear(module: nn.Module) -> AdaptedLinear:

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from lora_kit.errors import BaseError
+from lora_kit.model import fp8
 from lora_kit.model.source import Source, reason_of
 from lora_kit.model.weights import file_with, published_quantization
 from lora_kit.recipe.schema import Base
@@ -38,7 +39,7 @@ def require_quantization(base: Base) -> None:
     Raises:
         BaseError: bitsandbytes is missing.
     """
-    if base.quantization != "none" and find_spec("bitsandbytes") is None:
+    if base.by_bitsandbytes and find_spec("bitsandbytes") is None:
         raise BaseError(
             f"base.quantization: {base.quantization} needs bitsandbytes, which is missing; pip install 'lora_kit[bnb]'"
         )
@@ -68,7 +69,7 @@ def _quantized(base: Base) -> BitsAndBytesConfig | None:
     The threshold 0 switches off the separate handling of outliers in int8: bitsandbytes detects outlier columns over
     all rows of a call, so packed examples would influence each other.
     """
-    if base.quantization == "none":
+    if not base.by_bitsandbytes:
         return None
     require_quantization(base)
     warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
@@ -124,6 +125,8 @@ def load_base(source: Source, base: Base, device: torch.device, *, quantized: bo
         config = read_config(source.folder, base)
         if published is not None and quantization is not None:
             config.quantization_config |= _kept_settings(quantization)
+        if published == "fp8":
+            config.quantization_config |= {"quant_method": fp8.METHOD}
         loading: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
             config=config,
@@ -137,7 +140,7 @@ def load_base(source: Source, base: Base, device: torch.device, *, quantized: bo
             output_loading_info=True,
         )
         model, loaded = cast(tuple[PreTrainedModel, dict[str, Any]], loading)
-    except (torch.OutOfMemoryError, MemoryError):
+    except (torch.OutOfMemoryError, MemoryError, BaseError):
         raise
     except Exception as error:  # a damaged or foreign configuration can raise any error in transformers
         if "allocate memory" in str(error):

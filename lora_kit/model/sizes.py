@@ -26,6 +26,7 @@ HEAD_SIZES = {  # the default of transformers, if the configuration has no head_
     "qwen3": 128,
 }
 BYTES = {"bfloat16": 2, "float32": 4}
+FP8_BLOCK = 128 * 128  # weights with a common scale in the fp8 bases of the Hub
 HEADER_BYTES = 320  # estimate of what a tensor takes in the header of a safetensors file
 MANIFEST_BYTES = 8_000
 CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")  # names for the number of positions
@@ -322,6 +323,7 @@ def _base_bytes(shape: Shape, recipe: Recipe) -> int:
         "none": linear * size,
         "nf4": linear // 2 + linear // 64 + 4 * (linear // (64 * 256)),  # 1 byte per 64 weights, 4 per 256 such bytes
         "int8": linear + 4 * rows,
+        "fp8": linear + 4 * (linear // FP8_BLOCK),
     }
     return (shape.parameters - linear) * size + linear_bytes[recipe.base.quantization]
 

@@ -125,6 +125,11 @@ def published_quantization(folder: Path, base: Base) -> str | None:
     nested = [value for value in config.values() if isinstance(value, dict)]
     found = next((part["quantization_config"] for part in (config, *nested) if part.get("quantization_config")), None)
     if not isinstance(found, dict):
+        if base.quantization == "fp8":
+            raise BaseError(
+                f"base.quantization: fp8 is for a base that was published in it, and {folder} has whole weights; set "
+                "int8 or nf4, which quantise at loading, or choose such a base"
+            )
         return None
     four_bits = found.get("load_in_4bit") or found.get("_load_in_4bit")
     eight_bits = found.get("load_in_8bit") or found.get("_load_in_8bit")
@@ -132,8 +137,11 @@ def published_quantization(folder: Path, base: Base) -> str | None:
     if kind == "bitsandbytes" and (four_bits or eight_bits):
         kind = str(found.get("bnb_4bit_quant_type", "fp4")) if four_bits else "int8"
     where = f"base.repo: {folder / 'config.json'}: the base was published in {kind}"
-    if kind not in ("nf4", "int8"):
-        raise BaseError(f"{where}, which lora_kit does not train; choose the base in bfloat16, or in nf4 or int8")
+    if kind not in ("nf4", "int8", "fp8"):
+        raise BaseError(
+            f"{where}, which lora_kit does not train; choose the base in bfloat16, float32, or published in nf4, int8 "
+            "(bitsandbytes) or fp8 (a scale for each block)"
+        )
     if kind != base.quantization:
         raise BaseError(
             f"{where}, and the recipe has base.quantization: {base.quantization}; write `quantization: {kind}` in the "

@@ -46,9 +46,10 @@ class Base(Section):
     """A Hub name, a local folder, or `builtin:base` for the tiny model in lora_kit."""
     revision: str | None = None
     """A branch, tag or commit of the Hub repository. The run records the commit that it resolves to."""
-    quantization: Literal["none", "nf4", "int8"] = "none"
-    """Quantisation of the frozen linear layers: nf4 (4 bits, with quantised scales) or int8. Both need
-    `lora_kit[bnb]`. The adapter itself is never quantised."""
+    quantization: Literal["none", "nf4", "int8", "fp8"] = "none"
+    """Quantisation of the frozen linear layers: nf4 (4 bits, with quantised scales) or int8, which need
+    `lora_kit[bnb]`; or fp8 for a base that was published so (a scale for each block of weights). The adapter itself is
+    never quantised."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """The dtype of the base's weights and activations. The adapter's master weights are always float32."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
@@ -60,6 +61,11 @@ class Base(Section):
     in pretraining: the adapter cannot learn to stop with a token whose frozen embedding was never trained."""
     trust_remote_code: bool = False
     """Allow transformers to run Python files from the model's repository."""
+
+    @property
+    def by_bitsandbytes(self) -> bool:
+        """Whether bitsandbytes quantises the base."""
+        return self.quantization in ("nf4", "int8")
 
 
 class Source(Section):

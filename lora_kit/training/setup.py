@@ -156,7 +156,7 @@ def environment(
     """Return what a resume compares in addition to the recipe: fingerprints, versions, the machine and its backend."""
     cuda = processes.device.type == "cuda"
     template = str(renderer.template or renderer.tokenizer.chat_template or "")  # empty for raw text
-    packages = [*PACKAGES, *(["bitsandbytes"] if recipe.base.quantization != "none" else [])]
+    packages = [*PACKAGES, *(["bitsandbytes"] if recipe.base.by_bitsandbytes else [])]
     return Environment(
         Fingerprints(
             base=source.fingerprint,

@@ -45,7 +45,6 @@ from lora_kit.model.sizes import (
     estimate_memory,
     format_bytes,
     read_config,
-    refuse_unknown,
 )
 from lora_kit.model.source import Source, base_folder
 from lora_kit.model.tokenizer import load_renderer
@@ -297,7 +296,6 @@ def _check_layers(path: Path, recipe: Recipe, report: Report) -> Shape | None:
         recipe: The recipe.
         report: The report.
     """
-    targets = recipe.adapter.targets
     try:
         read_json(path)
     except BaseError as error:
@@ -313,10 +311,10 @@ def _check_layers(path: Path, recipe: Recipe, report: Report) -> Shape | None:
             report.problems.append(str(problem))
         return None
     try:
-        if not isinstance(targets, str):
-            refuse_unknown(targets, shape.paths, [*(layer.name for layer in shape.linears), "lm_head"])
+        shape.selected(recipe.adapter)
     except RecipeError as error:
         report.problems.append(str(error))
+        return None
     return shape
 
 

@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 
 from lora_kit.data.counts import Counts, DataCounts
+from lora_kit.runs.layout import Layout
 from lora_kit.runs.manifest import (
     BaseFingerprint,
     Claim,
@@ -54,7 +55,7 @@ SHAPES = {"base_model.model.q.lora_A.weight": (2, 10), "base_model.model.q.lora_
 
 def files_of(seed=0, shapes=SHAPES):
     """Return the content of the files of a checkpoint, which is another one for another seed."""
-    size, headers = 4 * sum(map(math.prod, shapes.values())), headers_of(shapes)
+    size, headers = 4 * sum(map(math.prod, shapes.values())), headers_of(Layout(shapes))
     return {
         ADAPTER: [headers[ADAPTER], bytes([seed % 256]) * size],
         ADAPTER_CONFIG: [b'{"base_model_name_or_path": "base %d"}\n' % seed],

@@ -1,12 +1,14 @@
 """Oracles: a run and a step's gradient as docs/how-it-works.md computes them with torch, transformers and peft."""
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 import torch
-from peft import LoraConfig
 from transformers import AutoModelForCausalLM
+
+from lora_kit.model.state import saved_name
 
 PAGE = Path(__file__).parents[1] / "docs" / "how-it-works.md"
 
@@ -44,16 +46,14 @@ def plain_loop(job, weights, members, base=None):
         dtype=torch.float32,
         attn_implementation="eager",  # the sdpa of transformers 5.17 drops a soft cap
     )
-    theirs = job.model.peft_config["default"]
-    config = LoraConfig(
-        r=job.recipe.adapter.rank,
-        lora_alpha=job.recipe.adapter.alpha,
-        target_modules=theirs.target_modules,
-        target_parameters=theirs.target_parameters,
-        task_type="CAUSAL_LM",
-    )
+    theirs, start = job.model.peft_config["default"], job.recipe.adapter.init
+    # peft subtracts the start of pissa and olora from the weights of the base
+    changes = {"lora_dropout": 0.0} | ({"init_lora_weights": start} if start in ("pissa", "olora") else {})
+    config = replace(theirs, **changes)
     model = tutorial().add_adapter(base, config, seed=0)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    by_name = {saved_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert by_name.keys() == set(job.state.names)
+    parameters = [by_name[name] for name in job.state.names]
     torch.nn.utils.vector_to_parameters(weights.cpu(), parameters)
     examples = [[torch.tensor(array) for array in job.inputs.data.train.example(index)] for index in members]
     weight = sum(int(trained[1:].sum()) for _, trained in examples)

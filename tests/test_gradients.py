@@ -35,8 +35,8 @@ def by_hand(tmp_path_factory):
     seen, update = [], torch.optim.AdamW.step
 
     def watched(optimizer):
-        parameters = optimizer.param_groups[0]["params"]
-        seen.append(torch.cat([parameter.grad.reshape(-1) for parameter in parameters]))
+        parameters = optimizer.param_groups[0]["params"]  # A and B alternate; lora_kit has every A, then every B
+        seen.append(torch.cat([each.grad.reshape(-1) for each in (*parameters[::2], *parameters[1::2])]))
         update(optimizer)
 
     with pytest.MonkeyPatch.context() as patch:

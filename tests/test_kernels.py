@@ -155,7 +155,7 @@ def test_adapters_that_are_off_merged_or_not_plain_are_left_to_peft():
     ours.unmerge_adapter()
     same(outcome(ours, x), outcome(model, x))
     torch.manual_seed(0)
-    dora = get_peft_model(Layers(), LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
+    dora = get_peft_model(Layers(), LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, lora_dropout=0.1))
     assert not lora.fusable(dora.base_model.model.q_proj)
 
 

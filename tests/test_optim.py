@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from lora_kit.model.state import Kind
 from lora_kit.recipe.schema import Optim
 from lora_kit.training import optim
+
+ALL = {Kind.A: slice(600), Kind.B: slice(600, None)}
 
 
 def settings(**changes):
@@ -22,7 +25,9 @@ def test_twenty_updates_equal_those_of_torch(weight_decay):
     ours = settings(betas=(0.8, 0.95), weight_decay=weight_decay)
     for step in range(20):
         gradient = torch.randn(1000)
-        optim.adamw(weights, gradient, moments, step=step, learning_rate=1e-2, optim=ours, taken=torch.tensor(True))
+        optim.adamw(
+            weights, gradient, moments, step=step, learning_rate=1e-2, optim=ours, taken=torch.tensor(True), ranges=ALL
+        )
         reference.grad = gradient
         theirs.step()
     torch.testing.assert_close(weights, reference.data, rtol=1e-5, atol=1e-6)
@@ -63,3 +68,21 @@ def test_linear_and_constant_schedules():
 
 def test_a_whole_run_of_warmup_never_divides_by_zero():
     assert optim.learning_rate(settings(schedule="cosine", warmup=1.0), 1000, 1000) == pytest.approx(1e-2)
+
+
+def test_warm_up_stable_decay_is_that_of_transformers():
+    from transformers import get_wsd_schedule
+
+    ours = settings(schedule="wsd", warmup=0.1, decay=0.3)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-2)
+    theirs = get_wsd_schedule(optimizer, 100, 300, 1000, decay_type="linear")
+    for examples in range(1000):
+        rate = optim.learning_rate(ours, examples, 1000)
+        assert rate == pytest.approx(theirs.get_last_lr()[0], abs=1e-4)  # ours starts above zero
+        optimizer.step()
+        theirs.step()
+
+
+def test_a_decay_longer_than_what_follows_the_warm_up_never_exceeds_the_rate():
+    rates = [optim.learning_rate(settings(schedule="wsd", warmup=0.5, decay=0.9), n, 100) for n in range(100)]
+    assert max(rates) <= 1e-2 and rates[50:] == sorted(rates[50:], reverse=True)

@@ -161,7 +161,7 @@ def test_a_new_run_begins_with_an_adapter_of_another_program(plain, recipe_file,
     ("changes", "problem"),
     [
         ({"r": 2}, r"adapter\.rank: 2 in .* 4 in "),
-        ({"use_rslora": True}, r"use_rslora: True in the adapter, which lora_kit does not train"),
+        ({"use_rslora": True}, r"adapter\.scaling: rslora in .* plain in "),
         ({"use_dora": True}, r"use_dora: True in the adapter"),
         ({"target_modules": ["q_proj"]}, "tensor names differ"),
     ],

@@ -28,6 +28,7 @@ from lora_kit.errors import CheckpointError, InputError, LeaseError, LoraKitErro
 from lora_kit.files import write_atomically
 from lora_kit.runs import store
 from lora_kit.runs.journal import Journal
+from lora_kit.runs.layout import Layout
 from lora_kit.runs.manifest import FORMAT, manifest_bytes
 from lora_kit.runs.resume import go_back, open_run, take_over
 from lora_kit.runs.status import checkpoints
@@ -247,7 +248,7 @@ def test_a_checkpoint_in_the_folder_of_another_step_is_not_valid(tmp_path):
         open_checkpoint(path)
 
 
-HALF = store.headers_of({"A": (30,), "B": (30,)})
+HALF = store.headers_of(Layout({"A": (30,), "B": (30,)}))
 
 
 @pytest.mark.parametrize(
@@ -317,9 +318,9 @@ def test_a_manifest_of_another_format_is_refused_with_both_versions(tmp_path):
 def test_a_recipe_of_another_version_is_refused_by_its_fields(tmp_path):
     recipe = {"base": {"repo": "a/b"}, "data": {"train": "c"}, "train": {"steps": 1}}
     assert store.commit(tmp_path, FILES, run_facts(recipe=recipe), step_facts(1)).recipe.base.repo == "a/b"
-    later = recipe | {"adapter": {"variant": "dora"}, "train": {}}
+    later = recipe | {"adapter": {"shape": "wide"}, "train": {}}
     made = store.commit(tmp_path, FILES, run_facts(recipe=later, versions={"lora_kit": "9.0"}), step_facts(2))
-    with pytest.raises(CheckpointError, match=r"adapter\.variant: Extra inputs .*train: .*use lora_kit 9\.0, which"):
+    with pytest.raises(CheckpointError, match=r"adapter\.shape: Extra inputs .*train: .*use lora_kit 9\.0, which"):
         assert made.recipe
 
 

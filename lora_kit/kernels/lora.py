@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from transformers.pytorch_utils import Conv1D
 
-from lora_kit.kernels import dispatch
+from lora_kit.kernels import dispatch, dora
+from lora_kit.kernels.dora import ADAPTER
 from lora_kit.kernels.fp8 import BlockFp8Linear
 
-ADAPTER = "default"
 KINDS = ("Linear", "Linear4bit", "Linear8bitLt")  # class names of peft's layers; the last two need bitsandbytes
 
 
@@ -34,12 +34,19 @@ class AdaptedLinear:
         scale: alpha / rank.
         rank: The number of rows of A.
         dropout: The probability of zeroing an element of the adapter's input; 0 outside training.
+        adds_bias: Whether the bias is added; DoRA adds it after it has scaled the sum of both products.
     """
 
     base: nn.Module
     scale: float
     rank: int
     dropout: float
+    adds_bias: bool = True
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the layer, if the product adds it."""
+        return cast(Tensor | None, self.base.bias) if self.adds_bias else None
 
     def weight(self, dtype: torch.dtype) -> Float[Tensor, "outputs inputs"]:
         """Return the weight, dequantised if it is quantised."""
@@ -62,7 +69,8 @@ class AdaptedLinear:
 
 
 def fusable(module: nn.Module) -> bool:
-    """Return whether this file can compute a layer: a linear layer with a single adapter that is plain LoRA."""
+    """Return whether this file can compute a layer: a linear layer with a single adapter that is plain LoRA, or DoRA
+    without dropout."""
     if not isinstance(module, LoraLayer) or type(module).__name__ not in KINDS:
         return False
     if module.active_adapters != [ADAPTER] or module.merged or module.disable_adapters:
@@ -70,8 +78,12 @@ def fusable(module: nn.Module) -> bool:
     base = module.get_base_layer()
     # the exact type: a subclass may have another forward
     dense = type(base) in (nn.Linear, Conv1D) and type(base.weight) is nn.Parameter
-    plain = ADAPTER in module.lora_A and ADAPTER not in module.lora_variant and not module.lora_bias[ADAPTER]
-    return plain and (dense or quantized(base))
+    plain = ADAPTER in module.lora_A and not module.lora_bias[ADAPTER]
+    known = ADAPTER not in module.lora_variant or (
+        dora.is_dora(module) and isinstance(module.lora_dropout[ADAPTER], nn.Identity)
+    )
+    known |= constants_of(module) is not None
+    return plain and known and (dense or quantized(base))
 
 
 def quantized(base: nn.Module) -> bool:
@@ -84,13 +96,32 @@ def adapted_linear(module: nn.Module) -> AdaptedLinear:
     """Return the frozen layer inside a `fusable` layer of peft, and the settings of its adapter."""
     layer = cast(Any, module)
     dropout = getattr(layer.lora_dropout[ADAPTER], "p", 0.0) if module.training else 0.0  # nn.Identity has no p
-    return AdaptedLinear(layer.get_base_layer(), layer.scaling[ADAPTER], layer.r[ADAPTER], dropout)
+    base, scale, rank = layer.get_base_layer(), layer.scaling[ADAPTER], layer.r[ADAPTER]
+    rank = rank if constants_of(module) is None else 2 * rank
+    return AdaptedLinear(base, scale, rank, dropout, adds_bias=not dora.is_dora(module))
 
 
 def adapters_of(modules: Sequence[nn.Module]) -> list[Tensor]:
-    """Return the A of every layer, then the B of every layer."""
-    layers = cast(Sequence[Any], modules)
-    return [layer.lora_A[ADAPTER].weight for layer in layers] + [layer.lora_B[ADAPTER].weight for layer in layers]
+    """Return the A of every layer, then the B of every layer.
+
+    Of a layer with constants they are [A; A0] and [B, -B0], whose product is B A - B0 A0.
+    """
+    return [tensor for place in (0, 1) for tensor in (_adapter_of(module, place) for module in modules)]
+
+
+def _adapter_of(module: nn.Module, place: int) -> Tensor:
+    layer, constants = cast(Any, module), constants_of(module)
+    trained: Tensor = (layer.lora_A, layer.lora_B)[place][ADAPTER].weight
+    return trained if constants is None else torch.cat([trained, constants[place]], dim=place)
+
+
+CONSTANTS = "_constants_of_lora_kit"  # attribute of a layer: its A0 and -B0, if it has the start pissa or olora
+
+
+def constants_of(module: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Return the constants A0 and -B0 of a layer; None if it has none."""
+    constants: tuple[Tensor, Tensor] | None = vars(module).get(CONSTANTS)
+    return constants
 
 
 @dataclass(frozen=True)
@@ -177,9 +208,8 @@ def project(
         low = backend.linear([(x, scaled_a, True)], None)
     outputs = []
     for linear, b, low_part in zip(linears, b_matrices, low.split(ranks, dim=1), strict=True):
-        bias = cast(Tensor | None, linear.base.bias)
         added = [(low_part, b.to(x.dtype), True)] if add_adapters else []
-        outputs.append(backend.linear([(x, linear.weight(x.dtype), True), *added], bias))
+        outputs.append(backend.linear([(x, linear.weight(x.dtype), True), *added], linear.bias))
     if factors is None or dropped:
         return outputs, Saved(x, low, masks)
     return outputs, Saved(factors.rows, low, masks, factors.row_factor, factors.column_factor)
@@ -277,6 +307,16 @@ class LoraLinear(Function):
         return grad_x, None, None, *(grad if was_used else None for grad, was_used in wanted)
 
 
+def scaled(module: nn.Module, linear: AdaptedLinear, output: Tensor) -> Tensor:
+    """Return the output of a layer with DoRA, from W x + s B A x; the output of another layer stays as it is."""
+    if not dora.is_dora(module):
+        return output
+    a, b = adapters_of([module])
+    with torch.no_grad():
+        norms = dora.row_norms(linear.weight(output.dtype), a, b, linear.scale)
+    return dora.Scaled.apply(output, dora.magnitude_of(module), norms, linear.base.bias)
+
+
 class SharedInput:
     """Layers that read the same input: the first call computes all layers, the other calls return their output.
 
@@ -305,7 +345,8 @@ class SharedInput:
     def _output(self, x: Tensor, index: int) -> Tensor:
         if self._x is not x or self._with_grad != torch.is_grad_enabled() or index not in self._ready:
             linears = [adapted_linear(module) for module in self._modules]
-            outputs = LoraLinear.apply(x.reshape(-1, x.shape[-1]), factors_of(x), linears, *adapters_of(self._modules))
+            sums = LoraLinear.apply(x.reshape(-1, x.shape[-1]), factors_of(x), linears, *adapters_of(self._modules))
+            outputs = [scaled(*each) for each in zip(self._modules, linears, sums, strict=True)]
             self._with_grad = torch.is_grad_enabled()
             self._x, self._ready = x, {at: output.view(*x.shape[:-1], -1) for at, output in enumerate(outputs)}
         output = self._ready.pop(index)

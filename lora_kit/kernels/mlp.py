@@ -8,7 +8,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from lora_kit.kernels import dispatch
+from lora_kit.kernels import dispatch, dora
 from lora_kit.kernels.backend import GatedInputs
 from lora_kit.kernels.limits import GATED_MLP
 from lora_kit.kernels.lora import (
@@ -76,7 +76,8 @@ def _split(adapters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 def gated(mlp: nn.Module) -> bool:
     """Return whether a module has the linear layers of a gated MLP, all of them fusable."""
-    return all(name in mlp._modules and fusable(mlp.get_submodule(name)) for name in GATED_MLP)
+    layers = [mlp.get_submodule(name) for name in GATED_MLP if name in mlp._modules]
+    return len(layers) == len(GATED_MLP) and all(fusable(layer) and not dora.is_dora(layer) for layer in layers)
 
 
 def fuse(mlp: nn.Module, activation: str) -> Callable[[], None]:

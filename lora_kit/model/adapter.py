@@ -3,8 +3,10 @@
 import json
 import logging
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,10 +17,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lora_kit.errors import CheckpointError, RecipeError
+from lora_kit.kernels.lora import constants_of
+from lora_kit.model.patterns import as_regex
 from lora_kit.model.state import fill, saved_name, trainable
 from lora_kit.model.targets import find_targets, refuse_others
+from lora_kit.model.variants import set_magnitudes, widened
 from lora_kit.randomness import mix
 from lora_kit.recipe.schema import Adapter
+from lora_kit.runs.layout import WITH_CONSTANTS
 from lora_kit.runs.store import ADAPTER, ADAPTER_CONFIG
 
 PICKLED = "adapter_model.bin"
@@ -42,14 +48,12 @@ def inject(base: PreTrainedModel, adapter: Adapter, *, seed: int, name: str, rev
         RecipeError: A target matches no layer of the base, or peft cannot adapt it.
     """
     targets = find_targets(base, adapter)
-    config = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
-        target_modules=list(targets.modules),
-        target_parameters=list(targets.experts) or None,
-        task_type="CAUSAL_LM",
-    )
+    if adapter.init != "default" and targets.experts:
+        raise RecipeError(
+            f"adapter.init: {adapter.init} needs linear layers, and adapter.targets names experts, whose weights are "
+            "three-dimensional; take the default"
+        )
+    config = lora_config(adapter, targets.modules, targets.experts)
     try:
         model = get_peft_model(base, config)
     except ValueError as error:
@@ -60,7 +64,34 @@ def inject(base: PreTrainedModel, adapter: Adapter, *, seed: int, name: str, rev
     for parameter_name, parameter in trainable(model):
         if ".lora_A." in parameter_name:
             parameter.data.copy_(initial_a(parameter, mix(seed, 3, *saved_name(parameter_name).encode())))
+    set_magnitudes(model)
     return model
+
+
+def lora_config(adapter: Adapter, modules: Sequence[str], experts: Sequence[str]) -> LoraConfig:
+    """Return peft's configuration of an adapter.
+
+    Args:
+        adapter: The recipe's section.
+        modules: The linear layers to adapt.
+        experts: The expert parameters to adapt.
+    """
+    rank_pattern, alpha_pattern = (
+        {as_regex(pattern): value for pattern, value in patterns.items()}
+        for patterns in (adapter.rank_pattern, adapter.alpha_pattern)
+    )
+    return LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        use_rslora=adapter.scaling == "rslora",
+        use_dora=adapter.variant == "dora",
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        target_modules=list(modules),
+        target_parameters=list(experts) or None,
+        task_type="CAUSAL_LM",
+    )
 
 
 def restore(base: PreTrainedModel, adapter: Adapter, folder: Path) -> PeftModel:
@@ -83,14 +114,9 @@ def restore(base: PreTrainedModel, adapter: Adapter, folder: Path) -> PeftModel:
     targets = [saved.get(key) or [] for key in ("target_modules", "target_parameters")]
     if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in targets):
         raise CheckpointError(f"{where}: target_modules and target_parameters are not lists of names")
-    config = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
-        target_modules=targets[0],
-        target_parameters=targets[1] or None,
-        task_type="CAUSAL_LM",
-    )
+    config = lora_config(adapter, *targets)
+    if adapter.init in WITH_CONSTANTS:
+        config = replace(config, **widened(config))
     try:
         model = get_peft_model(base, config)
     except ValueError as error:
@@ -126,5 +152,7 @@ def initial_a(like: Tensor, seed: int) -> Float32[Tensor, "rank inputs"]:
 
 def saved_config(model: PeftModel) -> dict[str, Any]:
     """Return the content of adapter_config.json. Sets are sorted, so the file is the same in every process."""
-    config = model.peft_config["default"].to_dict() | {"inference_mode": True}
+    settings = cast(LoraConfig, model.peft_config["default"])
+    wide = widened(settings) if any(constants_of(module) for module in model.modules()) else {}
+    config = settings.to_dict() | wide | {"inference_mode": True}
     return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(config.items())}

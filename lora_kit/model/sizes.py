@@ -8,15 +8,16 @@ pass.
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from lora_kit.errors import BaseError, RecipeError
+from lora_kit.errors import BaseError
 from lora_kit.kernels.limits import GATED_MLP, LOGITS, LOGITS_IN_CACHE, QUERIES, ROW_MULTIPLE
-from lora_kit.recipe.schema import Recipe
+from lora_kit.model.patterns import named, narrowed, rank_of, refuse_unknown
+from lora_kit.recipe.schema import Adapter, Recipe
+from lora_kit.runs.layout import Layout
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3")
 TIED = ("gemma", "gemma2")  # families whose embeddings are tied by default
@@ -102,47 +103,24 @@ class Shape:
         }
         return paths | {"lm_head": Linear("lm_head", "output", self.width, self.vocabulary)}
 
-    def selected(self, targets: str | tuple[str, ...]) -> list[Linear]:
-        """Return the layers of the whole base that get an adapter, for the recipe's `adapter.targets`."""
-        paths = self.paths
-        if isinstance(targets, str):
-            return [layer for layer in paths.values() if layer.name != "lm_head"]
-        return [paths[path] for path in dict.fromkeys(path for target in targets for path in named(target, paths))]
+    def selected(self, adapter: Adapter) -> dict[str, Linear]:
+        """Return the layers of the whole base that get an adapter, by their full names.
 
-    def adapted(self, targets: str | tuple[str, ...]) -> list[Linear]:
+        Raises:
+            RecipeError: A name or a pattern of the section matches no layer.
+        """
+        paths, available = self.paths, [*(layer.name for layer in self.linears), "lm_head"]
+        if isinstance(adapter.targets, str):
+            matching = [path for path, layer in paths.items() if layer.name != "lm_head"]
+        else:
+            refuse_unknown("adapter.targets", adapter.targets, paths, available)
+            matching = list(dict.fromkeys(path for target in adapter.targets for path in named(target, paths)))
+        return {path: paths[path] for path in narrowed(adapter, matching, available)}
+
+    def adapted(self, adapter: Adapter) -> list[Linear]:
         """Return the linear layers of a decoder layer that get an adapter in any decoder layer."""
-        names = {layer.name for layer in self.selected(targets)}
+        names = {layer.name for layer in self.selected(adapter).values()}
         return [layer for layer in self.linears if layer.name in names]
-
-
-def named(target: str, paths: Iterable[str]) -> list[str]:
-    """Return the paths that one of `adapter.targets` selects.
-
-    Args:
-        target: A path or its last parts, e.g. `q_proj` or `self_attn.q_proj`; or a pattern for them with `*`, `?` and
-            `[...]`, e.g. `layers.1?.*.q_proj`.
-        paths: The full names of layers.
-    """
-    return [path for path in paths if fnmatchcase(path, target) or fnmatchcase(path, f"*.{target}")]
-
-
-def refuse_unknown(targets: Iterable[str], paths: Iterable[str], available: Iterable[str]) -> None:
-    """Check that each of `adapter.targets` selects a layer.
-
-    Args:
-        targets: Names or patterns.
-        paths: The full names of the layers that can be adapted.
-        available: Names to choose from, for the message.
-
-    Raises:
-        RecipeError: A target selects no layer.
-    """
-    paths = list(paths)
-    if unknown := [target for target in targets if not named(target, paths)]:
-        raise RecipeError(
-            f"adapter.targets: {unknown} match no layer of the base; choose from {list(available)}, or give a pattern "
-            "such as 'layers.1?.*.q_proj'"
-        )
 
 
 def context_of(config: Mapping[str, Any]) -> int | None:
@@ -292,8 +270,11 @@ def estimate_memory(shape: Shape, recipe: Recipe, *, tokens: int, recompute: boo
         recompute: Whether activations are recomputed in the backward pass.
         device: "cpu" or "cuda".
     """
-    selected = shape.selected(recipe.adapter.targets)
-    trainable = recipe.adapter.rank * sum(layer.inputs + layer.outputs for layer in selected)
+    selected = shape.selected(recipe.adapter)
+    trainable = sum(rank_of(recipe.adapter, path) * (layer.inputs + layer.outputs) for path, layer in selected.items())
+    if recipe.adapter.variant == "dora":
+        trainable += sum(layer.outputs for layer in selected.values())
+    saved = Layout.of({".lora_A.": (trainable,)}, recipe.model_dump()).bytes
     size = BYTES[recipe.base.dtype]
     sums = max(1, (recipe.train.batch_size - 1).bit_length())
     layer = _kept_by_layer(shape, recipe, tokens)
@@ -303,12 +284,12 @@ def estimate_memory(shape: Shape, recipe: Recipe, *, tokens: int, recompute: boo
         base_parameters=shape.parameters,
         trainable_parameters=trainable,
         base_bytes=_base_bytes(shape, recipe),
-        state_bytes=trainable * 4 * (4 + sums),
+        state_bytes=trainable * 4 * (2 + sums) + saved - 4 * trainable,
         micro_batch_tokens=tokens,
         activation_checkpointing=recompute,
         activation_bytes=layers + outside,
         working_bytes=_working_bytes(shape, recipe, tokens, device),
-        checkpoint_bytes=12 * trainable + 6 * HEADER_BYTES * len(selected) + MANIFEST_BYTES,
+        checkpoint_bytes=saved + 6 * HEADER_BYTES * len(selected) + MANIFEST_BYTES,
         vocabulary=shape.vocabulary,
         context=shape.context,
     )
@@ -335,7 +316,7 @@ def _kept_by_layer(shape: Shape, recipe: Recipe, tokens: int) -> int:
     kept, once if several adapters read the same input.
     """
     size, rank, fused = BYTES[recipe.base.dtype], recipe.adapter.rank, recipe.train.kernels == "auto"
-    adapted = shape.adapted(recipe.adapter.targets)
+    adapted = shape.adapted(recipe.adapter)
     fused_mlp = fused and {layer.name for layer in adapted}.issuperset(GATED_MLP)
     if fused:
         kept = {layer.reads: layer.inputs for layer in adapted if recipe.adapter.dropout or layer.reads not in NORMED}

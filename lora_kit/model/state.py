@@ -4,9 +4,11 @@ The model's parameters and their gradients are views of the first two buffers. S
 the all-reduce and a snapshot are each a single operation on a buffer.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 import torch
@@ -14,8 +16,11 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 
 from lora_kit.errors import CheckpointError, RecipeError
+from lora_kit.runs.layout import CONSTANTS, WEIGHTS, Layout, State, cut, without_constants
 
 Arrays = Mapping[str, np.ndarray]
+DTYPES = {"F32": torch.float32, "U8": torch.uint8}
+MAGNITUDE = "lora_magnitude_vector"  # peft's name of the magnitudes of DoRA
 LOSS, STOP, METRICS = 0, 1, 2  # indices into `FlatState.sums`: the loss, the requests to stop, the first metric
 
 
@@ -24,33 +29,64 @@ def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
+class Kind(IntEnum):
+    """The kinds of trainable parameters, in their order in the buffers."""
+
+    MAGNITUDE = 0
+    A = 1
+    B = 2
+
+
+def kind_of(name: str) -> Kind:
+    """Return the kind of a parameter."""
+    if ".lora_B." in name:
+        return Kind.B
+    return Kind.MAGNITUDE if MAGNITUDE in name else Kind.A
+
+
 def saved_name(parameter_name: str) -> str:
     """Return the name under which PEFT saves a parameter, which lacks the name of the adapter (`default`)."""
-    return parameter_name.replace(".default.", ".")
+    name = parameter_name.replace(".default.", ".")
+    return name.removesuffix(".weight") if name.endswith(f".{MAGNITUDE}.weight") else name
 
 
 @dataclass(frozen=True)
 class FlatState:
     """Everything that training changes, as fp32 buffers on a device.
 
+    The tensors of a kind are adjacent: first the magnitudes of DoRA, then every A, then every B. So a kind can have its
+    own learning rate and weight decay, as a range of the buffers.
+
     Attributes:
         names: The names of the parameters in PEFT's files, in the order of the buffers.
         parameters: The model's trainable parameters: views of `weights`, with gradients that are views of `gradient`.
         weights: The master weights of the adapter.
         reduced: The buffer that the processes all-reduce: the gradient, followed by `sums`.
-        moments: AdamW's first and second moment (exp_avg and exp_avg_sq).
+        moments: The optimizer's buffers in the order of `Layout.moments`: AdamW's first and second moment in fp32, or
+            the scales and then the codes of both moments in 8 bits.
+        constants: A0 and -B0 of the starts `pissa` and `olora`, with the shapes of A and B; None without them.
     """
 
     names: tuple[str, ...]
     parameters: tuple[nn.Parameter, ...]
     weights: Float32[Tensor, "size"]
     reduced: Float32[Tensor, "size_and_sums"]
-    moments: tuple[Float32[Tensor, "size"], Float32[Tensor, "size"]]
+    moments: tuple[Tensor, ...]
+    constants: Float32[Tensor, "size"] | None
 
     @property
     def size(self) -> int:
         """The number of trainable parameters."""
         return self.weights.numel()
+
+    @property
+    def ranges(self) -> dict[Kind, slice]:
+        """The range of each kind of parameters in the buffers."""
+        sizes = dict.fromkeys(Kind, 0)
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            sizes[kind_of(name)] += parameter.numel()
+        ends = np.cumsum([*sizes.values()]).tolist()
+        return {kind: slice(end - sizes[kind], end) for kind, end in zip(Kind, ends, strict=True)}
 
     @property
     def gradient(self) -> Float32[Tensor, "size"]:
@@ -82,9 +118,23 @@ class FlatState:
         return {name: tuple(parameter.shape) for name, parameter in zip(self.names, self.parameters, strict=True)}
 
     @property
-    def kept(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The buffers that a snapshot contains: the weights and the two moments."""
-        return self.weights, *self.moments
+    def layout(self) -> Layout:
+        """The layout of a snapshot of this state."""
+        eight_bit = any(moment.dtype == torch.uint8 for moment in self.moments)
+        return Layout(self.shapes, eight_bit, self.constants is not None)
+
+    @property
+    def kept(self) -> tuple[Tensor, ...]:
+        """The buffers that a snapshot contains, in the order of `layout`."""
+        return self.weights, *self.moments, *(() if self.constants is None else (self.constants,))
+
+    def constants_by_name(self) -> dict[str, Tensor]:
+        """Return views of A0 and -B0 by the names of A and B; empty without them."""
+        if self.constants is None:
+            return {}
+        shapes = self.layout.paired
+        pieces = self.constants.split([math.prod(shape) for shape in shapes.values()])
+        return {name: piece.view(*shapes[name]) for name, piece in zip(shapes, pieces, strict=True)}
 
     def load_weights(self, adapter: Arrays) -> None:
         """Copy a saved adapter into the weights; the moments are unchanged.
@@ -94,14 +144,37 @@ class FlatState:
         """
         _fill(self.names, self._split(self.weights), adapter)
 
-    def load(self, weights: Arrays, first: Arrays, second: Arrays) -> None:
-        """Copy saved weights, first moments and second moments into the buffers.
+    def load_adapter(self, adapter: Arrays) -> None:
+        """Copy the tensors of an adapter's file into the weights and the constants; the moments are unchanged.
 
         Raises:
             CheckpointError: A name or a shape does not match this run's adapter.
         """
-        for buffer, arrays in zip(self.kept, (weights, first, second), strict=True):
-            _fill(self.names, self._split(buffer), arrays)
+        trained, constants = without_constants(dict(adapter)) if self.constants is not None else (adapter, {})
+        self.load_weights(trained)
+        by_name = self.constants_by_name()
+        _fill(tuple(by_name), [*by_name.values()], constants)
+
+    def load(self, saved: State) -> None:
+        """Copy a saved state into the buffers.
+
+        Raises:
+            CheckpointError: A name or a shape does not match this run's adapter.
+        """
+        layout, order = self.layout, {name: array.shape for name, array in saved.weights.items()}
+        self.load_weights(saved.weights)
+        if layout.eight_bit and tuple(order) != self.names:
+            raise CheckpointError("checkpoint: its tensors have another order, which moments in 8 bits cannot change")
+        for name, buffer in zip(layout.moments, self.moments, strict=True):
+            array = saved.moments[name]
+            if array.size != buffer.numel():
+                raise CheckpointError(f"checkpoint: {name} has {array.size:,} values, expected {buffer.numel():,}")
+            if layout.eight_bit:
+                buffer.copy_(torch.from_numpy(array))
+            else:
+                _fill(self.names, self._split(buffer), cut(array, order))
+        constants = self.constants_by_name()
+        _fill(tuple(constants), [*constants.values()], saved.constants)
 
 
 def fill(model: nn.Module, adapter: Arrays) -> None:
@@ -115,8 +188,7 @@ def fill(model: nn.Module, adapter: Arrays) -> None:
 
 
 def _fill(names: tuple[str, ...], views: list[Tensor], arrays: Arrays) -> None:
-    if set(names) != set(arrays):
-        different = sorted(set(names) ^ set(arrays))
+    if different := sorted(set(names) ^ set(arrays)):
         raise CheckpointError(
             f"checkpoint: {len(different)} tensor names differ from this adapter's, the first is {different[0]}; use a "
             "checkpoint of the same base and adapter.targets"
@@ -127,7 +199,7 @@ def _fill(names: tuple[str, ...], views: list[Tensor], arrays: Arrays) -> None:
         view.copy_(torch.from_numpy(arrays[name]))
 
 
-def flatten(model: nn.Module, *, metrics: int = 0) -> FlatState:
+def flatten(model: nn.Module, *, metrics: int = 0, eight_bit: bool = False, constants: bool = False) -> FlatState:
     """Move the trainable parameters into flat buffers and replace them in the model by views.
 
     Call this after the model was moved to its device and loaded, since both would replace the views.
@@ -135,18 +207,29 @@ def flatten(model: nn.Module, *, metrics: int = 0) -> FlatState:
     Args:
         model: Base and adapter.
         metrics: The number of metrics of the objective, which are summed over processes with the gradient.
+        eight_bit: Whether the moments have 8 bits a value.
+        constants: Whether the state has A0 and -B0; they are zero until they are set.
     """
-    named = list(trainable(model))
+    named = sorted(trainable(model), key=lambda pair: kind_of(pair[0]))
     parameters = tuple(parameter for _, parameter in named)
     assert parameters and all(parameter.dtype == torch.float32 for parameter in parameters)
     weights = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
     reduced = torch.zeros(weights.numel() + METRICS + metrics, device=weights.device)
+    names = tuple(saved_name(name) for name, _ in named)
+    shapes = {name: tuple(parameter.shape) for name, parameter in zip(names, parameters, strict=True)}
+    layout = Layout(shapes, eight_bit, constants)
+    zeros = {
+        name: weights.new_zeros(count, dtype=DTYPES[dtype])
+        for name, (dtype, count) in layout.buffers.items()
+        if name != WEIGHTS
+    }
     state = FlatState(
-        names=tuple(saved_name(name) for name, _ in named),
+        names=names,
         parameters=parameters,
         weights=weights,
         reduced=reduced,
-        moments=(torch.zeros_like(weights), torch.zeros_like(weights)),
+        moments=tuple(zeros[name] for name in layout.moments),
+        constants=zeros.get(CONSTANTS),
     )
     for parameter, weight, grad in zip(parameters, state._split(weights), state._split(state.gradient), strict=True):
         parameter.data, parameter.grad = weight, grad

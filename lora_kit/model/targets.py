@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lora_kit.errors import RecipeError
-from lora_kit.model.sizes import named, refuse_unknown
+from lora_kit.model.patterns import named, narrowed, refuse_unknown
 from lora_kit.recipe.schema import Adapter
 
 ROUTER = re.compile(r"(^|[._])(gate|router)(\.|$)")
@@ -58,11 +58,19 @@ class Targets:
 
 
 def find_targets(base: PreTrainedModel, adapter: Adapter) -> Targets:
-    """Return the layers of a base that `adapter.targets` selects.
+    """Return the layers of a base that `adapter.targets`, `adapter.layers` and `adapter.exclude` select.
 
     Raises:
         RecipeError: A name or pattern matches neither a linear layer nor an expert parameter of the language model.
     """
+    found = _matching(base, adapter)
+    kept = set(narrowed(adapter, [*found.modules, *found.experts], _without_numbers([*found.modules, *found.experts])))
+    modules, experts = (tuple(path for path in paths if path in kept) for paths in (found.modules, found.experts))
+    return replace(found, modules=modules, experts=experts)
+
+
+def _matching(base: PreTrainedModel, adapter: Adapter) -> Targets:
+    """Return the layers that `adapter.targets` selects."""
     every = [path for path, module in base.named_modules() if is_linear(module)]
     linear = _in_language_model(base, every)
     tensors = [name for name, tensor in base.named_parameters() if "experts" in name.split(".") and tensor.ndim == 3]
@@ -77,7 +85,7 @@ def find_targets(base: PreTrainedModel, adapter: Adapter) -> Targets:
             "layers of the language model"
         )
     available = [*sorted({path.rpartition(".")[2] for path in linear}), *_without_numbers(experts)]
-    refuse_unknown(adapter.targets, [*linear, *experts], available)
+    refuse_unknown("adapter.targets", adapter.targets, [*linear, *experts], available)
     modules, parameters = (
         [name for target in adapter.targets for name in named(target, names)] for names in (linear, experts)
     )

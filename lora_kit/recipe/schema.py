@@ -18,6 +18,7 @@ SECONDS = Annotated[float, Field(gt=0, le=1e9)]
 BOUND = Annotated[float, Field(gt=0, le=1e30)]  # representable in float32
 FORMAT = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text"]
 SOURCE_NAME = Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")]
+LAYERS = Annotated[int, Field(ge=0, lt=10_000)] | Annotated[str, Field(pattern=r"^[0-9]{1,4}-[0-9]{1,4}$")]
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # not allowed in paths, names and columns
 
 
@@ -222,6 +223,16 @@ class Adapter(Section):
     """Rank of the update BA."""
     alpha: COUNT = 32
     """Scaling: the adapter's output is multiplied by alpha / rank."""
+    scaling: Literal["plain", "rslora"] = "plain"
+    """rslora multiplies by alpha / sqrt(rank) instead of alpha / rank, so that a large rank does not need a larger
+    alpha or learning rate ([variants.md](variants.md))."""
+    variant: Literal["lora", "dora"] = "lora"
+    """dora also trains the norm of each row of the adapted weights, separately from their direction (DoRA). It takes
+    more time than lora; layers with `dropout` are then left to peft, which computes each of them twice."""
+    init: Literal["default", "pissa", "olora", "eva"] = "default"
+    """The start of A and B. default: A random, B zero. pissa and olora: the strongest directions of the base's weights,
+    by singular values or QR; they are subtracted again, so that the base stays unchanged, and the saved adapter has
+    twice the rank. eva: A from the strongest directions of the layers' inputs in the first step, B zero."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the input of A. All randomness of the base (dropout, layer drop, noise of routers)
     is switched off."""
@@ -230,6 +241,37 @@ class Adapter(Section):
     mixture-of-experts model, the routers and the experts. A list selects layers by name or pattern, e.g.
     `[q_proj, "layers.1?.mlp.*_proj"]`, and experts by parameter name, e.g. `experts.gate_up_proj`. In a base with a
     vision or audio tower, only the language model is adapted."""
+    exclude: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Layers that `targets` selects and that get no adapter, by name or pattern."""
+    layers: Annotated[tuple[LAYERS, ...], Field(strict=False, min_length=1)] | None = None
+    """The decoder layers that get adapters, as numbers from 0 or ranges, e.g. `[0, 1, 16-31]`; null takes all. A target
+    outside of the decoder layers, such as lm_head, is adapted in any case."""
+    rank_pattern: dict[str, COUNT] = {}
+    """The rank of layers by name or pattern, e.g. `{down_proj: 32}`; the first pattern that matches counts."""
+    alpha_pattern: dict[str, COUNT] = {}
+    """The alpha of layers by name or pattern; the first pattern that matches counts. A layer that only `rank_pattern`
+    names keeps `alpha`, so its scaling changes with its rank."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_copies_of_modules(cls, section: Any) -> Any:
+        if isinstance(section, Mapping) and section.get("modules_to_save"):
+            raise ValueError(
+                "modules_to_save trains whole copies of modules: 16 bytes of memory and 12 of each snapshot for every "
+                "parameter, so 12.6 GB in each checkpoint for embedding and head of an 8B Llama (1.05 billion "
+                "parameters), whose adapter takes 0.5 GB. It is not supported; put lm_head into adapter.targets"
+            )
+        return section
+
+    @model_validator(mode="after")
+    def _check_ranges(self) -> Self:
+        if self.variant == "dora" and self.init != "default":
+            raise ValueError(f"variant dora starts from the base's own norms; remove init: {self.init}")
+        for entry in self.layers or ():
+            first, _, last = str(entry).partition("-")
+            if last and int(last) < int(first):
+                raise ValueError(f"layers: the range {entry} is empty; write {last}-{first}")
+        return self
 
 
 class Objective(Section):
@@ -247,16 +289,25 @@ class Objective(Section):
 class Optim(Section):
     """AdamW and the learning-rate schedule."""
 
+    name: Literal["adamw", "adamw-8bit"] = "adamw"
+    """adamw-8bit keeps AdamW's two moments in 8 bits, with a scale for every 256 values: a checkpoint then has 6 bytes
+    for each trained value instead of 12."""
+
     learning_rate: float = Field(2e-4, gt=0, le=1000)
     """Peak learning rate. LoRA usually needs about ten times the rate of full fine-tuning."""
     betas: Annotated[tuple[FRACTION, FRACTION], Field(strict=False)] = (0.9, 0.999)
     """AdamW beta1 and beta2."""
+    b_ratio: float = Field(1.0, gt=0, le=1e4)
+    """The learning rate of B relative to that of A (LoRA+); `learning_rate` is the rate of A."""
     weight_decay: float = Field(0.0, ge=0, le=1000)
-    """AdamW weight decay, applied to the adapter's weights."""
+    """AdamW weight decay, applied to A and B."""
     max_grad_norm: BOUND | None = 1.0
     """Clip the gradient to this L2 norm; null does not clip."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """The learning rate after the warm-up: constant, or a linear or cosine decay to zero at the last step."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """The learning rate after the warm-up: constant; a linear or cosine decay to zero at the last step; or wsd
+    (warm-up, stable, decay), which is constant and falls linearly to zero over the last part of the run."""
+    decay: FRACTION = 0.2
+    """With `schedule: wsd`, the length of the decay, as a fraction of the run's examples."""
     warmup: float = Field(0.03, ge=0, le=1)
     """Length of the linear warm-up, as a fraction of the run's examples."""
 

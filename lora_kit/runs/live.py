@@ -38,8 +38,9 @@ from lora_kit.runs import formats, lease, store
 from lora_kit.runs.formats import Amount, Token
 from lora_kit.runs.identity import IDENTITY, Identity, Life, life_of
 from lora_kit.runs.journal import Journal
+from lora_kit.runs.layout import CONSTANTS, WEIGHTS, Layout, State, cut
 from lora_kit.runs.manifest import Manifest, RunFacts, StepFacts
-from lora_kit.runs.store import ADAPTER, ADAPTER_CONFIG, OPTIMIZER, Tensors, headers_of, split
+from lora_kit.runs.store import ADAPTER, ADAPTER_CONFIG, OPTIMIZER, headers_of
 
 MAGIC = int.from_bytes(b"lorakit3", "little")
 PAGE, HEADER_BYTES, SLOTS = 16384, 65536, 3
@@ -215,7 +216,7 @@ class Region:
         return self._map[PAGE + slot * HEADER_BYTES :][:HEADER_BYTES]
 
     def payload(self, slot: int) -> memoryview:
-        """Return the memory of a slot: the weights, then AdamW's two moments, all fp32."""
+        """Return the memory of a slot: the buffers of a `Layout`, one after the other."""
         return self._map[PAGE + SLOTS * HEADER_BYTES + slot * self.payload_bytes :][: self.payload_bytes]
 
     def snapshots(self) -> list[Snapshot]:
@@ -652,12 +653,13 @@ def read_job(region: Region) -> JobFile | None:
 
 
 def files_of(job: JobFile, payload: memoryview) -> dict[str, list[bytes | memoryview]]:
-    """Return the content of a checkpoint's files, pieces in order, without a copy of a tensor."""
-    weights, headers = len(payload) // 3, headers_of(job.shapes)
+    """Return the content of a checkpoint's files, pieces in order."""
+    layout = Layout.of(job.shapes, job.facts.recipe)
+    headers, buffers = headers_of(layout), layout.split(payload)
     return {
-        ADAPTER: [headers[ADAPTER], payload[:weights]],
+        ADAPTER: [headers[ADAPTER], *layout.adapter_pieces(buffers)],
         ADAPTER_CONFIG: [job.adapter_config.encode()],
-        OPTIMIZER: [headers[OPTIMIZER], payload[weights:]],
+        OPTIMIZER: [headers[OPTIMIZER], *(buffers[name].data.cast("B") for name in layout.moments)],
     }
 
 
@@ -681,11 +683,12 @@ class Live:
         """The step after which the snapshot was published."""
         return self.manifest.progress.step
 
-    def state(self) -> tuple[Tensors, Tensors, Tensors]:
-        """Return the weights and the two moments, by PEFT's names."""
-        flat = np.frombuffer(Region(self.path).payload(self.slot), np.float32).copy()
-        weights, first, second = (split(part, self.shapes) for part in np.split(flat, 3))
-        return weights, first, second
+    def state(self) -> State:
+        """Return a copy of the state in the slot."""
+        layout = Layout.of(self.shapes, self.manifest.run.recipe)
+        buffers = {name: part.copy() for name, part in layout.split(Region(self.path).payload(self.slot)).items()}
+        constants = cut(buffers[CONSTANTS], layout.paired) if layout.constants else {}
+        return State(cut(buffers[WEIGHTS], self.shapes), {name: buffers[name] for name in layout.moments}, constants)
 
 
 def newest(held: lease.Lease) -> tuple[Live | None, list[str]]:

@@ -13,7 +13,7 @@ from lora_kit.runs import store
 from lora_kit.runs.manifest import MANIFEST, BaseFingerprint, Origin
 from lora_kit.runs.store import Checkpoint
 
-DEFAULTS: dict[str, Any] = {  # the keys of adapter_config.json for which lora_kit trains no other value
+DEFAULTS: dict[str, Any] = {  # the keys of adapter_config.json with whose other values a run cannot begin
     "bias": "none",
     "fan_in_fan_out": None,
     "layer_replication": None,
@@ -23,7 +23,6 @@ DEFAULTS: dict[str, Any] = {  # the keys of adapter_config.json for which lora_k
     "alpha_pattern": {},
     "trainable_token_indices": None,
     "use_dora": False,
-    "use_rslora": False,
 }
 
 
@@ -34,6 +33,7 @@ class _Config:
     peft_type: Literal["LORA"]
     r: int
     lora_alpha: int | float
+    use_rslora: bool = False
     base_model_name_or_path: str | None = None
 
 
@@ -48,7 +48,8 @@ class PlainAdapter:
         path: Its folder.
         rank: The rank of its matrices.
         alpha: Its scaling, as in the recipe.
-        others: The settings that lora_kit does not train, by their key in adapter_config.json.
+        scaling: How the scaling follows from alpha, as in the recipe.
+        others: The settings with which a run cannot begin, by their key in adapter_config.json.
         base: What it names as its base, which nothing verifies.
         sha256: The SHA-256 of its weights file.
     """
@@ -56,6 +57,7 @@ class PlainAdapter:
     path: Path
     rank: int
     alpha: int | float
+    scaling: str
     others: dict[str, Any]
     base: str | None
     sha256: str
@@ -82,7 +84,8 @@ def open_origin(path: Path) -> Checkpoint | PlainAdapter:
             f"{path}: an adapter needs {store.ADAPTER_CONFIG} and {store.ADAPTER}; pickles are never read: {error}"
         ) from error
     others = {key: content[key] for key, usual in DEFAULTS.items() if content.get(key) and content[key] != usual}
-    return PlainAdapter(path, found.r, found.lora_alpha, others, found.base_model_name_or_path, digest)
+    scaling = "rslora" if found.use_rslora else "plain"
+    return PlainAdapter(path, found.r, found.lora_alpha, scaling, others, found.base_model_name_or_path, digest)
 
 
 def describe(origin: Checkpoint | PlainAdapter) -> Origin:
@@ -119,9 +122,10 @@ def enforce_origin(origin: Checkpoint | PlainAdapter, recipe: Recipe, fingerprin
     now = recipe.model_dump(mode="json")["adapter"]
     problems = []
     if isinstance(origin, PlainAdapter):
-        then = {"rank": origin.rank, "alpha": origin.alpha}
+        then: dict[str, Any] = {"rank": origin.rank, "alpha": origin.alpha, "scaling": origin.scaling}
+        then |= {"rank_pattern": {}, "alpha_pattern": {}}  # peft's patterns cannot be compared, so they are in `others`
         problems = [
-            f"{key}: {value} in the adapter, which lora_kit does not train" for key, value in origin.others.items()
+            f"{key}: {value} in the adapter, with which no run can begin" for key, value in origin.others.items()
         ]
     else:
         then = origin.recipe.model_dump(mode="json")["adapter"]

@@ -37,6 +37,7 @@ VERDICTS: dict[str, Verdict] = {  # the first pattern that matches a key decides
     "data.train.*.weight": "accept",  # decides the order of the examples, which no fingerprint covers
     "data.train.*.epochs": "accept",
     "data.*": "harmless",  # `fingerprints.train` and `fingerprints.template` compare the result
+    "optim.name": "refused",  # the moments of one are not those of the other
     "optim.*": "accept",
     "train.steps": "accept",
     "train.epochs": "accept",

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
@@ -30,6 +29,7 @@ from lora_kit.errors import CheckpointError, LeaseError
 from lora_kit.files import open_regular, sync_folder
 from lora_kit.recipe.schema import Recipe
 from lora_kit.runs import formats
+from lora_kit.runs.layout import BYTES, Dtype, Layout, State, Tensors, trained_shapes, without_constants
 from lora_kit.runs.manifest import MANIFEST, FileEntry, Manifest, RunFacts, StepFacts, manifest_bytes, read_manifest
 from lora_kit.version import VERSION
 
@@ -42,7 +42,7 @@ PUBLISHED = (ADAPTER, ADAPTER_CONFIG)  # what every checkpoint has; one on the H
 NAME = re.compile(r"step-([0-9]{8,20})")
 QUARANTINE, REPLACED = ".quarantine", ".tmp-replaced-"
 PIN = "pinned"  # a checkpoint with a file of this name is never deleted
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's moments, by torch's names
+Entry = tuple[Dtype, Sequence[int]]  # the dtype and the shape of a tensor of a file
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Checkpoint:
                 f"{trained_with}, which trained it"
             ) from error
 
-    def weights(self) -> "Tensors":
+    def weights(self) -> Tensors:
         """Return the weights by PEFT's names.
 
         Raises:
@@ -88,15 +88,17 @@ class Checkpoint:
         """
         return _load(self.path / ADAPTER)
 
-    def state(self) -> "tuple[Tensors, Tensors, Tensors]":
-        """Return the weights and the two moments, by PEFT's names.
+    def state(self) -> State:
+        """Return the trained tensors, the optimizer's buffers and the constants.
 
         Raises:
-            CheckpointError: A file cannot be read, or the moments are not those of the weights.
+            CheckpointError: A file cannot be read.
         """
-        shapes, moments = _shapes(self.path / ADAPTER), _load(self.path / OPTIMIZER)
-        first, second = (split(moments[name], shapes) for name in MOMENTS)
-        return self.weights(), first, second
+        found, constants = _load(self.path / ADAPTER), Tensors()
+        tensors = {name: found[name] for name in _tensors(self.path / ADAPTER)}  # in the order of the moments
+        if Layout.of({}, self.manifest.run.recipe).constants:
+            tensors, constants = without_constants(tensors)
+        return State(tensors, _load(self.path / OPTIMIZER), constants)
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -109,43 +111,23 @@ class AdapterConfig(TypedDict):
 _ADAPTER_CONFIG: TypeAdapter[AdapterConfig] = TypeAdapter(AdapterConfig)
 
 
-Tensors = dict[str, np.ndarray]
+def headers_of(layout: Layout) -> dict[str, bytes]:
+    """Return the headers of the adapter's and the optimizer's file, whose values follow in the order of the layout.
 
-
-def split(flat: np.ndarray, shapes: Mapping[str, Sequence[int]]) -> Tensors:
-    """Split a flat buffer into the tensors that it holds one after the other.
-
-    Raises:
-        CheckpointError: The buffer does not have the total size of the tensors.
-    """
-    ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
-    if flat.shape != (ends[-1],):
-        raise CheckpointError(f"checkpoint: {flat.shape} moments for {ends[-1]:,} weights")
-    return {
-        name: piece.reshape(shape)
-        for (name, shape), piece in zip(shapes.items(), np.split(flat, ends[:-1]), strict=True)
-    }
-
-
-def headers_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, bytes]:
-    """Return the headers of the adapter's and the optimizer's file, whose fp32 values follow in the order of `shapes`.
-
-    Each of the two moments is one flat tensor with the values in the order of the weights.
+    A moment is one flat tensor with the values in the order of the weights.
 
     Source: the safetensors format: 8 bytes of length, then JSON, padded with blanks so that the values are aligned.
     """
-    total = sum(math.prod(shape) for shape in shapes.values())
-    return {
-        ADAPTER: _header(shapes, {"__metadata__": {"format": "pt"}}),
-        OPTIMIZER: _header(dict.fromkeys(MOMENTS, (total,)), {}),
-    }
+    saved: dict[str, Entry] = {name: ("F32", shape) for name, shape in layout.saved_shapes.items()}
+    moments: dict[str, Entry] = {name: (dtype, (count,)) for name, (dtype, count) in layout.moments.items()}
+    return {ADAPTER: _header(saved, {"__metadata__": {"format": "pt"}}), OPTIMIZER: _header(moments, {})}
 
 
-def _header(shapes: Mapping[str, Sequence[int]], entries: dict[str, Any]) -> bytes:
+def _header(tensors: "Mapping[str, Entry]", entries: dict[str, Any]) -> bytes:
     offset = 0
-    for name, shape in shapes.items():
-        end = offset + 4 * math.prod(shape)
-        entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+    for name, (dtype, shape) in tensors.items():
+        end = offset + BYTES[dtype] * math.prod(shape)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -340,11 +322,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if problems:
         raise CheckpointError("\n".join(problems))
     formats.read(_ADAPTER_CONFIG, path / ADAPTER_CONFIG)
-    shapes = _shapes(path / ADAPTER)
+    shapes = {name: shape for name, (_, shape) in _tensors(path / ADAPTER, only="F32").items()}
     if OPTIMIZER in manifest.files:
-        size = sum(math.prod(shape) for shape in shapes.values())
-        if (found := _shapes(path / OPTIMIZER)) != dict.fromkeys(MOMENTS, (size,)):
-            raise CheckpointError(f"{path / OPTIMIZER}: it has {found}, expected the moments of {size:,} weights")
+        recipe = manifest.run.recipe
+        layout = Layout.of(trained_shapes(shapes) if Layout.of({}, recipe).constants else shapes, recipe)
+        found, expected = _tensors(path / OPTIMIZER), layout.moments
+        if found != {name: (dtype, (count,)) for name, (dtype, count) in expected.items()}:
+            raise CheckpointError(
+                f"{path / OPTIMIZER}: it has {found}, expected the moments of {layout.size:,} weights"
+            )
     return Checkpoint(path, manifest)
 
 
@@ -362,22 +348,24 @@ def _differences(path: Path, entry: FileEntry) -> list[str]:
         return [f"{path}: cannot be read: {error.strerror}"]
 
 
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors of a file, in the order of their bytes.
+def _tensors(path: Path, *, only: str | None = None) -> "dict[str, Entry]":
+    """Return the dtypes and shapes of the tensors of a file, in the order of their bytes.
 
     Raises:
-        CheckpointError: The file cannot be read, is not in the safetensors format, is empty, or is not fp32.
+        CheckpointError: The file cannot be read, is not in the safetensors format, or has other dtypes than `only`.
     """
     try:
         with safe_open(path, "numpy") as file:
             slices = {name: file.get_slice(name) for name in file.offset_keys()}
-            kinds = {tensor.get_dtype() for tensor in slices.values()}
-            shapes = {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
+            found: dict[str, Entry] = {
+                name: (tensor.get_dtype(), tuple(tensor.get_shape())) for name, tensor in slices.items()
+            }
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    if kinds != {"F32"}:
-        raise CheckpointError(f"{path}: its tensors are {', '.join(sorted(kinds)) or 'missing'}, expected F32")
-    return shapes
+    kinds = {dtype for dtype, _ in found.values()}
+    if only is not None and kinds != {only}:
+        raise CheckpointError(f"{path}: its tensors are {', '.join(sorted(kinds)) or 'missing'}, expected {only}")
+    return found
 
 
 def _load(path: Path) -> Tensors:

@@ -193,7 +193,17 @@ def update(job: Job, step: int) -> tuple[float, Tensor, Tensor]:
             taken &= value <= bound
     if step + 1 in job.replayed:
         taken &= False
-    optim.adamw(state.weights, gradient, state.moments, step=step, learning_rate=rate, optim=settings, taken=taken)
+    take_step = optim.adamw_8bit if settings.name == "adamw-8bit" else optim.adamw
+    take_step(
+        state.weights,
+        gradient,
+        state.moments,
+        step=step,
+        learning_rate=rate,
+        optim=settings,
+        taken=taken,
+        ranges=state.ranges,
+    )
     return rate, norm, taken
 
 

@@ -207,7 +207,7 @@ class Processes:
 
     def different(self, buffers: Sequence[Tensor]) -> list[int]:
         """Return the processes whose buffers differ from the majority's; of two processes, from process 0's."""
-        own = torch.stack([buffer.view(torch.int32).sum(dtype=torch.int64) for buffer in buffers])
+        own = torch.stack([buffer.view(torch.uint8).view(torch.int32).sum(dtype=torch.int64) for buffer in buffers])
         gathered = [torch.empty_like(own) for _ in range(self.count)]
         dist.all_gather(gathered, own)
         checksums = [tuple(checksum.tolist()) for checksum in gathered]

@@ -62,7 +62,7 @@ class Publisher:
 
     def _open(self, job_file: JobFile, *, keep: bool) -> None:
         self._lease.require()
-        region = live.create_region(self._lease, 12 * self._state.size)
+        region = live.create_region(self._lease, sum(buffer.nbytes for buffer in self._state.kept))
         words, self._token = region.words, self._lease.token
         self._sequence = max([words[Word.HANDLED], *(snapshot.header.sequence for snapshot in region.snapshots())])
         if not keep:
@@ -132,7 +132,7 @@ class Publisher:
         return found
 
     def _copy_on_cpu(self, slot: int) -> int:
-        """Copy weights and moments from this process's memory into a slot, and return their checksum."""
+        """Copy the state from this process's memory into a slot, and return its checksum."""
         sources = [buffer.numpy().view(np.uint8).data for buffer in self._state.kept]
         return live.copy_hashed(self._slots[slot], sources)
 
@@ -143,9 +143,9 @@ class Publisher:
             0: the checksum is computed after the copy has ended.
         """
         with torch.cuda.stream(self._side_stream):
-            target = torch.frombuffer(self._slots[slot], dtype=torch.float32)
-            for part, buffer in zip(target.split(self._state.size), self._state.kept, strict=True):
-                part.copy_(buffer, non_blocking=True)
+            target, kept = torch.frombuffer(self._slots[slot], dtype=torch.uint8), self._state.kept
+            for part, buffer in zip(target.split([buffer.nbytes for buffer in kept]), kept, strict=True):
+                part.copy_(buffer.view(torch.uint8), non_blocking=True)
         return 0
 
     def wait_copied(self) -> float:

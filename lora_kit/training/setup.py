@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from peft import PeftModel
 from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
 from lora_kit.artifacts.locate import checkpoint_at
 from lora_kit.data import cache
 from lora_kit.data.arrays import spill_file
+from lora_kit.data.packing import IGNORE, collate
 from lora_kit.data.places import places
 from lora_kit.data.plan import Plan, prepare_data
 from lora_kit.data.preflight import preflight
@@ -39,16 +41,19 @@ from lora_kit.kernels.attention import use_attention
 from lora_kit.kernels.identity import identity
 from lora_kit.model.adapter import inject, saved_weights
 from lora_kit.model.base import load_base, require_quantization
+from lora_kit.model.forward import model_inputs
 from lora_kit.model.probe import refuse_unfit
 from lora_kit.model.sizes import context_of
 from lora_kit.model.source import Source, locate
 from lora_kit.model.state import flatten
 from lora_kit.model.targets import find_targets
 from lora_kit.model.tokenizer import load_renderer
+from lora_kit.model.variants import Call, attach_constants, start_from_inputs, start_from_weights
 from lora_kit.model.weights import published_quantization
 from lora_kit.recipe.load import resolve_path
 from lora_kit.recipe.schema import Recipe
 from lora_kit.runs.journal import METRICS, Journal, StepRecord
+from lora_kit.runs.layout import WITH_CONSTANTS
 from lora_kit.runs.lease import Fence
 from lora_kit.runs.manifest import (
     Claim,
@@ -263,15 +268,29 @@ def build_model(
     console.tick("adapter: inject")
     source = inputs.source
     model = inject(base, recipe.adapter, seed=recipe.train.seed, name=source.name, revision=source.commit)
-    state = flatten(model.train(), metrics=len(objective.metrics))
+    constants = recipe.adapter.init in WITH_CONSTANTS
+    eight_bit = recipe.optim.name == "adamw-8bit"
+    state = flatten(model.train(), metrics=len(objective.metrics), eight_bit=eight_bit, constants=constants)
+    attach_constants(model, state)
+    fresh = run.latest is None and run.origin is None
+    if fresh and recipe.adapter.init == "eva":  # before kernels are fused, since layers are no longer called then
+        console.tick("adapter: start from the inputs of the first step")
+        plan = plan_of(recipe, inputs, objective, micro_batches.micro_batch_tokens, layout)
+        start_from_inputs(model, first_calls(plan, model, inputs, processes))
+        copy_to_all([state.weights], processes)
     kernels = choices.kernels(model, recipe, before, changed, processes)
     if run.latest is not None:
-        state.load(*run.latest.state())
+        state.load(run.latest.state())
     elif run.origin is not None:
         try:
-            state.load_weights(saved_weights(run.origin.path))
+            state.load_adapter(saved_weights(run.origin.path))
         except CheckpointError as error:
             raise ContractError(f"{run.origin.path}: this run cannot begin with it: {error}") from error
+    elif state.constants is not None:
+        console.tick(f"adapter: start from the base's weights ({recipe.adapter.init})")
+        if processes.is_main:
+            start_from_weights(model, recipe.adapter)
+        copy_to_all([state.weights, state.constants], processes)
     resolved = Resolved(
         threads=threads,
         attention=attention,
@@ -281,6 +300,31 @@ def build_model(
         kernels=kernels,
     )
     return AdaptedModel(model, state, resolved)
+
+
+def plan_of(recipe: Recipe, inputs: Inputs, objective: Objective, tokens: int, layout: str) -> Plan:
+    """Return which examples each step trains on, in which micro-batches."""
+    data = inputs.data
+    return Plan(recipe, data.train, tokens, layout == "padded", objective.split, data.counts.sizes)
+
+
+def first_calls(plan: Plan, model: PeftModel, inputs: Inputs, processes: Processes) -> Iterator[Call]:
+    """Yield the calls of the model in the first step, all micro-batches on every process."""
+    for members in plan.micro_batches(0):
+        batch = collate(inputs.data.train, members, padded=plan.padded)
+        trained = torch.from_numpy(batch.labels != IGNORE).to(processes.device)
+        yield model_inputs(model, batch, processes.device), trained
+
+
+def copy_to_all(buffers: Sequence[torch.Tensor], processes: Processes) -> None:
+    """Copy the main process' values of a start to the other processes, which may have rounded otherwise."""
+    for buffer in buffers if processes.count > 1 else ():
+        content = processes.main_decides(partial(_content, buffer), bytes, bytes)
+        buffer.copy_(torch.frombuffer(bytearray(content), dtype=buffer.dtype))
+
+
+def _content(buffer: torch.Tensor) -> bytes:
+    return buffer.cpu().numpy().tobytes()
 
 
 def check_base_fits(base: PreTrainedModel, inputs: Inputs) -> None:
@@ -342,14 +386,7 @@ def make_job(
         model=adapted.model,
         state=adapted.state,
         objective=objective,
-        plan=Plan(
-            recipe,
-            data.train,
-            resolved.micro_batch_tokens,
-            resolved.layout == "padded",
-            objective.split,
-            data.counts.sizes,
-        ),
+        plan=plan_of(recipe, inputs, objective, resolved.micro_batch_tokens, resolved.layout),
         facts=facts,
         resumed=latest.manifest.progress if latest else None,
         replayed=journal.skipped_after(latest.step) if latest else frozenset(),

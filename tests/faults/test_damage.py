@@ -15,7 +15,7 @@ from runs import go_on, state_hash
 
 from lora_kit.cli import error_messages
 from lora_kit.data.plan import Plan
-from lora_kit.runs import store
+from lora_kit.runs import layout, store
 from lora_kit.runs.journal import Journal
 from lora_kit.runs.status import status
 from lora_kit.training import loop, optim
@@ -117,10 +117,12 @@ STATE = {  # what a broken checkpoint would not hold: weights, first and second 
 def test_the_proof_fails_without_any_part_of_the_state(recipe, whole, undisturbed, tmp_path, dropped):
     path = halfway(whole, tmp_path / "run")
     found = store.open_checkpoint(path)
-    *state, step = STATE[dropped](*found.state(), found.step)
-    shapes = {name: one.shape for name, one in state[0].items()}
+    whole = found.state()
+    shapes = {name: one.shape for name, one in whole.weights.items()}
+    moments = (layout.cut(whole.moments[name], shapes) for name in layout.MOMENTS)
+    *state, step = STATE[dropped](whole.weights, *moments, found.step)
     pieces = [[np.concatenate([one.ravel() for one in part.values()]).tobytes()] for part in state]
-    headers = store.headers_of(shapes)
+    headers = store.headers_of(layout.Layout(shapes))
     files = {
         store.ADAPTER: [headers[store.ADAPTER], *pieces[0]],
         store.ADAPTER_CONFIG: [(path / store.ADAPTER_CONFIG).read_bytes()],

@@ -2,9 +2,12 @@
 
 import os
 import tempfile
+from pathlib import Path
 
-if "PYTEST_XDIST_WORKER" not in os.environ:  # else it shares the cache of the process that has started it
-    os.environ.update(LORA_KIT_CACHE=tempfile.mkdtemp(prefix="lora-kit-cache-"))
+if "PYTEST_XDIST_WORKER" not in os.environ:  # else it shares the folder of the process that has started it
+    session = tempfile.mkdtemp(prefix="lora-kit-tests-")
+    Path(session).chmod(0o755)  # tests let other users read what is in it
+    os.environ.update(LORA_KIT_TESTS=session, LORA_KIT_CACHE=f"{session}/cache")
 # a run computes with all cores; its idle threads must not spin while other tests compute on the same cores
 os.environ.update(OMP_NUM_THREADS="1", MKL_CBWR="AUTO,STRICT")  # MKL reads it once, before a run could set it
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
@@ -26,7 +29,6 @@ import shutil
 import string
 import subprocess
 from functools import cache
-from pathlib import Path
 
 import pytest
 import runs
@@ -60,6 +62,27 @@ def no_run_is_left():
     """Kill what a test that failed has started and not waited for."""
     yield
     runs.kill_all()
+
+
+KEEPER = "import os, sys; from runpy import run_module; sys.argv.append(str(os.getppid())); "
+KEEPER += "run_module('lora_kit.supervise.keeper', run_name='__main__')"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def keepers_are_forked():
+    """Fork the keeper of a run in this process, which else would import for half a second."""
+    from lora_kit.training import publisher
+
+    start = publisher.start_keeper
+    publisher.start_keeper = lambda lease: runs.started([lease.to_json()], os.environ, code=KEEPER)
+    yield start
+    publisher.start_keeper = start
+
+
+@pytest.fixture
+def fresh_keeper(keepers_are_forked, monkeypatch):
+    """Start the keeper of a run in this process as a user's keeper starts."""
+    monkeypatch.setattr("lora_kit.training.publisher.start_keeper", keepers_are_forked)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -112,9 +135,9 @@ def without_c():
 
 
 def pytest_unconfigure():
-    """Leave no cache behind."""
+    """Leave no folder behind."""
     if not WORKER:
-        shutil.rmtree(os.environ["LORA_KIT_CACHE"], ignore_errors=True)
+        shutil.rmtree(os.environ["LORA_KIT_TESTS"], ignore_errors=True)
 
 
 TEMPLATE = (
@@ -288,6 +311,42 @@ def trained_run(tmp_path_factory, base_folder, data_file, reference):
     recipe = tmp_path_factory.mktemp("trained") / "recipe.yaml"
     recipe.write_text(RECIPE.format(base=base_folder, data=data_file))
     return reference(recipe, "train.steps=4", "optim.learning_rate=0.05", "checkpoint.every_steps=2")
+
+
+class Faults:
+    """The faults of a run's processes, which faults/inject applies, each once.
+
+    Args:
+        folder: Where is noted which faults have happened.
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        folder.mkdir()
+
+    def __call__(self, *plan, sleep=0.0):
+        """Return the environment of a run in which a plan happens and every step takes `sleep` seconds longer."""
+        plan, done = json.dumps(plan), str(self.folder)
+        return {"FAULTS": plan, "FAULTS_SLEEP": str(sleep), "FAULTS_DONE": done, "PYTHONPATH": runs.with_faults()}
+
+    def happened(self):
+        """Return how many faults have happened."""
+        return len(list(self.folder.glob("*.[0-9]*")))
+
+    def release(self, number=0):
+        """Let the process that holds because of the fault of this number go on."""
+        (self.folder / f"{number}.released").touch()
+
+
+def hold(step, **more):
+    """Return the fault that lets process 0 wait in a step, so that what a test does by then is never too late."""
+    return {"step": step, "phase": "forward", "kind": "hold"} | more
+
+
+@pytest.fixture
+def faults(tmp_path):
+    """The faults of this test's runs."""
+    return Faults(tmp_path / "faults")
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,19 @@
 """A process that has imported everything and forks test runs: a run starts in milliseconds, not after the imports.
 
-The server reads requests from a socket: arguments, environment, working directory, and two pipes. One pipe becomes
-stdout and stderr of the new process. The other tells the process id and, later, the exit code. A forked process does
-what `python -m lora_kit ARGUMENTS` or `python -c CODE ARGUMENTS` would do in a session of its own. The zygote of a run,
-which lora_kit/supervise/zygote.py starts with Popen, is forked here too, before the run has any state or thread.
+All workers of a session connect to one server. It reads requests from their sockets: arguments, environment, working
+directory, cores, and two pipes. One pipe becomes stdout and stderr of the new process. The other tells the process id
+and, later, the exit code. A forked process does what `python -m lora_kit ARGUMENTS` or `python -c CODE ARGUMENTS` would
+do in a session of its own. The zygote of a run, which lora_kit/supervise/zygote.py starts with Popen, is forked here
+too, before the run has any state or thread.
+
+A forked process ends as Python does up to the point where it would take its modules apart. That would copy most pages
+of the server, which takes half a second of each core.
 
 The server itself owns no thread and no CUDA context, because a fork copies neither in a usable state. Where an import
 has made one all the same, its children begin again as fresh interpreters.
 """
 
+import atexit
 import gc
 import json
 import os
@@ -19,6 +24,8 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
+import traceback
 from contextlib import suppress
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
@@ -30,33 +37,65 @@ IMPORTED += ("transformers.models.llama.modeling_llama",)
 INJECT = Path(__file__).parent / "faults" / "inject" / "sitecustomize.py"
 MESSAGE_BYTES = 200_000
 NUMBER = struct.Struct("<q")  # a process id or an exit code
+LINGER_SECONDS = 10  # how long the server stays without a connection
 
 
-def serve(requests):
-    """Fork a process for every request; return (request, pipes) in each child, and end with the process that asks."""
-    running = {}  # pidfd -> (process id, the pipe that tells)
+def serve(listening):
+    """Fork a process for every request; return (request, stdout) in each child. End when nobody is connected."""
+    connected, running = set(), {}  # running: pidfd -> (process id, the pipe that tells)
     while True:
-        ready, _, _ = select.select([requests, *running], [], [])
-        for ended in set(ready) - {requests}:
+        ready, _, _ = select.select([listening, *connected, *running], [], [], None if connected else LINGER_SECONDS)
+        if not connected and not ready:
+            os._exit(0)
+        for ended in running.keys() & set(ready):
             process, tell = running.pop(ended)
             code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
             with suppress(BrokenPipeError):
                 os.write(tell, NUMBER.pack(code))
             os.close(tell)
             os.close(ended)
-        if requests in ready:
+        if listening in ready:
+            connected.add(listening.accept()[0])
+        for requests in connected & set(ready):
             message, pipes, *_ = socket.recv_fds(requests, MESSAGE_BYTES, 2)
             if not message:
-                os._exit(0)
+                connected.remove(requests)
+                requests.close()
+                continue
             output, tell = pipes
             process = os.fork()
             if process == 0:
-                for descriptor in (requests.detach(), tell, *running, *(other for _, other in running.values())):
+                for one in (listening, *connected):
+                    one.close()
+                for descriptor in (tell, *running, *(other for _, other in running.values())):
                     os.close(descriptor)
                 return json.loads(message), output
             os.close(output)
             os.write(tell, NUMBER.pack(process))
             running[os.pidfd_open(process)] = process, tell
+
+
+def end_like_python(work):
+    """Do work, and end this process with the exit code and the output of a Python that did it as its program."""
+    code = 0
+    try:
+        work()
+    except SystemExit as asked:
+        code = asked.code
+        if code is not None and not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            code = code or 120
+    os._exit((code or 0) & 0xFF)
 
 
 def become_requested(request, output):
@@ -66,6 +105,8 @@ def become_requested(request, output):
     os.dup2(output, 2)
     os.close(output)
     os.chdir(request["folder"])
+    if request["cores"]:
+        os.sched_setaffinity(0, request["cores"])
     sys.path[0] = request["folder"]
     set_environment(request["environment"])
     random.seed()
@@ -161,12 +202,17 @@ def sound_to_fork():
 
 
 def main(descriptor):
-    """Import everything, serve, and run what is requested in every child."""
+    """Import everything, serve, and do what is requested in every child."""
     for module in IMPORTED:
         import_module(module)
     sound = sound_to_fork()
     gc.freeze()
     request, output = serve(socket.socket(fileno=descriptor))
+    end_like_python(lambda: do(request, output, sound=sound))
+
+
+def do(request, output, *, sound):
+    """Do what is requested, in a fresh interpreter if this process could not be forked soundly."""
     become_requested(request, output)
     if not sound:
         program = ["-m", "lora_kit"] if request["code"] is None else ["-c", request["code"]]

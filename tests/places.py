@@ -18,6 +18,7 @@ from runs import started, with_faults
 
 NOT_ALLOWED = 77  # exit code of a job whose place the kernel does not allow
 DEAD_SECONDS, BEAT_SECONDS = 3.0, 0.5  # instead of 60 and 2
+LIVING_SECONDS = 600.0  # instead of 3 where the holder is alive: it is seen at its next beat, however slow it is
 CONTROL = struct.Struct("<qiiii104s")  # struct control in faults/shim.c
 
 INSIDE = """
@@ -97,10 +98,10 @@ def library(folder):
     """Compile the shim into a folder; None if there is no C compiler."""
     target, source = Path(folder) / "shim.so", Path(__file__).with_name("faults") / "shim.c"
     command = ["cc", "-O2", "-Wall", "-Werror", "-shared", "-fPIC", "-o", str(target), str(source), "-ldl"]
-    with suppress(FileNotFoundError):
-        subprocess.run(command, check=True)
-        return target
-    return None
+    if not target.exists():
+        with suppress(FileNotFoundError):
+            subprocess.run(command, check=True)
+    return target if target.exists() else None
 
 
 class Shim:
@@ -127,12 +128,12 @@ class Shim:
         self.path.chmod(0o666)
 
 
-def start_at(place, recipe, out, *more, shim, so, name="job", record=None, faults=None):
-    """Start `lora-kit train` in a place; return the process."""
+def start_at(place, recipe, out, *more, shim, so, name="job", record=None, faults=None, dead=DEAD_SECONDS):
+    """Start `lora-kit train` in a place, where a holder without a heartbeat for `dead` seconds counts as dead."""
     environment = {"LD_PRELOAD": str(so), "FAULTS_SHIM": str(shim.path), "FAULTS_JOB": name}
-    environment |= {"FAULTS_SLEEP": "0.1", "PYTHONPATH": with_faults()} | (faults or {})
+    environment |= faults or {"FAULTS_SLEEP": "0.1", "PYTHONPATH": with_faults()}
     environment |= {"FAULTS_RECORD": str(record)} if record else {}
-    told = asdict(place) | {"dead": DEAD_SECONDS, "beat": BEAT_SECONDS}
+    told = asdict(place) | {"dead": dead, "beat": BEAT_SECONDS}
     return started([json.dumps(told), Path(__file__).parent, recipe, out, *more], environment, code=INSIDE)
 
 

@@ -23,10 +23,13 @@ from fork_server import INJECT, MESSAGE_BYTES, NUMBER
 
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith(("RANK", "WORLD", "LOCAL_"))}
 READ_AFTER_IMPORTS = re.compile(
-    r"FAULTS|PYTEST_|WANDB_|TRACKIO_|MLFLOW_|HF_TOKEN$|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)$|MASTER_|GLOO_|OMPI_|SLURM_|PMI"
+    r"FAULTS|PYTEST_|WANDB_|TRACKIO_|MLFLOW_|HF_TOKEN$|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)$|MASTER_|NCCL_|GLOO_|OMPI_|SLURM_|PMI"
     r"|TORCHELASTIC_|LORA_KIT_ST(ORE|ART_REQUESTED)$|CC$|LD_PRELOAD$"
 )
-WAIT_SECONDS = 100.0  # for anything that a test waits for; a machine under load may need tens of seconds
+SESSION = "LORA_KIT_TESTS"  # environment variable: the folder of a session of tests, for all its workers
+WAIT_SECONDS = (
+    300.0  # for anything that a test waits for: a guard against hangs, far above what a test takes under load
+)
 POLL_SECONDS = 0.005
 
 
@@ -39,8 +42,9 @@ class Forked:
     def __init__(self, arguments, environment, code=None):
         reading, output = os.pipe()
         self._told, tell = os.pipe()
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         request = {"arguments": arguments, "environment": environment, "folder": str(Path.cwd()), "code": code}
-        message = json.dumps(request).encode()
+        message = json.dumps(request | {"cores": cores}).encode()
         assert len(message) < MESSAGE_BYTES
         socket.send_fds(fork_server(environment.get("LD_PRELOAD", "")), [message], [output, tell])
         os.close(output)
@@ -98,21 +102,38 @@ class Forked:
 
 @cache
 def fork_server(preload):
-    """Start this session's fork server, which ends with this process; return the socket to it.
+    """Return a socket to the fork server of this session, which the first process that needs it starts.
 
     Args:
         preload: Libraries for LD_PRELOAD, which a process can only get at its start.
     """
-    mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    subprocess.Popen(
-        [sys.executable, Path(__file__).with_name("fork_server.py"), str(theirs.fileno())],
-        stdin=subprocess.DEVNULL,
-        env=ENVIRONMENT | {"LD_PRELOAD": preload, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},  # its import leaves CUDA alone
-        pass_fds=[theirs.fileno()],
-        start_new_session=True,
-    )
-    theirs.close()
-    return mine
+    address = f"\0{os.environ.get(SESSION, os.getpid())} {preload}"  # a name that is in no folder
+    end = time.monotonic() + WAIT_SECONDS
+    while True:
+        mine, listening = (socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2))
+        try:
+            mine.connect(address)
+            listening.close()
+            return mine
+        except ConnectionRefusedError:
+            mine.close()
+        try:
+            listening.bind(address)
+        except OSError:  # another process is starting it
+            assert time.monotonic() < end, "the fork server of this session does not listen"
+            time.sleep(POLL_SECONDS)
+        else:
+            listening.listen()
+            subprocess.Popen(
+                [sys.executable, Path(__file__).with_name("fork_server.py"), str(listening.fileno())],
+                stdin=subprocess.DEVNULL,
+                # with this check the import of torch leaves CUDA alone
+                env=ENVIRONMENT | {"LD_PRELOAD": preload, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
+                pass_fds=[listening.fileno()],
+                start_new_session=True,
+            )
+        finally:
+            listening.close()
 
 
 def same_imports(environment):

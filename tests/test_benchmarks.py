@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from runs import WAIT_SECONDS
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "throughput.py"
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_systems_have_the_same_losses_and_are_told_apart_by_speed_and_memory(tmp_path):
     rows_file = tmp_path / "rows.json"
     command = [
@@ -28,7 +28,7 @@ def test_systems_have_the_same_losses_and_are_told_apart_by_speed_and_memory(tmp
         str(rows_file),
     ]
     command += ["--only", "lora_kit", "trainer", "--settings", "default", "--anyway"]
-    ended = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), timeout=280)
+    ended = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), timeout=WAIT_SECONDS)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     ours, theirs = json.loads(rows_file.read_text())
     assert [ours["system"], theirs["system"]] == ["lora_kit", "trainer"]

@@ -319,7 +319,6 @@ def test_a_stop_signal_ends_the_waiting(hub, trained, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_only_the_files_of_a_base_that_are_loaded_are_downloaded(hub, tmp_path):
     folder = make_base(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(folder)

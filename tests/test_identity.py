@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import need_c, without_compiled
+from runs import WAIT_SECONDS
 
 from lora_kit.kernels import identity as module
 from lora_kit.kernels.cpu import build
@@ -20,7 +21,11 @@ def in_a_new_process(setting="", **environment):
     code = f"import json, torch; from lora_kit.kernels.identity import identity\n{setting}\n"
     code += "print(json.dumps(identity(torch.device('cpu'), torch.float32)))"
     found = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, check=True, timeout=120
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        capture_output=True,
+        check=True,
+        timeout=WAIT_SECONDS,
     )
     return json.loads(found.stdout)
 

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from runs import ENVIRONMENT, WAIT_SECONDS, gone, start, state_hash, train, wait_for_lines
+from conftest import hold
+from runs import ENVIRONMENT, WAIT_SECONDS, gone, start, started, state_hash, train, wait_for_lines
 from typer.testing import CliRunner
 
 from lora_kit import cli
@@ -20,7 +21,7 @@ from lora_kit.cli import app, train_worker
 from lora_kit.errors import LaunchError
 from lora_kit.recipe.load import load_recipe
 from lora_kit.supervise import launch as launching
-from lora_kit.supervise import stopping
+from lora_kit.supervise import stopping, zygote
 from lora_kit.supervise.zygote import MESSAGE_BYTES, Zygote
 from lora_kit.training import loop
 from lora_kit.training.request import TrainRequest
@@ -56,21 +57,23 @@ def undisturbed(recipe_file, reference):
     return state_hash(reference(recipe_file), 8)
 
 
-def accelerate(tmp_path, recipe, *more, precision="no", processes=2):
+LAUNCHER = "import sys; from runpy import run_module; run_module(sys.argv.pop(1), run_name='__main__')"
+
+
+def launched(launcher, *options, recipe, out, more=(), environment=None):
+    """Start `python -m LAUNCHER OPTIONS -m lora_kit train`, whose training processes are fresh interpreters."""
+    arguments = [launcher, *options, "-m", "lora_kit", "train", recipe, "--out", out, *more]
+    return started(arguments, environment, code=LAUNCHER)
+
+
+def accelerate(tmp_path, recipe, *, precision="no", processes=2):
+    """Train under `accelerate launch` with a file of settings; return the exit code and what was printed."""
     config = tmp_path / "accelerate.yaml"
     distributed = "MULTI_GPU" if processes > 1 else "NO"
     config.write_text(ACCELERATE.format(precision=precision, processes=processes, distributed=distributed))
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(config),
-        "-m",
-        "lora_kit",
-    ]
-    arguments = ["train", str(recipe), "--out", str(tmp_path / "run"), *more]
-    return subprocess.run(launcher + arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=WAIT_SECONDS)
+    process = launched("accelerate.commands.launch", "--config_file", config, recipe=recipe, out=tmp_path / "run")
+    printed, _ = process.communicate()
+    return process.returncode, printed
 
 
 def test_the_command_gives_the_bytes_of_the_function_whatever_threads_the_launcher_set(
@@ -82,23 +85,21 @@ def test_the_command_gives_the_bytes_of_the_function_whatever_threads_the_launch
 
 
 def test_accelerate_launch_with_two_processes_gives_the_same_bytes(recipe_file, tmp_path, undisturbed):
-    done = accelerate(tmp_path, recipe_file)
-    assert done.returncode == 0, done.stderr
-    assert "2 process(es)" in done.stdout
+    code, printed = accelerate(tmp_path, recipe_file)
+    assert code == 0 and "2 process(es)" in printed, printed
     assert state_hash(tmp_path / "run", 8) == undisturbed
 
 
 def test_accelerate_settings_that_contradict_the_recipe_are_refused(recipe_file, tmp_path):
-    done = accelerate(tmp_path, recipe_file, precision="fp16", processes=1)
-    assert done.returncode != 0
-    assert "mixed_precision is 'fp16', the recipe needs 'no'" in done.stderr
+    code, printed = accelerate(tmp_path, recipe_file, precision="fp16", processes=1)
+    assert code != 0 and "mixed_precision is 'fp16', the recipe needs 'no'" in printed, printed
     assert not (tmp_path / "run").exists()
 
 
-def test_torchrun_with_two_processes_gives_the_same_bytes(recipe_file, tmp_path, undisturbed):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lora_kit"]
-    arguments = ["train", str(recipe_file), "--out", str(tmp_path / "run")]
-    subprocess.run(launcher + arguments, env=ENVIRONMENT, check=True, capture_output=True, timeout=WAIT_SECONDS)
+def test_torchrun_gives_the_same_bytes(recipe_file, tmp_path, undisturbed):
+    process = launched("torch.distributed.run", "--nproc-per-node", 1, recipe=recipe_file, out=tmp_path / "run")
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
     assert state_hash(tmp_path / "run", 8) == undisturbed
 
 
@@ -109,9 +110,11 @@ def test_bad_input_keeps_its_exit_code_and_is_told_once_by_two_processes(recipe_
     assert "Traceback" not in printed
 
 
-def test_without_restarts_a_killed_process_ends_the_others_and_the_run_goes_on(recipe_file, tmp_path, undisturbed):
+def test_without_restarts_a_killed_process_ends_the_others_and_the_run_goes_on(
+    recipe_file, tmp_path, undisturbed, faults
+):
     once = ["--set", "checkpoint.every_steps=1", "--max-restarts", "0"]
-    process = start(recipe_file, tmp_path / "run", *once, processes=2)
+    process = start(recipe_file, tmp_path / "run", *once, processes=2, environment=faults(hold(8)))
     wait_for_lines(tmp_path / "run" / "metrics.jsonl", 2, process)
     workers = psutil.Process(process.pid).children(recursive=True)
     workers[-1].send_signal(signal.SIGKILL)
@@ -123,30 +126,34 @@ def test_without_restarts_a_killed_process_ends_the_others_and_the_run_goes_on(r
 
 
 @pytest.mark.quick
-def test_workers_do_not_outlive_a_killed_launcher_and_the_run_goes_on_at_once(recipe_file, tmp_path, undisturbed):
-    process = start(recipe_file, tmp_path / "run", "--set", "checkpoint.every_steps=1", processes=2)
+def test_workers_do_not_outlive_a_killed_launcher_and_the_run_goes_on_at_once(
+    recipe_file, tmp_path, undisturbed, faults
+):
+    every = ["--set", "checkpoint.every_steps=1"]
+    process = start(recipe_file, tmp_path / "run", *every, processes=2, environment=faults(hold(8)))
     wait_for_lines(tmp_path / "run" / "metrics.jsonl", 2, process)
     workers = psutil.Process(process.pid).children(recursive=True)
     process.kill()
-    train(recipe_file, tmp_path / "run", "--set", "checkpoint.every_steps=1")
+    process.wait()  # on a loaded machine a killed process takes longer to disappear than the lease waits
+    train(recipe_file, tmp_path / "run", *every)
     assert gone(workers)
     assert state_hash(tmp_path / "run", 8) == undisturbed
 
 
-def test_sigterm_to_accelerate_launch_of_one_process_still_saves(recipe_file, tmp_path, undisturbed):
-    out = tmp_path / "run"
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "lora_kit"]
-    arguments = ["train", str(recipe_file), "--out", str(out), "--set", "checkpoint.every_steps=100"]
-    process = subprocess.Popen(launcher + arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def test_sigterm_to_accelerate_launch_of_one_process_still_saves(recipe_file, tmp_path, undisturbed, faults):
+    out, rarely, options = tmp_path / "run", ["--set", "checkpoint.every_steps=100"], ["--cpu", "--num_processes", 1]
+    launcher, environment = "accelerate.commands.launch", faults(hold(5))
+    process = launched(launcher, *options, recipe=recipe_file, out=out, more=rarely, environment=environment)
     wait_for_lines(out / "metrics.jsonl", 2, process)
     worker = psutil.Process(process.pid).children()[0]
     keeper = worker.children()[-1]
     process.terminate()
     process.wait()
+    faults.release()
     psutil.wait_procs([worker, keeper], timeout=WAIT_SECONDS)
     assert not keeper.is_running()
     assert "stopped, resumable" in CliRunner().invoke(app, ["status", str(out)]).output
-    train(recipe_file, out, "--set", "checkpoint.every_steps=100")
+    train(recipe_file, out, *rarely)
     assert state_hash(out, 8) == undisturbed
 
 
@@ -166,22 +173,25 @@ def test_a_second_signal_does_not_wait_unless_it_was_only_forwarded(monkeypatch)
         signal.signal(signal.SIGUSR1, before)
 
 
-@pytest.mark.parametrize(
-    "left",
-    [
-        {"WORLD_SIZE": "2"},
-        {"LOCAL_RANK": "0"},
-        {"RANK": "1"},
-        {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"},
-        {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
-        {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "3", "MASTER_ADDR": "nowhere"},
-        {"PMI_RANK": "1", "PMI_SIZE": "2", "PMIX_RANK": "1"},
-        {"TORCHELASTIC_RUN_ID": "old", "GROUP_RANK": "1", "ROLE_WORLD_SIZE": "2"},
-        {"LORA_KIT_STORE": "/nowhere/store"},
-    ],
-    ids=lambda left: "+".join(left),
-)
-def test_rank_variables_that_were_left_in_the_environment_are_not_passed_on(recipe_file, tmp_path, undisturbed, left):
+LEFT = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LORA_KIT_STORE": "/nowhere/store"}
+LEFT |= {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+LEFT |= {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "3", "MASTER_ADDR": "nowhere"}
+LEFT |= {"PMI_RANK": "1", "PMI_SIZE": "2", "PMIX_RANK": "1"}
+LEFT |= {"TORCHELASTIC_RUN_ID": "old", "GROUP_RANK": "1", "ROLE_WORLD_SIZE": "2"}
+
+
+def test_no_rank_variable_that_was_left_in_the_environment_gets_to_the_training_processes(monkeypatch):
+    """Whatever they are together: torch, accelerate and MPI libraries each look at some of them."""
+    given = []
+    monkeypatch.setattr(zygote.subprocess, "Popen", lambda command, env, **more: given.append(env))
+    for name, value in (LEFT | {"KEPT": "x"}).items():
+        monkeypatch.setenv(name, value)
+    Zygote()
+    assert given[0]["KEPT"] == "x" and not LEFT.keys() & given[0].keys()
+
+
+@pytest.mark.parametrize("left", [{"WORLD_SIZE": "2"}, LEFT], ids=["one", "all"])
+def test_a_run_is_not_disturbed_by_rank_variables_that_were_left(recipe_file, tmp_path, undisturbed, left):
     printed = train(recipe_file, tmp_path / "run", environment=left)
     assert "1 process(es)" in printed and state_hash(tmp_path / "run", 8) == undisturbed
 
@@ -263,12 +273,14 @@ def test_a_request_that_is_too_long_is_refused(monkeypatch):
         zygote.start("json:loads", "x" * 120_000, [{}])
 
 
-def test_a_restart_uses_the_recipe_as_it_was_read_at_the_start(recipe_file, tmp_path, undisturbed):
-    process = start(recipe_file, tmp_path / "run", "--set", "checkpoint.every_steps=1")
+def test_a_restart_uses_the_recipe_as_it_was_read_at_the_start(recipe_file, tmp_path, undisturbed, faults):
+    every = ["--set", "checkpoint.every_steps=1"]
+    process = start(recipe_file, tmp_path / "run", *every, environment=faults(hold(8)))
     wait_for_lines(tmp_path / "run" / "metrics.jsonl", 2, process)
     recipe_file.write_text(recipe_file.read_text().replace("steps: 8", "steps: 9") + "nonsense: true\n")
     psutil.Process(process.pid).children(recursive=True)[-1].kill()
-    printed, _ = process.communicate(timeout=100)
+    faults.release()
+    printed, _ = process.communicate()
     assert process.returncode == 0 and "restarting from there (1/10)" in printed, printed
     assert state_hash(tmp_path / "run", 8) == undisturbed
 

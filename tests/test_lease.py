@@ -8,6 +8,7 @@ import sys
 import threading
 from dataclasses import asdict, replace
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 from runs import WAIT_SECONDS, wait_until
@@ -20,11 +21,11 @@ from lora_kit.runs.lease import Fence, Heart, Lease, inherited
 from lora_kit.runs.resume import open_run, take_over
 
 HOLDER = """
-import sys, time
+import sys
 from pathlib import Path
 from lora_kit.runs.lease import take
 print(take(Path(sys.argv[1]), run_id="r").token, flush=True)
-time.sleep(60)
+input()
 """
 
 
@@ -34,7 +35,7 @@ def take(run, **more):
 
 @pytest.fixture
 def holder(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdin=PIPE, stdout=PIPE, text=True)
     assert process.stdout.readline() == "1\n"
     yield process
     process.kill()

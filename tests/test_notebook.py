@@ -16,7 +16,6 @@ from lora_kit.views import notebook
 from lora_kit.views.preview import Example, Piece, Preview
 
 jupyter = pytest.importorskip("jupyter_client.manager")
-pytestmark = pytest.mark.timeout(300)
 
 
 def records(*losses, **more):

@@ -3,11 +3,12 @@
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
-from runs import ENVIRONMENT, WAIT_SECONDS, state_hash, train
+from runs import ENVIRONMENT, WAIT_SECONDS, run_code, state_hash, train
 from typer.testing import CliRunner
 
 from lora_kit.cli import app
@@ -93,7 +94,7 @@ def test_a_closed_stream_and_a_character_that_it_lacks_raise_nothing():
     assert raw.getvalue() == rb"\u2502\xe9"
 
 
-@pytest.mark.parametrize("to", ["| head -n 1", "> /dev/full", "> /dev/full 2>&1", ">&- 2>&-", "<&- >&- 2>&-", "| true"])
+@pytest.mark.parametrize("to", ["| head -n 1", "> /dev/full", "<&- >&- 2>&-"])
 def test_a_run_ends_well_wherever_its_output_goes(recipe_file, tmp_path, reference, to):
     out = tmp_path / "run"
     command = f"{sys.executable} -m lora_kit train {recipe_file} --out {out}"
@@ -103,15 +104,18 @@ def test_a_run_ends_well_wherever_its_output_goes(recipe_file, tmp_path, referen
     assert state_hash(out, 8) == state_hash(reference(recipe_file), 8)
 
 
-def test_a_finished_run_shows_its_table_in_ascii(recipe_file, tmp_path):
-    out = tmp_path / "run"
-    train(recipe_file, out)
-    ended = sent(
-        [sys.executable, "-m", "lora_kit", "train", str(recipe_file), "--out", str(out)],
-        {"PYTHONIOENCODING": "ascii"},
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert "lora-kit status" in ended.stdout and ended.stdout.isascii()
+IN_ASCII = """
+import sys
+from lora_kit.cli import app
+sys.stdout.reconfigure(encoding="ascii")
+app()
+"""
+
+
+def test_a_finished_run_shows_its_table_in_ascii(recipe_file, tmp_path, reference):
+    out = shutil.copytree(reference(recipe_file), tmp_path / "run")
+    printed = run_code(IN_ASCII, "train", recipe_file, "--out", out)
+    assert "lora-kit status" in printed and printed.isascii()
 
 
 @pytest.mark.quick

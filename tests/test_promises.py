@@ -108,7 +108,7 @@ def test_a_manifest_names_its_format_and_holds_nothing_but_json(recipe_file, tmp
     assert not any(one.suffix in (".pt", ".bin", ".pth", ".pkl") for one in path.iterdir())
 
 
-def test_a_keeper_beside_a_trainer_outlives_it_when_memory_runs_out(recipe_file, tmp_path, monkeypatch):
+def test_a_keeper_beside_a_trainer_outlives_it_when_memory_runs_out(recipe_file, tmp_path, monkeypatch, fresh_keeper):
     scores, loss = [], Sft.loss
     mine, out = Path("/proc/self/oom_score_adj"), tmp_path / "run"
 

@@ -23,13 +23,13 @@ def random_base(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_an_adapter_learns_the_task_on_the_embedded_base_and_not_on_a_random_one(random_base, tmp_path):
     recipe = ROOT / "recipes" / "quickstart.yaml"
     few = ["--set", "evaluate.generate=40"]  # whoever learns nothing writes every answer to the longest length
     others = {"learned": [], "control": ["--set", f"base.repo={random_base}", *few]}
     runs = {name: start(recipe, tmp_path / name, *more, fresh=True) for name, more in others.items()}
-    printed = {name: process.communicate(timeout=850)[0] for name, process in runs.items()}
+    printed = {name: process.communicate(timeout=1700)[0] for name, process in runs.items()}
     assert {process.returncode for process in runs.values()} == {0}, printed
     scores = {name: json.loads((tmp_path / name / "result.json").read_text())["metrics"] for name in runs}
     learned, control = scores["learned"], scores["control"]

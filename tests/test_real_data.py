@@ -33,7 +33,6 @@ def snips(folder, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("base", ["stories260k-hf", "babyllama361-hf"])
 def test_a_story_teller_learns_to_tell_intents(shared_data, tmp_path, base):
     for name, kind in (("train", "train"), ("validation", "validate")):

@@ -7,17 +7,15 @@ import signal
 import time
 
 import pytest
+from conftest import hold
 from runs import start, state_hash, train, wait_for_lines
 
 STEPS = 8
 
 
-BOTH = pytest.mark.parametrize("dtype", ["float32", "bfloat16"], indirect=True)
-
-
 @pytest.fixture(scope="module")
 def dtype(request):
-    """The precision of the base: fp32, or what `BOTH` gives."""
+    """The precision of the base: fp32, or what a test's parameter says."""
     return getattr(request, "param", "float32")
 
 
@@ -42,18 +40,21 @@ def steps_shown(out):
 
 
 @pytest.mark.quick
-@BOTH
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"], indirect=True)
 def test_two_processes_end_with_the_bytes_of_one(recipe, undisturbed, tmp_path):
     train(recipe, tmp_path / "run", processes=2)
     assert state_hash(tmp_path / "run", STEPS) == undisturbed
 
 
-@BOTH
-@pytest.mark.parametrize(("first", "second"), [(1, 1), (1, 2), (2, 1)])
-def test_a_run_killed_anywhere_goes_on_to_the_same_bytes(recipe, undisturbed, tmp_path, first, second):
+@pytest.mark.parametrize(
+    ("dtype", "first", "second"),
+    [("float32", 1, 1), ("float32", 1, 2), ("float32", 2, 1), ("bfloat16", 2, 1)],
+    indirect=["dtype"],
+)
+def test_a_run_killed_anywhere_goes_on_to_the_same_bytes(recipe, undisturbed, faults, tmp_path, first, second):
     out = tmp_path / "run"
     rng = random.Random(f"{first}{second}")
-    process = start(recipe, out, processes=first)
+    process = start(recipe, out, processes=first, environment=faults(hold(STEPS)))
     wait_for_lines(out / "metrics.jsonl", rng.randint(3, 6), process)
     time.sleep(rng.uniform(0, 0.02))  # so that the kill comes at any moment of a step
     os.killpg(process.pid, signal.SIGKILL)
@@ -65,9 +66,9 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_bytes(recipe, undisturbed, tm
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_saves_the_step_and_exits_75(recipe, undisturbed, tmp_path, processes):
-    out = tmp_path / "run"
-    process = start(recipe, out, "--set", "checkpoint.every_steps=100", processes=processes)
+def test_sigterm_saves_the_step_and_exits_75(recipe, undisturbed, faults, tmp_path, processes):
+    out, rarely = tmp_path / "run", ["--set", "checkpoint.every_steps=100"]
+    process = start(recipe, out, *rarely, processes=processes, environment=faults(hold(STEPS)))
     wait_for_lines(out / "metrics.jsonl", 2, process)
     process.terminate()
     printed, _ = process.communicate()

@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 import pytest
 from conftest import TEMPLATE, make_records, make_tokenizer, write_jsonl
+from runs import WAIT_SECONDS
 from transformers import AutoTokenizer
 
 from lora_kit.data import arrays, sandbox, template, tokenising, tokens
@@ -214,7 +215,7 @@ def test_children_end_with_their_parent(make):
         os._exit(0)
     child = psutil.Process(int(os.read(pipe[0], 100)))
     os.waitpid(parent, 0)
-    child.wait(30)
+    child.wait(WAIT_SECONDS)
     assert children_of_this() <= before
     for descriptor in pipe:
         os.close(descriptor)

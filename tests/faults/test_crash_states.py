@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from crash_states import certain, operations
+from runs import WAIT_SECONDS
 
 SCRIPT = Path(__file__).parent / "crash_states.py"
 
@@ -15,7 +16,7 @@ def look(states, *, without="pass"):
     broken = f"import sys, runpy; from lora_kit.runs import store; {without}; "
     broken += f"sys.argv[1:] = ['--states', '{states}']; sys.path.insert(0, {str(SCRIPT.parent)!r}); "
     broken += f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
-    return subprocess.run([sys.executable, "-c", broken], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", broken], capture_output=True, text=True, timeout=WAIT_SECONDS)
 
 
 @pytest.mark.quick

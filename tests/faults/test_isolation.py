@@ -12,13 +12,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import go_on, gone, start, started, state_hash, wait_for_lines, wait_until, with_faults
+from conftest import hold
+from runs import go_on, gone, start, started, state_hash, wait_for_lines, wait_until
 
 from lora_kit.runs import live, store
 
 STEPS = 14
 NOT_HERE = 77
-SLOWLY = {"FAULTS_SLEEP": "0.15", "PYTHONPATH": with_faults()}
 
 INSIDE = """
 import ctypes, json, os, subprocess, sys
@@ -40,7 +40,7 @@ for command in mounts:
 sys.path.insert(0, tests)
 from lora_kit.errors import LoraKitError
 from lora_kit.runs import lease
-lease.DEAD_SECONDS = place.get("dead", 4.0)
+lease.DEAD_SECONDS = place["dead"]
 if place.get("script"):
     from fork_server import inject
     from lora_kit.recipe.load import load_recipe
@@ -94,6 +94,8 @@ def nothing_was_lost(out, undisturbed):
     assert state_hash(out, STEPS) == undisturbed
 
 
+LIVING = {"dead": 600.0}  # a living holder is seen at its next beat, however slow it is
+STOPPED = {"dead": 1.0}  # nobody else holds the run, but a process that was stopped
 PLACES = {
     "another PID namespace": {"pid": True},
     "another host name": {"host": "other"},
@@ -104,18 +106,19 @@ PLACES = {
 
 @pytest.fixture(params=PLACES)
 def place(request, tmp_path):
-    found = PLACES[request.param] | {"dead": 60.0}  # a living holder is seen at its next beat, however slow it is
+    found = PLACES[request.param] | LIVING
     if "boot" in found:
         (tmp_path / "boot").write_text("00000000-0000-0000-0000-000000000000\n")
         found["boot"] = str(tmp_path / "boot")
     return found
 
 
-def test_a_second_job_elsewhere_is_refused_and_the_first_is_untouched(recipe, undisturbed, tmp_path, place):
+def test_a_second_job_elsewhere_is_refused_and_the_first_is_untouched(recipe, undisturbed, faults, tmp_path, place):
     out = tmp_path / "run"
-    process = start(recipe, out, environment=SLOWLY)
+    process = start(recipe, out, environment=faults(hold(5)))
     wait_for_lines(out / "metrics.jsonl", 1, process)
     code, printed = ended(start_inside(place, recipe, out))
+    faults.release()
     assert code == 2 and "is training here; wait for it, stop it, or use another --out" in printed, printed
     assert process.wait() == 0
     nothing_was_lost(out, undisturbed)
@@ -125,16 +128,19 @@ def test_a_second_job_elsewhere_is_refused_and_the_first_is_untouched(recipe, un
 @pytest.mark.slow
 @pytest.mark.parametrize("script", [False, True])
 @pytest.mark.parametrize("same_memory", [False, True])
-def test_a_job_that_was_overtaken_in_a_pause_writes_nothing_more(recipe, undisturbed, tmp_path, script, same_memory):
-    out, place = tmp_path / "run", {"pid": True, "script": script, "shm": same_memory}
-    first = start_inside(place, recipe, out, SLOWLY)
+def test_a_job_that_was_overtaken_in_a_pause_writes_nothing_more(
+    recipe, undisturbed, faults, tmp_path, script, same_memory
+):
+    out, place = tmp_path / "run", STOPPED | {"pid": True, "script": script, "shm": same_memory}
+    first = start_inside(place, recipe, out, faults(hold(STEPS - 1)))
     need_namespaces(first, out)
     wait_for_lines(out / "metrics.jsonl", random.Random(f"{script}{same_memory}").randint(3, 6), first)
     family = [psutil.Process(first.pid), *psutil.Process(first.pid).children(recursive=True)]
     for process in family:
         process.send_signal(signal.SIGSTOP)
-    code, printed = ended(start_inside({"pid": True, "shm": same_memory}, recipe, out))
+    code, printed = ended(start_inside(place | {"script": False}, recipe, out))
     assert code == 0, printed
+    faults.release()
     before = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
     for process in reversed(family):
         process.send_signal(signal.SIGCONT)
@@ -153,9 +159,9 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_launch_that_loses_its_lease_ends_with_exit_code_2(recipe, undisturbed, tmp_path, loss):
+def test_a_launch_that_loses_its_lease_ends_with_exit_code_2(recipe, undisturbed, faults, tmp_path, loss):
     out = tmp_path / "run"
-    process = start(recipe, out, environment=SLOWLY)
+    process = start(recipe, out, environment=faults(hold(STEPS)))
     wait_for_lines(out / "metrics.jsonl", 3, process)
     family = psutil.Process(process.pid).children(recursive=True)
     LOSSES[loss](out)
@@ -174,23 +180,25 @@ def region_folder(out):
     return live.open_region(out).path.parent
 
 
-def test_a_region_that_is_removed_is_told_and_costs_nothing(recipe, undisturbed, tmp_path):
+def test_a_region_that_is_removed_is_told_and_costs_nothing(recipe, undisturbed, faults, tmp_path):
     out = tmp_path / "run"
-    process = start(recipe, out, environment=SLOWLY)
+    process = start(recipe, out, environment=faults(hold(4), hold(10)))
     wait_for_lines(out / "metrics.jsonl", 2, process)
     shutil.rmtree(region_folder(out))
     wait_until(lambda: events(out, "fault"), process)
-    wait_for_lines(out / "metrics.jsonl", len(steps_shown(out)) + 3, process)
+    faults.release(0)
+    wait_for_lines(out / "metrics.jsonl", 5, process)
     psutil.Process(process.pid).children(recursive=True)[-1].kill()
+    faults.release(1)
     printed, _ = process.communicate()
     assert process.returncode == 0 and "removed while the run uses it" in printed, printed
     nothing_was_lost(out, undisturbed)
     assert all(event["reached"] <= event["step"] for event in events(out, "resumed"))
 
 
-def test_after_its_region_was_removed_a_run_is_still_stopped_without_a_loss(recipe, tmp_path):
+def test_after_its_region_was_removed_a_run_is_still_stopped_without_a_loss(recipe, faults, tmp_path):
     out = tmp_path / "run"
-    process = start(recipe, out, "--set", "checkpoint.every_steps=100", environment=SLOWLY)
+    process = start(recipe, out, "--set", "checkpoint.every_steps=100", environment=faults(hold(STEPS)))
     wait_for_lines(out / "metrics.jsonl", 2, process)
     shutil.rmtree(region_folder(out))
     wait_for_lines(out / "metrics.jsonl", 5, process)
@@ -200,10 +208,11 @@ def test_after_its_region_was_removed_a_run_is_still_stopped_without_a_loss(reci
     assert store.find(out).latest.step == steps_shown(out)[-1]
 
 
-def test_a_run_restored_from_a_backup_goes_on_from_the_newest_live_state(recipe, undisturbed, tmp_path):
+def test_a_run_restored_from_a_backup_goes_on_from_the_newest_live_state(recipe, undisturbed, faults, tmp_path):
     out, backup = tmp_path / "run", tmp_path / "backup"
     for lines in (3, 6):  # the live state has a higher token than the backup
-        process = start(recipe, out, "--set", "checkpoint.every_steps=100", environment=SLOWLY)
+        environment = faults(hold(6), hold(9))
+        process = start(recipe, out, "--set", "checkpoint.every_steps=100", environment=environment)
         wait_for_lines(out / "metrics.jsonl", lines, process)
         if lines == 3:
             shutil.copytree(out, backup)
@@ -234,6 +243,7 @@ def kill():
     while (region := live.open_region(out)) is None or region.keeper is None:
         time.sleep(0.01)
     os.kill(region.keeper.pid, signal.SIGKILL)
+    Path(os.environ["FAULTS_DONE"], "0.released").touch()
 
 threading.Thread(target=kill).start()
 loop.train(load_recipe(sys.argv[1], ["checkpoint.every_steps=100"]), sys.argv[2])
@@ -241,10 +251,10 @@ loop.train(load_recipe(sys.argv[1], ["checkpoint.every_steps=100"]), sys.argv[2]
 
 
 def test_a_keeper_beside_a_script_that_is_killed_is_told_at_the_next_step_and_another_goes_on(
-    recipe, undisturbed, tmp_path
+    recipe, undisturbed, faults, tmp_path
 ):
     out = tmp_path / "run"
-    process = started([recipe, out, Path(__file__).parents[1]], SLOWLY, code=KEEPER_KILLED)
+    process = started([recipe, out, Path(__file__).parents[1]], faults(hold(3)), code=KEEPER_KILLED)
     printed, _ = process.communicate()
     assert process.returncode == 0, printed
     told = "the keeper, which writes the checkpoints, has ended (killed by SIGKILL); another one was started"
@@ -252,22 +262,25 @@ def test_a_keeper_beside_a_script_that_is_killed_is_told_at_the_next_step_and_an
     nothing_was_lost(out, undisturbed)
 
 
-def test_a_zygote_that_is_stopped_does_not_keep_the_run_waiting(recipe, undisturbed, tmp_path):
+def test_a_zygote_that_is_stopped_does_not_keep_the_run_waiting(recipe, undisturbed, faults, tmp_path):
     out = tmp_path / "run"
-    process = start(recipe, out, environment=SLOWLY)
+    process = start(recipe, out, environment=faults(hold(4)))
     wait_for_lines(out / "metrics.jsonl", 2, process)
     zygote = psutil.Process(process.pid).children()[0]
     (worker,) = zygote.children()
     zygote.send_signal(signal.SIGSTOP)
     worker.kill()
+    faults.release()
     printed, _ = process.communicate()
     assert process.returncode == 0 and "restarting from there (1/10)" in printed, printed
     nothing_was_lost(out, undisturbed)
 
 
-def test_two_containers_that_start_at_the_same_moment_are_one_run(recipe, undisturbed, tmp_path):
-    out, place = tmp_path / "run", {"pid": True, "dead": 60.0}
-    both = [start_inside(place, recipe, out, SLOWLY) for _ in range(2)]
+def test_two_containers_that_start_at_the_same_moment_are_one_run(recipe, undisturbed, faults, tmp_path):
+    out, place = tmp_path / "run", LIVING | {"pid": True}
+    both = [start_inside(place, recipe, out, faults(hold(2))) for _ in range(2)]
+    wait_until(lambda: any(process.poll() is not None for process in both))
+    faults.release()
     codes = sorted(ended(process)[0] for process in both)
     assert codes == [0, 2]
     nothing_was_lost(out, undisturbed)

@@ -12,8 +12,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from places import NOT_ALLOWED, Place, Shim, family, library, start_at
-from runs import go_on, gone, state_hash, wait_for_lines, wait_until
+from conftest import Faults, hold
+from filelock import FileLock
+from places import LIVING_SECONDS, NOT_ALLOWED, Place, Shim, family, library, start_at
+from runs import SESSION, WAIT_SECONDS, go_on, gone, state_hash, wait_for_lines, wait_until
 
 from lora_kit.runs import live, store
 
@@ -27,12 +29,12 @@ pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root, for namesp
 @pytest.fixture(scope="module")
 def so():
     """The library that all jobs have preloaded, also those of other users."""
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
+    folder = Path(os.environ[SESSION])
+    with FileLock(folder / "shim.lock", timeout=WAIT_SECONDS):
         found = library(folder)
-        if found is None:
-            pytest.skip("needs a C compiler")
-        yield found
+    if found is None:
+        pytest.skip("needs a C compiler")
+    return found
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ def job(recipe, so, tmp_path):
     shim = Shim(tmp_path / "shim", "/run/")
 
     def start(*more, place=None, out=tmp_path / "run", shim=shim, faults=None):
-        return start_at(place or Place(), recipe, out, *more, shim=shim, so=so, faults=faults)
+        return start_at(place or Place(), recipe, out, *more, shim=shim, so=so, faults=faults, dead=LIVING_SECONDS)
 
     start.shim, start.out = shim, tmp_path / "run"
     return start
@@ -126,24 +128,27 @@ def test_the_order_of_writers_shows_a_second_one(monkeypatch):
 
 
 @pytest.mark.parametrize("seconds", [-86400.0, 5.0, 1e8])
-def test_a_step_of_the_clock_frees_no_run_and_costs_nothing(job, undisturbed, tmp_path, seconds):
-    first = job()
+def test_a_step_of_the_clock_frees_no_run_and_costs_nothing(job, undisturbed, faults, tmp_path, seconds):
+    first = job(faults=faults(hold(6)))
     reaches(first, job.out, 3)
     job.shim.set(clock=seconds)
     second = Shim(tmp_path / "other", "/run/")
     code, printed = ended(job(place=Place(container=True), shim=second))
     assert code == 2 and "is training here" in printed, printed
+    faults.release()
     assert ended(first)[0] == 0
     nothing_was_lost(job.out, undisturbed)
     assert len(events(job.out, "started", "resumed")) == 1
 
 
-def test_another_users_job_on_a_living_run_is_refused_though_proc_hides_it(undisturbed, so, open_to_all):
+def test_another_users_job_on_a_living_run_is_refused_though_proc_hides_it(undisturbed, so, faults, open_to_all):
     recipe, out, shim = open_to_all / "recipe.yaml", open_to_all / "run", Shim(open_to_all / "shim", "/run/")
-    first = start_at(Place(), recipe, out, shim=shim, so=so)
+    first = start_at(Place(), recipe, out, shim=shim, so=so, faults=faults(hold(5)))
     reaches(first, out, 2)
-    code, printed = ended(start_at(Place(user=20001, hidden=True), recipe, out, shim=shim, so=so))
+    another = start_at(Place(user=20001, hidden=True), recipe, out, shim=shim, so=so, dead=LIVING_SECONDS)
+    code, printed = ended(another)
     assert code == 2 and ("is training here" in printed or "lease.json" in printed), printed
+    faults.release()
     assert ended(first)[0] == 0
     nothing_was_lost(out, undisturbed)
 
@@ -152,13 +157,15 @@ FAILING = {"sync": errno.EIO, "folder_sync": errno.EIO, "rename": errno.ENOSPC}
 
 
 @pytest.mark.parametrize("call", FAILING)
-def test_a_disk_whose_syncs_or_renames_fail_for_a_while_costs_nothing(job, undisturbed, call):
+def test_a_disk_whose_syncs_or_renames_fail_for_a_while_costs_nothing(job, undisturbed, faults, call):
     job.shim.set(match="/run/checkpoints/")
-    process = job("--set", "checkpoint.every_seconds=0.2")
+    process = job("--set", "checkpoint.every_seconds=0.2", faults=faults(hold(4), hold(STEPS)))
     reaches(process, job.out, 2)
     job.shim.set(**{call: FAILING[call]})
+    faults.release(0)
     before = wait_until(lambda: events(job.out, "fault"), process)
     job.shim.set(**{call: 0})
+    faults.release(1)
     code, printed = ended(process)
     assert code == 0 and os.strerror(FAILING[call]) in before[0]["what"], (before, printed)
     nothing_was_lost(job.out, undisturbed)
@@ -170,16 +177,25 @@ def test_a_file_system_that_syncs_no_folders_gets_checkpoints(job, undisturbed):
     nothing_was_lost(job.out, undisturbed)
 
 
-@pytest.mark.parametrize("file", [store.ADAPTER, store.OPTIMIZER, store.ADAPTER_CONFIG, "manifest.json"])
-def test_a_newest_checkpoint_that_cannot_be_read_falls_back_to_the_one_before(job, undisturbed, tmp_path, file):
-    process = job("--set", "checkpoint.every_steps=2")
-    reaches(process, job.out, 4)
-    wait_until(lambda: len(store.folders(job.out)) >= 2, process)
+@pytest.fixture(scope="module")
+def killed(recipe, so, tmp_path_factory):
+    """A run that was killed after two checkpoints and has no live state."""
+    folder = tmp_path_factory.mktemp("killed")
+    out, shim, faults = folder / "run", Shim(folder / "shim", "/run/"), Faults(folder / "faults")
+    process = start_at(
+        Place(), recipe, out, "--set", "checkpoint.every_steps=2", shim=shim, so=so, faults=faults(hold(8))
+    )
+    reaches(process, out, 4)
+    wait_until(lambda: len(store.folders(out)) >= 2, process)
     kill_all(process)
+    live.discard(live.open_region(out))
+    return out
+
+
+@pytest.mark.parametrize("file", [store.ADAPTER, store.OPTIMIZER, store.ADAPTER_CONFIG, "manifest.json"])
+def test_a_newest_checkpoint_that_cannot_be_read_falls_back_to_the_one_before(job, killed, undisturbed, file):
+    shutil.copytree(killed, job.out)
     newest = store.folders(job.out)[0]
-    region = live.open_region(job.out)
-    if region is not None:
-        live.discard(region)
     job.shim.set(match=f"{newest.name}/{file}", read=errno.EIO)
     code, printed = ended(job())
     assert code == 0 and newest.name in printed and os.strerror(errno.EIO) in printed, printed
@@ -204,23 +220,23 @@ def small_memory():
 
 
 def test_a_trainer_that_exceeds_the_memory_of_its_container_is_killed_and_nothing_is_lost(
-    job, undisturbed, small_memory, tmp_path
+    job, undisturbed, small_memory, faults
 ):
-    (tmp_path / "done").mkdir()
-    plan = json.dumps([{"step": 5, "phase": "forward", "kind": "grow"}])
+    plan = {"step": 5, "phase": "forward", "kind": "grow"}
     (small_memory / "memory.limit_in_bytes").write_text(str(2 << 30))
-    process = job(place=Place(memory=str(small_memory)), faults={"FAULTS": plan, "FAULTS_DONE": str(tmp_path / "done")})
-    code, printed = ended(process)
+    code, printed = ended(job(place=Place(memory=str(small_memory)), faults=faults(plan)))
     assert code == 0 and "killed by SIGKILL (out of memory?)" in printed, printed
     assert "restarting from there (1/10)" in printed
     nothing_was_lost(job.out, undisturbed)
 
 
-def test_a_start_where_the_disk_of_another_run_is_not_mounted_leaves_its_live_state(job, recipe, undisturbed, tmp_path):
+def test_a_start_where_the_disk_of_another_run_is_not_mounted_leaves_its_live_state(
+    job, recipe, undisturbed, faults, tmp_path
+):
     elsewhere = tmp_path / "disk"
     elsewhere.mkdir()
     out = elsewhere / "run"
-    process = job("--set", "checkpoint.every_steps=100", out=out)
+    process = job("--set", "checkpoint.every_steps=100", out=out, faults=faults(hold(9)))
     reaches(process, out, 5)
     kill_all(process)
     other = job(place=Place(container=True, covered=str(elsewhere)), out=tmp_path / "other")

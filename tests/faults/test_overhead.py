@@ -6,7 +6,7 @@ How long the loop waits, and what the copy costs a whole step, is measured by be
 import threading
 
 import pytest
-from runs import go_on
+from runs import WAIT_SECONDS, go_on
 
 from lora_kit.runs import live
 from lora_kit.training import loop
@@ -34,7 +34,7 @@ def test_the_next_step_computes_while_the_copy_has_not_ended(recipe_file, tmp_pa
 
     def late(target, sources):
         if len(overlapped) < STEPS - 1:  # after the last step nothing computes
-            overlapped.append(computing.wait(10))
+            overlapped.append(computing.wait(WAIT_SECONDS))
             computing.clear()
         return copy(target, sources)
 

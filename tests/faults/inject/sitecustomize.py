@@ -2,7 +2,8 @@
 
 FAULTS is a JSON list of {rank, step, phase, kind}; each fires once (in all attempts together; `again` times if given),
 in the process of that rank, when it reaches that phase of that step or, if that was missed, of a later one.
-FAULTS_DONE is a folder that remembers what fired. FAULTS_SLEEP makes every step take so many seconds longer.
+FAULTS_DONE is a folder that remembers what fired. FAULTS_SLEEP makes every step take so many seconds longer. A process
+that holds waits until `NUMBER.released` is in that folder, or until something ends it.
 """
 
 import importlib.abc
@@ -19,6 +20,7 @@ from typing import ClassVar
 PLAN = json.loads(os.environ.get("FAULTS", "[]"))
 SLEEP = float(os.environ.get("FAULTS_SLEEP", "0"))
 DONE = Path(os.environ.get("FAULTS_DONE", "/nowhere"))
+HOLD_SECONDS = 600  # the longest a process holds
 here = {"step": -1}
 
 
@@ -31,11 +33,11 @@ def reach(phase, job=None):
                 mark = DONE / f"{number}.{turn}"
                 if not mark.exists():
                     mark.touch()
-                    act(fault["kind"], job)
+                    act(fault["kind"], job, number)
                     break
 
 
-def act(kind, job):
+def act(kind, job, number):
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif kind == "stop":
@@ -61,8 +63,10 @@ def act(kind, job):
         import torch
 
         job.state.weights.view(torch.int32)[5] ^= 1 << 12
-    elif kind == "wait":
-        time.sleep(30)
+    elif kind == "hold":
+        end = time.monotonic() + HOLD_SECONDS
+        while not (DONE / f"{number}.released").exists() and time.monotonic() < end:
+            time.sleep(0.005)
     elif kind == "full":
         raise OSError(28, os.strerror(28))
 

@@ -37,6 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+NO_THREAD = "can't start new thread"  # of the RuntimeError by which Python says that the kernel allows no other thread
 GPUS = Path("/proc/driver/nvidia/gpus")  # the driver's folder for each GPU
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file.")]
@@ -57,6 +58,11 @@ def error_messages() -> Iterator[None]:
         if not launched_by_another() or os.environ.get("RANK", "0") == "0" or error.exit_code == 1:
             print_error(str(error) or type(error).__name__, "stopped" if error.exit_code == 75 else "error")
         raise SystemExit(error.exit_code) from None
+    except RuntimeError as error:
+        if str(error) != NO_THREAD:
+            raise
+        print_error(f"{NO_THREAD}: the limit of processes (ulimit -u) or of memory is too low for this command")
+        raise SystemExit(1) from None
     except OSError as error:  # a file or a folder that cannot be read or written, or a name that is too long
         if error.filename is None:
             raise

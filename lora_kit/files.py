@@ -21,7 +21,11 @@ PARTIAL = ".partial"  # the end of the name of a file that is being written
 
 def cache_folder(name: str) -> Path:
     """Return the user's cache folder of this name; it may not exist yet."""
-    return Path(os.environ.get(CACHE) or platformdirs.user_cache_dir("lora_kit")) / name
+    try:
+        folder = os.environ.get(CACHE) or platformdirs.user_cache_dir("lora_kit")
+    except RuntimeError:  # the user has no home: a container with a user id of its own
+        folder = f"/tmp/lora_kit-{os.getuid()}"
+    return Path(folder) / name
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,20 @@ def remembered_sha256(path: Path) -> str:
     except OSError as error:  # the cache is optional
         warnings.warn(f"hashes of large files are not remembered: {error}", stacklevel=3)
     return digest or sha256_of(real)
+
+
+def path_in(folder: Path, text: str) -> Path:
+    """Return the path of a text, which may begin with `~` and may not exist; relative paths start in `folder`.
+
+    Raises:
+        OSError: The home folder is not known, the name is too long, or a folder of the path cannot be searched.
+    """
+    try:
+        path = folder / Path(text).expanduser()
+    except RuntimeError as error:
+        raise OSError(errno.ENOENT, str(error).rstrip("."), text) from error
+    path.exists()  # raises what would be raised later
+    return path
 
 
 def open_regular(path: Path) -> BufferedReader:

@@ -351,6 +351,15 @@ def test_problems_of_the_data_are_reported_as_without_a_cache(folder):
         data_of(folder, "data.train=gone.jsonl")
 
 
+def test_a_user_without_a_home_has_a_cache(monkeypatch):
+    def homeless(name):
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.delenv(files.CACHE)
+    monkeypatch.setattr(files.platformdirs, "user_cache_dir", homeless)
+    assert files.cache_folder("tokens") == Path(f"/tmp/lora_kit-{os.getuid()}/tokens")
+
+
 def test_a_read_only_cache_folder_is_no_error(folder, made):
     (folder / "cache").write_text("in the way")
     assert same(data_of(folder), data_of(folder)) and len(made) == 2

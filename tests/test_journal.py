@@ -1,5 +1,6 @@
 """The logs show every finished step once and survive a torn line."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ from manifests import step_record
 from runs import WAIT_SECONDS
 
 from lora_kit.errors import CheckpointError
+from lora_kit.runs import journal as module
 from lora_kit.runs.journal import Journal
 from lora_kit.runs.status import status
 
@@ -78,6 +80,27 @@ def test_what_a_full_disk_does_not_take_waits_for_the_next_line(tmp_path, monkey
     journal.metrics(step_record(3))
     assert not journal.trouble and [one["step"] for one in journal.read_metrics()] == [1, 2, 3]
     assert [one["kind"] for one in journal.read_events()] == ["checkpoint"]
+
+
+def test_a_log_that_cannot_be_written_keeps_no_line_from_the_other(tmp_path, monkeypatch):
+    journal, append = Journal(tmp_path), module._append
+
+    def denied(path, line):
+        if path.name == "events.jsonl":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        append(path, line)
+
+    monkeypatch.setattr(module, "_append", denied)
+    journal.event("resumed", step=0, steps=3)
+    journal.metrics(step_record(1))
+    journal.event("fault", what="x")
+    journal.metrics(step_record(2))
+    assert journal.last_step() == 2
+    assert journal.trouble.endswith("events.jsonl: Permission denied; 2 line(s) wait in memory")
+    monkeypatch.undo()
+    journal.metrics(step_record(3))
+    assert [event["kind"] for event in journal.read_events()] == ["resumed", "fault"] and not journal.late
+    assert [record["step"] for record in journal.read_metrics()] == [1, 2, 3]
 
 
 def test_a_cut_that_changes_nothing_writes_nothing(tmp_path, monkeypatch):

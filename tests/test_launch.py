@@ -1,5 +1,6 @@
 """Every way to launch runs the same loop: same bytes, same exit codes, and no thread count but the run's own."""
 
+import errno
 import json
 import os
 import signal
@@ -18,8 +19,9 @@ from typer.testing import CliRunner
 
 from lora_kit import cli
 from lora_kit.cli import app, train_worker
-from lora_kit.errors import LaunchError
+from lora_kit.errors import LaunchError, LoraKitError
 from lora_kit.recipe.load import load_recipe
+from lora_kit.runs.status import status
 from lora_kit.supervise import launch as launching
 from lora_kit.supervise import stopping, zygote
 from lora_kit.supervise.zygote import MESSAGE_BYTES, Zygote
@@ -265,6 +267,49 @@ def test_a_request_carries_every_argument_of_train(recipe_file, tmp_path, monkey
 
 def test_a_request_names_no_argument_that_train_does_not_have():
     assert [field.name for field in fields(TrainRequest)] == list(signature(loop.train).parameters)
+
+
+def test_the_error_that_ends_a_run_is_what_status_says(recipe_file, tmp_path):
+    train(recipe_file, tmp_path / "run", "--set", "train.max_loss=1e-6", expect=1)
+    now = status(tmp_path / "run")
+    assert now.state == "failed, resumable" and "no step from 1 to " in now.interruptions[-1]["cause"]
+    before = (tmp_path / "run" / "events.jsonl").read_bytes()
+    train(recipe_file, tmp_path / "run", "--set", "adapter.rank=8", expect=2)
+    assert (tmp_path / "run" / "events.jsonl").read_bytes() == before, "a refused start changes nothing"
+
+
+def test_limits_of_processes_are_told_and_what_is_optional_is_left_out(monkeypatch, capsys):
+    def denied(*_, **__):
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(subprocess, "Popen", denied)
+    assert launching._start_ahead("{}") is None
+    with pytest.raises(LoraKitError, match=r"cannot be started: Resource temporarily unavailable; raise the limit"):
+        Zygote()
+    with pytest.raises(SystemExit) as ended, cli.error_messages():
+        raise RuntimeError("can't start new thread")
+    assert ended.value.code == 1 and "ulimit -u" in capsys.readouterr().err
+
+
+def test_a_zygote_that_cannot_fork_says_so(monkeypatch):
+    code = "import os, errno, sys; from lora_kit.supervise import zygote\n"
+    code += "def denied(): raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))\n"
+    code += "os.fork = denied; zygote.main(int(sys.argv[1]))"
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda c, **more: popen([c[0], "-c", code, c[3]], **more))
+    made = Zygote()
+    made.prepare([])
+    made.start("os:getpid", "", [{}])
+    assert made.process.wait(WAIT_SECONDS) == 1
+    (told,) = made.messages()
+    assert told["refused"] == made.process.pid and "Resource temporarily unavailable" in told["text"]
+
+
+def test_a_zygote_whose_keeper_has_just_been_killed_prints_no_traceback():
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.close()
+    with theirs:
+        zygote._send(theirs, {"ended": 1, "code": 0})
 
 
 def test_a_request_that_is_too_long_is_refused(monkeypatch):

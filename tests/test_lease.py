@@ -340,6 +340,26 @@ def test_a_variable_that_is_no_lease_is_not_inherited(left, tmp_path, monkeypatc
     assert inherited(tmp_path / "run") is None
 
 
+@pytest.mark.parametrize("kind", ["link", "fifo"])
+def test_a_heartbeat_is_written_into_no_link_and_waits_for_no_reader(kind, tmp_path):
+    held = take(tmp_path / "run")
+    beat, other = tmp_path / "run" / f".lease-{held.token}", tmp_path / "other"
+    other.write_text("another file")
+    beat.unlink()
+    beat.symlink_to(other) if kind == "link" else os.mkfifo(beat)
+    with pytest.raises(OSError):
+        lease._beat(tmp_path / "run", held.token, 5)
+    assert other.read_text() == "another file"
+
+
+def test_a_path_that_leads_nowhere_is_refused(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(InputError, match="its symbolic links form a loop; choose another --out"):
+        take_over(tmp_path / "loop")
+    with pytest.raises(InputError, match="its path contains NUL; choose another --out"):
+        take_over(tmp_path / "a\0b")
+
+
 def test_a_path_that_is_not_utf_8_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"udcff': its path is not UTF-8; choose another --out"):
         take_over(tmp_path / os.fsdecode(b"run\xff"))

@@ -1,5 +1,6 @@
 """The live region: the newest snapshot is whole at every moment, and a region never grows or comes from others."""
 
+import errno
 import fcntl
 import json
 import os
@@ -402,6 +403,21 @@ def test_a_kill_while_the_job_file_is_replaced_leaves_one_that_is_valid(run, reg
             write_job(region, template="a new one")
         replaced.append(live.read_job(region).facts.template)
     assert replaced == [None, "a new one"]
+
+
+def test_a_restart_needs_no_space_for_the_same_job_file(run, region, monkeypatch):
+    write_job(region)
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(live, "write_atomically", full)
+    write_job(region)
+    with pytest.raises(CheckpointError, match="No space left"):
+        write_job(region, template="another one")
+    region.path.with_name(live.JOB).write_text("damaged")
+    with pytest.raises(CheckpointError, match="No space left"):
+        write_job(region)
 
 
 def test_shared_memory_is_enough_where_no_temporary_folder_can_be_written(run, monkeypatch):

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from typer.testing import CliRunner
 
 import lora_kit as lk
+from lora_kit.artifacts import merging
 from lora_kit.cli import app
 from lora_kit.errors import CheckpointError, InputError
 
@@ -115,6 +116,15 @@ def test_a_merged_model_that_predicts_something_else_exits_with_1(trained_run, t
     monkeypatch.setattr(merging, "_logits", lambda *arguments: next(calls) * found(*arguments))
     result = CliRunner().invoke(app, ["merge", str(trained_run), "--out", str(tmp_path / "merged")])
     assert result.exit_code == 1 and "predicts other tokens than base and adapter; do not use it" in result.stderr
+
+
+def test_an_adapter_that_is_not_a_number_is_not_merged(trained_run, tmp_path, monkeypatch):
+    loaded = merging.open_adapter(trained_run)
+    next(p for name, p in loaded.model.named_parameters() if "lora_B" in name).data.fill_(float("nan"))
+    monkeypatch.setattr(merging, "open_adapter", lambda *_, **__: loaded)
+    with pytest.raises(CheckpointError, match="cannot be merged: NaNs detected"):
+        lk.merge(trained_run, tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_holds_something_is_left_alone(trained_run, tmp_path):

@@ -1,6 +1,7 @@
 """A run may begin with an earlier adapter, or go back to one of its own checkpoints; neither loses anything."""
 
 import json
+import os
 import re
 import shutil
 
@@ -14,12 +15,13 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from lora_kit.cli import app
-from lora_kit.errors import ContractError, InputError
+from lora_kit.errors import CheckpointError, ContractError, InputError
 from lora_kit.files import sha256_of
 from lora_kit.model.state import FlatState
 from lora_kit.recipe.load import load_recipe
 from lora_kit.runs import store
 from lora_kit.runs.journal import Journal
+from lora_kit.runs.origin import open_origin
 from lora_kit.training import loop
 
 
@@ -169,6 +171,20 @@ def test_a_new_run_begins_with_an_adapter_of_another_program(plain, recipe_file,
 def test_an_adapter_of_another_program_that_does_not_fit_is_refused(changes, problem, plain, recipe_file, tmp_path):
     printed = train(recipe_file, tmp_path / "run", "--from", plain(**changes), expect=2)
     assert re.search(problem, printed) and "Traceback" not in printed
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+def test_an_adapter_of_other_files_than_regular_ones_is_refused_without_waiting(name, kind, trained_run, tmp_path):
+    folder = shutil.copytree(checkpoint(trained_run, 4), tmp_path / "plain")
+    (folder / "manifest.json").unlink()
+    (folder / name).unlink()
+    if kind == "fifo":
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        open_origin(folder)
 
 
 def test_a_pickled_adapter_is_refused(plain, recipe_file, tmp_path):

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_kit.errors import PoisonError
 from lora_kit.recipe.load import load_recipe
+from lora_kit.runs.status import status
 from lora_kit.training import loop
 from lora_kit.training.objectives.sft import Sft
 
@@ -95,6 +96,8 @@ def test_a_run_in_which_nothing_works_any_more_ends_with_the_adapter_from_before
     more = ["checkpoint.every_steps=100", "train.steps=20"]
     with pytest.raises(PoisonError, match=r"no step from 3 to 8 had a loss .* the adapter is as after step 2"):
         loop.train(load_recipe(recipe_file, more), tmp_path / "run")
+    now = status(tmp_path / "run")
+    assert now.state == "failed, resumable" and "no step from 3 to 8 had" in now.interruptions[-1]["cause"]
     monkeypatch.undo()
     loop.train(load_recipe(recipe_file, ["checkpoint.every_steps=2", "train.steps=20"]), tmp_path / "undisturbed")
     good = loop.train(load_recipe(recipe_file, more), tmp_path / "run")

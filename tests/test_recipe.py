@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from lora_kit.data.preflight import KINDS
-from lora_kit.errors import RecipeError
+from lora_kit.data.sources import load as load_records
+from lora_kit.errors import DataError, RecipeError
 from lora_kit.recipe.load import difference, dump, load_recipe, resolve_path, similar_path
 from lora_kit.recipe.reference import json_schema, reference
 from lora_kit.recipe.schema import Recipe
@@ -225,6 +226,36 @@ def test_what_cannot_be_a_hub_name_is_a_missing_folder(tmp_path, name):
     with pytest.raises(RecipeError, match="does not exist; "):
         resolve_path(recipe, name)
     assert similar_path(recipe, "./bse") == "base"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("./" + "x" * 300, "File name too long"),
+        ("x" * 5000, "File name too long"),
+        ("~nobody.of.this.name/base", "Could not determine home directory"),
+    ],
+)
+def test_a_path_that_cannot_be_used_is_refused_with_the_reason(tmp_path, name, reason):
+    recipe = load(tmp_path, MINIMAL)
+    for function in (resolve_path, similar_path):
+        with pytest.raises(RecipeError) as told:
+            function(recipe, name)
+        assert str(told.value) == f"{name}: the path cannot be used: {reason}; check its spelling and permissions"
+
+
+def test_a_broken_link_does_not_suggest_itself(tmp_path):
+    (tmp_path / "mybase").symlink_to(tmp_path / "gone")
+    with pytest.raises(RecipeError, match="does not exist; relative paths start"):
+        resolve_path(load(tmp_path, MINIMAL), "./mybase")
+
+
+@pytest.mark.parametrize("name", ["../cli.py", "/etc/passwd", "base/..", "x" * 300, ""])
+def test_only_what_is_shipped_has_a_builtin_name(tmp_path, name):
+    with pytest.raises(RecipeError, match="not shipped with lora_kit"):
+        resolve_path(load(tmp_path, MINIMAL), f"builtin:{name}")
+    with pytest.raises(DataError, match="not shipped with lora_kit"):
+        load_records(f"builtin:{name}", base_dir=tmp_path)
 
 
 def test_a_missing_file_suggests_a_similar_name(tmp_path):

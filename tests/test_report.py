@@ -106,6 +106,13 @@ def test_it_shows_the_held_out_loss_the_best_checkpoint_and_the_time_that_is_lef
     assert ("held-out loss", "0.2500 after step 7") in now.rows()
 
 
+def test_the_time_left_of_a_log_that_says_anything_is_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_kit.runs.status.is_held", lambda run: True)
+    Journal(tmp_path).event("started", step=0, steps=2**63 - 2, run_id="x")
+    Journal(tmp_path).metrics(step_record(1, tokens=2**62, tokens_per_second=1e-300))
+    assert ("time left", "about 11574 days, 1:46:40") in status(tmp_path).rows()
+
+
 @pytest.fixture
 def held(tmp_path):
     """A run whose lease this process holds, with its live region."""

@@ -215,6 +215,13 @@ def test_an_adapter_has_exactly_its_tensors(change, stranger):
         lk.load(stranger)
 
 
+def test_a_rank_that_the_tensors_do_not_have_allocates_nothing(stranger):
+    recipe = json.loads((stranger / "manifest.json").read_text())["recipe"]
+    forge(stranger, recipe=recipe | {"adapter": recipe["adapter"] | {"rank": 10**9}})
+    with pytest.raises(CheckpointError, match=r"has shape \(4, 32\), expected \(1000000000, 32\)"):
+        lk.load(stranger)
+
+
 def test_an_adapters_configuration_imports_nothing_and_chooses_no_other_method(stranger, tmp_path, monkeypatch):
     (tmp_path / "chosen.py").write_text("raise SystemExit('the module was imported')\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -395,6 +402,24 @@ def test_a_recipe_with_credentials_is_refused_without_quoting_them(field, secret
     told = run_command("train", recipe_file, "--out", tmp_path / "run", "--set", f"{field}={secret}")
     assert told.exit_code == 2 and f"{field}: it contains a token or a password" in told.stderr
     assert secret not in told.output + told.stderr and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+@pytest.mark.parametrize(
+    "form", ["{secret}", "base.repo=[{secret}", "base.{secret}=x", "{secret}.x=y", "base={secret}"]
+)
+def test_an_override_with_credentials_is_not_quoted(form, secret, recipe_file, tmp_path):
+    told = run_command("train", recipe_file, "--out", tmp_path / "run", "--set", form.format(secret=secret))
+    assert told.exit_code == 2 and secret not in told.output + told.stderr
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+@pytest.mark.parametrize("text", ["{secret!r}", "base: {secret!r}", "token: {secret!r}", "{secret!r}: 1"])
+def test_credentials_in_any_place_of_a_recipe_are_not_quoted(text, secret, tmp_path):
+    (tmp_path / "r.yaml").write_text(text.format(secret=secret) + "\n")
+    told = run_command("check", tmp_path / "r.yaml")
+    assert told.exit_code == 2 and secret not in told.output + told.stderr
+    assert "a token or a password" in told.stderr
 
 
 def test_secrets_of_the_environment_reach_no_file_of_a_run(recipe_file, tmp_path):

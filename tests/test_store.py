@@ -24,11 +24,12 @@ from typer.testing import CliRunner
 
 from lora_kit import files
 from lora_kit.cli import app
-from lora_kit.errors import CheckpointError, InputError, LeaseError, LoraKitError
+from lora_kit.errors import CheckpointError, ContractError, InputError, LeaseError, LoraKitError
 from lora_kit.files import write_atomically
 from lora_kit.runs import store
 from lora_kit.runs.journal import Journal
 from lora_kit.runs.layout import Layout
+from lora_kit.runs.lease import is_held
 from lora_kit.runs.manifest import FORMAT, manifest_bytes
 from lora_kit.runs.resume import go_back, open_run, take_over
 from lora_kit.runs.status import checkpoints
@@ -313,6 +314,33 @@ def test_a_manifest_of_another_format_is_refused_with_both_versions(tmp_path):
     (path / "manifest.json").write_bytes(manifest_bytes(content))
     with pytest.raises(CheckpointError, match="format 99, this lora_kit reads 1"):
         open_checkpoint(path)
+
+
+def test_a_run_with_a_newer_checkpoint_of_another_version_is_not_resumed_from_an_older_one(tmp_path):
+    commit(tmp_path, FILES, 1)
+    path = commit(tmp_path, FILES, 2).path
+    content = json.loads((path / "manifest.json").read_bytes()) | {"format": 99}
+    (path / "manifest.json").write_bytes(manifest_bytes(content))
+    with pytest.raises(InputError, match=r"format 99, .*resume with the version that wrote it, .*go on from step 1"):
+        open_run(tmp_path)
+    assert path.is_dir() and not is_held(tmp_path)
+    path.rename(tmp_path / "elsewhere")
+    run = open_run(tmp_path)
+    run.lease.release()
+    assert run.latest.step == 1
+
+
+def test_a_checkpoint_of_another_run_is_not_resumed(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    commit(one, FILES, 1)
+    open_run(one).lease.release()
+    store.commit(other, FILES, run_facts(run_id="other", fencing_token=9), step_facts(2))
+    copied = shutil.copytree(other / "checkpoints/step-00000002", one / "checkpoints/step-00000002")
+    with pytest.raises(ContractError, match=r"step-00000002: a checkpoint of another run \(other; .* the run r\)"):
+        open_run(one)
+    assert copied.is_dir() and not is_held(one)
+    with pytest.raises(ContractError, match="a checkpoint of another run"):
+        open_run(one, copied)
 
 
 def test_a_recipe_of_another_version_is_refused_by_its_fields(tmp_path):

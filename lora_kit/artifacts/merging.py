@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float32
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
@@ -102,7 +103,10 @@ def merge(
     ids = [prompt_ids(text, renderer)[: positions_of(model)] for text in prompts]
     expected = _logits(model, ids)
     _untie_adapted_head(cast(PreTrainedModel, model.get_base_model()))
-    merged = model.merge_and_unload(safe_merge=True)
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except ValueError as error:  # peft compares the merged weights with NaN
+        raise CheckpointError(f"{path}: it cannot be merged: {error}; nothing was written") from error
     merged.config.use_cache = True
     merged.generation_config = _valid(merged.generation_config, stop_ids(renderer))
     device, weights = next(merged.parameters()).device, merged.dtype
@@ -130,10 +134,9 @@ def merge(
                 file.rename(out / file.name)
         else:
             partial.rename(out)
-    except OSError as error:
-        raise CheckpointError(
-            f"{out}: not written: {error.strerror or error}; the partial model was deleted, so try again"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise CheckpointError(f"{out}: not written: {reason}; the partial model was deleted, so try again") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return report

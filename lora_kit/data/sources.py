@@ -21,6 +21,7 @@ from lora_kit.data.order import permute
 from lora_kit.data.strict_json import loads
 from lora_kit.data.tables import TablePart, hub_part
 from lora_kit.errors import DataError
+from lora_kit.files import path_in
 from lora_kit.randomness import mix
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -191,12 +192,11 @@ def path_of(text: str, base_dir: Path, label: str) -> Path:
         DataError: The home folder is unknown, the name is too long, or a folder of the path cannot be searched.
     """
     try:
-        path = base_dir / Path(text).expanduser()
-        path.exists()
-    except (RuntimeError, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
-        raise DataError(f"{label}: the path cannot be used: {reason}; check its spelling and permissions") from error
-    return path
+        return path_in(base_dir, text)
+    except OSError as error:
+        raise DataError(
+            f"{label}: the path cannot be used: {error.strerror}; check its spelling and permissions"
+        ) from error
 
 
 def _local(source: str, base_dir: Path) -> tuple[Path | None, str | None]:
@@ -227,11 +227,12 @@ def _local(source: str, base_dir: Path) -> tuple[Path | None, str | None]:
 
 
 def _builtin(name: str) -> Path:
-    for path in (ASSETS / name, *(ASSETS / f"{name}{suffix}" for suffix in SUFFIXES)):
-        if name and path.exists():
-            return path
-    known = sorted(path.name for path in ASSETS.glob("*") if suffix_of(path) in SUFFIXES or path.is_dir())
-    raise DataError(f"builtin:{name}: not shipped with lora_kit; choose one of {', '.join(known) or 'none'}")
+    shipped = {path.name: path for path in ASSETS.iterdir() if suffix_of(path) in SUFFIXES or path.is_dir()}
+    for spelling in (name, *(f"{name}{suffix}" for suffix in SUFFIXES)):
+        if spelling in shipped:
+            return shipped[spelling]
+    known = ", ".join(sorted(shipped))
+    raise DataError(f"builtin:{name}: not shipped with lora_kit; choose one of {known or 'none'}")
 
 
 class DataFile(NamedTuple):

@@ -28,6 +28,7 @@ from lora_kit.runs.layout import WITH_CONSTANTS
 from lora_kit.runs.store import ADAPTER, ADAPTER_CONFIG
 
 PICKLED = "adapter_model.bin"
+MOST_SHOWN = 500  # characters of an error that quotes names from a file
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports bitsandbytes, which logs at import
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
@@ -99,6 +100,7 @@ def restore(base: PreTrainedModel, adapter: Adapter, folder: Path) -> PeftModel:
 
     Anyone may have written the checkpoint. So of adapter_config.json only the adapted layers are read, because peft
     also finds names of modules to import and of pickles there. The weights are read as safetensors and nothing else.
+    The adapter is made on the meta device: a rank that the file does not have must not decide how much is allocated.
 
     Args:
         base: The frozen model, already on its device.
@@ -118,11 +120,12 @@ def restore(base: PreTrainedModel, adapter: Adapter, folder: Path) -> PeftModel:
     if adapter.init in WITH_CONSTANTS:
         config = replace(config, **widened(config))
     try:
-        model = get_peft_model(base, config)
+        with torch.device("meta"):
+            model = get_peft_model(base, config, low_cpu_mem_usage=True)
     except ValueError as error:
-        raise CheckpointError(f"{where}: it does not fit the base: {error}") from error
+        raise CheckpointError(f"{where}: it does not fit the base: {str(error)[:MOST_SHOWN]}") from error
     config.base_model_name_or_path, config.revision = saved.get("base_model_name_or_path"), saved.get("revision")
-    fill(model, saved_weights(folder))
+    fill(model, saved_weights(folder), base.device)
     return model.requires_grad_(False)
 
 

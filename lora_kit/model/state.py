@@ -6,7 +6,7 @@ the all-reduce and a snapshot are each a single operation on a buffer.
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -177,26 +177,35 @@ class FlatState:
         _fill(tuple(constants), [*constants.values()], saved.constants)
 
 
-def fill(model: nn.Module, adapter: Arrays) -> None:
-    """Copy a saved adapter into the trainable parameters of a model.
+def fill(model: nn.Module, adapter: Arrays, device: torch.device) -> None:
+    """Give the trainable parameters of a model, which may be on the meta device, the values of a saved adapter.
 
     Raises:
-        CheckpointError: The names or a shape do not match the model's adapter.
+        CheckpointError: The names or a shape do not match the model's adapter; nothing was allocated.
     """
     names, parameters = zip(*trainable(model), strict=True)
-    _fill(tuple(map(saved_name, names)), [parameter.data for parameter in parameters], adapter)
+    saved = tuple(map(saved_name, names))
+    _require_same(saved, parameters, adapter)
+    values = {name: torch.from_numpy(adapter[key]).to(device) for name, key in zip(names, saved, strict=True)}
+    model.load_state_dict(values, strict=False, assign=True)
 
 
 def _fill(names: tuple[str, ...], views: list[Tensor], arrays: Arrays) -> None:
+    _require_same(names, views, arrays)
+    for name, view in zip(names, views, strict=True):
+        view.copy_(torch.from_numpy(arrays[name]))
+
+
+def _require_same(names: Sequence[str], tensors: Sequence[Tensor], arrays: Arrays) -> None:
+    """Raise a CheckpointError if the arrays do not have exactly these names and the tensors' shapes."""
     if different := sorted(set(names) ^ set(arrays)):
         raise CheckpointError(
             f"checkpoint: {len(different)} tensor names differ from this adapter's, the first is {different[0]}; use a "
             "checkpoint of the same base and adapter.targets"
         )
-    for name, view in zip(names, views, strict=True):
-        if tuple(view.shape) != arrays[name].shape:
-            raise CheckpointError(f"checkpoint: {name} has shape {arrays[name].shape}, expected {tuple(view.shape)}")
-        view.copy_(torch.from_numpy(arrays[name]))
+    for name, tensor in zip(names, tensors, strict=True):
+        if (shape := tuple(tensor.shape)) != arrays[name].shape:
+            raise CheckpointError(f"checkpoint: {name} has shape {arrays[name].shape}, expected {shape}")
 
 
 def flatten(model: nn.Module, *, metrics: int = 0, eight_bit: bool = False, constants: bool = False) -> FlatState:

@@ -23,6 +23,7 @@ from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.events import AliasEvent
 
 from lora_kit.errors import RecipeError
+from lora_kit.files import path_in
 from lora_kit.recipe.schema import Recipe, Section, Source, TrainSource, name_of
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -75,8 +76,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     origins: dict[str, str] = {}  # the option that set a section or field, for messages
     for override in overrides:
         key, equals, text = override.partition("=")
+        shown = "with a token or a password" if SECRET.search(override) else override
         if not equals or key.count(".") != 1:
-            problems.append(f"--set {override}: expected SECTION.FIELD=VALUE, e.g. optim.learning_rate=1e-4")
+            problems.append(f"--set {shown}: expected SECTION.FIELD=VALUE, e.g. optim.learning_rate=1e-4")
             continue
         section, field = key.split(".")
         origins[key] = f"--set {override}"
@@ -85,10 +87,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         try:
             value = _plain(text)
         except RecipeError as error:
-            problems.append(f"--set {override}: {error}")
+            problems.append(f"--set {shown}: {error}")
             continue
         except Exception:  # see `_read`
-            problems.append(f"--set {override}: {text!r} is not a YAML value")
+            problems.append(f"--set {shown}: {repr(text) if shown == override else 'it'} is not a YAML value")
             continue
         if not isinstance(content.get(section), dict):
             content[section] = {}
@@ -109,13 +111,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def _with_secrets(content: Mapping[str, Any]) -> Iterator[str]:
     """Yield a problem for each field that contains credentials; the recipe is copied to manifests and model cards."""
+    places = list[tuple[str, Any]]()
     for section, fields in content.items():
-        for field, value in fields.items() if isinstance(fields, Mapping) else ():
-            if SECRET.search(str(value)):
-                yield (
-                    f"{section}.{field}: it contains a token or a password, which would be copied to manifests and "
-                    "model cards; remove it and log in with `hf auth login` or set HF_TOKEN"
-                )
+        nested = fields.items() if isinstance(fields, Mapping) else ()
+        places += [(f"{section}.{field}", value) for field, value in nested] or [(str(section), fields)]
+    for place, value in places:
+        if SECRET.search(f"{place} {value}"):
+            place = "a key" if SECRET.search(place) else place
+            yield (
+                f"{place}: it contains a token or a password, which would be copied to manifests and model cards; "
+                "remove it and log in with `hf auth login` or set HF_TOKEN"
+            )
 
 
 def _read(path: Path) -> tuple[CommentedMap, dict[str, Any]]:
@@ -150,8 +156,9 @@ def _read(path: Path) -> tuple[CommentedMap, dict[str, Any]]:
         reason = str(error).strip() or type(error).__name__
         raise RecipeError(f"{path}: not YAML: {reason.splitlines()[0]}") from error
     if not isinstance(tree, CommentedMap):
+        found = "a token or a password" if SECRET.search(str(content)) else FOUND.repr(content)
         raise RecipeError(
-            f"{path}: a recipe is a mapping of sections ({', '.join(Recipe.model_fields)}), found {FOUND.repr(content)}"
+            f"{path}: a recipe is a mapping of sections ({', '.join(Recipe.model_fields)}), found {found}"
         )
     return tree, content
 
@@ -264,16 +271,14 @@ def resolve_path(recipe: Recipe, text: str) -> Path | None:
     """Return the existing path that a recipe's value names, or None if it can only be a Hub name.
 
     Raises:
-        RecipeError: The value can only be a path, and the path does not exist.
+        RecipeError: The value can only be a path, and the path does not exist or cannot be used.
     """
     if text.startswith(BUILTIN):
-        path = ASSETS / text.removeprefix(BUILTIN)
-        if not path.exists():
-            files = [*ASSETS.glob("base"), *ASSETS.glob("*.jsonl")]
-            shipped = sorted(f"{BUILTIN}{file.name}" for file in files)
-            raise RecipeError(f"{text}: not shipped with lora_kit; choose one of {', '.join(shipped)}")
-        return path
-    path = recipe.folder / Path(text).expanduser()
+        files = {f"{BUILTIN}{file.name}": file for file in (*ASSETS.glob("base"), *ASSETS.glob("*.jsonl"))}
+        if text not in files:
+            raise RecipeError(f"{text}: not shipped with lora_kit; choose one of {', '.join(sorted(files))}")
+        return files[text]
+    path = _path(recipe, text)
     if path.exists():
         return path
     if not HUB_NAME.fullmatch(text):
@@ -283,11 +288,20 @@ def resolve_path(recipe: Recipe, text: str) -> Path | None:
     return None
 
 
+def _path(recipe: Recipe, text: str) -> Path:
+    try:
+        return path_in(recipe.folder, text)
+    except OSError as error:
+        raise RecipeError(
+            f"{text}: the path cannot be used: {error.strerror}; check its spelling and permissions"
+        ) from error
+
+
 def similar_path(recipe: Recipe, text: str) -> str | None:
     """Return an existing path in the same folder as a path that does not exist, with a similar name, or None."""
-    path = recipe.folder / Path(text).expanduser()
+    path = _path(recipe, text)
     try:
-        names = [entry.name for entry in path.parent.iterdir()]
+        names = [entry.name for entry in path.parent.iterdir() if entry.name != path.name]  # it may be a broken link
     except OSError:
         return None
     similar = difflib.get_close_matches(path.name, names, n=1)

@@ -37,6 +37,8 @@ REQUIRED = {  # the fields that an event of a kind must have
     "stopped": ("step",),
 }
 
+MOST_CHARACTERS = 500  # of the cause of a failure
+
 T = TypeVar("T")
 
 
@@ -140,14 +142,17 @@ class Journal:
         self.fence()
         with self._lock:
             self.late.append((name, _text(record)))
-            self.trouble = ""
-            while self.late and not self.trouble:
-                name, line = self.late[0]
+            self.trouble, failed = "", dict[str, OSError]()  # one log may fail for ever, such as one of another user
+            for entry in tuple(self.late):
+                name, line = entry
                 try:
-                    _append(self.run / name, line.encode())
-                    del self.late[0]
+                    if name not in failed:
+                        _append(self.run / name, line.encode())
+                        self.late.remove(entry)
                 except OSError as error:
-                    self.trouble = f"{self.run / name}: {error.strerror}; {len(self.late)} line(s) wait in memory"
+                    failed[name] = error
+            for name, reason in failed.items():
+                self.trouble = f"{self.run / name}: {reason.strerror}; {len(self.late)} line(s) wait in memory"
 
     def read_metrics(self) -> list[StepRecord]:
         """Return the records of finished steps, oldest first.
@@ -196,6 +201,11 @@ class Journal:
         self.fence()
         _cut(self.run / METRICS, STEP_RECORD, lambda record: record["step"] <= step)
         _cut(self.run / EVENTS, EVENT, lambda event: event["kind"] != "sample" or event["step"] <= samples)
+
+
+def short_cause(text: str) -> str:
+    """Return the first line of an error for an event's `cause`."""
+    return (text.splitlines() or ["unknown"])[0][:MOST_CHARACTERS]
 
 
 def _text(record: Mapping[str, Any]) -> str:

@@ -344,7 +344,8 @@ def _claimant(run: Path, token: int) -> Identity | None:
 
 def _beat(run: Path, token: int, count: int) -> None:
     """Write a count over the last one, which needs no space on a full disk. It is not synced, which may be slow."""
-    descriptor = os.open(_beat_file(run, token), os.O_WRONLY | os.O_CLOEXEC)
+    flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # no link, and no waiting at a FIFO
+    descriptor = os.open(_beat_file(run, token), flags)
     try:
         os.write(descriptor, f"{count:020d}".encode())
     finally:

@@ -627,6 +627,9 @@ def write_job(region: Region, job: JobFile) -> None:
     """
     content, path = json.dumps(asdict(job)).encode(), region.path.with_name(JOB)
     digest = xxhash.xxh3_64_intdigest(content)
+    with suppress(CheckpointError):
+        if region.words[Word.JOB] == digest and formats.read_bytes(path) == content:
+            return  # unchanged, as at a restart: shared memory may have become full
     region.words[Word.NEXT_JOB] = digest  # a kill between these lines leaves a file with one of the two checksums
     try:
         write_atomically(path, content)

@@ -222,6 +222,10 @@ class Manifest:
         return {"format": FORMAT} | asdict(self.run) | asdict(self.progress) | {"files": files}
 
 
+class OtherFormatError(CheckpointError):
+    """A checkpoint of another version of lora_kit: intact, but not readable by this version."""
+
+
 @dataclass(frozen=True)
 class _Format:
     format: Json = None
@@ -266,6 +270,6 @@ def parse_manifest(data: bytes, where: Path | str) -> Manifest:
     formats.require_seal(data, where)
     found = formats.parse(_FORMAT, data, where).format
     if found != FORMAT:
-        raise CheckpointError(f"{where}: format {formats.short(found)}, this lora_kit reads {FORMAT}")
+        raise OtherFormatError(f"{where}: format {formats.short(found)}, this lora_kit reads {FORMAT}")
     run, progress = formats.parse(_RUN, data, where), formats.parse(_STEP, data, where)
     return Manifest(run, progress, formats.parse(_FILES, data, where).files)

@@ -1,5 +1,6 @@
 """The adapter that a run begins with (`--from`): a checkpoint, or a PEFT adapter that another program trained."""
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -7,9 +8,9 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from lora_kit.errors import CheckpointError, ContractError
-from lora_kit.files import sha256_of
+from lora_kit.files import open_regular, read_regular
 from lora_kit.recipe.schema import Recipe
-from lora_kit.runs import store
+from lora_kit.runs import formats, store
 from lora_kit.runs.manifest import MANIFEST, BaseFingerprint, Origin
 from lora_kit.runs.store import Checkpoint
 
@@ -73,9 +74,10 @@ def open_origin(path: Path) -> Checkpoint | PlainAdapter:
         return store.open_checkpoint(path)
     config = path / store.ADAPTER_CONFIG
     try:
-        data = config.read_bytes()
+        data = read_regular(config.resolve(), formats.MOST_BYTES)
         found, content = _CONFIG.validate_json(data), TypeAdapter(dict[str, Any]).validate_json(data)
-        digest = sha256_of(path / store.ADAPTER)
+        with open_regular((path / store.ADAPTER).resolve()) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
         raise CheckpointError(f"{config}: not the configuration of a LoRA adapter: {'; '.join(problems)}") from error

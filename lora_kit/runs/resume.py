@@ -210,15 +210,19 @@ def take_over(folder: Path, *, tell: Callable[[str], None] = lambda text: None) 
         The lease, and messages for the user.
 
     Raises:
-        InputError: The folder cannot be a run's folder, or cannot be written.
+        InputError: The folder cannot be a run's folder or cannot be written, or its newest checkpoint is of another
+            version of lora_kit.
         LeaseError: Another process is training there.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: a file, not a folder; choose another --out")
     try:
         str(folder.resolve()).encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{str(folder)!a}: its path is not UTF-8; choose another --out") from None
+    except ValueError as error:
+        wrong = "is not UTF-8" if isinstance(error, UnicodeEncodeError) else "contains NUL"
+        raise InputError(f"{str(folder)!a}: its path {wrong}; choose another --out") from None
+    except RuntimeError:  # what pathlib raises before Python 3.13
+        raise InputError(f"{folder}: its symbolic links form a loop; choose another --out") from None
     known = {"checkpoints", "recipe.yaml", "lease.json", "events.jsonl"}
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     names = {name for name in names if not name.startswith(".lease")}  # of a start that was killed at once
@@ -245,12 +249,17 @@ def take_over(folder: Path, *, tell: Callable[[str], None] = lambda text: None) 
         live.delete_orphans()
         found, notices = store.find(folder), list[str]()
         for path, reason in found.broken.items():
+            fallback = f"step {found.latest.step}" if found.latest else "the start"
+            if store.is_of_other_format(path):
+                raise InputError(
+                    f"{reason}. It is not damaged and newer than all that this version reads; resume with the version "
+                    f"that wrote it, or move it to another place to go on from {fallback}"
+                )
             if _still_broken(path):
                 try:
                     moved = f"moved to {store.set_aside(folder, path, reason)}"
                 except OSError as error:
                     moved = f"it could not be moved to quarantine ({error.strerror})"
-                fallback = f"step {found.latest.step}" if found.latest else "the start"
                 notices.append(f"{reason}; {moved}, falling back to {fallback}")
         on_error.pop_all()
     return lease, notices
@@ -278,7 +287,7 @@ def open_run(
         InputError: The folder cannot be a run's folder.
         LeaseError: Another process is training there.
         CheckpointError: `start_from` is damaged.
-        ContractError: The run in the folder has begun with another adapter.
+        ContractError: The run in the folder has begun with another adapter, or its newest checkpoint is of another run.
     """
     lease, notices = inherited(folder), list[str]()
     if lease and start_from and is_own(folder, start_from) and Journal(folder).went_back(lease.token):
@@ -294,6 +303,11 @@ def open_run(
         snapshot, problems = live.newest(lease)
         states = [state for state in (durable, snapshot) if state]
         latest = target or max(states, key=lambda state: state.manifest.order, default=None)
+        if latest and latest.manifest.run.run_id != lease.record.run_id:
+            raise ContractError(
+                f"{latest.path}: a checkpoint of another run ({latest.manifest.run.run_id}; this folder has the run "
+                f"{lease.record.run_id}); move it away, or begin a new run with it: --from, another --out"
+            )
         if origin is not None and latest and not begins_with(latest.manifest.run.origin, origin):
             raise ContractError(
                 f"{folder}: this run began with {latest.manifest.run.origin or 'a fresh adapter'}, not with "

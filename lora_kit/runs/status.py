@@ -20,7 +20,7 @@ from lora_kit.views.console import number
 
 ENDS = {"finished": "finished", "stopped": "stopped, resumable", "failed": "failed, resumable"}
 RECENT_STEPS = 100
-MOST_SECONDS = 1e9  # of a step; a log that someone wrote may say more
+MOST_SECONDS = 1e9  # of a step, and of all that are left; a log that someone wrote may say more
 SILENT_END = "ended without an event: killed, or the machine crashed"
 
 
@@ -174,7 +174,7 @@ def _seconds_left(metrics: Sequence[StepRecord], steps: int) -> float | None:
     if not metrics:
         return None
     each = statistics.median(map(_seconds, metrics[-RECENT_STEPS:]))
-    return round(each * max(0, steps - metrics[-1]["step"]), 1)
+    return round(min(each * max(0, steps - metrics[-1]["step"]), MOST_SECONDS), 1)
 
 
 def _held_out(metrics: Sequence[StepRecord]) -> dict[str, Any] | None:

@@ -30,7 +30,16 @@ from lora_kit.files import open_regular, sync_folder
 from lora_kit.recipe.schema import Recipe
 from lora_kit.runs import formats
 from lora_kit.runs.layout import BYTES, Dtype, Layout, State, Tensors, trained_shapes, without_constants
-from lora_kit.runs.manifest import MANIFEST, FileEntry, Manifest, RunFacts, StepFacts, manifest_bytes, read_manifest
+from lora_kit.runs.manifest import (
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    OtherFormatError,
+    RunFacts,
+    StepFacts,
+    manifest_bytes,
+    read_manifest,
+)
 from lora_kit.version import VERSION
 
 ADAPTER, ADAPTER_CONFIG, OPTIMIZER = (
@@ -444,6 +453,15 @@ def newest_first(run: Path) -> tuple[dict[Path, Manifest], dict[Path, str]]:
             unreadable[path] = str(error)
     ordered = sorted(readable.items(), key=lambda item: item[1].order, reverse=True)
     return dict(ordered), unreadable
+
+
+def is_of_other_format(path: Path) -> bool:
+    """Return whether a checkpoint is intact, but of another version of lora_kit."""
+    try:
+        read_manifest(path / MANIFEST)
+    except CheckpointError as error:
+        return isinstance(error, OtherFormatError)
+    return False
 
 
 def newest_token(run: Path) -> int:

@@ -19,9 +19,10 @@ from typing import Any
 
 import psutil
 
-from lora_kit.errors import LoraKitError, Stopped
+from lora_kit.errors import LeaseError, LoraKitError, Stopped
 from lora_kit.host import end_with_parent
 from lora_kit.runs.identity import ENDED, process_state
+from lora_kit.runs.journal import short_cause
 from lora_kit.runs.lease import KEEPER, START_REQUESTED, Lease
 from lora_kit.runs.live import LEAST_TIMEOUT_SECONDS, TIMEOUT_FACTOR, Phase, Word
 from lora_kit.supervise import oom
@@ -40,6 +41,7 @@ LITTLE_WORK = 2.0  # CPU seconds in LOADING_TIMEOUT_SECONDS: less is a hang, mor
 REPORT_SECONDS = 2.0  # a zygote that has not reported the end of a process after so long is stopped
 SIBLINGS_SECONDS = 0.3  # after a failure, to collect the errors of the other processes before choosing the cause
 ENDING_SECONDS = 10.0  # for a process that has raised an error of lora_kit, to end
+FORKS = "the process that forks the training processes"
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "Connection refused")
 
 
@@ -114,6 +116,7 @@ class Launch:
         self.zygote.prepare(PRELOAD, absent)
         self._ahead = _start_ahead(request)
         self.attempt = Attempt()
+        self._beats = self._beat()  # of the last start
         self._unreported: float | None = None  # since when a training process has ended without a report
         self._life = (0, 0, 0)  # the counters that show signs of life, as last seen
         self._silent, self._longest, self._cpu_seconds, self._looked = 0.0, 0.0, 0.0, time.monotonic()
@@ -244,9 +247,7 @@ class Launch:
             elif ended > 0:  # an import failed
                 attempt.codes[self.zygote.process.pid] = ended
             else:
-                attempt.failures.append(
-                    (self.zygote.process.pid, f"the process that forks the training processes: {_died(-ended)}")
-                )
+                attempt.failures.append((self.zygote.process.pid, f"{FORKS}: {_died(-ended)}"))
 
     def _misses_reports(self) -> bool:
         """Return whether a training process has ended some time ago and the zygote, which may be stopped, is silent."""
@@ -259,14 +260,21 @@ class Launch:
 
     def _show_refusals(self, codes: Mapping[int, int]) -> None:
         """Print the errors with which processes ended. Where all processes raise the same error, it is printed once."""
-        silent = "process {}: ended with exit code {} and no message; the run can be started again"
+        silent = "{}: ended with exit code {} and no message; the run can be started again"
+        forks = self.zygote.process.pid
+        names = {process: f"process {self._index(process)}" for process in codes} | {forks: FORKS}
         texts = [
-            self.attempt.refusals.get(process, silent.format(self._index(process), code))
-            for process, code in codes.items()
+            self.attempt.refusals.get(process, silent.format(names[process], code)) for process, code in codes.items()
         ]
         self.console.restore_terminal()
         for text in dict.fromkeys(texts):
             print_error(text)
+        if self._beat() != self._beats:  # this start has trained, so it is not one that changes nothing
+            with suppress(LeaseError):
+                self.keeper.journal.event("failed", step=self._newest_step(), cause=short_cause(texts[0]))
+
+    def _beat(self) -> int:
+        return self.keeper.region.words[Word.BEAT] if self.keeper.region else 0
 
     def _index(self, process: int) -> int:
         return next((index for index, running in self.attempt.running.items() if running == process), -1)
@@ -387,11 +395,13 @@ def launch(
 
 
 def _start_ahead(request: str) -> "subprocess.Popen[bytes] | None":
-    """Start to prepare the data of a request; return None if there is no processor to spare for that."""
+    """Start to prepare the data of a request; return None if there is no processor or process to spare for that."""
     if len(os.sched_getaffinity(0)) < 2:
         return None
     nothing = subprocess.DEVNULL
-    return subprocess.Popen([sys.executable, "-m", AHEAD, request], stdin=nothing, stdout=nothing, stderr=nothing)
+    with suppress(OSError):  # a limit of processes or memory, which the training processes may just fit into
+        return subprocess.Popen([sys.executable, "-m", AHEAD, request], stdin=nothing, stdout=nothing, stderr=nothing)
+    return None
 
 
 def _died(number: int) -> str:

@@ -47,11 +47,11 @@ class Zygote:
         environment = {name: value for name, value in os.environ.items() if not RANKS.fullmatch(name)}
         # with this check the import of torch does not initialise CUDA, so that a forked process can use it
         environment |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "lora_kit.supervise.zygote", str(zygote_socket.fileno())],
-            pass_fds=[zygote_socket.fileno()],
-            env=environment,
-        )
+        command = [sys.executable, "-m", "lora_kit.supervise.zygote", str(zygote_socket.fileno())]
+        try:
+            self.process = subprocess.Popen(command, pass_fds=[zygote_socket.fileno()], env=environment)
+        except OSError as error:
+            raise LoraKitError(_cannot_start(error)) from error
         zygote_socket.close()
 
     def prepare(self, modules: Sequence[str], absent: Sequence[str] = ()) -> None:
@@ -135,11 +135,20 @@ def main(descriptor: int) -> None:
             _report_ended_children(keeper)
         if keeper in ready:
             start = _receive(keeper)
-            process = os.fork()
+            try:
+                process = os.fork()
+            except OSError as error:
+                _send(keeper, {"refused": os.getpid(), "text": _cannot_start(error)})
+                sys.exit(LoraKitError.exit_code)
             if process == 0:
                 signal.set_wakeup_fd(-1)
                 _work(start["function"], start["argument"], start["environment"], keeper, fresh=cuda_initialized)
             _send(keeper, {"started": process, "index": start["index"]})
+
+
+def _cannot_start(error: OSError) -> str:
+    reason = f"a process for training cannot be started: {error.strerror}"
+    return f"{reason}; raise the limit of processes (ulimit -u) or of memory"
 
 
 def _receive(keeper: socket.socket) -> dict[str, Any]:
@@ -171,7 +180,8 @@ def _report_ended_children(keeper: socket.socket) -> None:
 
 
 def _send(keeper: socket.socket, message: Mapping[str, Any]) -> None:
-    keeper.send(json.dumps(message).encode())
+    with suppress(BrokenPipeError, ConnectionResetError):  # the keeper was killed, and this process ends with it
+        keeper.send(json.dumps(message).encode())
 
 
 def _work(function: str, argument: str, environment: Mapping[str, str], keeper: socket.socket, *, fresh: bool) -> None:

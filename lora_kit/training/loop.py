@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,10 +20,11 @@ from torch import Tensor
 from lora_kit.artifacts.hub import push_finished
 from lora_kit.data.order import micro_batch_seed
 from lora_kit.data.packing import MicroBatch, collate, reduction_schedule
-from lora_kit.errors import CheckpointError, DivergenceError, Stopped
+from lora_kit.errors import CheckpointError, DivergenceError, LeaseError, LoraKitError, Stopped
 from lora_kit.model.state import LOSS, METRICS, STOP, refuse_unused
 from lora_kit.recipe.schema import Recipe
 from lora_kit.runs import store
+from lora_kit.runs.journal import short_cause
 from lora_kit.runs.run import Run, show, write_result
 from lora_kit.runs.trackers import following, require
 from lora_kit.supervise.stopping import StopRequest, stop_signals
@@ -84,7 +86,7 @@ def train(
         adapted = build_model(recipe, run, inputs, changed, objective, processes, console)
         job = make_job(recipe, run, inputs, rows, adapted, objective, processes, trackers)
         announce(job, rows, accept, console)
-        with publishing(job, stop) as publisher:
+        with logged_failures(job), publishing(job, stop) as publisher:
             state, plan, log, queued = job.state, job.plan, StepLog(job, publisher, console), None
             console.begin(plan.steps, job.start, job.journal.read_metrics())
             # 4. what an interruption left undone after the last finished step
@@ -137,6 +139,21 @@ def train(
                 push_finished(recipe, run.folder, console, pause=stop.wait)
             console.end()
     return Run(Path(out))
+
+
+@contextmanager
+def logged_failures(job: Job) -> Iterator[None]:
+    """Write an error that ends the run to events.jsonl, unless `lora-kit train` is the keeper, which does that."""
+    try:
+        yield
+    except (Stopped, LeaseError):
+        raise
+    except Exception as error:
+        if job.processes.is_main and not job.run.lease.borrowed:
+            with suppress(LoraKitError):
+                kind = "" if isinstance(error, LoraKitError) else f"{type(error).__name__}: "
+                job.journal.event("failed", step=job.journal.last_step(), cause=short_cause(f"{kind}{error}"))
+        raise
 
 
 def own_micro_batches(job: Job, step: int) -> Iterator[tuple[MicroBatch, int, int]]:

@@ -500,6 +500,26 @@ def merge(
         )
 
 
+@command
+def export(
+    path: Weights,
+    to: Annotated[Literal["vllm"], typer.Option("--to", help="The engine that will serve the adapter.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="A new folder, for the adapter.")],
+    base_path: BasePath = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write an adapter in the layout that an engine reads: for a mixture of experts, an adapter for each expert."""
+    with imports("exporting", path) as path:
+        from lora_kit.artifacts import export as exporting
+
+    made = exporting.export(path, out, base=base_path, trust_remote_code=trust_remote_code)
+    if as_json:
+        _print_json(made.to_dict())
+    else:
+        print(f"{made.folder}: {made.tensors} tensors for {to}" + (f", {made.experts} experts" if made.experts else ""))
+
+
 @app.command("eval")
 @error_messages()
 def evaluate(

@@ -54,6 +54,11 @@ class Targets:
                 f"adapter.targets: {', '.join(self.towers)} get no adapter, because text does not reach these layers; "
                 "only the language model is adapted"
             )
+        if self.experts:
+            notes.append(
+                "adapter.targets: it names experts, which peft and transformers serve as they are saved; vLLM needs "
+                "`lora-kit export RUN --to vllm`, or `lora-kit merge`"
+            )
         return notes
 
 

@@ -206,6 +206,10 @@ def show(run: Run, recipe: Recipe, console: Console) -> None:
         ("try it", f'lora-kit generate {folder} "your prompt"'),
         ("look closer", f"lora-kit status {folder}"),
     ]
+    if recipe.adapter.variant == "dora":
+        rows.insert(-1, ("serve", f"peft and transformers; other engines after lora-kit merge {folder} --out MERGED"))
+    elif not isinstance(recipe.adapter.targets, str) and any("experts" in name for name in recipe.adapter.targets):
+        rows.insert(-1, ("serve", f"peft as it is; vLLM after lora-kit export {folder} --to vllm --out SERVED"))
     if result["best"] and result["best"] != result["adapter"]:
         rows.insert(-2, ("lowest held-out loss", str(run.folder / result["best"])))
     used = [recipe.base.repo, *(source.source for source in recipe.data.train_sources.values())]

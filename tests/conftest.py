@@ -38,7 +38,14 @@ from jaxtyping import install_import_hook
 WORKER = "PYTEST_XDIST_WORKER" in os.environ  # one of several processes of this session
 
 # shapes and dtypes in the annotations are checked at every call while the tests run
-CHECKED = ["training.objectives.sft", "training.optim", "training.processes", "model.adapter", "model.state"]
+CHECKED = [
+    "training.objectives.sft",
+    "training.objectives.cross_entropy",
+    "training.optim",
+    "training.processes",
+    "model.adapter",
+    "model.state",
+]
 KERNELS = ("attention", "blocks", "cpu.backend", "fusing", "lora", "loss", "mlp", "norm", "plain", "rotary", "segments")
 CHECKED += [f"kernels.{name}" for name in KERNELS]
 hook = install_import_hook([f"lora_kit.{name}" for name in CHECKED], "beartype.beartype")  # not what Triton reads

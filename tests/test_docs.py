@@ -144,6 +144,7 @@ def test_the_readme_has_a_record_of_every_format_and_it_is_detected(tmp_path):
     for name, record in rows.items():
         (tmp_path / "train.jsonl").write_text(record + "\n")
         recipe = "base: {repo: builtin:base}\ndata: {train: train.jsonl}\ntrain: {steps: 1}\n"
+        recipe += f"objective: {{kind: {FORMATS[name].kinds[-1]}}}\n"
         (tmp_path / "recipe.yaml").write_text(recipe)
         result = CliRunner().invoke(app, ["check", str(tmp_path / "recipe.yaml"), "--json"])
         report = json.loads(result.output)

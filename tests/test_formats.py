@@ -17,6 +17,12 @@ RECORDS = {
     "prompt-completion": {"prompt": [USER], "completion": [ASSISTANT]},
 }
 
+OTHERS = {
+    "text": {"text": "Once."},
+    "preference": {"prompt": [USER], "chosen": [ASSISTANT], "rejected": "No."},
+    "unpaired": {"prompt": [USER], "completion": [ASSISTANT], "label": True},
+}
+
 
 def refusal(record, format, columns=None):
     with pytest.raises(DataError) as error:
@@ -39,9 +45,9 @@ def test_a_format_is_detected_by_its_columns(format):
 def test_renamed_columns_are_found_and_read(format):
     required = FORMATS[format].required
     renames = {name: f"my {name}" for name in required}
-    record = RECORDS.get(format, {"text": "Once."})
+    record = (RECORDS | OTHERS)[format]
     renamed = {renames.get(name, name): value for name, value in record.items()}
-    assert detect(list(renamed), renames) == format
+    assert detect(list(renamed), renames, kind=FORMATS[format].kinds[-1]) == format
     assert to_example(renamed, format, renames) == to_example(record, format, {})
 
 
@@ -114,7 +120,7 @@ def test_unknown_columns_are_reported_with_every_format_and_how_to_rename():
         detect(["question", "answer"], {})
     message = str(error.value)
     assert message.startswith("the columns are question, answer; expected those of a format (")
-    assert all(f"{name}: {columns}" in message for name, columns in FORMATS.items())
+    assert all((f"{name}: {columns}" in message) == ("sft" in columns.kinds) for name, columns in FORMATS.items())
     assert message.endswith("map them in data.columns, e.g. {prompt: question, completion: answer}")
 
 

@@ -1,4 +1,4 @@
-"""The house's rules that can be checked: layers, cycles, sizes, who imports what, three frames to the model."""
+"""The house's rules that can be checked: layers, cycles, sizes, who imports what, four frames to the model."""
 
 import ast
 import re
@@ -164,7 +164,7 @@ def test_nothing_unpickles():
         assert not re.search(r"(broadcast|gather|scatter|send|recv)_object", path.read_text()), path
 
 
-def test_three_frames_of_ours_lead_from_the_command_to_the_model(recipe_file, tmp_path, monkeypatch):
+def test_four_frames_of_ours_lead_from_the_command_to_the_model(recipe_file, tmp_path, monkeypatch):
     from lora_kit.cli import app
 
     stacks = []
@@ -189,7 +189,7 @@ def test_three_frames_of_ours_lead_from_the_command_to_the_model(recipe_file, tm
             ]
         )
     ours = [frame.name for frame in stacks[0] if Path(frame.filename).is_relative_to(PACKAGE)]
-    assert ours == ["train", "train", "loss"]
+    assert ours == ["train", "train", "loss", "cross_entropy_of_groups"]
 
 
 def test_every_test_file_states_its_promise():

@@ -338,6 +338,10 @@ def loss_by_torch(hidden, head, labels):
     return functional.cross_entropy(logits, labels, reduction="sum")
 
 
+def summed(hidden, head, labels):
+    return loss.summed_cross_entropy(hidden, head, labels, [len(labels)])[0]
+
+
 def loss_and_gradient(hidden, compute):
     hidden = hidden.detach().requires_grad_()
     total = compute(hidden)
@@ -350,10 +354,24 @@ def loss_and_gradient(hidden, compute):
 def test_the_loss_in_pieces_is_the_cross_entropy_of_all_logits(case, many, monkeypatch, device):
     monkeypatch.setitem(loss.LOGITS, device.type, 50 * 16)  # pieces of 16 rows
     head, hidden, labels = head_and_rows(case, many, device=device)
-    ours = loss_and_gradient(hidden, lambda x: loss.summed_cross_entropy(x, head, labels))
+    ours = loss_and_gradient(hidden, lambda x: summed(x, head, labels))
     same(ours, loss_and_gradient(hidden, lambda x: loss_by_torch(x, head, labels)))
     with torch.no_grad():
-        assert loss.summed_cross_entropy(hidden, head, labels) == ours[0]
+        assert summed(hidden, head, labels) == ours[0]
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_each_group_of_rows_has_its_own_sum_and_its_own_factor_in_the_gradient(case, monkeypatch, device):
+    monkeypatch.setitem(loss.LOGITS, device.type, 50 * 16)  # pieces of 16 rows; groups end inside, at and after them
+    head, hidden, labels = head_and_rows(case, 39, device=device)
+    sizes, factors = [5, 0, 11, 20, 3], torch.tensor([2.0, 7.0, -1.0, 0.25, 3.0], device=device)
+
+    def by_torch(x):
+        groups = zip(x.split(sizes), labels.split(sizes), factors, strict=True)
+        return sum(factor * loss_by_torch(rows, head, label) for rows, label, factor in groups)
+
+    ours = loss_and_gradient(hidden, lambda x: loss.summed_cross_entropy(x, head, labels, sizes) @ factors)
+    same(ours, loss_and_gradient(hidden, by_torch))
 
 
 @pytest.mark.parametrize("sure", [1.0, 6.0])
@@ -366,7 +384,7 @@ def test_the_loss_in_bf16_is_as_near_the_truth_also_where_the_model_is_sure(case
         head.weight.double(), head.bias if head.bias is None else head.bias.double(), head.scale, head.cap
     )
     truth = loss_and_gradient(hidden.double(), lambda x: loss_by_torch(x, whole, labels))
-    ours = loss_and_gradient(hidden, lambda x: loss.summed_cross_entropy(x, head, labels))
+    ours = loss_and_gradient(hidden, lambda x: summed(x, head, labels))
     theirs = loss_and_gradient(hidden, lambda x: loss_by_torch(x, head, labels))
     assert (ours[1] - truth[1]).norm() < WORSE * (theirs[1] - truth[1]).norm()
     assert relative(ours[0], theirs[0]) < EXACT
@@ -374,7 +392,7 @@ def test_the_loss_in_bf16_is_as_near_the_truth_also_where_the_model_is_sure(case
 
 def test_nothing_to_train_is_a_loss_of_nothing(device):
     head, hidden, labels = head_and_rows("plain", 0, device=device)
-    total, gradient = loss_and_gradient(hidden, lambda x: loss.summed_cross_entropy(x, head, labels))
+    total, gradient = loss_and_gradient(hidden, lambda x: summed(x, head, labels))
     assert total == 0 and gradient.shape == (0, 16)
 
 
@@ -408,7 +426,7 @@ def test_a_replay_has_the_same_bits(kernel, dtype, device):
 @pytest.mark.parametrize("case", HEADS)
 def test_the_loss_of_a_replay_has_the_same_bits(case, dtype, device):
     head, hidden, labels = head_and_rows(case, 700, dtype, vocabulary=1000, device=device)
-    found = [loss_and_gradient(hidden, lambda x: loss.summed_cross_entropy(x, head, labels)) for _ in range(3)]
+    found = [loss_and_gradient(hidden, lambda x: summed(x, head, labels)) for _ in range(3)]
     assert all(torch.equal(a, b) for again in found[1:] for a, b in zip(found[0], again, strict=True))
 
 

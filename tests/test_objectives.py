@@ -25,7 +25,7 @@ class WithMetrics(Sft):
 def test_metrics_are_summed_over_the_step_and_divided_by_its_weight(
     micro_batch_tokens, recipe_file, tmp_path, monkeypatch, jobs
 ):
-    monkeypatch.setattr(loop, "Sft", WithMetrics)
+    monkeypatch.setattr(loop, "objective_of", lambda recipe: WithMetrics())
     changes = ["train.steps=3", f"train.micro_batch_tokens={micro_batch_tokens}"]
     run = loop.train(load_recipe(recipe_file, changes), tmp_path / "run")
     plan, tokens = jobs[0].plan, jobs[0].inputs.data.train
@@ -38,7 +38,7 @@ def test_metrics_are_summed_over_the_step_and_divided_by_its_weight(
 
 def test_metrics_change_no_bit_of_the_adapter(recipe_file, tmp_path, monkeypatch, jobs):
     loop.train(load_recipe(recipe_file, ["train.steps=3"]), tmp_path / "plain")
-    monkeypatch.setattr(loop, "Sft", WithMetrics)
+    monkeypatch.setattr(loop, "objective_of", lambda recipe: WithMetrics())
     loop.train(load_recipe(recipe_file, ["train.steps=3"]), tmp_path / "metrics")
     assert torch.equal(jobs[0].state.weights, jobs[1].state.weights)
     assert not torch.equal(jobs[0].state.weights, torch.zeros_like(jobs[0].state.weights))
@@ -46,7 +46,7 @@ def test_metrics_change_no_bit_of_the_adapter(recipe_file, tmp_path, monkeypatch
 
 def test_a_metric_with_the_name_of_a_number_of_the_log_is_refused_at_the_start(recipe_file, tmp_path, monkeypatch):
     monkeypatch.setattr(WithMetrics, "metrics", ("trained", "examples"))
-    monkeypatch.setattr(loop, "Sft", WithMetrics)
+    monkeypatch.setattr(loop, "objective_of", lambda recipe: WithMetrics())
     with pytest.raises(ValueError, match=r"WithMetrics: metrics: metrics\.jsonl has another number named examples"):
         loop.train(load_recipe(recipe_file, ["train.steps=1"]), tmp_path / "run")
 

@@ -20,7 +20,12 @@ from lora_kit.files import cache_folder, private_folder
 SPILL_BYTES = 1 << 24  # an array or a saved file up to this size is kept in memory
 CHUNK_BYTES = 1 << 24  # read or written at a time
 HEADER_BYTES = 100_000_000  # the largest header of the format
-DTYPES: dict[str, np.dtype[Any]] = {"I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "BOOL": np.dtype("?")}
+DTYPES: dict[str, np.dtype[Any]] = {
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "BOOL": np.dtype("?"),
+    "F32": np.dtype("<f4"),
+}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHECKSUM, NO_CHECKSUM = "checksum", "0" * 32
 NO_SPACE = "free space for temporary files, or set LORA_KIT_CACHE to a folder on another disk"

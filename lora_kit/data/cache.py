@@ -40,7 +40,7 @@ PACKAGES = ("transformers", "tokenizers", "datasets", "jinja2", "numpy", "pyarro
 COMMIT = re.compile("[0-9a-f]{40}")
 SUFFIX = ".safetensors"
 TRAIN, VALIDATION = "train.", "validation."  # prefixes of the names of the arrays in a file
-FIELDS, KEPT = ("ids", "trained", "offsets"), "kept"
+FIELDS, CHOSEN, KEPT = ("ids", "trained", "offsets"), "chosen", "kept"
 DAMAGED = (OSError, ValueError, KeyError, TypeError)  # what reading a damaged or foreign file raises
 ABOUT = TypeAdapter(tuple[tuple[Prompt, ...], DataCounts, tuple[str, ...]])  # prompts, counts and notes
 
@@ -63,7 +63,7 @@ def key_of(recipe: Recipe, renderer: Renderer) -> str | None:
         "data": _settings(recipe.data),
         "seed": recipe.train.seed if isinstance(recipe.data.validation, float) else None,  # else nothing is drawn
         "prompts": recipe.evaluate.generate,
-        "rendering": [renderer.template, renderer.train_on, renderer.reasoning, renderer.stop_token],
+        "rendering": [renderer.template, renderer.train_on, renderer.reasoning, renderer.stop_token, renderer.kind],
         "tokenizer": [type(tokenizer).__qualname__, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template],
         "special": [tokenizer.special_tokens_map, tokenizer.init_kwargs],
         "code": _code(),
@@ -138,7 +138,7 @@ def write(path: Path, prepared: Prepared) -> Prepared:
                 saved = _load(descriptor, path, verify=False)
             finally:
                 os.close(descriptor)
-            _prune(folder)
+            prune(folder)
     except OSError as error:  # e.g. a full or read-only disk, or a folder of another user
         warnings.warn(f"prepared data is not kept for the next start: {error}", stacklevel=2)
         return prepared
@@ -154,6 +154,8 @@ def save(file: BinaryIO, prepared: Prepared) -> None:
     ):
         if tokens is not None:
             named |= {part + name: getattr(tokens, name) for name in FIELDS} | {part + KEPT: kept}
+            if tokens.chosen is not None:
+                named[part + CHOSEN] = tokens.chosen
             facts[part] = {"fingerprint": tokens.fingerprint, "largest": tokens.largest}
     arrays.write(file, named, {"about": about, "facts": json.dumps(facts)})
 
@@ -184,7 +186,9 @@ def _load(descriptor: int, path: Path | None, *, verify: bool = True) -> Prepare
     named, metadata = arrays.read(descriptor, verify=verify)
     facts = json.loads(metadata["facts"])
     train, validation = (
-        Tokens.restored(*(named[part + name] for name in FIELDS), **facts[part]) if part in facts else None
+        Tokens.restored(*(named[part + name] for name in FIELDS), chosen=named.get(part + CHOSEN), **facts[part])
+        if part in facts
+        else None
         for part in (TRAIN, VALIDATION)
     )
     if train is None:
@@ -195,7 +199,7 @@ def _load(descriptor: int, path: Path | None, *, verify: bool = True) -> Prepare
     return Prepared(train, validation, prompts, counts, notes, kept, entry)
 
 
-def _prune(folder: PrivateFolder) -> None:
+def prune(folder: PrivateFolder) -> None:
     """Delete the least recently used entries until the cache is within its limits; the newest entry always stays."""
     names = [name for name in os.listdir(folder.descriptor) if name.endswith((SUFFIX, PARTIAL))]  # noqa: PTH208
     found = [(name, os.stat(name, dir_fd=folder.descriptor, follow_symlinks=False)) for name in names]

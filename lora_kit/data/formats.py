@@ -56,6 +56,29 @@ Example = Conversation | Completion
 
 
 @dataclass(frozen=True)
+class Preference:
+    """A pair of answers to the same prompt, or one answer with a label; each side is the prompt with its answer.
+
+    Attributes:
+        chosen: The side with the preferred or desirable answer; None for an undesirable answer.
+        rejected: The side with the other or undesirable answer; None for a desirable answer.
+        remarks: What the record has and the sides lack.
+    """
+
+    chosen: Example | None
+    rejected: Example | None
+    remarks: tuple[Remark, ...] = ()
+
+    @property
+    def sides(self) -> tuple[Example, ...]:
+        """The sides that there are, the chosen one first."""
+        return tuple(side for side in (self.chosen, self.rejected) if side is not None)
+
+
+SFT, PAIRS, ANSWERS = ("sft",), ("dpo", "orpo", "simpo", "kto"), ("kto",)  # kinds of objectives that read a format
+
+
+@dataclass(frozen=True)
 class Format:
     """A format of records.
 
@@ -63,40 +86,58 @@ class Format:
         read: Returns the example in the values of its columns; a column that a record lacks is None.
         required: The columns that every record has.
         optional: The other columns that are read.
+        kinds: The kinds of objectives (`objective.kind`) that train on it.
     """
 
-    read: Callable[[Mapping[str, Any]], Example]
+    read: Callable[[Mapping[str, Any]], Example | Preference]
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = SFT
 
     def __str__(self) -> str:
         return ", ".join([*self.required, *(f"[{name}]" for name in self.optional)])
 
 
-def detect(columns: Collection[str], renames: Mapping[str, str], *, named: str | None = None) -> str:
+def detect(columns: Collection[str], renames: Mapping[str, str], *, named: str | None = None, kind: str = "sft") -> str:
     """Return the format that has these columns.
 
     Args:
         columns: The data's column names.
         renames: The recipe's `data.columns`, from the format's column names to the data's.
         named: The recipe's `data.format`. If given, it is only checked.
+        kind: The recipe's `objective.kind`; only formats that it trains on are candidates.
 
     Raises:
-        DataError: No format matches, several match, or a renamed column does not exist.
+        DataError: No format matches, several match, a renamed column does not exist, or the objective does not train on
+            the named format.
     """
     found = ", ".join(columns)
-    candidates = [named] if named else list(FORMATS)
+    if named and kind not in FORMATS[named].kinds:
+        raise DataError(
+            f"the format {named} is for objective.kind {', '.join(FORMATS[named].kinds)}, and the kind is {kind}; "
+            "change one of them"
+        )
+    candidates = [named] if named else [name for name, format in FORMATS.items() if kind in format.kinds]
     _check_renames(columns, renames, candidates)
-    matching = [
-        name for name in candidates if all(renames.get(column, column) in columns for column in FORMATS[name].required)
-    ]
+
+    def fits(name: str) -> bool:
+        return all(renames.get(column, column) in columns for column in FORMATS[name].required)
+
+    matching = [name for name in candidates if fits(name)]
     if len(matching) > 1:  # datasets of other formats often have an additional column `text` with the rendered example
         matching = [name for name in matching if name != "text"]
     if len(matching) == 1:
         return matching[0]
     if matching:
         raise DataError(f"the columns {found} match {' and '.join(matching)}; set data.format")
-    required = FORMATS[named or "prompt-completion"].required
+    for name, format in FORMATS.items():
+        if kind not in format.kinds and fits(name):
+            raise DataError(
+                f"the columns are {found}, as in the format {name}, which is for objective.kind "
+                f"{', '.join(format.kinds)}, and the kind is {kind}; change objective.kind, or map other columns in "
+                "data.columns"
+            )
+    required = FORMATS[named or ("prompt-completion" if kind == "sft" else "preference")].required
     theirs = [*columns, *["..."] * len(required)]
     hint = ", ".join(f"{ours}: {name}" for ours, name in zip(required, theirs, strict=False))
     known = "; ".join(f"{name}: {FORMATS[name]}" for name in candidates)
@@ -119,7 +160,7 @@ def _check_renames(columns: Collection[str], renames: Mapping[str, str], candida
             raise DataError(f"data.columns: {ours}: the data has no column {theirs!r}; its columns are {found}")
 
 
-def to_example(record: Mapping[str, Any], format: str, columns: Mapping[str, str]) -> Example:
+def to_example(record: Mapping[str, Any], format: str, columns: Mapping[str, str]) -> Example | Preference:
     """Convert a record to an example.
 
     Args:
@@ -179,11 +220,11 @@ def to_question(record: Mapping[str, Any]) -> Conversation:
     return to_continue(turns, tools)
 
 
-def _conversation(parts: list[list[Labelled]], fields: Mapping[str, Any]) -> Conversation:
+def _conversation(parts: Sequence[list[Labelled]], fields: Mapping[str, Any]) -> Conversation:
     return conversation(*_with_context(parts, fields))
 
 
-def _with_context(parts: list[list[Labelled]], fields: Mapping[str, Any]) -> tuple[list[list[Labelled]], Any]:
+def _with_context(parts: Sequence[list[Labelled]], fields: Mapping[str, Any]) -> tuple[list[list[Labelled]], Any]:
     """Add the column `system` to lists of messages; return them and the tools, of the column `tools` or `functions`."""
     system, turns = _system(fields["system"]), [turn for part in parts for turn in part]
     if system and turns and isinstance(turns[0][1], Mapping) and turns[0][1].get("role") in ("system", "developer"):
@@ -199,14 +240,10 @@ def _with_context(parts: list[list[Labelled]], fields: Mapping[str, Any]) -> tup
 def _from_prompt_completion(fields: Mapping[str, Any]) -> Example:
     prompt, completion = fields["prompt"], fields["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
-        if given := [name for name in ("system", "tools", "functions") if fields[name]]:
-            raise DataError(
-                f"{given[0]} is given, and prompt is raw text that no template renders; write it into the prompt, or "
-                "write prompt and completion as lists of messages"
-            )
+        example = _raw(prompt, completion, fields)
         if not completion.strip():
             raise DataError("completion is empty; add an answer or remove the record")
-        return Completion(prompt, completion)
+        return example
     if isinstance(prompt, str) or isinstance(completion, str):
         raise DataError(
             f"prompt is {kind(prompt)} and completion is {kind(completion)}; expected both to be strings or "
@@ -214,6 +251,134 @@ def _from_prompt_completion(fields: Mapping[str, Any]) -> Example:
         )
     parts = [labelled(fields[name], name) for name in ("prompt", "completion")]
     return _conversation(parts, fields)
+
+
+def _from_preference(fields: Mapping[str, Any]) -> Preference:
+    """Read a pair of answers: strings, or conversations with a column prompt or with a common beginning."""
+    prompt, texts = fields["prompt"], (fields["chosen"], fields["rejected"])
+    if not isinstance(prompt, str | list | None):
+        raise DataError(f"prompt is {kind(prompt)}; expected a string or a list of messages")
+    if all(isinstance(text, str) for text in texts) and not isinstance(prompt, list):
+        chosen, rejected = _raw_pair(prompt, *texts, fields)
+        return Preference(chosen, rejected)
+    sides = [_side(fields[name], name) for name in ("chosen", "rejected")]
+    if _turns(sides[0]) == _turns(sides[1]):
+        raise DataError(EQUAL)
+    question = _question(prompt, sides)
+    begins = [_common(_turns(question), _turns(side)) == len(question) for side in sides]
+    answers = [side[len(question) :] if repeats else side for side, repeats in zip(sides, begins, strict=True)]
+    for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+        if not answer:
+            raise DataError(f"{name} has no answer after the prompt; add one, or remove the record")
+        if isinstance(answer[0][1], Mapping) and answer[0][1].get("role") != "assistant":
+            raise DataError(
+                f"{answer[0][0]} is not an answer of the assistant, so the prompts of chosen and rejected differ; a "
+                "pair has two answers to the same prompt"
+            )
+    first, second = (_conversation([question, answer], fields) for answer in answers)
+    if first.messages == second.messages:
+        raise DataError(EQUAL)
+    return Preference(first, second)
+
+
+EQUAL = "chosen and rejected are equal, so the pair states no preference; remove the record"
+
+
+def _raw_pair(prompt: str | None, chosen: str, rejected: str, fields: Mapping[str, Any]) -> list[Completion]:
+    """Return both sides as raw text. Without a prompt, it is their common beginning, up to the end of a word."""
+    if chosen == rejected:
+        raise DataError(EQUAL)
+    if prompt is None:
+        length = _common(chosen, rejected)
+        length = next((end for end in range(length, 0, -1) if chosen[end - 1].isspace()), 0)
+        length -= chosen[length - 1 : length] == " "  # a blank belongs to the word after it
+        if not length:
+            raise DataError(
+                "chosen and rejected begin differently, so they have no common prompt; add a column prompt, or write "
+                "the prompt at the beginning of both"
+            )
+        prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
+    sides = []
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if not answer.strip():
+            raise DataError(f"{name} is empty after the prompt; add an answer or remove the record")
+        sides.append(_raw(prompt, answer, fields))
+    return sides
+
+
+def _side(value: Any, name: str) -> list[Labelled]:
+    """Return a side as messages with their names, made of a list, of a single message, or of the text of an answer."""
+    if isinstance(value, str):
+        return [(name, {"role": "assistant", "content": value})]
+    turns = _messages_of([(name, value)] if isinstance(value, Mapping) else labelled(value, name))
+    if not turns:
+        raise DataError(f"{name} has no messages; expected at least an answer")
+    return turns
+
+
+def _messages_of(turns: Sequence[Labelled]) -> list[Labelled]:
+    """Return turns with their names; those with the keys of ShareGPT become messages."""
+    return [
+        (label, _sharegpt_message(turn, label) if isinstance(turn, Mapping) and "from" in turn else turn)
+        for label, turn in turns
+    ]
+
+
+def _turns(side: Sequence[Labelled]) -> list[Any]:
+    return [turn for _, turn in side]
+
+
+def _question(prompt: Any, sides: Sequence[list[Labelled]]) -> list[Labelled]:
+    """Return the messages before the answers: those of the column prompt, or those with which both sides begin.
+
+    Raises:
+        DataError: The column is a text that is not among the messages with which both sides begin.
+    """
+    if isinstance(prompt, list):
+        return _messages_of(labelled(prompt, "prompt"))
+    most = min(len(side) for side in sides) - 1
+    question = sides[0][: min(most, _common(_turns(sides[0]), _turns(sides[1])))]
+    if prompt is None:
+        return question
+    if not question:
+        return [("prompt", {"role": "user", "content": prompt})]
+    contents = [turn.get("content") for turn in _turns(question) if isinstance(turn, Mapping)]
+    if not any(isinstance(content, str) and content.strip() == prompt.strip() for content in contents):
+        raise DataError(
+            "prompt is not among the messages with which chosen and rejected begin; remove the column, or write it as "
+            "the list of messages before the answers"
+        )
+    return question
+
+
+def _common(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Return with how many equal messages, or characters, two sequences begin."""
+    pairs = zip(first, second, strict=False)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
+def _from_unpaired(fields: Mapping[str, Any]) -> Preference:
+    """Read an answer with the label whether it is desirable."""
+    label = fields["label"]
+    stated = next((value for value, texts in enumerate(SWITCHED) if str(label).strip().lower() in texts), None)
+    if stated is None:
+        raise DataError(f"label is {label!r}; expected true for a desirable answer, or false")
+    example = _from_prompt_completion(fields)
+    return Preference(example, None) if stated else Preference(None, example)
+
+
+def _raw(prompt: str, answer: str, fields: Mapping[str, Any]) -> Completion:
+    """Return raw text with a prompt.
+
+    Raises:
+        DataError: The record has columns that only a chat template could render.
+    """
+    if given := [name for name in CONTEXT if fields[name]]:
+        raise DataError(
+            f"{given[0]} is given, and prompt is raw text that no template renders; write it into the prompt, or "
+            "write prompt and completion as lists of messages"
+        )
+    return Completion(prompt, answer)
 
 
 def _from_alpaca(fields: Mapping[str, Any]) -> Example:
@@ -283,4 +448,6 @@ FORMATS = {
     "prompt-completion": Format(_from_prompt_completion, ("prompt", "completion"), CONTEXT),
     "alpaca": Format(_from_alpaca, ("instruction", "output"), ("input", "history", *CONTEXT)),
     "text": Format(_from_text, ("text",)),
+    "preference": Format(_from_preference, ("chosen", "rejected"), ("prompt", *CONTEXT), PAIRS),
+    "unpaired": Format(_from_unpaired, ("prompt", "completion", "label"), CONTEXT, ANSWERS),
 }

@@ -30,8 +30,11 @@ class MicroBatch:
         labels: At each position the id of the next token if it is trained, otherwise IGNORE (so already shifted).
         position_ids: Positions, which restart at 0 with each example.
         attention_mask: 1 for tokens and 0 for padding; None if packed.
-        segments: The lengths of the examples, in order.
+        segments: The lengths of the examples, in order; both sides of a pair have a length of their own.
         sources: The index of the source of each example; empty if nothing is measured for each source.
+        sides: The index of the segment of the chosen and of the rejected side of each example, or -1 without such a
+            side, int64 [examples, 2]; None if the data has no preferences.
+        reference: The rows of `Tokens.reference` of the examples.
     """
 
     ids: np.ndarray
@@ -40,6 +43,8 @@ class MicroBatch:
     attention_mask: np.ndarray | None
     segments: tuple[int, ...]
     sources: tuple[int, ...] = ()
+    sides: np.ndarray | None = None
+    reference: np.ndarray | None = None
 
     @property
     def weight(self) -> int:
@@ -102,20 +107,25 @@ def collate(tokens: Tokens, members: Sequence[int], *, padded: bool, sources: tu
         tokens: All examples.
         members: The indices of the examples of the micro-batch.
         padded: Whether each example is a row that is padded to the longest; otherwise all are packed into one row.
+            Each side of a pair is a row.
         sources: The source of each member, to measure each source.
     """
-    rows = [_row(*tokens.example(index)) for index in members]
+    rows = [_row(*side) for index in members for side in tokens.sides(index)]
     segments = tuple(len(ids) for ids, _, _ in rows)
+    sides, reference = None, None if tokens.reference is None else tokens.reference[list(members)]
+    if tokens.chosen is not None:
+        present = tokens.side_lengths(members) > 0
+        sides = np.where(present, np.cumsum(present).reshape(present.shape) - 1, -1)
     if not padded:
         ids, labels, position_ids = (np.concatenate(parts)[None] for parts in zip(*rows, strict=True))
-        return MicroBatch(ids, labels, position_ids, None, segments, sources)
+        return MicroBatch(ids, labels, position_ids, None, segments, sources, sides, reference)
     longest = max(segments)
     ids, labels, position_ids = (
         np.stack([np.pad(part, (0, longest - len(part)), constant_values=fill) for part in parts])
         for parts, fill in zip(zip(*rows, strict=True), (0, IGNORE, 0), strict=True)
     )
     mask = (np.arange(longest) < np.array(segments)[:, None]).astype(np.int64)
-    return MicroBatch(ids, labels, position_ids, mask, segments, sources)
+    return MicroBatch(ids, labels, position_ids, mask, segments, sources, sides, reference)
 
 
 def _row(ids: np.ndarray, trained: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

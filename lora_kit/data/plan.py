@@ -170,7 +170,9 @@ class Plan:
     def micro_batches(self, step: int) -> list[list[int]]:
         """Return the micro-batches of a step for all processes together, each as the indices of its examples."""
         members = self.examples(step)
-        groups = self.split(self.tokens.lengths_of(members), self.micro_batch_tokens, padded=self.padded)
+        groups = self.split(
+            self.tokens.places(members, padded=self.padded), self.micro_batch_tokens, padded=self.padded
+        )
         return [[members[index] for index in group] for group in groups]
 
     def idle_share(self, processes: int) -> float:

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from lora_kit.data.counts import TRAINING
 from lora_kit.data.places import Where
 from lora_kit.data.plan import Plan
@@ -22,8 +24,9 @@ def make_preview(plan: Plan, renderer: Renderer, where: Where, n: int, *, ids: b
     """
     tokens, lengths = plan.tokens, plan.tokens.lengths
     examples = (
-        Example(index, where(TRAINING, index), tuple(_pieces(tokens, index, renderer)))
+        Example(index, where(TRAINING, index), tuple(_pieces(*side, renderer)), name)
         for index in range(min(n, len(tokens)))
+        for name, side in zip(_names(tokens, index), tokens.sides(index), strict=True)
     )
     batches = (
         tuple(Row(where(TRAINING, index), int(lengths[index])) for index in members)
@@ -32,9 +35,17 @@ def make_preview(plan: Plan, renderer: Renderer, where: Where, n: int, *, ids: b
     return Preview(tuple(examples), tuple(batches), plan.micro_batch_tokens, ids=ids)
 
 
-def _pieces(tokens: Tokens, index: int, renderer: Renderer) -> Iterator[Piece]:
-    """Yield the text of an example in pieces that are trained or untrained as a whole."""
-    ids, trained = tokens.example(index)
+def _names(tokens: Tokens, index: int) -> list[str]:
+    """Return the names of the sides of an example; an empty name without preferences."""
+    if tokens.chosen is None:
+        return [""]
+    lengths = tokens.side_lengths([index])[0]
+    names = ("chosen", "rejected") if all(lengths) else ("desirable", "undesirable")
+    return [name for name, length in zip(names, lengths, strict=True) if length]
+
+
+def _pieces(ids: np.ndarray, trained: np.ndarray, renderer: Renderer) -> Iterator[Piece]:
+    """Yield the text of a side of an example in pieces that are trained or untrained as a whole."""
     start, before, tokenizer = 0, "", renderer.tokenizer
     for end in range(1, len(ids) + 1):
         if end == len(ids) or trained[end] != trained[start]:

@@ -43,6 +43,7 @@ class Renderer:
         train_on: "assistant" trains the answers, "last" the last answer, "all" every token except the first.
         reasoning: "train" trains the reasoning of answers, "mask" makes it context.
         stop_token: The token that ends an answer; None takes the tokenizer's end-of-sequence token.
+        kind: The recipe's `objective.kind`, which decides the formats of records.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -50,6 +51,7 @@ class Renderer:
     train_on: str = "assistant"
     reasoning: str = "train"
     stop_token: str | None = None
+    kind: str = "sft"
 
     @property
     def chat_template(self) -> str:

@@ -7,14 +7,14 @@ and the parent appends them to the arrays of the earlier ranges.
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
 
-from lora_kit.data.formats import Completion, Example, to_example
+from lora_kit.data.formats import Completion, Example, Preference, to_example
 from lora_kit.data.messages import Conversation, unknown_nulls
 from lora_kit.data.remarks import NULLS, Remark
 from lora_kit.data.rendering import Renderer
@@ -29,6 +29,7 @@ WORTH_A_CHILD = 1024  # records per child; a fork takes as long as a few hundred
 ARRAYS: dict[str, type[np.generic]] = {
     "kept": np.int64,  # the index of the record of each example
     "lengths": np.int64,  # the number of tokens of each example
+    "chosen": np.int64,  # how many of them are the chosen side's
     "ids": np.int32,  # the token ids of all examples
     "trained": np.bool_,  # whether each token is trained
 }
@@ -64,10 +65,10 @@ class Range:
     tallies: Counter[str] = field(default_factory=Counter)
     arrays: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in ARRAYS})
 
-    def add(self, index: int, ids: Sequence[int], trained: Sequence[bool]) -> None:
-        """Add the example of record `index`."""
+    def add(self, index: int, ids: Sequence[int], trained: Sequence[bool], chosen: int) -> None:
+        """Add the example of record `index`, of whose tokens the first `chosen` are those of the chosen side."""
         tokens, mask = np.array(ids, np.int32).tobytes(), bytes(trained)
-        for name, value in zip(ARRAYS, (index, len(ids), tokens, mask), strict=True):
+        for name, value in zip(ARRAYS, (index, len(ids), chosen, tokens, mask), strict=True):
             self.arrays[name].append(value)
         self.tallies["labels"] += mask.count(1) - mask[0]
 
@@ -110,40 +111,76 @@ class Tokenising:
         read = partial(to_example, format=self.format, columns=self.columns)
         examples = [attempt(read, record) for record in self.records.read(start, stop)]
         result = Range(stop - start)
-        for index, example in enumerate(tokenize_all(examples, self.renderer), start):
-            if isinstance(example, DataError):
-                result.bad.append((index, str(example)))
-            else:
-                before = len(result.arrays["kept"])
-                self._add(index, example, result)
-                raw = examples[index - start]
-                result.tallies["raw"] += isinstance(raw, Completion) * (len(result.arrays["kept"]) - before)
-                if found := example.remarks + _nulls(raw):
-                    result.remarks.append((index, found))
+        raw_sides = [_sides(example) for example in examples]
+        tokenized = iter(tokenize_all([side for sides in raw_sides for side in sides if side], self.renderer))
+        for index, raw in enumerate(raw_sides, start):
+            sides = tuple(next(tokenized) if side else None for side in raw)
+            try:
+                self._add_record(index, raw, sides, result)
+            except DataError as error:
+                result.bad.append((index, str(error)))
         return [result.dump()]
 
-    def _add(self, index: int, example: Tokenized, result: Range) -> None:
-        limit, length = self.sequence_length, len(example.ids)
-        result.tokens += length
+    def _add_record(self, index: int, raw: "Sides", sides: "TokenizedSides", result: Range) -> None:
+        """Add the examples of a record and the remarks on it.
+
+        Raises:
+            DataError: A side could not be tokenised, or both have the same tokens.
+        """
+        made = [side for side in sides if side is not None]
+        for side in made:
+            if isinstance(side, DataError):
+                raise side
+        chosen, rejected = sides
+        if isinstance(chosen, Tokenized) and isinstance(rejected, Tokenized) and chosen.ids == rejected.ids:
+            raise DataError("chosen and rejected have the same tokens, so the pair states no preference; remove it")
+        before = len(result.arrays["kept"])
+        self._add(index, sides, result)
+        result.tallies["raw"] += isinstance(raw[0] or raw[1], Completion) * (len(result.arrays["kept"]) - before)
+        remarks = [side.remarks for side in made if isinstance(side, Tokenized)] + [_nulls(side) for side in raw]
+        if found := tuple(dict.fromkeys(remark for each in remarks for remark in each)):
+            result.remarks.append((index, found))
+
+    def _add(self, index: int, sides: "TokenizedSides", result: Range) -> None:
+        made = [side for side in sides if isinstance(side, Tokenized)]
+        limit, length = self.sequence_length, max(len(side.ids) for side in made)
+        result.tokens += sum(len(side.ids) for side in made)
         if length > limit and self.overlong == "split" and self.format == "text":
-            for piece in pieces(example, limit, self.overlap):
-                result.add(index, piece.ids, piece.trained)
+            for piece in pieces(made[0], limit, self.overlap):
+                result.add(index, piece.ids, piece.trained, len(piece.ids))
             result.tallies["split"] += 1
         elif length > limit and self.overlong in ("error", "split"):
-            found = f"{length:,} tokens are more than data.sequence_length ({limit:,})"
+            of = "" if len(made) == 1 else " of chosen" if len(made[0].ids) == length else " of rejected"
+            found = f"{length:,} tokens{of} are more than data.sequence_length ({limit:,})"
             others = "drop, truncate or split" if self.format == "text" else "drop or truncate"
             result.problems.append((index, f"{found}; raise it, or set data.overlong to {others}"))
         elif length > limit and self.overlong == "drop":
             result.tallies["dropped"] += 1
-        elif not any(example.trained[:limit]):
+        elif not all(any(side.trained[:limit]) for side in made):
             result.tallies["emptied"] += 1
         else:
-            result.add(index, example.ids[:limit], example.trained[:limit])
+            ids = [number for side in made for number in side.ids[:limit]]
+            trained = [each for side in made for each in side.trained[:limit]]
+            result.add(index, ids, trained, min(limit, len(made[0].ids)) if sides[0] else 0)
             result.tallies["truncated"] += length > limit
-            result.tallies["merged"] += example.merged
+            result.tallies["merged"] += any(side.merged for side in made)
 
 
-def _nulls(example: Example | DataError) -> tuple[Remark, ...]:
+Sides = tuple[Example | DataError | None, Example | DataError | None]
+"""An example and None, or the chosen and the rejected side; in place of the first an error."""
+TokenizedSides = tuple[Tokenized | DataError | None, ...]
+
+
+def _sides(example: Example | Preference | DataError) -> Sides:
+    """Return the sides of a record; both have the remarks on the record."""
+    if not isinstance(example, Preference):
+        return example, None
+    sides = (example.chosen, example.rejected)
+    chosen, rejected = (side and replace(side, remarks=(*side.remarks, *example.remarks)) for side in sides)
+    return chosen, rejected
+
+
+def _nulls(example: Example | DataError | None) -> tuple[Remark, ...]:
     names = unknown_nulls(example.messages, example.tools) if isinstance(example, Conversation) else []
     return tuple(Remark(NULLS, name, "") for name in names)
 

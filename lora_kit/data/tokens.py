@@ -20,7 +20,7 @@ from lora_kit.data import sandbox, sources
 from lora_kit.data.arrays import Growing, chunks, spill_folder
 from lora_kit.data.counts import Counts, DataCounts, summed
 from lora_kit.data.files import read_text
-from lora_kit.data.formats import detect, to_example
+from lora_kit.data.formats import FORMATS, Preference, detect, to_example
 from lora_kit.data.remarks import Remark, Remarks
 from lora_kit.data.rendering import RENDERED_DATE, Renderer, check_renderer
 from lora_kit.data.sources import Records
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 MAX_SHOWN = 20  # problems listed in an error
 MAX_NAMED = 10  # bad records named in a note
+SFT_FORMATS = tuple(name for name, format in FORMATS.items() if "sft" in format.kinds)
 CONVERSATIONS = ("messages", "sharegpt", "alpaca")  # formats that always need a chat template
 
 
@@ -44,28 +45,49 @@ class Tokens:
         ids: The token ids of all examples, concatenated, int32 [tokens].
         trained: Whether each token is trained, bool [tokens]. The first token of an example is ignored.
         offsets: Where each example begins, and where the last ends, int64 [examples + 1].
+        chosen: How many tokens of each example are those of the side with the chosen (or desirable) answer; those of
+            the side with the rejected (or undesirable) answer follow them. int64 [examples]; None if the data has no
+            preferences.
+        reference: The summed log-probabilities that the reference gives to the answers of each example, float32
+            [examples, columns], with the columns of `objectives.reference`; None before they are computed.
     """
 
     ids: np.ndarray
     trained: np.ndarray
     offsets: np.ndarray
+    chosen: np.ndarray | None = None
+    reference: np.ndarray | None = None
 
     @classmethod
     def restored(
-        cls, ids: np.ndarray, trained: np.ndarray, offsets: np.ndarray, *, fingerprint: str, largest: int
+        cls,
+        ids: np.ndarray,
+        trained: np.ndarray,
+        offsets: np.ndarray,
+        *,
+        chosen: np.ndarray | None,
+        fingerprint: str,
+        largest: int,
     ) -> "Tokens":
         """Return tokens that were saved together with these properties, so that no pass over them is necessary."""
-        tokens = cls(ids, trained, offsets)
+        tokens = cls(ids, trained, offsets, chosen)
         vars(tokens).update(fingerprint=fingerprint, largest=largest)
         return tokens
 
+    def with_reference(self, reference: np.ndarray) -> "Tokens":
+        """Return these tokens with the log-probabilities of the reference."""
+        tokens = replace(self, reference=reference)
+        vars(tokens).update({name: vars(self)[name] for name in ("fingerprint", "largest") if name in vars(self)})
+        return tokens
+
     @staticmethod
-    def of(examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> "Tokens":
-        """Concatenate examples, each a pair (ids, trained)."""
+    def of(examples: Sequence[tuple[np.ndarray, np.ndarray]], chosen: Sequence[int] | None = None) -> "Tokens":
+        """Concatenate examples, each a pair (ids, trained), perhaps with the number of tokens of each chosen side."""
         offsets = np.cumsum([0, *(len(ids) for ids, _ in examples)], dtype=np.int64)
         ids = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in examples)])
         trained = np.concatenate([np.zeros(0, np.bool_), *(trained for _, trained in examples)])
-        return Tokens(ids.astype(np.int32), trained, offsets)
+        sides = None if chosen is None else np.array(chosen, np.int64)
+        return Tokens(ids.astype(np.int32), trained, offsets, sides)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -86,15 +108,45 @@ class Tokens:
         lengths: list[int] = (self.offsets[places + 1] - self.offsets[places]).tolist()
         return lengths
 
+    def side_lengths(self, indices: Sequence[int] | slice = slice(None)) -> np.ndarray:
+        """Return the number of tokens of the chosen and the rejected side of examples, int64 [examples, 2].
+
+        An example without preferences counts as a chosen side; a side that is missing has no tokens.
+        """
+        lengths = self.lengths[indices] if isinstance(indices, slice) else np.array(self.lengths_of(indices), np.int64)
+        chosen = lengths if self.chosen is None else self.chosen[indices]
+        return np.stack([chosen, lengths - chosen], axis=-1)
+
+    def sides(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the ids of each side of an example, and whether each of them is trained; a missing side is left out.
+
+        Without preferences, this is the example.
+        """
+        ids, trained = self.example(index)
+        place = len(ids) if self.chosen is None else int(self.chosen[index])
+        return [(ids[side], trained[side]) for side in (slice(place), slice(place, None)) if len(ids[side])]
+
+    def places(self, indices: Sequence[int] | slice, *, padded: bool) -> list[int]:
+        """Return how many tokens examples take in a micro-batch: of a pair of padded rows, twice the longer side."""
+        sides = self.side_lengths(indices)
+        longer, count = sides.max(axis=1, initial=0), (sides > 0).sum(axis=1)
+        taken: list[int] = (longer * count if padded else sides.sum(axis=1)).tolist()
+        return taken
+
+    @property
+    def longest(self) -> int:
+        """The number of tokens of the longest side of an example."""
+        return int(self.side_lengths().max(initial=0))
+
     def weight(self, index: int) -> int:
         """Return the number of trained tokens of an example."""
         return int(self.example(index)[1][1:].sum())
 
     @cached_property
     def fingerprint(self) -> str:
-        """The SHA-256 of the three arrays, as hexadecimal digits."""
+        """The SHA-256 of the arrays, as hexadecimal digits."""
         digest = hashlib.sha256()
-        for name in ("ids", "trained", "offsets"):
+        for name in ("ids", "trained", "offsets", *(("chosen",) if self.chosen is not None else ())):
             array = np.ascontiguousarray(getattr(self, name))
             digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
             for chunk in chunks(array):
@@ -129,7 +181,8 @@ def joined(parts: Sequence[Tokens]) -> Tokens:
                 grown.append(chunk)
         offsets.append(part.offsets[1:] + end)
         end += int(part.offsets[-1])
-    return Tokens(ids.finish(), trained.finish(), np.concatenate(offsets))
+    chosen = [part.chosen for part in parts if part.chosen is not None]
+    return Tokens(ids.finish(), trained.finish(), np.concatenate(offsets), np.concatenate(chosen) if chosen else None)
 
 
 class Entry(NamedTuple):
@@ -173,7 +226,7 @@ def check_context(data: Prepared, context: int | None) -> None:
     Raises:
         DataError: An example is too long; the message names the longest example and the limit.
     """
-    longest = max(int(tokens.lengths.max()) for tokens in (data.train, data.validation) if tokens)
+    longest = max(tokens.longest for tokens in (data.train, data.validation) if tokens)
     if context and longest > context:
         raise DataError(
             f"data.sequence_length: the longest example has {longest:,} tokens, the base was made for {context:,}; "
@@ -417,7 +470,7 @@ def _tokenise(
     Raises:
         DataError: The columns match no format, conversations have no chat template, or the template exceeds a limit.
     """
-    format = _format(records, data)
+    format = _format(records, data, renderer.kind)
     if format in CONVERSATIONS:
         # if there is no template, raise once and not for every record; a child finds out once what it expects
         renderer = replace(renderer, template=renderer.chat_template)
@@ -447,8 +500,13 @@ def _tokenise(
                 tell(pace.records)
     except sandbox.LostError as lost:
         raise lost.error(records.where(json.loads(lost.request)[0] + (lost.place or 0))) from lost
-    lengths = arrays["lengths"].finish()
-    tokens = Tokens(arrays["ids"].finish(), arrays["trained"].finish(), np.concatenate([[0], np.cumsum(lengths)]))
+    lengths, chosen = arrays["lengths"].finish(), arrays["chosen"].finish()
+    tokens = Tokens(
+        arrays["ids"].finish(),
+        arrays["trained"].finish(),
+        np.concatenate([[0], np.cumsum(lengths)]),
+        None if format in SFT_FORMATS else chosen,
+    )
     total, labels = len(tokens.ids), tallies.pop("labels")
     counts = Counts(
         format=format,
@@ -456,19 +514,19 @@ def _tokenise(
         tokens=total,
         trained_tokens=labels,
         trained_share=round(labels / max(1, total), 4),
-        longest=int(lengths.max(initial=0)),
+        longest=tokens.longest,
         records=len(records),
         **tallies,
     )
     return _Tokenised(records, renderer, tokens, arrays["kept"].finish(), counts, bad, remarks)
 
 
-def _format(records: Records, data: "Data") -> str:
+def _format(records: Records, data: "Data", kind: str) -> str:
     columns = records.columns
     if not columns:  # no record can be read; every record will report its own error
-        return data.format or "text"  # which needs no chat template
+        return data.format or ("text" if kind == "sft" else "preference")  # which need no chat template
     try:
-        return detect(columns, data.columns, named=data.format)
+        return detect(columns, data.columns, named=data.format, kind=kind)
     except DataError as error:
         raise DataError(f"{records.name}: {error}{_nested(records)}") from error
 
@@ -507,7 +565,8 @@ def _prompts(
         assert isinstance(record, dict)
         try:
             example = to_example(record, result.counts.format, _settings(source.settings, data).columns)
-            prompts.append(prompt(example, result.renderer))
+            side = example.sides[0] if isinstance(example, Preference) else example
+            prompts.append(prompt(side, result.renderer))
         except DataError as error:
             raise DataError(f"{result.records.where(index)}: {error}") from error
     return tuple(prompts)

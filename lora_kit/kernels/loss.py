@@ -2,11 +2,14 @@
 
 The head is applied to a few hundred rows at a time. The gradient with respect to their hidden states is computed in the
 forward pass, while their logits exist, so that no logits outlive their rows. The head is frozen and needs no gradient.
+The rows are divided into consecutive groups, each with a sum of its own: the examples of a micro-batch, or its sources.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -14,6 +17,7 @@ from torch.autograd import Function
 
 from lora_kit.kernels import dispatch
 from lora_kit.kernels.limits import LOGITS, ROW_MULTIPLE
+from lora_kit.kernels.segments import moved
 
 
 @dataclass(frozen=True)
@@ -59,27 +63,44 @@ class Head:
 
 class _CrossEntropy(Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Head, labels: Tensor, to_gradient: bool) -> Tensor:
-        total, grad_hidden = torch.zeros((), device=hidden.device), torch.empty_like(hidden)
+    def forward(
+        ctx: Any, hidden: Tensor, head: Head, labels: Tensor, sizes: Sequence[int], to_gradient: bool
+    ) -> Tensor:
+        totals, grad_hidden = torch.zeros(len(sizes), device=hidden.device), torch.empty_like(hidden)
         rows = max(ROW_MULTIPLE, LOGITS[hidden.device.type] // len(head.weight) // ROW_MULTIPLE * ROW_MULTIPLE)
-        chunks = zip(hidden.split(rows), labels.split(rows), grad_hidden.split(rows), strict=True)
-        for hidden_chunk, label, target in chunks:
-            count = len(hidden_chunk)
-            before = head.before_cap(_padded(hidden_chunk))
+        for begin in range(0, len(hidden), rows):
+            chunk = slice(begin, begin + rows)
+            label = labels[chunk]
+            count = len(label)
+            before = head.before_cap(_padded(hidden[chunk]))
             logits = head.capped(before)
             backend = dispatch.backend_of(logits)
-            total -= backend.summed_log_probs(logits[:count], label, to_gradient=to_gradient)
+            for group, part in _parts(sizes, begin, count):
+                totals[group] -= backend.summed_log_probs(logits[part], label[part], to_gradient=to_gradient)
             if to_gradient:
                 logits[count:] = 0
-                target.copy_(head.backward(logits, before)[:count])
+                grad_hidden[chunk] = head.backward(logits, before)[:count]
             del before, logits  # frees their memory before the next chunk needs it
         ctx.save_for_backward(grad_hidden)
-        return total
+        ctx.sizes = sizes
+        return totals
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (grad_hidden,) = ctx.saved_tensors
-        return grad_hidden * gradient.to(grad_hidden.dtype), None, None, None
+        factors, sizes = gradient.to(grad_hidden.dtype), moved(np.array(ctx.sizes, np.int64), gradient.device)
+        of_rows = factors.repeat_interleave(sizes, output_size=len(grad_hidden))
+        return grad_hidden * of_rows[:, None], None, None, None, None
+
+
+def _parts(sizes: Sequence[int], begin: int, count: int) -> Iterator[tuple[int, slice]]:
+    """Yield each group with rows in [begin, begin + count), and which of these rows are the group's."""
+    start = 0
+    for group, size in enumerate(sizes):
+        first, last = max(start, begin), min(start + size, begin + count)
+        if first < last:
+            yield group, slice(first - begin, last - begin)
+        start += size
 
 
 def _padded(rows: Float[Tensor, "rows width"]) -> Float[Tensor, "padded width"]:
@@ -89,8 +110,16 @@ def _padded(rows: Float[Tensor, "rows width"]) -> Float[Tensor, "padded width"]:
 
 
 def summed_cross_entropy(
-    hidden: Float[Tensor, "rows width"], head: Head, labels: Int64[Tensor, "rows"]
-) -> Float[Tensor, ""]:
-    """Return the cross-entropy (nats) summed over all rows, in fp32; every label is a token id, not IGNORE."""
-    total: Tensor = _CrossEntropy.apply(hidden, head, labels, torch.is_grad_enabled() and hidden.requires_grad)
-    return total
+    hidden: Float[Tensor, "rows width"], head: Head, labels: Int64[Tensor, "rows"], sizes: Sequence[int]
+) -> Float[Tensor, "sums"]:
+    """Return the cross-entropy (nats) of each group of rows, summed in fp32.
+
+    Args:
+        hidden: The hidden states.
+        head: The output layer.
+        labels: Token ids, none of them IGNORE.
+        sizes: The number of rows of each group, in the order of the rows; they add up to all rows.
+    """
+    to_gradient = torch.is_grad_enabled() and hidden.requires_grad
+    totals: Tensor = _CrossEntropy.apply(hidden, head, labels, sizes, to_gradient)
+    return totals

@@ -1,6 +1,7 @@
 """Load the base's tokenizer, with the chat template and stop token of the recipe."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -11,7 +12,7 @@ from lora_kit.errors import BaseError, DataError
 from lora_kit.model.source import Source, reason_of
 from lora_kit.model.weights import POINTER_REMEDY, is_pointer
 from lora_kit.recipe.load import resolve_path
-from lora_kit.recipe.schema import Recipe
+from lora_kit.recipe.schema import Recipe, SftObjective
 
 GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # classes that tokenizer.json describes completely
 
@@ -36,8 +37,15 @@ def load_renderer(source: Source, recipe: Recipe, *, template: str | None = None
         reason = reason_of(error, "download it again")
         raise BaseError(f"base.repo: the tokenizer in {source.folder} cannot be loaded: {reason}") from error
     template = read_template(recipe) if template is None else template
-    objective, stop_token = recipe.objective, recipe.base.stop_token
-    return Renderer(tokenizer, template, objective.train_on, objective.reasoning, stop_token)
+    return for_objective(Renderer(tokenizer, template, stop_token=recipe.base.stop_token), recipe)
+
+
+def for_objective(renderer: Renderer, recipe: Recipe) -> Renderer:
+    """Return a renderer that trains the tokens and reads the formats that the recipe's objective needs."""
+    objective = recipe.objective
+    if isinstance(objective, SftObjective):
+        return replace(renderer, kind=objective.kind, train_on=objective.train_on, reasoning=objective.reasoning)
+    return replace(renderer, kind=objective.kind, train_on="assistant", reasoning="train")
 
 
 def read_template(recipe: Recipe) -> str | None:

@@ -24,7 +24,7 @@ from ruamel.yaml.events import AliasEvent
 
 from lora_kit.errors import RecipeError
 from lora_kit.files import path_in
-from lora_kit.recipe.schema import Recipe, Section, Source, TrainSource, name_of
+from lora_kit.recipe.schema import OBJECTIVES, Recipe, Section, Source, TrainSource, kind_of, name_of
 
 ASSETS = Path(__file__).parents[1] / "assets"
 BUILTIN = "builtin:"
@@ -56,8 +56,14 @@ OTHER_NAMES = {  # the names of fields in other programs
     "model": "base.repo",
     "model_name_or_path": "base.repo",
     "dataset": "data.train",
+    "rpo_alpha": "objective.sft_weight",
+    "simpo_gamma": "objective.gamma",
+    "loss_type": "objective.loss",
 }
-SECTIONS: dict[str, type[Section]] = {name: field.annotation for name, field in Recipe.model_fields.items()}  # type: ignore[misc]
+SECTIONS: dict[str, tuple[type[Section], ...]] = {  # several if the field `kind` of a section decides which it is
+    name: tuple(OBJECTIVES.values()) if name == "objective" else (field.annotation,)  # type: ignore[misc]
+    for name, field in Recipe.model_fields.items()
+}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -189,6 +195,10 @@ def _message(errors: Sequence[Any], tree: CommentedMap, path: Path, origins: Map
     """
     error = errors[0]
     keys = _keys(error["loc"])
+    if error["type"] == "union_tag_invalid":
+        where, found = f"{path}:{_line(tree, [*keys, 'kind'])}", FOUND.repr(error["input"]["kind"])
+        where = origins.get("objective.kind") or where
+        return f"{where}: objective.kind: found {found}, expected one of {', '.join(OBJECTIVES)}"
     field, key = ".".join(map(str, keys[:2])), _written(keys)
     where = origins.get(field) or f"{path}:{_line(tree, keys)}"
     if error["type"] == "value_error":
@@ -205,12 +215,27 @@ def _message(errors: Sequence[Any], tree: CommentedMap, path: Path, origins: Map
     return f"{where}: {key}: found {found}, expected {' or '.join(dict.fromkeys(expected))}"
 
 
+class Kind(str):
+    """The key `objective`, which also knows the kind of objective that its fields belong to."""
+
+    kind = "sft"
+
+    @classmethod
+    def objective(cls, kind: str) -> "Kind":
+        """Return the key of an objective of this kind."""
+        key = cls("objective")
+        key.kind = kind
+        return key
+
+
 def _keys(location: Sequence[int | str]) -> tuple[int | str, ...]:
     """Return the keys and indices that lead to the place of an error, without pydantic's names of types.
 
     Only inside `data.train` and `data.validation` are there further keys after the field: an index or a name, then a
-    field of the source.
+    field of the source. The key `objective` is a `Kind`.
     """
+    if location[:1] == ("objective",) and len(location) > 1:
+        return Kind.objective(str(location[1])), *map(str, location[2:3])
     keys = tuple(str(part) for part in location[:2])
     if location[2:3] not in (("<list>",), ("<mapping>",)):
         return keys
@@ -229,7 +254,12 @@ def _hint(keys: Sequence[int | str]) -> str:
     known, name = _known_keys(keys[:-1]), str(keys[-1])
     if similar := difflib.get_close_matches(name, known, n=1):
         return f"did you mean {similar[0]!r}?"
-    elsewhere = [f"{section}.{name}" for section, fields in SECTIONS.items() if name in fields.model_fields]
+    elsewhere = [
+        f"{section}.{name}" for section, kinds in SECTIONS.items() if any(name in kind.model_fields for kind in kinds)
+    ]
+    if isinstance(keys[0], Kind) and f"objective.{name}" in elsewhere:
+        kinds = [kind for kind, section in OBJECTIVES.items() if name in section.model_fields]
+        return f"only {' and '.join(kinds)} has it, and the kind is {keys[0].kind}"
     if meant := OTHER_NAMES.get(name.lower()) or " or ".join(elsewhere):
         return f"did you mean {meant}?"
     return f"expected one of {', '.join(known)}"
@@ -241,7 +271,7 @@ def _known_keys(keys: Sequence[int | str]) -> list[str]:
 
 
 def _fields_of(keys: Sequence[int | str]) -> dict[str, FieldInfo]:
-    section: type[Section] = SECTIONS[str(keys[0])]
+    section = OBJECTIVES[keys[0].kind] if isinstance(keys[0], Kind) else SECTIONS[str(keys[0])][0]
     if len(keys) > 2:
         section = TrainSource if isinstance(keys[2], int) else Source
     return section.model_fields
@@ -353,7 +383,11 @@ def difference(old: Mapping[str, Any], new: Recipe) -> list[tuple[str, Any, Any]
         new: The recipe to compare with it. A field that the old one lacks counts as its default, with which the other
             version trained; a field of another version counts as None in the new one.
     """
-    whole = {name: _defaults(section) | dict(old.get(name, {})) for name, section in SECTIONS.items()}
+    kind = kind_of(old.get("objective", {}))
+    sections = {
+        name: OBJECTIVES.get(kind, kinds[0]) if name == "objective" else kinds[0] for name, kinds in SECTIONS.items()
+    }
+    whole = {name: _defaults(section) | dict(old.get(name, {})) for name, section in sections.items()}
     before, after = _fields({**old, **whole}), _fields(new.model_dump(mode="json"))
     keys = dict.fromkeys([*after, *before])
     return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]

@@ -28,8 +28,11 @@ def reference() -> str:
         f"# Recipes\n\n{schema['description']}\n",
         "Generated from lora_kit/recipe/schema.py by `python -m lora_kit.recipe.reference`.\n",
     ]
-    for name, section in SECTIONS.items():
-        lines += _table(f"## {name}", schema["$defs"][section.__name__])
+    for name, kinds in SECTIONS.items():
+        for section in kinds:
+            definition = schema["$defs"][section.__name__]
+            kind = definition["properties"]["kind"]["const"] if section is not kinds[0] else None
+            lines += _table(f"### {name} of the kind {kind}" if kind else f"## {name}", definition)
         if name == "data":
             lines += _table("### a source of `data.train`", schema["$defs"][TrainSource.__name__])
             lines += _table("### a source of `data.validation`", schema["$defs"][Source.__name__])

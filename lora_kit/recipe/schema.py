@@ -16,7 +16,7 @@ FRACTION = Annotated[float, Field(gt=0, lt=1)]
 COUNT = Annotated[int, Field(gt=0, le=1_000_000_000)]
 SECONDS = Annotated[float, Field(gt=0, le=1e9)]
 BOUND = Annotated[float, Field(gt=0, le=1e30)]  # representable in float32
-FORMAT = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text"]
+FORMAT = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text", "preference", "unpaired"]
 SOURCE_NAME = Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")]
 LAYERS = Annotated[int, Field(ge=0, lt=10_000)] | Annotated[str, Field(pattern=r"^[0-9]{1,4}-[0-9]{1,4}$")]
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # not allowed in paths, names and columns
@@ -274,9 +274,12 @@ class Adapter(Section):
         return self
 
 
-class Objective(Section):
-    """Supervised fine-tuning: the mean cross-entropy over the trained tokens of a batch."""
+class SftObjective(Section):
+    """`kind: sft`, supervised fine-tuning: the mean cross-entropy over the trained tokens of a batch."""
 
+    kind: Literal["sft"] = "sft"
+    """The objective: sft, or one of the preference objectives dpo, orpo, simpo and kto, which
+    [objectives.md](objectives.md) explains. It also decides the formats of the data."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """The trained tokens: those of the assistant's answers including the token that ends each answer, those of the last
     answer only, or all tokens. A message with `weight: 0` is never trained."""
@@ -284,6 +287,99 @@ class Objective(Section):
     """Whether the reasoning of a trained answer (`reasoning_content`, or `<think>` in its content) is trained, or is
     only context. The chat template decides which reasoning is in the text; most templates leave out the reasoning
     before the last question."""
+
+
+POSITIVE = Annotated[float, Field(gt=0, le=1e6)]
+WEIGHT = Annotated[float, Field(ge=0, le=1e6)]
+
+
+class DpoObjective(Section):
+    """`kind: dpo`, direct preference optimisation on pairs of a chosen and a rejected answer, relative to a reference:
+    the base, or the adapter that the run begins with (`--from`). The loss is the mean over the pairs of a batch."""
+
+    kind: Literal["dpo"]
+    """Direct preference optimisation (Rafailov et al. 2023)."""
+    beta: POSITIVE = 0.1
+    """How strongly the model is kept near the reference: the factor of the log-ratios, and tau of IPO."""
+    loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    """The loss of a pair's margin: that of DPO, the hinge loss of SLiC, or the squared error of IPO."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """The share of pairs whose sides are assumed to be exchanged (conservative DPO); only for the loss sigmoid."""
+    length_normalised: bool = False
+    """Divide the log-ratio of an answer by its number of tokens. IPO always does."""
+    sft_weight: WEIGHT = 0.0
+    """Weight of an added cross-entropy of the chosen answer, the mean over its tokens."""
+
+    @model_validator(mode="after")
+    def _check_smoothing(self) -> Self:
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError(f"label_smoothing is for the loss sigmoid, and loss is {self.loss}; leave one of them out")
+        return self
+
+
+class OrpoObjective(Section):
+    """`kind: orpo`: the cross-entropy of the chosen answer plus a penalty on the odds of the rejected answer. There is
+    no reference. The loss is the mean over the pairs of a batch."""
+
+    kind: Literal["orpo"]
+    """Odds ratio preference optimisation (Hong et al. 2024)."""
+    beta: POSITIVE = 0.1
+    """Weight of the odds ratio, lambda in the paper."""
+
+
+class SimpoObjective(Section):
+    """`kind: simpo`: the mean log-probability of a token of the chosen answer shall exceed that of the rejected answer
+    by a margin. There is no reference. The loss is the mean over the pairs of a batch."""
+
+    kind: Literal["simpo"]
+    """Simple preference optimisation (Meng et al. 2024)."""
+    beta: POSITIVE = 2.0
+    """The factor of the mean log-probabilities."""
+    gamma: WEIGHT = 1.0
+    """The margin between the two sides, after the multiplication by beta."""
+
+
+class KtoObjective(Section):
+    """`kind: kto`: answers that are each labelled as desirable or undesirable, without pairs, relative to a reference
+    as for dpo. The loss is the mean over the answers of a batch."""
+
+    kind: Literal["kto"]
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024)."""
+    beta: POSITIVE = 0.1
+    """The factor of the log-ratios."""
+    desirable_weight: WEIGHT = 1.0
+    """Weight of the loss of desirable answers. The paper advises to choose both weights so that the desirable and the
+    undesirable answers together weigh about the same."""
+    undesirable_weight: WEIGHT = 1.0
+    """Weight of the loss of undesirable answers."""
+
+
+PairObjective = DpoObjective | OrpoObjective | SimpoObjective
+PreferenceObjective = PairObjective | KtoObjective
+OBJECTIVES: dict[str, type[Section]] = {
+    "sft": SftObjective,
+    "dpo": DpoObjective,
+    "orpo": OrpoObjective,
+    "simpo": SimpoObjective,
+    "kto": KtoObjective,
+}
+"""The section `objective` for each of its kinds."""
+
+
+def kind_of(objective: Any) -> str:
+    """Return the kind of a section `objective`; `sft` if it names none, and an empty text if it is no text."""
+    kind = objective.get("kind", "sft") if isinstance(objective, Mapping) else getattr(objective, "kind", "sft")
+    return kind if isinstance(kind, str) else ""
+
+
+OBJECTIVE = Annotated[
+    Annotated[SftObjective, Tag("sft")]
+    | Annotated[DpoObjective, Tag("dpo")]
+    | Annotated[OrpoObjective, Tag("orpo")]
+    | Annotated[SimpoObjective, Tag("simpo")]
+    | Annotated[KtoObjective, Tag("kto")],
+    Discriminator(kind_of),
+]
 
 
 class Optim(Section):
@@ -449,7 +545,7 @@ class Recipe(Section):
     base: Base
     data: Data
     adapter: Adapter = Adapter()
-    objective: Objective = Objective()
+    objective: OBJECTIVE = SftObjective()
     optim: Optim = Optim()
     train: Train
     checkpoint: Checkpoint = Checkpoint()
@@ -465,13 +561,20 @@ class Recipe(Section):
         """The folder of the recipe file; relative paths in the recipe start there."""
         return self._folder
 
+    @property
+    def longest_example(self) -> int:
+        """The most tokens that an example may have: `data.sequence_length` for each side of a pair."""
+        return self.data.sequence_length * (1 if self.objective.kind == "sft" else 2)
+
     @model_validator(mode="after")
     def _check_fields_against_each_other(self) -> "Recipe":
         tokens = self.train.micro_batch_tokens
-        if isinstance(tokens, int) and tokens < self.data.sequence_length:
+        if isinstance(tokens, int) and tokens < self.longest_example:
+            pairs = " for each side of a pair" if self.longest_example > self.data.sequence_length else ""
             raise ValueError(
                 f"train.micro_batch_tokens is {tokens}, less than data.sequence_length "
-                f"({self.data.sequence_length}); an example is never split, so raise the first or lower the second"
+                f"({self.data.sequence_length}){pairs}; an example is never split, so raise the first or lower the "
+                "second"
             )
         if self.data.overlong == "split" and self.data.overlap >= self.data.sequence_length:
             raise ValueError(

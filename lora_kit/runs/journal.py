@@ -43,10 +43,12 @@ T = TypeVar("T")
 
 
 class SourceRecord(TypedDict):
-    """The loss of a source in a step (null if it has none, or is not finite), and how many tokens were trained."""
+    """The loss of a source in a step (null if it has none, or is not finite), and what it is the mean over."""
 
     loss: Figure
-    trained_tokens: Count
+    trained_tokens: NotRequired[Count]
+    pairs: NotRequired[Count]
+    answers: NotRequired[Count]
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -67,6 +69,7 @@ class StepRecord(TypedDict):
     time: Amount
     held_out_loss: NotRequired[Figure]
     held_out_sets: NotRequired[dict[str, Figure]]
+    held_out_metrics: NotRequired[dict[str, Figure]]
     sources: NotRequired[dict[str, SourceRecord]]
 
 

@@ -3,6 +3,7 @@
 import json
 import shlex
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
@@ -36,6 +37,7 @@ class Scores(TypedDict):
     examples: Count
     answered: Count
     sets: NotRequired[dict[str, Figure]]
+    metrics: NotRequired[dict[str, Figure]]
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -179,8 +181,10 @@ def scores(result: dict[str, Any]) -> list[tuple[str, str]]:
         match = "" if exact is None else f", exact match {exact:.1%} of {score['answered']}"
         if too_long := score.get("too_long"):
             match += f" ({too_long} left no position for an answer)"
-        loss, perplexity = number(score["loss"], ".4f"), number(score["perplexity"], ".2f")
-        rows.append((f"held-out, {name}", f"loss {loss}, perplexity {perplexity}{match}"))
+        parts = [f"loss {number(score['loss'], '.4f')}", *preferences(score.get("metrics", {}))]
+        if not score.get("metrics"):
+            parts.append(f"perplexity {number(score['perplexity'], '.2f')}")
+        rows.append((f"held-out, {name}", f"{', '.join(parts)}{match}"))
         rows += [
             (f"held-out, {name}, {each}", f"loss {number(loss, '.4f')}") for each, loss in score.get("sets", {}).items()
         ]
@@ -195,6 +199,12 @@ def scores(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("speed", f"{result['tokens_per_second']:,.0f} tokens/s (median step)"),
         ("checkpoint", f"{result['checkpoint_bytes']:,} bytes; the base has {base_bytes:,} ({share})"),
     ]
+
+
+def preferences(metrics: Mapping[str, float | None]) -> list[str]:
+    """Return the accuracy and the margin of the metrics of a preference objective as text."""
+    names = {"rewards/accuracies": ("preference accuracy", ".1%"), "rewards/margins": ("margin", ".4f")}
+    return [f"{name} {number(metrics[key], spec)}" for key, (name, spec) in names.items() if key in metrics]
 
 
 def show(run: Run, recipe: Recipe, console: Console) -> None:

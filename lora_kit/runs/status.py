@@ -182,8 +182,9 @@ def _held_out(metrics: Sequence[StepRecord]) -> dict[str, Any] | None:
     if not measured:
         return None
     newest = measured[-1]
-    sets = {"sets": newest["held_out_sets"]} if "held_out_sets" in newest else {}
-    return {"step": newest["step"], "loss": newest["held_out_loss"], **sets}
+    parts = {"sets": newest.get("held_out_sets"), "metrics": newest.get("held_out_metrics")}
+    known = {name: part for name, part in parts.items() if part}
+    return {"step": newest["step"], "loss": newest["held_out_loss"], **known}
 
 
 def source_losses(metrics: Sequence[StepRecord]) -> dict[str, float | None]:
@@ -196,8 +197,9 @@ def source_losses(metrics: Sequence[StepRecord]) -> dict[str, float | None]:
         for name, source in record.get("sources", {}).items():
             sums.setdefault(name, 0.0)
             if source["loss"] is not None:
-                sums[name] += source["loss"] * source["trained_tokens"]
-                tokens[name] += source["trained_tokens"]
+                weight = next(source[unit] for unit in ("trained_tokens", "pairs", "answers") if unit in source)
+                sums[name] += source["loss"] * weight
+                tokens[name] += weight
     return {name: total / tokens[name] if tokens[name] else None for name, total in sums.items()}
 
 

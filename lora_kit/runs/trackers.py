@@ -259,11 +259,13 @@ def follow(opened: Opened, records: Iterator[dict[str, Any]]) -> None:
 
 
 def curves_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a line of metrics.jsonl with a curve for each source of a mixture and each named validation set."""
-    sources, sets = record.get("sources", {}), record.get("held_out_sets", {})
-    values = {key: value for key, value in record.items() if key not in ("sources", "held_out_sets")}
+    """Return a line of metrics.jsonl with a curve for each source of a mixture, named validation set and metric."""
+    nested = ("sources", "held_out_sets", "held_out_metrics")
+    sources, sets, metrics = (record.get(key, {}) for key in nested)
+    values = {key: value for key, value in record.items() if key not in nested}
     values |= {f"loss/{name}": source["loss"] for name, source in sources.items()}
-    return values | {f"held_out_loss/{name}": loss for name, loss in sets.items()}
+    values |= {f"held_out_loss/{name}": loss for name, loss in sets.items()}
+    return values | {f"held_out/{name}": value for name, value in metrics.items()}
 
 
 class Trackers:

@@ -1,4 +1,4 @@
-"""Held-out loss and exact match, of the base and of the adapter."""
+"""Held-out loss, preference accuracy and exact match, of the base and of the adapter."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from peft import PeftModel
 
@@ -17,16 +18,17 @@ from lora_kit.data.plan import Plan, prepare_data
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.template import Prompt
 from lora_kit.data.tokens import Prepared, Tokens, check_context
-from lora_kit.errors import DataError, RecipeError
+from lora_kit.errors import ContractError, DataError, RecipeError
 from lora_kit.kernels.attention import use_attention
 from lora_kit.kernels.fusing import use_kernels
-from lora_kit.model.tokenizer import read_template
+from lora_kit.model.tokenizer import for_objective, read_template
 from lora_kit.recipe.load import resolve_path
 from lora_kit.recipe.schema import Recipe
 from lora_kit.runs.formats import finite
-from lora_kit.training.objectives.objective import Objective
-from lora_kit.training.objectives.sft import Sft
+from lora_kit.training.objectives.choose import objective_of
+from lora_kit.training.objectives.objective import Computing, Objective, is_of_source
 from lora_kit.training.processes import Processes
+from lora_kit.training.reference import Reference, as_reference, facts_of
 
 Tick = Callable[[str], None]  # is told what is being done, again and again
 
@@ -36,34 +38,38 @@ class Score:
     """Held-out quality of one model.
 
     Attributes:
-        loss: Mean cross-entropy of the trained tokens, in nats.
-        perplexity: exp(loss).
+        loss: Mean loss: the cross-entropy of the trained tokens, in nats, or the loss of the preference objective.
+        perplexity: exp(loss) of a cross-entropy, otherwise None.
         exact_match: Share of answers equal to the expected text; None if no answers were generated.
         examples: How many examples the loss covers.
         answered: How many prompts were answered.
         too_long: How many of them leave no position of the base for an answer; each counts as no match.
         sets: The loss of each named validation set; empty if they have no names.
+        metrics: The metrics of a preference objective, such as `rewards/accuracies` and `rewards/margins`.
     """
 
     loss: float
-    perplexity: float
+    perplexity: float | None
     exact_match: float | None
     examples: int
     answered: int
     too_long: int = 0
     sets: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float | None] = field(default_factory=dict)
 
 
 class HeldOutLoss(NamedTuple):
     """A held-out loss in nats.
 
     Attributes:
-        mean: The mean over the trained tokens of all validation examples.
-        sets: The mean over the trained tokens of each named set; empty if they have no names.
+        mean: The mean over the trained tokens (or the pairs or answers) of all validation examples.
+        sets: The mean over those of each named set; empty if they have no names.
+        metrics: What the objective measures besides.
     """
 
     mean: float
     sets: dict[str, float]
+    metrics: dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ class HeldOut:
         return {"base": base, "adapter": adapter}
 
     def _score(self, examples: Tokens, tick: Tick) -> Score:
-        (loss, sets), prompts, matches = self.loss(examples, tick), self.data.prompts, 0
+        (loss, sets, metrics), prompts, matches = self.loss(examples, tick), self.data.prompts, 0
         own_prompts = prompts[self.processes.index :: self.processes.count]
         for start in range(0, len(own_prompts), self.answering.batch_size):
             tick("answering")
@@ -105,7 +111,8 @@ class HeldOut:
             matches += sum(self.has_room(prompt) and text.strip() == prompt.expected.strip() for text, prompt in texts)
         match = sum(self.processes.gather([matches])) / len(prompts) if prompts else None
         too_long = sum(not self.has_room(prompt) for prompt in prompts)
-        return Score(loss, math.exp(min(loss, 700)), match, len(examples), len(prompts), too_long, sets)
+        perplexity = math.exp(min(loss, 700)) if self.objective.unit == "trained_tokens" else None
+        return Score(loss, perplexity, match, len(examples), len(prompts), too_long, sets, metrics)
 
     def has_room(self, prompt: Prompt) -> bool:
         """Return whether a prompt leaves a position of the base for an answer."""
@@ -118,7 +125,7 @@ class HeldOut:
 
     @torch.no_grad()
     def loss(self, examples: Tokens, tick: Tick) -> HeldOutLoss:
-        """Return the mean loss of the trained tokens of the validation examples, which the processes divide up.
+        """Return the mean loss and the metrics of the validation examples, which the processes divide up.
 
         The examples of each named set are packed on their own.
         """
@@ -126,28 +133,43 @@ class HeldOut:
         self.model.eval()
         sets = self.data.counts.sets
         sizes = [counts.examples for counts in sets.values()] or [len(examples)]
-        own, first = list[tuple[float, int]](), 0
+        own, first = list[list[float]](), 0
         for size in sizes:
             own.append(self._sums(examples, range(first, first + size), tick))
             first += size
         self.model.train(was_training)
         everywhere = self.processes.gather([own])
         sums = [[sum(column) for column in zip(*parts, strict=True)] for parts in zip(*everywhere, strict=True)]
-        loss_sum, weight = (sum(column) for column in zip(*sums, strict=True))
-        means = (total / max(1, count) for total, count in sums)
-        return HeldOutLoss(loss_sum / max(1, weight), dict(zip(sets, means, strict=False)))
+        weight, loss_sum, *metric_sums = (sum(column) for column in zip(*sums, strict=True))
+        means = (total / max(1, count) for count, total, *_ in sums)
+        metrics = dict(zip(self.objective.metrics, (each / max(1, weight) for each in metric_sums), strict=False))
+        figures = dict(self.objective.figures(metrics)) if metric_sums else {}
+        return HeldOutLoss(loss_sum / max(1, weight), dict(zip(sets, means, strict=False)), figures)
 
-    def _sums(self, examples: Tokens, chosen: range, tick: Tick) -> tuple[float, int]:
-        """Return this process's part of the summed loss of some examples, and of their trained tokens."""
-        padded, loss_sum, weight = self.plan.padded, 0.0, 0
-        lengths = examples.lengths[chosen.start : chosen.stop].tolist()
+    def _sums(self, examples: Tokens, chosen: range, tick: Tick) -> list[float]:
+        """Return this process's part of the weight, the summed loss and the summed metrics of some examples."""
+        padded, sums = self.plan.padded, np.zeros(2 + self._unnamed, np.float64)
+        tick("held-out loss")
+        objective = self.objective.for_examples(examples, chosen, self.computing)
+        lengths = examples.places(slice(chosen.start, chosen.stop), padded=padded)
         groups = self.objective.split(lengths, self.plan.micro_batch_tokens, padded=padded)
         for members in groups[self.processes.index :: self.processes.count]:
             tick("held-out loss")
             batch = collate(examples, [chosen[member] for member in members], padded=padded)
-            loss = self.objective.loss(self.model, batch, self.processes.device)
-            loss_sum, weight = loss_sum + float(loss.total), weight + loss.weight
-        return loss_sum, weight
+            loss = objective.loss(self.model, batch, self.processes.device)
+            sums += torch.stack([torch.full_like(loss.total, loss.weight), loss.total, *loss.metrics]).tolist()
+        found: list[float] = sums.tolist()
+        return found
+
+    @property
+    def _unnamed(self) -> int:
+        """The number of the objective's metrics that are not about the sources of a mixture."""
+        return sum(not is_of_source(name) for name in self.objective.metrics)
+
+    @property
+    def computing(self) -> Computing:
+        """How the model computes."""
+        return Computing(self.model, self.plan.micro_batch_tokens, self.plan.padded, self.processes)
 
     @cached_property
     def answering(self) -> Answering:
@@ -194,8 +216,7 @@ def evaluate(
         model, resolved = loaded.model, loaded.facts.resolved
         use_attention(model, resolved.attention)
         use_kernels(model, resolved.kernels or ())
-        objective = recipe.objective
-        renderer = replace(loaded.renderer, train_on=objective.train_on, reasoning=objective.reasoning)
+        renderer = for_objective(loaded.renderer, recipe)
         for note in differences(recipe, loaded):
             tell(note)
         data = prepare_data(recipe, renderer)
@@ -207,9 +228,27 @@ def evaluate(
         if data.validation is None:
             raise DataError("data.validation: the recipe names none; add a file, a Hub name or a fraction such as 0.05")
         plan = Plan(recipe, data.train, tokens, resolved.layout == "padded", sizes=data.counts.sizes)
-        return HeldOut(model, renderer, data, plan, Sft(), processes).compare()
+        objective = objective_of(recipe)
+        held_out = HeldOut(model, renderer, data, plan, objective, processes)
+        if objective.columns:
+            held_out = replace(held_out, data=_with_reference(held_out, recipe, loaded, objective.columns))
+        return held_out.compare()
     finally:
         processes.leave()
+
+
+def _with_reference(held_out: HeldOut, recipe: Recipe, loaded: Loaded, columns: int) -> Prepared:
+    """Return the data with the log-probabilities that the base gives to the validation examples."""
+    data, facts, limit = held_out.data, loaded.facts, recipe.data.sequence_length
+    assert data.validation is not None
+    if facts.origin is not None:
+        raise ContractError(
+            "objective.kind: the reference of this run is the adapter that it began with, which the checkpoint does "
+            "not contain; the run's own result.json has its scores"
+        )
+    found = facts_of(recipe, facts, facts.resolved, None)
+    with as_reference(held_out.model):
+        return replace(data, validation=Reference(held_out.computing, columns, limit, found).of(data.validation))
 
 
 def differences(recipe: Recipe, loaded: Loaded) -> list[str]:
@@ -217,7 +256,7 @@ def differences(recipe: Recipe, loaded: Loaded) -> list[str]:
     notes, theirs, template = [], loaded.recipe, loaded.facts.template
     trained = theirs.objective.model_dump()
     for name, value in recipe.objective.model_dump().items():
-        if value != trained[name]:
+        if name in trained and value != trained[name]:
             notes.append(
                 f"objective.{name}: the loss is measured with {value!r}, as in this recipe; the run was trained with "
                 f"{trained[name]!r}"

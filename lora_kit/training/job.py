@@ -14,7 +14,7 @@ from lora_kit.runs.journal import Journal
 from lora_kit.runs.manifest import Environment, Resolved, RunFacts, StepFacts
 from lora_kit.runs.resume import OpenRun
 from lora_kit.runs.trackers import Trackers
-from lora_kit.training.objectives.objective import Objective
+from lora_kit.training.objectives.objective import Computing, Objective
 from lora_kit.training.processes import Processes
 
 
@@ -83,6 +83,11 @@ class Job:
     replayed: frozenset[int]
     journal: Journal
     trackers: Trackers
+
+    @property
+    def computing(self) -> Computing:
+        """How the model of the job computes."""
+        return Computing(self.model, self.plan.micro_batch_tokens, self.plan.padded, self.processes)
 
     @property
     def start(self) -> int:

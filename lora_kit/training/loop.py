@@ -32,12 +32,20 @@ from lora_kit.training import optim
 from lora_kit.training.announce import announce
 from lora_kit.training.evaluation import HeldOut, HeldOutLoss, plain
 from lora_kit.training.job import Job
-from lora_kit.training.objectives.sft import Sft
+from lora_kit.training.objectives.choose import objective_of
 from lora_kit.training.processes import Processes
 from lora_kit.training.profiling import part, profiled
 from lora_kit.training.progress import QueuedStep, StepLog, step_values, with_held_out
 from lora_kit.training.publisher import Publisher, publishing
-from lora_kit.training.setup import build_model, check_contract, check_tokens, make_job, open_folder, read_inputs
+from lora_kit.training.setup import (
+    add_reference,
+    build_model,
+    check_contract,
+    check_tokens,
+    make_job,
+    open_folder,
+    read_inputs,
+)
 from lora_kit.views.console import Console
 
 COMPARE_EVERY = 10  # steps between two comparisons of the states of all processes
@@ -69,7 +77,7 @@ def train(
     """
     processes = Processes.start(recipe.base.dtype)
     console = Console(silent=not processes.is_main)
-    objective = Sft([*recipe.data.train_sources] if recipe.data.mixture else [])
+    objective = objective_of(recipe)
     processes.main_decides(lambda: require(recipe.track.names))
     with (
         stop_signals() as stop,
@@ -84,6 +92,7 @@ def train(
         # 3. the base with the adapter, and what is chosen by looking at it
         changed = {row.key for row in rows}
         adapted = build_model(recipe, run, inputs, changed, objective, processes, console)
+        inputs = add_reference(recipe, run, inputs, adapted, objective, processes, console, stop)
         job = make_job(recipe, run, inputs, rows, adapted, objective, processes, trackers)
         announce(job, rows, accept, console)
         with logged_failures(job), publishing(job, stop) as publisher:
@@ -95,9 +104,11 @@ def train(
                 began, done = time.perf_counter(), step + 1
                 partial_sums: list[Tensor] = []
                 # 5. this process's micro-batches; each gradient is divided by the weight of the whole step
+                publisher.heartbeat()
+                of_step = objective.for_examples(inputs.data.train, plan.examples(step), job.computing)
                 for batch, weight, merges in own_micro_batches(job, step):
                     publisher.heartbeat()
-                    loss = part("loss", objective.loss)(job.model, batch, processes.device).divided(weight)
+                    loss = part("loss", of_step.loss)(job.model, batch, processes.device).divided(weight)
                     part("rest of backward", loss.total.backward)()
                     state.sums[LOSS] = loss.total.detach()
                     state.sums[STOP] = float(stop.is_set() or publisher.stop_requested)

@@ -69,7 +69,7 @@ def choose(recipe: Recipe, shape: Shape | None, machine: Machine) -> MicroBatche
     if shape is None:
         return MicroBatches(sizes[0], recompute_choices[0 if machine.device == "cpu" else -1])
     limit = MEMORY_SHARE[machine.device] * machine.memory
-    enough = min(sizes[-1], max(ENOUGH_TOKENS, recipe.data.sequence_length))
+    enough = min(sizes[-1], max(ENOUGH_TOKENS, recipe.longest_example))
     for recomputed in recompute_choices:
         estimates = [
             estimate_memory(shape, recipe, tokens=size, recompute=recomputed, device=machine.device) for size in sizes
@@ -83,7 +83,7 @@ def choose(recipe: Recipe, shape: Shape | None, machine: Machine) -> MicroBatche
 def _sizes_to_try(recipe: Recipe, shape: Shape | None, machine: Machine) -> list[int]:
     """Return the sizes of micro-batches to choose from, ascending.
 
-    Each is at least `data.sequence_length`, because an example is not split.
+    Each is at least the length of the longest example, because an example is not split.
     """
     if machine.device == "cpu":
         sizes = [CPU_TOKENS]
@@ -91,7 +91,7 @@ def _sizes_to_try(recipe: Recipe, shape: Shape | None, machine: Machine) -> list
         sizes = [ENOUGH_TOKENS]
     else:
         sizes = [size for size in GPU_TOKENS if size <= SATURATING_TOKENS or shape.width < NARROW_WIDTH]
-    return sorted({max(size, recipe.data.sequence_length) for size in sizes})
+    return sorted({max(size, recipe.longest_example) for size in sizes})
 
 
 def this_machine(processes: int = 1) -> Machine:

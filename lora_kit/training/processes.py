@@ -201,7 +201,7 @@ class Processes:
         padded = torch.nn.functional.pad(flat, (0, -length % self.count))
         received = torch.empty_like(padded)
         dist.all_to_all_single(received, padded)
-        shard = _tree(list(received.view(self.count, -1)[:contributors]))
+        shard = tree(list(received.view(self.count, -1)[:contributors]))
         dist.all_gather(list(padded.chunk(self.count)), shard.contiguous())
         flat.copy_(padded[:length])
 
@@ -263,5 +263,6 @@ def _end_group() -> None:
         dist.destroy_process_group()
 
 
-def _tree(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else _tree(parts[0::2]) + _tree(parts[1::2])
+def tree(parts: list[Tensor]) -> Tensor:
+    """Return the sum of tensors in the order of `data.packing.reduction_schedule`."""
+    return parts[0] if len(parts) == 1 else tree(parts[0::2]) + tree(parts[1::2])

@@ -21,7 +21,7 @@ from lora_kit.runs.formats import finite
 from lora_kit.runs.manifest import StepFacts
 from lora_kit.training.evaluation import HeldOutLoss
 from lora_kit.training.job import Job
-from lora_kit.training.objectives.sft import metric_of
+from lora_kit.training.objectives.objective import metric_of
 from lora_kit.training.publisher import Publisher
 from lora_kit.views.console import Console
 
@@ -90,7 +90,8 @@ def with_held_out(facts: StepFacts, loss: HeldOutLoss) -> StepFacts:
     A loss that is not finite is stored as None.
     """
     known, sets = finite(loss.mean), {"held_out_sets": finite(loss.sets)} if loss.sets else {}
-    line = json.dumps(json.loads(facts.line) | {"held_out_loss": known} | sets)
+    metrics = {"held_out_metrics": finite(loss.metrics)} if loss.metrics else {}
+    line = json.dumps(json.loads(facts.line) | {"held_out_loss": known} | sets | metrics)
     return replace(facts, held_out_loss=known, line=line)
 
 
@@ -127,18 +128,19 @@ class StepLog:
 
         The metric of a source is its summed loss divided by the weight of the whole step.
         """
-        names, data, weight = [*self._job.facts.data.sources], self._job.inputs.data.train, self._job.objective.weight
+        names, data, objective = [*self._job.facts.data.sources], self._job.inputs.data.train, self._job.objective
+        figures = dict(objective.figures(means))
         if not names:
-            return dict(means)
+            return figures
         trained = dict.fromkeys(names, 0)
         for example, source in zip(examples, self._job.plan.sources_of(examples), strict=True):
-            trained[names[source]] += weight(data, [example])
+            trained[names[source]] += objective.weight(data, [example])
         total = sum(trained.values())
         sources = {
-            name: {"loss": means[metric_of(name)] * total / count if count else None, "trained_tokens": count}
+            name: {"loss": means[metric_of(name)] * total / count if count else None, objective.unit: count}
             for name, count in trained.items()
         }
-        others = {key: value for key, value in means.items() if key not in map(metric_of, names)}
+        others = {key: value for key, value in figures.items() if key not in map(metric_of, names)}
         return others | {"sources": sources}
 
     def settle(self, queued: QueuedStep) -> bool:

@@ -5,6 +5,7 @@
     check_contract  compare the inputs with the checkpoint that the run resumes from
     check_tokens    look for what the tokens of a new run would train unintentionally
     build_model     load the base, inject the adapter, choose what the recipe leaves open
+    add_reference   the log-probabilities of the reference, for DPO and KTO
     make_job        combine all of them with the facts that every manifest records
 
 Threads, packed or padded rows, micro-batches and kernels are chosen once for a run. They go into the manifest under
@@ -15,6 +16,7 @@ import hashlib
 import platform
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -77,10 +79,12 @@ from lora_kit.runs.resume import (
     still_bitwise,
 )
 from lora_kit.runs.trackers import Trackers
+from lora_kit.supervise.stopping import StopRequest
 from lora_kit.training import choices
 from lora_kit.training.job import AdaptedModel, Inputs, Job
-from lora_kit.training.objectives.objective import Objective
+from lora_kit.training.objectives.objective import Computing, Objective
 from lora_kit.training.processes import Processes
+from lora_kit.training.reference import Reference, as_reference, facts_of
 from lora_kit.version import VERSION
 from lora_kit.views.console import Console
 
@@ -325,6 +329,42 @@ def copy_to_all(buffers: Sequence[torch.Tensor], processes: Processes) -> None:
 
 def _content(buffer: torch.Tensor) -> bytes:
     return buffer.cpu().numpy().tobytes()
+
+
+def add_reference(
+    recipe: Recipe,
+    run: OpenRun,
+    inputs: Inputs,
+    adapted: AdaptedModel,
+    objective: Objective,
+    processes: Processes,
+    console: Console,
+    stop: StopRequest,
+) -> Inputs:
+    """Return the inputs with the log-probabilities of the reference, if the objective has a reference.
+
+    Raises:
+        ContractError: The run has begun with an adapter, which is its reference, and `--from` does not name it again.
+        Stopped: A stop signal came.
+    """
+    if not objective.columns:
+        return inputs
+    resolved, began = adapted.resolved, origin(run)
+    assert resolved.micro_batch_tokens is not None
+    if began and run.origin is None:
+        raise ContractError(
+            f"{run.folder}: the reference of this run is the adapter that it began with; repeat the --from of its "
+            "first start"
+        )
+    computing = Computing(adapted.model, resolved.micro_batch_tokens, resolved.layout == "padded", processes)
+    facts, limit = facts_of(recipe, inputs.environment, resolved, began), recipe.data.sequence_length
+    reference, activity = (
+        Reference(computing, objective.columns, limit, facts, stop.is_set),
+        "reference: log-probabilities",
+    )
+    console.tick(activity)
+    with as_reference(adapted.model, adapted.state, run.origin.path if run.origin else None):
+        return replace(inputs, data=reference.added_to(inputs.data, partial(console.count, activity)))
 
 
 def check_base_fits(base: PreTrainedModel, inputs: Inputs) -> None:

@@ -177,7 +177,9 @@ class Console:
                 f"norm {number(record['grad_norm'], '.3f')}  {speed}"
             )
         if "held_out_loss" in record and self._panel is None:
-            self.say(f"step {record['step']}/{steps}  held-out loss {number(record['held_out_loss'], '.4f')}")
+            accuracy = record.get("held_out_metrics", {}).get("rewards/accuracies")
+            more = "" if accuracy is None else f"  preference accuracy {accuracy:.1%}"
+            self.say(f"step {record['step']}/{steps}  held-out loss {number(record['held_out_loss'], '.4f')}{more}")
 
     def tick(self, activity: str) -> None:
         """Show an activity other than a step, e.g. "load the base"; repeated calls show it only once."""

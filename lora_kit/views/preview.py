@@ -37,18 +37,20 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """An example with its index in the training data, and its file and line."""
+    """An example, or a side of a pair, with its index in the training data, and its file and line."""
 
     index: int
     place: str
     pieces: tuple[Piece, ...]
+    side: str = ""
 
     @property
     def title(self) -> str:
         """The index, the place, and the numbers of tokens and of trained tokens."""
         tokens = sum(len(piece.ids) for piece in self.pieces)
         trained = sum(len(piece.ids) for piece in self.pieces if piece.trained)
-        return f"example {self.index} · {printable(self.place)} · {tokens:,} tokens, {trained:,} trained"
+        side = f"{self.side} · " if self.side else ""
+        return f"example {self.index} · {side}{printable(self.place)} · {tokens:,} tokens, {trained:,} trained"
 
 
 class Row(NamedTuple):

@@ -1,0 +1,206 @@
+"""The reference of DPO and KTO: its log-probabilities, computed once per example before the first step.
+
+The reference is the base without the adapter, or the adapter that the run begins with (`--from`). Its log-probabilities
+are kept in the cache. The key is a hash of everything that determines their bits: the tokens, the base, the adapter,
+what computes, and the choices of the run. While they are computed, the part that is done is written again and again, so
+that the next start goes on from there. A step then needs no forward pass of the reference.
+"""
+
+import hashlib
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from peft import PeftModel
+
+from lora_kit.data import arrays, cache
+from lora_kit.data.packing import collate
+from lora_kit.data.tokens import Prepared, Tokens
+from lora_kit.errors import CheckpointError, ContractError, Stopped
+from lora_kit.files import cache_folder, private_folder
+from lora_kit.model.adapter import saved_weights
+from lora_kit.model.state import FlatState
+from lora_kit.recipe.schema import Recipe
+from lora_kit.runs.manifest import Environment, Origin, Resolved, RunFacts
+from lora_kit.training.objectives.log_probs import log_probs_of_segments, mismatched
+from lora_kit.training.objectives.objective import Computing
+
+CHUNK = 256  # examples that all processes compute together; the packing, and so the bits, depend on it
+SECONDS_BETWEEN_WRITES = 30.0
+LOG_PROBS, DONE = "log_probs", "done"
+Tell = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Computes the log-probabilities of the reference.
+
+    Attributes:
+        computing: The model and how it computes; its forward pass is that of the reference.
+        columns: `Objective.columns`.
+        limit: The recipe's `data.sequence_length`.
+        facts: What the bits depend on besides the tokens, as JSON values.
+        stopping: Whether a stop signal has come.
+    """
+
+    computing: Computing
+    columns: int
+    limit: int
+    facts: dict[str, object]
+    stopping: Callable[[], bool] = lambda: False
+
+    def added_to(self, data: Prepared, tell: Tell) -> Prepared:
+        """Return the data with the log-probabilities of the reference.
+
+        Raises:
+            Stopped: A stop signal came; the next start goes on where this one ended.
+        """
+        total = len(data.train) + len(data.validation or ())
+        train = self.of(data.train, lambda done: tell(done, total))
+        if data.validation is None:
+            return replace(data, train=train)
+        held_out = self.of(data.validation, lambda done: tell(len(train) + done, total))
+        return replace(data, train=train, validation=held_out)
+
+    def of(self, tokens: Tokens, tell: Callable[[int], None] = lambda done: None) -> Tokens:
+        """Return the tokens with the log-probabilities of the reference, from the cache as far as they are there."""
+        processes, path = self.computing.processes, self._path(tokens)
+        done, found = processes.main_decides(lambda: read(path, len(tokens), self.columns), _dump, _load)
+        table, written = found.copy(), time.monotonic()
+        for start in range(done, len(tokens), CHUNK):
+            stop = min(start + CHUNK, len(tokens))
+            table[start:stop] = self.computed(tokens, range(start, stop))
+            stopping = any(processes.gather([self.stopping()]))
+            if stopping or stop == len(tokens) or time.monotonic() - written > SECONDS_BETWEEN_WRITES:
+                if processes.is_main:
+                    write(path, table, stop)
+                written = time.monotonic()
+            tell(stop)
+            if stopping:
+                raise Stopped(
+                    f"stopped by a signal after {stop:,} of {len(tokens):,} examples of the reference, which are kept; "
+                    "the same command goes on"
+                )
+        return tokens.with_reference(table)
+
+    def _path(self, tokens: Tokens) -> Path:
+        facts = {"tokens": tokens.fingerprint, "columns": self.columns, "limit": self.limit, "chunk": CHUNK}
+        key = hashlib.sha256(json.dumps(facts | self.facts, sort_keys=True).encode()).hexdigest()
+        return cache_folder("reference") / f"{key}{cache.SUFFIX}"
+
+    @torch.no_grad()
+    def computed(self, tokens: Tokens, examples: range) -> np.ndarray:
+        """Return the log-probabilities of some examples, float32 [examples, columns]; NaN without a side."""
+        table = np.full((len(examples), self.columns), np.nan, np.float32)
+        parts = [(tokens, list(examples), 0)]
+        if self.columns > 2:
+            parts.append((mismatched(tokens, examples, self.limit), list(range(len(examples))), 2))
+        own: list[tuple[int, int, float]] = []
+        for source, indices, first_column in parts:
+            lengths = source.places(indices, padded=self.computing.padded)
+            for members in self.computing.own(lengths):
+                batch = collate(source, [indices[member] for member in members], padded=self.computing.padded)
+                log_probs, _ = log_probs_of_segments(self.computing.model, batch, self.computing.device)
+                values = log_probs.tolist()
+                sides = np.arange(len(members))[:, None] if batch.sides is None else batch.sides
+                own += [
+                    (members[place], first_column + side, values[segment])
+                    for (place, side), segment in np.ndenumerate(sides)
+                    if segment >= 0
+                ]
+        for place, column, value in self.computing.processes.gather(own):
+            table[place, column] = value
+        return table
+
+
+def facts_of(
+    recipe: Recipe, environment: Environment | RunFacts, resolved: Resolved, origin: Origin | None
+) -> dict[str, object]:
+    """Return what decides the bits of the reference's log-probabilities besides the tokens."""
+    return {
+        "base": environment.fingerprints.base.files,
+        "settings": [recipe.base.dtype, recipe.base.quantization],
+        "adapter": [origin.adapter, recipe.adapter.alpha] if origin else None,
+        "resolved": asdict(resolved),
+        "versions": environment.versions,
+        "computed_by": environment.computed_by,
+        "device": environment.machine.device,
+    }
+
+
+@contextmanager
+def as_reference(model: PeftModel, state: FlatState | None = None, origin: Path | None = None) -> Iterator[None]:
+    """Let the model compute as the reference does: without its adapter, or with the adapter that the run began with.
+
+    Args:
+        model: The base with the adapter.
+        state: The model's state; None if it has an adapter that is not trained here.
+        origin: The adapter that the run began with; None for the base alone.
+
+    Raises:
+        ContractError: The adapter cannot be read, or does not fit.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        if origin is None or state is None:
+            with model.disable_adapter():
+                yield
+            return
+        before = state.weights.clone()
+        try:
+            state.load_weights(saved_weights(origin))
+        except CheckpointError as error:
+            raise ContractError(f"{origin}: it cannot be the reference: {error}") from error
+        try:
+            yield
+        finally:
+            state.weights.copy_(before)
+    finally:
+        model.train(was_training)
+
+
+def read(path: Path, examples: int, columns: int) -> tuple[int, np.ndarray]:
+    """Return how many examples of a file of the cache are done, and the table; 0 if there is no such file."""
+    with (
+        suppress(*cache.DAMAGED),
+        private_folder(path.parent) as folder,
+        os.fdopen(folder.open(path.name), "rb") as file,
+    ):
+        os.utime(file.fileno())  # the time of last use
+        found, metadata = arrays.read(file.fileno())
+        return int(metadata[DONE]), found[LOG_PROBS].reshape(examples, columns)
+    return 0, np.full((examples, columns), np.nan, np.float32)
+
+
+def write(path: Path, table: np.ndarray, done: int) -> None:
+    """Write the table to the cache. A failure is a warning, since a later start can compute it again."""
+
+    def save(file: BinaryIO) -> None:
+        arrays.write(file, {LOG_PROBS: table.reshape(-1)}, {DONE: str(done)})
+
+    try:
+        with private_folder(path.parent) as folder:
+            os.close(folder.write(path.name, save))
+            cache.prune(folder)
+    except OSError as error:
+        warnings.warn(f"the reference's log-probabilities are not kept for the next start: {error}", stacklevel=2)
+
+
+def _dump(found: tuple[int, np.ndarray]) -> bytes:
+    done, table = found
+    return json.dumps([done, *table.shape]).encode() + b"\n" + table.tobytes()
+
+
+def _load(message: bytes) -> tuple[int, np.ndarray]:
+    head, _, content = message.partition(b"\n")
+    done, *shape = json.loads(head)
+    return done, np.frombuffer(content, np.float32).reshape(shape)

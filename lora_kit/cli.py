@@ -24,7 +24,7 @@ from rich.table import Table
 
 from lora_kit.errors import CheckpointError, InputError, LaunchError, LoraKitError
 from lora_kit.version import VERSION
-from lora_kit.views.console import Console, print_error, printable, rich_console
+from lora_kit.views.console import Console, number, print_error, printable, rich_console
 from lora_kit.views.output import make_output_safe
 
 app = typer.Typer(
@@ -528,7 +528,7 @@ def evaluate(
     set_: Overrides = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate the base and the adapter on the recipe's validation data: loss, perplexity, exact match."""
+    """Evaluate the base and the adapter on the recipe's validation data: loss, perplexity, preferences, exact match."""
     with imports("evaluating", path) as path:
         from lora_kit.recipe.load import load_recipe
         from lora_kit.training import evaluation
@@ -537,12 +537,17 @@ def evaluate(
     if as_json:
         _print_json(evaluation.plain(scores))
         return
-    table = Table("", "loss", "perplexity", "exact match", "examples")
+    rates = (("accuracies", ".1%"), ("margins", ".4f"))
+    preferences = any(score.metrics for score in scores.values())
+    columns = ("preference accuracy", "margin") if preferences else ("perplexity",)
+    table = Table("", "loss", *columns, "exact match", "examples")
     for name, score in scores.items():
         match = "-" if score.exact_match is None else f"{score.exact_match:.1%} of {score.answered}"
-        table.add_row(name, f"{score.loss:.4f}", f"{score.perplexity:.2f}", match, str(score.examples))
+        figures = [f"{score.perplexity:.2f}"] if score.perplexity is not None else []
+        figures += [number(score.metrics[f"rewards/{key}"], spec) for key, spec in rates if preferences]
+        table.add_row(name, f"{score.loss:.4f}", *figures, match, str(score.examples))
         for each, loss in score.sets.items():
-            table.add_row(f"{name}, {each}", f"{loss:.4f}", f"{exp(min(loss, 700)):.2f}")
+            table.add_row(f"{name}, {each}", f"{loss:.4f}", "" if preferences else f"{exp(min(loss, 700)):.2f}")
     rich_console().print(table)
     if score.too_long:
         note(f"{score.too_long} of {score.answered} prompts left no position for an answer and count as no match")

@@ -57,6 +57,16 @@ def loss_of(model, tokenizer, texts):
     return sum(sums) / sum(row.shape[1] - 1 for row in rows)
 
 
+def test_a_rejected_answer_has_one_fact_that_its_story_lacks():
+    for name, made in text.preferences(build.SEED).items():
+        lines = (ASSETS / f"preferences.{name}.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in lines] == made
+        for pair in made:
+            story, right, wrong = pair["prompt"][0]["content"], json.loads(pair["chosen"]), json.loads(pair["rejected"])
+            (key,) = (key for key in right if right[key] != wrong[key])
+            assert all(fact in story for fact in right.values()) and wrong[key] not in story
+
+
 def test_all_of_it_is_there_and_small():
     files = [path for path in ASSETS.rglob("*") if path.is_file() and path.suffix not in SOURCES]
     names = {str(path.relative_to(ASSETS)) for path in files}

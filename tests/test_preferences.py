@@ -13,10 +13,14 @@ from plain_loop import relative
 from preferences import LIMIT, outcome, random_tokens, tuned, with_reference
 from runs import start, state_hash, train, wait_for_lines
 
+from lora_kit.artifacts.card import model_card
 from lora_kit.errors import Stopped
 from lora_kit.recipe.load import load_recipe
 from lora_kit.recipe.schema import DpoObjective, KtoObjective, OrpoObjective, SimpoObjective
+from lora_kit.runs.store import open_checkpoint
+from lora_kit.runs.trackers import curves_of
 from lora_kit.training import loop, reference
+from lora_kit.training.evaluation import evaluate
 from lora_kit.training.objectives.kto import Kto
 from lora_kit.training.objectives.log_probs import mismatched
 from lora_kit.training.objectives.pairs import PairObjective
@@ -227,5 +231,11 @@ def test_held_out_accuracy_and_margin_are_in_the_log_the_result_and_the_table(re
     assert base["metrics"]["rewards/accuracies"] == 0.5 and base["loss"] == pytest.approx(math.log(2))
     assert base["perplexity"] is None and adapter["metrics"]["rewards/margins"] != 0
     assert run.metrics[-1]["held_out_metrics"] == pytest.approx(adapter["metrics"])
+    assert evaluate(load_recipe(recipe, changes), run.folder)["adapter"].metrics == pytest.approx(adapter["metrics"])
+    assert (
+        curves_of(run.metrics[-1])["held_out/rewards/margins"] == run.metrics[-1]["held_out_metrics"]["rewards/margins"]
+    )
+    card = model_card("me/own", open_checkpoint(run.latest).manifest, scores=run.result["metrics"])
+    assert f"| adapter | {adapter['loss']:.4f} | {adapter['metrics']['rewards/accuracies']:.1%} | " in card
     printed = capsys.readouterr().out
     assert f"preference accuracy {adapter['metrics']['rewards/accuracies']:.1%}, margin" in printed

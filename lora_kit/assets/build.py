@@ -150,12 +150,14 @@ def loss_on_new_text(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 
 
 def write_dataset(folder: Path, *, seed: int) -> dict[str, int]:
-    """Write the two files of the dataset, and return the number of records of each."""
-    records = text.dataset(seed)
-    for name, split in records.items():
-        lines = "".join(json.dumps(record) + "\n" for record in split)
-        (folder / f"quickstart.{name}.jsonl").write_text(lines, encoding="utf-8")
-    return {name: len(split) for name, split in records.items()}
+    """Write the files of the dataset and of the preferences, and return the number of records of each."""
+    counts = {}
+    for task, records in (("quickstart", text.dataset(seed)), ("preferences", text.preferences(seed))):
+        for name, split in records.items():
+            lines = "".join(json.dumps(record) + "\n" for record in split)
+            (folder / f"{task}.{name}.jsonl").write_text(lines, encoding="utf-8")
+            counts[name if task == "quickstart" else f"{task}_{name}"] = len(split)
+    return counts
 
 
 def build(folder: Path, *, seed: int) -> None:

@@ -235,3 +235,22 @@ def dataset(seed: int, *, train: int = 2000, validation: int = 200) -> dict[str,
         "train": [new(False) for _ in range(train)],
         "validation": [new(number % 2 == 1) for number in range(validation)],
     }
+
+
+def preference(rng: Random) -> dict[str, str | list[dict[str, str]]]:
+    """Return a pair of answers to a micro-story: JSON with its facts, and the same with one fact of another story."""
+    record = example(rng)
+    prompt, answer = record["messages"]
+    facts, key = json.loads(answer["content"]), rng.choice(("name", "animal", "place"))
+    while (other := json.loads(example(rng)["messages"][1]["content"])[key]) in prompt["content"]:
+        pass
+    return {"prompt": [prompt], "chosen": answer["content"], "rejected": json.dumps(facts | {key: other})}
+
+
+def preferences(seed: int, *, train: int = 300, validation: int = 100) -> dict[str, list[dict]]:
+    """Return `train` and `validation` records of the format preference."""
+    rng = Random(f"preferences {seed}")
+    return {
+        "train": [preference(rng) for _ in range(train)],
+        "validation": [preference(rng) for _ in range(validation)],
+    }

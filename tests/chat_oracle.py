@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from transformers import AutoTokenizer
 
@@ -134,7 +135,9 @@ FAMILIES = {
 }
 
 
+@cache
 def load_family(name, shared_data):
+    """Return the renderer and the oracle of a family; nobody may change them."""
     chosen = FAMILIES[name]
     text = (shared_data / "chat-templates" / chosen.file).read_text()
     config = json.loads(text) if chosen.file.endswith(".json") else {"chat_template": text}

@@ -9,6 +9,7 @@ from runs import state_hash
 
 from lora_kit.errors import ContractError, InputError, LeaseError
 from lora_kit.recipe.load import load_recipe
+from lora_kit.runs import store
 from lora_kit.runs.lease import take
 from lora_kit.runs.run import Run
 from lora_kit.training import loop
@@ -130,7 +131,7 @@ def test_a_folder_of_something_else_is_refused(recipe_file, tmp_path):
 
 
 def test_a_run_that_is_training_is_not_touched(recipe_file, finished):
-    lease = take(finished, run_id="r")
+    lease = take(finished, run_id=store.find(finished).latest.manifest.run.run_id)
     with pytest.raises(LeaseError, match="is training here"):
         resume(recipe_file, finished)
     lease.release()

@@ -14,9 +14,9 @@ nbclient = pytest.importorskip("nbclient")
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SHORT = {  # what a minute on one core allows
-    "01_first_adapter": ["train.steps=6", "evaluate.generate=4"],
-    "02_your_data": ["train.steps=6", "evaluate.generate=4"],
-    "03_two_processes": ["train.steps=4", "evaluate.generate=0"],
+    "01_first_adapter": ["train.steps=4", "evaluate.generate=2"],
+    "02_your_data": ["train.steps=4", "evaluate.generate=2"],
+    "03_two_processes": ["train.steps=2", "data.validation=null", "evaluate.generate=0"],
 }
 QUIET = r"\x1b|Warning|ipywidgets|Traceback|DIFFERENT"  # nothing of this is for a newcomer's eyes
 
@@ -103,7 +103,7 @@ def test_runs_and_shows_nothing_ugly(name, executed):
 def test_the_first_shows_progress_losses_and_both_answers(executed):
     notebook, place = executed("01_first_adapter")
     html = "".join(outputs(notebook, "text/html"))
-    assert "step 6 of 6" in html and "<polyline" in html and "held-out, adapter" in html
+    assert "step 4 of 4" in html and "<polyline" in html and "held-out, adapter" in html
     text = "".join(outputs(notebook, "text/plain"))
     assert text.count("before:") == text.count("after:") == 3
     assert "Not pushed: there is no Hub token" in text

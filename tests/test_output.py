@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from runs import ENVIRONMENT, WAIT_SECONDS, run_code, state_hash, train
+from runs import ENVIRONMENT, WAIT_SECONDS, state_hash, train
 from typer.testing import CliRunner
 
 from lora_kit.cli import app
@@ -104,18 +104,12 @@ def test_a_run_ends_well_wherever_its_output_goes(recipe_file, tmp_path, referen
     assert state_hash(out, 8) == state_hash(reference(recipe_file), 8)
 
 
-IN_ASCII = """
-import sys
-from lora_kit.cli import app
-sys.stdout.reconfigure(encoding="ascii")
-app()
-"""
-
-
 def test_a_finished_run_shows_its_table_in_ascii(recipe_file, tmp_path, reference):
     out = shutil.copytree(reference(recipe_file), tmp_path / "run")
-    printed = run_code(IN_ASCII, "train", recipe_file, "--out", out)
-    assert "lora-kit status" in printed and printed.isascii()
+    command = [sys.executable, "-m", "lora_kit", "train", str(recipe_file), "--out", str(out)]
+    ended = sent(command, {"PYTHONIOENCODING": "ascii"})
+    assert ended.returncode == 0, ended.stderr
+    assert "lora-kit status" in ended.stdout and ended.stdout.isascii()
 
 
 @pytest.mark.quick

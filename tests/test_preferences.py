@@ -104,7 +104,7 @@ def test_loss_and_gradient_are_those_of_the_equation_one_sequence_at_a_time(name
 
 
 def test_the_loss_of_kto_is_that_of_its_equation_with_a_divergence_over_the_whole_step(plain, packed):
-    tokens = random_tokens(9, unpaired=True, seed=5)
+    tokens = random_tokens(9, unpaired=True, seed=9)
     model, state = plain[0].model, plain[1]
     others = mismatched(tokens, range(9), LIMIT)
     state.reduced.zero_()

@@ -94,7 +94,7 @@ def test_a_damaged_result_is_told_and_written_again(recipe_file, tmp_path, train
 def test_a_held_out_loss_that_is_not_finite_is_told_and_stored_as_null(
     recipe_file, tmp_path, watched, monkeypatch, capsys
 ):
-    monkeypatch.setattr(HeldOut, "loss", lambda *_: HeldOutLoss(math.nan, {}))
+    monkeypatch.setattr(HeldOut, "loss", lambda *_: HeldOutLoss(math.nan, {}, {}))
     recipe = lk.load_recipe(recipe_file, [*watched, "train.steps=4", "checkpoint.best=true"])
     for _ in range(2):
         run = lk.train(recipe, tmp_path / "run")

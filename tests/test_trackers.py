@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import RECIPE, make_records, write_jsonl
+from conftest import RECIPE, Faults, hold, make_records, write_jsonl
 from runs import WAIT_SECONDS, start, train, wait_for_lines
 
 import lora_kit as lk
@@ -55,18 +55,20 @@ def changes(home):
 
 @pytest.fixture(scope="module")
 def interrupted(home, base_folder, data_file):
-    """A run that was killed before its first checkpoint, stopped, damaged, killed again and ended on two processes."""
+    """A run that was killed before its first checkpoint, stopped, damaged, and ended on two processes."""
     recipe, run = home / "recipe.yaml", home / "run"
     recipe.write_text(RECIPE.format(base=base_folder, data=data_file))
     names = [name for name in NAMES if trackers._installed(name)]
     wanted = [f"data.validation={home}/validation.jsonl", *CHANGES, f"track.names={names}", "checkpoint.keep=9"]
     options = [part for change in wanted for part in ("--set", change)]
-    for lines, number, code in ((2, signal.SIGKILL, -9), (6, signal.SIGTERM, 75), (11, signal.SIGKILL, -9)):
-        process = start(recipe, run, *options, environment=os.environ)
+    faults = Faults(home / "faults")
+    for turn, (lines, number, code) in enumerate(((2, signal.SIGKILL, -9), (7, signal.SIGTERM, 75))):
+        process = start(recipe, run, *options, environment=os.environ | faults(hold(4), hold(9)))
         wait_for_lines(run / "metrics.jsonl", lines, process)
         process.send_signal(number)
         printed, _ = process.communicate(timeout=WAIT_SECONDS)
         assert process.returncode == code, printed
+        faults.release(turn)
         if code == 75:  # all trackers are now ahead of the newest checkpoint
             (lk.Run(run).latest / "manifest.json").write_text("damaged")
     train(recipe, run, *options, processes=2, environment=os.environ)

@@ -48,7 +48,8 @@ def trainer_of(kind, base_folder, folder, weights, record, **options):
         processing_class=AutoTokenizer.from_pretrained(base_folder),
         peft_config=config,
     )
-    parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    trained = [(name, parameter) for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    parameters = [parameter for matrix in ("lora_A", "lora_B") for name, parameter in trained if matrix in name]
     torch.nn.utils.vector_to_parameters(weights, parameters)
     return trainer, parameters
 

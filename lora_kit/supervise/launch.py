@@ -144,7 +144,7 @@ class Launch:
                 if code is not None:
                     return code
                 process, cause = self.attempt.cause()
-                step, trace = self._newest_step(), self.attempt.traces.get(process, "")
+                step, trace = self._finished_step(), self.attempt.traces.get(process, "")
                 traces = traces_by_failure.setdefault((cause.partition(": ")[2], step), [])  # of any process
                 traces.append(trace)
                 repeated = len(traces) == SAME_FAILURES and (trace or "memory" in cause)
@@ -271,7 +271,7 @@ class Launch:
             print_error(text)
         if self._beat() != self._beats:  # this start has trained, so it is not one that changes nothing
             with suppress(LeaseError):
-                self.keeper.journal.event("failed", step=self._newest_step(), cause=short_cause(texts[0]))
+                self.keeper.journal.event("failed", step=self._finished_step(), cause=short_cause(texts[0]))
 
     def _beat(self) -> int:
         return self.keeper.region.words[Word.BEAT] if self.keeper.region else 0
@@ -315,9 +315,14 @@ class Launch:
         before, self._cpu_seconds = self._cpu_seconds, sum(map(_cpu_seconds, self.attempt.running.values()))
         return self._cpu_seconds - before > LITTLE_WORK
 
-    def _newest_step(self) -> int:
+    def _live_step(self) -> int:
+        """Return the newest live step; 0 if there is none."""
         published = self.keeper.region.snapshots() if self.keeper.region else []
         return published[0].step if published else 0
+
+    def _finished_step(self) -> int:
+        """Return the newest finished step. After a resume from a checkpoint no step may be live yet."""
+        return max(self._live_step(), self.keeper.journal.last_step())
 
     def _kill(self) -> None:
         """Kill the processes of an attempt that are still running and wait until they have ended."""
@@ -338,7 +343,7 @@ class Launch:
         if len(self.attempt.codes) == self._processes and not any(self.attempt.codes.values()):
             return 0
         self.zygote.end()
-        finished = max(self._newest_step(), self.keeper.journal.last_step())
+        finished = self._finished_step()
         step = self.keeper.end()  # of a checkpoint whose every byte was read back
         name = name_of(signal_number)
         self.console.restore_terminal()
@@ -348,7 +353,7 @@ class Launch:
                 f"stopped: {self._run}: {name} after step {step}, which is durable; the same command resumes it"
             )
             return STOPPED
-        first, waiting = step + 1, self._newest_step() >= finished
+        first, waiting = step + 1, self._live_step() >= finished
         missing = f"step {finished} is" if first == finished else f"steps {first} to {finished} are"
         print_error(
             f"{self._run}: {name} after step {finished}, but the newest checkpoint holds step {step}: {missing} not on "

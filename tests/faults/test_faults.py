@@ -31,7 +31,7 @@ def recipe(tmp_path_factory, base_folder, data_file):
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
     text = RECIPE.format(base=base_folder, data=data_file).replace("steps: 8", f"steps: {STEPS}")
     text = text.replace("sequence_length: 256", "sequence_length: 256, validation: 0.2")
-    path.write_text(text + "evaluate: {every_steps: 4}\n")
+    path.write_text(text + "evaluate: {every_steps: 6}\n")
     return path
 
 
@@ -70,7 +70,8 @@ def test_a_kill_in_any_phase_of_a_step_costs_no_finished_step(recipe, undisturbe
     plan.append({"rank": processes - 1, "phase": "load", "kind": "kill"})
     train(recipe, out, *EVERY, processes=processes, environment=faults(*plan))
     assert faults.happened() == len(plan)
-    assert len(events(out, "restart")) == len(plan)
+    # a process may come to its fault before the other's death has ended the attempt
+    assert len(plan) // processes <= len(events(out, "restart")) <= len(plan)
     assert state_hash(out, STEPS) == undisturbed
     nothing_was_lost(out)
 
@@ -160,13 +161,13 @@ def test_a_second_signal_ends_at_once_and_one_that_is_only_forwarded_does_not(re
 @pytest.mark.quick
 def test_a_stop_signal_while_loading_keeps_what_was_live(recipe, undisturbed, faults, tmp_path):
     out = tmp_path / "run"
-    process = start(recipe, out, "--set", "checkpoint.every_steps=100", environment=faults(hold(STEPS)))
+    process = start(recipe, out, "--set", "checkpoint.every_steps=100", environment=faults(hold(6)))
     wait_for_lines(out / "metrics.jsonl", 4, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     shown = steps_shown(out)[-1]
     assert store.find(out).latest is None
-    process = start(recipe, out, environment=faults(hold(STEPS), {"phase": "load", "kind": "stop"}))
+    process = start(recipe, out, environment=faults(hold(6), {"phase": "load", "kind": "stop"}))
     wait_until(lambda: (faults.folder / "1.0").exists(), process)
     process.terminate()
     assert process.wait() == 75 and store.find(out).latest.step >= shown
@@ -190,12 +191,12 @@ def test_a_hung_process_is_found_by_the_keepers_clock_and_all_start_again(recipe
 
 
 def test_the_same_exception_at_the_same_step_three_times_stops_with_its_traceback(recipe, faults, tmp_path):
-    out, plan = tmp_path / "run", {"step": 5, "phase": "backward", "kind": "raise", "again": 9}
+    out, plan = tmp_path / "run", {"step": 7, "phase": "backward", "kind": "raise", "again": 9}
     printed = train(recipe, out, expect=1, environment=faults(plan))
     assert len(events(out, "restart")) == 2 and len(events(out, "failed")) == 1
-    assert printed.count("ValueError: injected at step 5") >= 2 and "Traceback" in printed
-    assert "after step 4" in printed and "the same failure 3 times" in printed
-    assert store.find(out).latest.step == 4
+    assert printed.count("ValueError: injected at step 7") >= 2 and "Traceback" in printed
+    assert "after step 6; the same failure 3 times" in printed
+    assert {event["step"] for event in events(out, "restart", "failed")} == {6}, "of which there is a checkpoint"
 
 
 @pytest.mark.quick
@@ -218,11 +219,12 @@ def test_the_kernel_takes_a_training_process_before_the_keeper(recipe, faults, t
 
 def test_a_world_that_changes_all_the_time_gives_the_same_bytes(recipe, undisturbed, faults, tmp_path):
     out, plan = tmp_path / "run", [hold(step) for step in (5, 8, 11)]  # each start comes to the next
-    for lines, processes in ((3, 2), (6, 1), (9, 4)):
+    for number, (lines, processes) in enumerate(((3, 2), (6, 1), (9, 4))):
         process = start(recipe, out, *EVERY, processes=processes, environment=faults(*plan))
         wait_for_lines(out / "metrics.jsonl", lines, process)
         process.terminate()
         assert process.wait() == 75
+        faults.release(number)
     train(recipe, out, *EVERY, processes=2)
     assert state_hash(out, STEPS) == undisturbed
     nothing_was_lost(out)

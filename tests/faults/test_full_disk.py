@@ -5,13 +5,13 @@ import signal
 import subprocess
 
 import pytest
-from runs import go_on, start, state_hash, wait_for_lines, wait_until, with_faults
+from conftest import hold
+from runs import go_on, start, state_hash, wait_for_lines, wait_until
 
 from lora_kit.runs import live, store
 from lora_kit.runs.live import Word
 
-STEPS = 30
-SLOWLY = {"FAULTS_SLEEP": "0.05", "PYTHONPATH": with_faults()}
+STEPS = 14
 
 
 @pytest.fixture
@@ -37,13 +37,15 @@ def fill(disk):
                 continue
 
 
-def fill_while_it_trains(recipe, disk):
-    """Start a run, fill its disk once it has a checkpoint, and wait until a write has failed; return both."""
+@pytest.fixture
+def filled(recipe, disk, faults):
+    """A run whose disk was filled once it had a checkpoint, waiting after two writes have failed; and its folder."""
     out = disk / "run"
-    process = start(recipe, out, environment=SLOWLY)
-    wait_for_lines(out / "metrics.jsonl", 7, process)
+    process = start(recipe, out, environment=faults(hold(5), hold(10), hold(STEPS)))
+    wait_for_lines(out / "metrics.jsonl", 3, process)
     wait_until(lambda: store.find(out).latest is not None, process)
     fill(disk)
+    faults.release(0)
     region = live.open_region(out)
     wait_until(lambda: region.words[Word.FAULTS] >= 2, process)
     return process, out
@@ -53,20 +55,25 @@ def shown(out):
     return [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_disk_that_fills_up_and_is_emptied_costs_nothing(recipe, undisturbed, disk):
-    process, out = fill_while_it_trains(recipe, disk)
+def test_a_disk_that_fills_up_and_is_emptied_costs_nothing(filled, faults, undisturbed, disk):
+    process, out = filled
     assert store.find(out).latest.step >= 3, "what was durable before is untouched"
-    reached = live.open_region(out).snapshots()[0].step
-    wait_until(lambda: live.open_region(out).snapshots()[0].step >= min(STEPS - 6, reached + 6), process)
+    faults.release(1)
+    wait_until(lambda: live.open_region(out).snapshots()[0].step == STEPS - 1, process)
     (disk / "ballast").unlink()
+    faults.release(2)
     printed, _ = process.communicate()
     assert process.returncode == 0, printed
     assert printed.count("No space left on device") >= 1 and "earlier checkpoints are unchanged" in printed
     assert state_hash(out, STEPS) == undisturbed and shown(out) == list(range(1, STEPS + 1))
 
 
-def test_a_disk_that_stays_full_keeps_the_last_step_in_memory_until_there_is_room(recipe, undisturbed, disk):
-    process, out = fill_while_it_trains(recipe, disk)
+def test_a_disk_that_stays_full_keeps_the_last_step_in_memory_until_there_is_room(
+    filled, faults, recipe, undisturbed, disk
+):
+    process, out = filled
+    faults.release(1)
+    faults.release(2)
     printed, _ = process.communicate()
     assert process.returncode == 1 and "Traceback" not in printed, printed
     assert "No space left on device" in printed and store.find(out).latest.step < STEPS
@@ -77,8 +84,10 @@ def test_a_disk_that_stays_full_keeps_the_last_step_in_memory_until_there_is_roo
     assert state_hash(out, STEPS) == undisturbed
 
 
-def test_a_stop_signal_on_a_full_disk_ends_with_1_names_the_missing_steps_and_loses_nothing(recipe, undisturbed, disk):
-    process, out = fill_while_it_trains(recipe, disk)
+def test_a_stop_signal_on_a_full_disk_ends_with_1_names_the_missing_steps_and_loses_nothing(
+    filled, recipe, undisturbed, disk
+):
+    process, out = filled
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate()
     assert process.returncode == 1 and "Traceback" not in printed, printed

@@ -210,7 +210,7 @@ def test_after_its_region_was_removed_a_run_is_still_stopped_without_a_loss(reci
 
 def test_a_run_restored_from_a_backup_goes_on_from_the_newest_live_state(recipe, undisturbed, faults, tmp_path):
     out, backup = tmp_path / "run", tmp_path / "backup"
-    for lines in (3, 6):  # the live state has a higher token than the backup
+    for start_number, lines in enumerate((3, 6)):  # the live state has a higher token than the backup
         environment = faults(hold(6), hold(9))
         process = start(recipe, out, "--set", "checkpoint.every_steps=100", environment=environment)
         wait_for_lines(out / "metrics.jsonl", lines, process)
@@ -218,6 +218,7 @@ def test_a_run_restored_from_a_backup_goes_on_from_the_newest_live_state(recipe,
             shutil.copytree(out, backup)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        faults.release(start_number)
     reached = steps_shown(out)[-1]
     shutil.rmtree(out)
     shutil.copytree(backup, out)

@@ -387,7 +387,8 @@ def _check_data(
     with suppress(BaseError):  # the problem of the weights is reported already
         rows = head_rows(source.folder, check_weights(source.folder))
         if rows is not None:
-            report.notes += untrained_notes(untrained_labels(data.train, rows), renderer)
+            labels = untrained_labels(data.train, rows)
+            report.notes += untrained_notes(labels, renderer, raw=data.counts.train.is_raw)
 
 
 def _check_tokens(plan: Plan, data: Prepared, renderer: Renderer, where: Where, report: Report) -> None:
@@ -434,6 +435,6 @@ def _near_duplicates(data: Prepared, train: Inspection, validation: Inspection |
     leaked = sum(earlier < len(data.train) <= later for earlier, later in found.pairs)
     yield (
         f"{place(first)} (as {place(earlier)}): {count:,} of {found.sampled:,} compared examples share at least "
-        f"{LIKE:.0%} of their token sequences with an earlier example, {leaked:,} of them held out ones with training "
-        "examples; remove them, if the repetition is not intended"
+        f"{LIKE:.0%} of their token sequences with an earlier example (validation examples that resemble a training "
+        f"example: {leaked:,}); remove them, if the repetition is not intended"
     )

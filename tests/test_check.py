@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEMPLATE
+from conftest import TEMPLATE, write_jsonl
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -278,6 +278,9 @@ def test_an_untrained_stop_token_is_told_once_with_the_way_out_that_works(recipe
     recipe = load_recipe(recipe_file, changes)
     (note,) = [note for note in check(recipe).notes if "untrained" in note]
     assert note.startswith(told) and "copy the chat template to a file" in note and "data.template" in note
+    text = write_jsonl(tmp_path / "text.jsonl", [{"text": "ab"}])
+    (note,) = [note for note in check(load_recipe(recipe_file, [*changes, f"data.train={text}"])).notes if told in note]
+    assert note.endswith("set base.stop_token: 'TOKEN'"), "no template ends a raw text"
     loop.train(recipe, tmp_path / "run")
     assert " ".join(capsys.readouterr().out.split()).count(told) == 1
     changes.append("base.stop_token=<unk>")  # half of the advice: the refusal must not lead back

@@ -76,7 +76,7 @@ def test_a_check_names_the_first_near_duplicate(recipe_file, tmp_path):
     report = check(load_recipe(recipe_file, [f"data.train={data}", f"data.validation={held_out}"]))
     (note,) = [note for note in report.notes if "token sequences" in note]
     assert note.startswith(f"{held_out}:1 (as {data}:10): 1 of 41 compared examples share at least 80%")
-    assert "1 of them held out ones with training examples" in note
+    assert "(validation examples that resemble a training example: 1); remove them" in note
 
 
 def test_without_the_extra_a_check_says_what_to_install(recipe_file, monkeypatch):

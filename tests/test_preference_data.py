@@ -117,10 +117,6 @@ REFUSED = {
         {"prompt": "q", "chosen": "a" * 70, "rejected": "b"},
         "72 tokens of chosen are more than data.sequence_length (64); raise it, or set data.overlong to drop or trunc",
     ),
-    "too long, rejected": (
-        {"prompt": "q", "chosen": "a", "rejected": "b" * 70},
-        "72 tokens of rejected are more than data.sequence_length (64)",
-    ),
 }
 
 
@@ -150,6 +146,14 @@ def test_every_broken_pair_is_refused_with_its_file_and_line(make):
     assert len(lines) == len(REFUSED)
     for number, (name, (_, message)) in enumerate(REFUSED.items(), 1):
         assert lines[number - 1].startswith(f"train.jsonl:{number}: {message}"), (name, lines[number - 1])
+
+
+def test_pairs_that_are_too_long_are_counted_in_one_message(make):
+    long = {"prompt": "q", "chosen": "a", "rejected": "b" * 70}
+    with pytest.raises(DataError, match=r"train.jsonl:1: 72 tokens of rejected are more .* \(64\); raise it"):
+        make([long])
+    with pytest.raises(DataError, match=r"1: 72 tokens of rejected .* \(64\), as in 1 other of up to 79 tokens; raise"):
+        make([long, {"prompt": "q", "chosen": "a" * 77, "rejected": "b"}])
 
 
 def test_a_label_that_is_none_is_refused(make):

@@ -81,7 +81,8 @@ def test_the_packing_is_that_of_the_first_step(recipe_file):
 
 def test_many_micro_batches_and_rows_are_counted():
     text = shown(Preview((), tuple(tuple(Row(f"f:{row}", 1) for row in range(9)) for _ in range(6)), 16))
-    assert text.count("and 1 more examples") == 4 and "and 2 more micro-batches" in text and "micro-batch 5" not in text
+    assert text.count("and 1 more of 9 examples") == 4 and "and 2 more of 6 micro-batches" in text
+    assert "micro-batch 5" not in text
 
 
 def test_the_command_shows_as_many_examples_as_asked_and_writes_a_page(recipe_file, data_file, tmp_path):
@@ -121,6 +122,18 @@ def test_the_report_shows_lengths_and_the_preflight(recipe_file, tmp_path):
 def test_characters_that_a_terminal_obeys_are_escaped():
     assert printable("a\tb\nc\x1b\u2067\ud83d\ude00") == "a\tb\nc\\x1b\\u2067\\ud83d\\ude00"
     assert printable("\U0001f600é") == "\U0001f600é"
+
+
+def test_pieces_of_a_text_are_numbered(recipe_file, tmp_path):
+    first = write_jsonl(tmp_path / "first.jsonl", [{"text": "a"}, {"text": "b" * 9}])
+    second = write_jsonl(tmp_path / "second.jsonl", [{"text": "c" * 9}])
+    changes = [f"data.train=[{first}, {second}]", "data.overlong=split", "data.sequence_length=6"]
+    report = check(load_recipe(recipe_file, changes), show=9)
+    assert [example.place for example in report.preview.examples] == [
+        f"{first}:1",
+        *(f"{first}:2, piece {number} of 2" for number in (1, 2)),
+        *(f"{second}:1, piece {number} of 2" for number in (1, 2)),
+    ]
 
 
 def test_an_example_keeps_its_line_where_records_before_it_are_left_out(recipe_file, tmp_path):

@@ -231,6 +231,24 @@ CASES = {
         note="train.jsonl:1, messages[1].content: the chat template trims blanks",
         template="trimming",
     ),
+    "blanks before a call, trimmed": Case(
+        calling(tool_calls=[{"function": CALL}], content="\n\n"),
+        [CALL_TEXT, "GOOD"],
+        note="train.jsonl:1, messages[1].content: the chat template trims blanks",
+        template="trimming",
+    ),
+    "blanks before a call": Case(
+        calling(tool_calls=[{"function": CALL}], content="\n\n"), ["\n\n" + CALL_TEXT, "GOOD"]
+    ),
+    "a thought without text, left out": Case(
+        chat({"content": "<think>\n\n</think>\n\nGOOD"}, GOOD),
+        ["\n\nGOOD", "GOOD"],
+        note="train.jsonl:1, messages[1].content: the chat template leaves the reasoning of answers out",
+        template="last-thought",
+    ),
+    "a thought without text": Case(
+        chat({"content": "<think>\n\n</think>\n\nGOOD"}, GOOD), ["<think>\n\n</think>\n\nGOOD", "GOOD"]
+    ),
     "blanks kept": Case(chat({"content": " GOOD\n"}), [" GOOD\n"]),
     "a call's field left out": Case(
         calling(tool_calls=[{"function": {"name": "f", "arguments": {"a": "x", "b": True}}}]),

@@ -101,7 +101,7 @@ def test_a_folder_s_test_data_is_not_trained_on(folder_of_splits, source, found)
 def test_a_word_inside_another_names_no_split(tmp_path, name):
     write_jsonl(tmp_path / f"{name}.jsonl", texts("a"))
     if name == "evaluate_it":
-        assert "found files for test" in refusal(".", tmp_path)
+        assert refusal(".", tmp_path).endswith("the split train; choose .[test]")
     else:
         assert words(load(".", base_dir=tmp_path)) == ["a"]
 
@@ -109,8 +109,7 @@ def test_a_word_inside_another_names_no_split(tmp_path, name):
 def test_a_folder_without_the_split_says_which_it_has(folder_of_splits):
     found = refusal("data[dev]", folder_of_splits)
     assert found == (
-        "data[dev]: no file or folder name contains the split dev; found files for test, train, validation; "
-        "choose one of them"
+        "data[dev]: no file or folder name contains the split dev; choose data[test] or data[train] or data[validation]"
     )
 
 

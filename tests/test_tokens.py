@@ -136,11 +136,15 @@ def test_max_examples_takes_the_first(make):
 LONG = [*pairs("a", "b" * 20, "c" * 30, "d"), {"prompt": "e" * 20, "completion": "f"}]
 
 
-def test_overlong_examples_are_an_error_that_lists_them(refusal):
+def test_overlong_examples_are_an_error_that_names_the_first_and_the_length_of_the_longest(refusal):
     assert refusal(LONG, sequence_length=10) == [
-        f"train.jsonl:{line}: {tokens} tokens are more than data.sequence_length (10); raise it, or set "
-        "data.overlong to drop or truncate"
-        for line, tokens in ((2, 23), (3, 33), (5, 22))
+        "train.jsonl:2: 23 tokens are more than data.sequence_length (10), as in 2 others of up to 33 tokens; raise "
+        "it, or set data.overlong to drop or truncate"
+    ]
+    assert refusal([*LONG, {}], sequence_length=30) == [
+        "train.jsonl:6: prompt is missing; found nothing; the format prompt-completion needs prompt and completion",
+        "train.jsonl:3: 33 tokens are more than data.sequence_length (30); raise it, or set data.overlong to drop or "
+        "truncate",
     ]
 
 
@@ -160,7 +164,7 @@ def test_overlong_examples_can_be_truncated_if_something_trained_is_left(make):
 
 def test_nothing_left_is_an_error(refusal):
     assert refusal(pairs("a" * 20), sequence_length=10, overlong="drop") == [
-        "train.jsonl: all 1 records are longer than data.sequence_length (10); raise it"
+        "train.jsonl: every record (1) is longer than data.sequence_length (10); raise it"
     ]
 
 

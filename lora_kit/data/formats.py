@@ -4,6 +4,7 @@ A record is an object from a data file, e.g. a line of JSONL. An example is eith
 will render, or raw text with a prompt. The modules after this one do not depend on the format.
 """
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,6 +40,7 @@ SHAREGPT_ROLES = {
     "tool_call": "assistant",
 }
 CALLS = ("function_call", "tool_call")  # roles of ShareGPT whose value is a call as JSON
+NUMBERING = re.compile(r"(^|[_\W])(id|idx|index)$", re.IGNORECASE)  # names of columns that a message does not suggest
 NOT_TEXT = ("images", "image", "videos", "video", "audios", "audio")  # columns of multimodal data
 SWITCHED = (("0", "0.0", "false", "no"), ("1", "1.0", "true", "yes"))  # how 0 and 1 are written, also in a CSV file
 
@@ -138,7 +140,7 @@ def detect(columns: Collection[str], renames: Mapping[str, str], *, named: str |
                 "data.columns"
             )
     required = FORMATS[named or ("prompt-completion" if kind == "sft" else "preference")].required
-    theirs = [*columns, *["..."] * len(required)]
+    theirs = [*(name for name in columns if not NUMBERING.search(name)), *["..."] * len(required)]
     hint = ", ".join(f"{ours}: {name}" for ours, name in zip(required, theirs, strict=False))
     known = "; ".join(f"{name}: {FORMATS[name]}" for name in candidates)
     raise DataError(

@@ -252,7 +252,7 @@ def check(layout: Layout) -> list[Remark]:
     for part, span in layout.changed:
         if span is not None and part.kind not in ("key", "tool", "name") and not _is_whole(part, span, layout):
             remarks.append(_not_whole(part, span, layout))
-    remarks += _trimmed(layout) + _tool_remarks(layout)
+    remarks += _trimmed(layout) + _blank(layout) + _tool_remarks(layout)
     _check_leaves(layout)
     return remarks
 
@@ -348,6 +348,27 @@ def _trimmed(layout: Layout) -> list[Remark]:
         )
         if shorter_before < len(before) + others[0] or shorter_after < len(after) + others[1]:
             remarks.append(Remark(TRIMMED, "", place.part.label))
+    return remarks
+
+
+def _blank(layout: Layout) -> list[Remark]:
+    """Return remarks on what the template leaves out and no mark shows: answers of blanks, thoughts without text."""
+    conversation, remarks = layout.conversation, list[Remark]()
+    messages, blanks = list(conversation.messages), dict[str, int]()
+    for index, message in enumerate(conversation.messages):
+        label, content = f"{conversation.label(index)}.content", message["content"]
+        thought, own = Marker.thought(message), layout.own.get(index)
+        if thought and not thought[1] and own and label not in layout.marker.kept:
+            first = bisect_left(layout.places, min(place.begin for place in own), key=lambda place: place.begin)
+            before = layout.places[first - 1].end if first else 0
+            if "<think>" not in layout.text[before : layout.places[first].begin]:
+                remarks.append(Remark(HISTORY, "", label))
+        elif message["role"] == "assistant" and content.isspace():
+            messages[index], blanks[label] = message | {"content": ""}, len(content)
+    if blanks:
+        bare = apply(replace(conversation, messages=tuple(messages)), layout.renderer)
+        if len(layout.text) - len(bare) < sum(blanks.values()):
+            remarks.append(Remark(TRIMMED, "", next(iter(blanks))))
     return remarks
 
 

@@ -102,7 +102,9 @@ def conversation(parts: Sequence[Sequence[Labelled]], tools: Any) -> Conversatio
         tuple(messages), _tools(tools), context, frozenset(excluded), remarks=tuple(remarks), labels=labels
     )
     if not result.answers:
-        raise DataError(f"no assistant message to train on; the roles are {', '.join(roles)}")
+        raise DataError(
+            f"no assistant message to train on; the roles are {', '.join(roles)}; add an answer or remove the record"
+        )
     if result.answers[0] == 0:
         label = next(label for part in parts for label, _ in part)
         raise DataError(f"{label} is an assistant message; a message to answer must come before it")

@@ -15,12 +15,12 @@ Where = Callable[[str, int], str]
 def places(recipe: Recipe, data: Prepared) -> Where:
     """Return a function that names examples. It opens the data when it is first called."""
     sizes = {part: [source.examples for source in sources] for part, sources in data.counts.parts.items()}
-    opened = cache(lambda: open_data(recipe.data, recipe.folder, recipe.train.seed))
+    opened = cache(lambda: open_data(recipe.data, recipe.folder, recipe.train.seed, recipe.objective.kind))
 
     def where(part: str, index: int) -> str:
         held_out = part == VALIDATION
         try:
-            return opened().where(index, int(data.kept[held_out][index]), sizes[part], validation=held_out)
+            return opened().where(index, data.kept[held_out], sizes[part], validation=held_out)
         except LoraKitError:  # e.g. no network, and the tokens came from the cache
             return f"{part} example {index}"
 

@@ -3,7 +3,7 @@
 For each source a kind of remark is shown once, as a note with the number of records and the place of the first.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -70,17 +70,22 @@ class Remarks:
             if len(count.items) <= MAX_ITEMS:
                 count.items |= dict.fromkeys(remark.item for remark in own if remark.item)
 
-    def notes(self, where: Callable[[int], str]) -> list[str]:
-        """Return a note for each kind of remark.
 
-        Args:
-            where: Returns the file and line of a record, given its index.
-        """
-        notes = []
-        for text, count in self.counts.items():
-            items = list(count.items)[:MAX_ITEMS] + ["..."] * (len(count.items) > MAX_ITEMS)
-            what = f"{text}: {', '.join(items)}" if items else text
-            place = f", {count.place}" if count.place else ""
-            records = f"{count.records:,} record{'s' * (count.records != 1)}"
-            notes.append(f"{where(count.first)}{place}: {what} ({records} in all)")
-        return notes
+def notes_of(parts: Sequence[tuple[Remarks, Callable[[int], str]]]) -> list[str]:
+    """Return a note for each kind of remark on a source.
+
+    Args:
+        parts: The remarks on its training records, on its held-out records or on both, each with a function that
+            returns the file and line of a record, given its index.
+    """
+    notes = []
+    for text in dict.fromkeys(text for remarks, _ in parts for text in remarks.counts):
+        found = [(remarks.counts[text], where) for remarks, where in parts if text in remarks.counts]
+        first, where = found[0]
+        items = dict.fromkeys(item for count, _ in found for item in count.items)
+        records = sum(count.records for count, _ in found)
+        named = [*items][:MAX_ITEMS] + ["..."] * (len(items) > MAX_ITEMS)
+        what = f"{text}: {', '.join(named)}" if named else text
+        place = f", {first.place}" if first.place else ""
+        notes.append(f"{where(first.first)}{place}: {what} ({records:,} record{'s' * (records != 1)} in all)")
+    return notes

@@ -265,12 +265,11 @@ def _files_of(folder: Path, source: str, split_name: str | None) -> list[Path]:
     by_word = [file for file in files if file.split == wanted]
     exact = [file for file in files if file.exact == wanted]
     chosen = sorted({*exact, *(file for file in by_word if file.exact is None)}) if exact else by_word
-    names = sorted({file.exact or file.split for file in files})
+    names, bare = sorted({file.exact or file.split for file in files}), source.removesuffix(f"[{split_name}]")
     if not chosen:
-        found = "no file or folder name contains"
-        raise DataError(f"{source}: {found} the split {wanted}; found files for {', '.join(names)}; choose one of them")
+        ways = " or ".join(f"{bare}[{name}]" for name in names)
+        raise DataError(f"{source}: no file or folder name contains the split {wanted}; choose {ways}")
     if len(several := sorted({file.exact for file in chosen if file.exact})) > 1:
-        bare = source.removesuffix(f"[{split_name}]")
         raise DataError(
             f"{source}: the folder has the splits {' and '.join(several)}; choose one: {bare}[{several[0]}]"
         )

@@ -27,6 +27,7 @@ CARRIAGE_RETURNS = "a carriage return alone ends its lines; convert the file wit
 LINES_OF_SAMPLE = 100  # lines read to distinguish JSON Lines with a damaged first line from objects over several lines
 SMALL_BYTES = 1 << 18  # larger files are mapped
 FIELD_BYTES = (1 << 31) - 1  # the longest field of a CSV file; the csv module's own limit is 128 KB
+RECORD = 'an object, e.g. {"text": "..."}'
 WHITESPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -215,7 +216,7 @@ def parse_json(raw: bytes) -> Record | DataError:
         value = loads(text.strip(" \t\r\n\ufeff"))  # a file joined from several files contains byte order marks
     except DataError as error:
         return error
-    return value if isinstance(value, dict) else DataError(f"the record is {kind(value)}; expected an object")
+    return value if isinstance(value, dict) else DataError(f"the record is {kind(value)}; expected {RECORD}")
 
 
 def parse_line(raw: bytes) -> Record | DataError:

@@ -51,7 +51,7 @@ class Range:
         records: The number of records.
         tokens: The number of tokens before any was dropped or cut.
         bad: The index of each record that cannot be used, and the error.
-        problems: The index of each record that is too long, and the error.
+        overlong: The index of each record that is too long, its number of tokens, and which side of a pair has them.
         remarks: The index of each record with remarks, and its remarks.
         tallies: Counts by the names in TALLIES.
         arrays: The arrays by the names in ARRAYS, as lists of numbers or, if they have an element per token, of bytes.
@@ -60,7 +60,7 @@ class Range:
     records: int
     tokens: int = 0
     bad: list[tuple[int, str]] = field(default_factory=list)
-    problems: list[tuple[int, str]] = field(default_factory=list)
+    overlong: list[tuple[int, int, str]] = field(default_factory=list)
     remarks: list[tuple[int, tuple[Remark, ...]]] = field(default_factory=list)
     tallies: Counter[str] = field(default_factory=Counter)
     arrays: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in ARRAYS})
@@ -150,10 +150,8 @@ class Tokenising:
                 result.add(index, piece.ids, piece.trained, len(piece.ids))
             result.tallies["split"] += 1
         elif length > limit and self.overlong in ("error", "split"):
-            of = "" if len(made) == 1 else " of chosen" if len(made[0].ids) == length else " of rejected"
-            found = f"{length:,} tokens{of} are more than data.sequence_length ({limit:,})"
-            others = "drop, truncate or split" if self.format == "text" else "drop or truncate"
-            result.problems.append((index, f"{found}; raise it, or set data.overlong to {others}"))
+            side = "" if len(made) == 1 else " of chosen" if len(made[0].ids) == length else " of rejected"
+            result.overlong.append((index, length, side))
         elif length > limit and self.overlong == "drop":
             result.tallies["dropped"] += 1
         elif not all(any(side.trained[:limit]) for side in made):

@@ -21,7 +21,7 @@ from lora_kit.data.arrays import Growing, chunks, spill_folder
 from lora_kit.data.counts import Counts, DataCounts, summed
 from lora_kit.data.files import read_text
 from lora_kit.data.formats import FORMATS, Preference, detect, to_example
-from lora_kit.data.remarks import Remark, Remarks
+from lora_kit.data.remarks import Remark, Remarks, notes_of
 from lora_kit.data.rendering import RENDERED_DATE, Renderer, check_renderer
 from lora_kit.data.sources import Records
 from lora_kit.data.template import Prompt, prompt
@@ -263,6 +263,34 @@ class Problems:
             raise DataError("\n".join(lines))
 
 
+@dataclass
+class Overlong:
+    """The records of a source that are too long: the first and its tokens, how many there are, and the most tokens."""
+
+    first: int = 0
+    tokens: int = 0
+    side: str = ""
+    count: int = 0
+    longest: int = 0
+
+    def add(self, index: int, tokens: int, side: str) -> None:
+        """Count the record `index`, `side` of which is too long; records come in ascending order."""
+        if not self.count:
+            self.first, self.tokens, self.side = index, tokens, side
+        self.count += 1
+        self.longest = max(self.longest, tokens)
+
+    def message(self, data: "Data", format: str) -> str:
+        """Return what is wrong with the first of them, how many others are like it, and what to do."""
+        more = self.count - 1
+        others = f", as in {more:,} other{'s' * (more > 1)} of up to {self.longest:,} tokens" if more else ""
+        ways = "drop, truncate or split" if format == "text" else "drop or truncate"
+        return (
+            f"{self.tokens:,} tokens{self.side} are more than data.sequence_length ({data.sequence_length:,})"
+            f"{others}; raise it, or set data.overlong to {ways}"
+        )
+
+
 @dataclass(frozen=True)
 class _Tokenised:
     """The tokenised examples of a source.
@@ -312,7 +340,7 @@ def prepare(
         BaseError: The tokenizer is not a fast tokenizer, or does not have the stop token.
     """
     check_renderer(renderer)
-    opened = open_data(data, base_dir, seed)
+    opened = open_data(data, base_dir, seed, renderer.kind)
     if prompts and not opened.validation:
         raise DataError(
             f"evaluate.generate is {prompts}, but there is no validation data to answer; set data.validation"
@@ -334,8 +362,8 @@ def prepare(
             raise DataError(f"{_left_out(result)}\n{result.records.name}: no record is left; mend them")
         if not len(result.kept):
             raise DataError(
-                f"{result.records.name}: all {len(result.records)} records are longer than data.sequence_length "
-                f"({data.sequence_length}); raise it"
+                f"{result.records.name}: every record ({len(result.records):,}) is longer than data.sequence_length "
+                f"({data.sequence_length:,}); raise it"
             )
     train, validation = results[: len(opened.train)], results[len(opened.train) :]
     notes = tuple(_notes(results))
@@ -377,24 +405,26 @@ class OpenedData(NamedTuple):
     train: tuple[OpenedSource, ...]
     validation: tuple[OpenedSource, ...]
 
-    def where(self, index: int, record: int, sizes: Sequence[int], *, validation: bool) -> str:
-        """Return the file and line of an example.
+    def where(self, index: int, kept: np.ndarray, sizes: Sequence[int], *, validation: bool) -> str:
+        """Return the file and line of an example, with its number if it is a piece of a text.
 
         Args:
             index: The index of the example in its part, through all sources.
-            record: The index of its record in its source.
+            kept: The index of the record of each example of the part, in its source, int64 [examples].
             sizes: The number of examples of each source of the part.
             validation: Whether the part is the validation data.
         """
         for source, size in zip(self.validation if validation else self.train, sizes, strict=True):
             if index < size:
-                return source.records.where(record)
-            index -= size
+                first, end = (int(np.searchsorted(kept[:size], kept[index], side)) for side in ("left", "right"))
+                piece = f", piece {index - first + 1:,} of {end - first:,}" if end - first > 1 else ""
+                return source.records.where(int(kept[index])) + piece
+            index, kept = index - size, kept[size:]
         raise IndexError("the example is after the last one")
 
 
-def open_data(data: "Data", base_dir: Path, seed: int) -> OpenedData:
-    """Open the training data and, if the recipe has any, the validation data."""
+def open_data(data: "Data", base_dir: Path, seed: int, kind: str) -> OpenedData:
+    """Open the training data and, if the recipe has any, the validation data, for an objective of this kind."""
     load = partial(sources.load, base_dir=base_dir, documents=data.overlong == "split")
     train = tuple(
         OpenedSource(
@@ -405,6 +435,9 @@ def open_data(data: "Data", base_dir: Path, seed: int) -> OpenedData:
         for name, source in data.train_sources.items()
     )
     if isinstance(data.validation, float):
+        for source in train:
+            if len(source.records) == 1:  # its columns may say why
+                _format(source.records, _settings(source.settings, data), kind)
         parts = [sources.split(source.records, data.validation, seed) for source in train]
         sides = zip(*parts, strict=True)
         return OpenedData(
@@ -477,7 +510,7 @@ def _tokenise(
     folder, pace, tallies = spill_folder(), Pace(), dict.fromkeys(TALLIES, 0)
     arrays = {name: Growing(dtype, folder) for name, dtype in ARRAYS.items()}
     work = Tokenising(records, renderer, format, data.columns, data.sequence_length, data.overlong, data.overlap)
-    bad, remarks = list[tuple[int, str]](), Remarks()
+    bad, overlong, remarks = list[tuple[int, str]](), Overlong(), Remarks()
     try:
         with sandbox.Pool(work, children(len(records))) as pool:
             for answer in pool.map(pace.ranges(len(records))):
@@ -487,9 +520,10 @@ def _tokenise(
                     tallies["bad"] += len(about["bad"])
                     bad += about["bad"][: MAX_NAMED - len(bad)]
                 else:
-                    about["problems"] += about["bad"]
-                for index, message in sorted(about["problems"]):
-                    problems.add(records, index, message)
+                    for index, message in about["bad"]:
+                        problems.add(records, index, message)
+                for too_long in about["overlong"]:
+                    overlong.add(*too_long)
                 for index, found in about["remarks"]:
                     remarks.add(index, tuple(Remark(*each) for each in found))
                 for name in TALLIES:
@@ -500,6 +534,8 @@ def _tokenise(
                 tell(pace.records)
     except sandbox.LostError as lost:
         raise lost.error(records.where(json.loads(lost.request)[0] + (lost.place or 0))) from lost
+    if overlong.count:
+        problems.add(records, overlong.first, overlong.message(data, format))
     lengths, chosen = arrays["lengths"].finish(), arrays["chosen"].finish()
     tokens = Tokens(
         arrays["ids"].finish(),
@@ -588,8 +624,9 @@ def _notes(results: Sequence[_Tokenised]) -> list[str]:
     `preflight` finds more in the tokens.
     """
     notes = [_left_out(result) for result in results if result.counts.bad]
+    for name in dict.fromkeys(result.records.name for result in results):  # a held-out fraction has the same name
+        notes += notes_of([(each.remarks, each.records.where) for each in results if each.records.name == name])
     for result in results:
-        notes += result.remarks.notes(result.records.where)
         if texts := result.counts.split:
             count = len(result.kept) - len(np.unique(result.kept)) + texts
             notes.append(

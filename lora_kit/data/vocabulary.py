@@ -96,12 +96,13 @@ def untrained_labels(tokens: Tokens, embedding: "np.ndarray | Tensor") -> list[i
     return [int(label) for label in labels[untrained]]
 
 
-def untrained_notes(labels: Sequence[int], renderer: Renderer) -> list[str]:
+def untrained_notes(labels: Sequence[int], renderer: Renderer, *, raw: bool) -> list[str]:
     """Return what the user should know about labels that the base has not learned, and what to do about it.
 
     Args:
         labels: From `untrained_labels`.
         renderer: The tokenizer, with the stop token and the template of the recipe.
+        raw: Whether all examples are raw text, without the template.
     """
     tokenizer, stop, notes = renderer.tokenizer, renderer.stop, []
     others = [label for label in labels if label != renderer.stop_id]
@@ -109,11 +110,14 @@ def untrained_notes(labels: Sequence[int], renderer: Renderer) -> list[str]:
         known = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
         eos = tokenizer.eos_token
         example = eos if eos and eos != stop and known.get(str(eos)) not in labels else "TOKEN"
+        in_template = (
+            f", copy the chat template to a file, write {example!r} where it ends an answer with {stop!r}, and set "
+            "data.template to the file"
+        )
         notes.append(
             f"base.stop_token: {stop!r} looks untrained in the base, and LoRA on linear layers cannot teach it, so "
-            f"answers may never stop; choose a token that the base knows: set base.stop_token: {example!r}, copy the "
-            f"chat template to a file, write {example!r} where it ends an answer with {stop!r}, and set data.template "
-            "to the file"
+            f"answers may never stop; choose a token that the base knows: set base.stop_token: {example!r}"
+            f"{'' if raw else in_template}"
         )
     if others:
         names = ", ".join(repr(tokenizer.convert_ids_to_tokens(label)) for label in others[:5])

@@ -51,7 +51,7 @@ from lora_kit.model.state import flatten
 from lora_kit.model.targets import find_targets
 from lora_kit.model.tokenizer import load_renderer
 from lora_kit.model.variants import Call, attach_constants, start_from_inputs, start_from_weights
-from lora_kit.model.weights import published_quantization
+from lora_kit.model.weights import published_quantization, read_json
 from lora_kit.recipe.load import resolve_path
 from lora_kit.recipe.schema import Recipe
 from lora_kit.runs.journal import METRICS, Journal, StepRecord
@@ -219,10 +219,11 @@ def check_tokens(recipe: Recipe, run: OpenRun, inputs: Inputs, processes: Proces
     """Warn of what the tokens of a new run would train unintentionally.
 
     Raises:
-        DataError: More examples than the recipe allows have a finding.
+        DataError: An example is longer than the base's context, or more examples than the recipe allows have a finding.
     """
     if run.latest is not None:
         return
+    check_context(inputs.data, context_of(read_json(inputs.source.folder / "config.json")))  # before the base is loaded
     console.tick("data: preflight")
     data, where = inputs.data, places(recipe, inputs.data)
     for warning in processes.main_decides(lambda: preflight(recipe, data, inputs.renderer, where)):
@@ -385,7 +386,8 @@ def warn_about_untrained(base: PreTrainedModel, recipe: Recipe, inputs: Inputs, 
     """
     head = cast(torch.Tensor, (base.get_output_embeddings() or base.get_input_embeddings()).weight)
     labels = untrained_labels(inputs.data.train, head)
-    for note in [*find_targets(base, recipe.adapter).notes, *untrained_notes(labels, inputs.renderer)]:
+    notes = untrained_notes(labels, inputs.renderer, raw=inputs.data.counts.train.is_raw)
+    for note in [*find_targets(base, recipe.adapter).notes, *notes]:
         console.warn(note)
 
 

@@ -112,9 +112,9 @@ class Preview:
             for row in rows[:SHOWN_ROWS]:
                 yield f"  {printable(row.place)}: {row.tokens:,} tokens", False
             if len(rows) > SHOWN_ROWS:
-                yield f"  and {len(rows) - SHOWN_ROWS:,} more examples", False
+                yield f"  and {len(rows) - SHOWN_ROWS:,} more of {len(rows):,} examples", False
         if len(self.batches) > SHOWN_BATCHES:
-            yield f"and {len(self.batches) - SHOWN_BATCHES:,} more micro-batches", False
+            yield f"and {len(self.batches) - SHOWN_BATCHES:,} more of {len(self.batches):,} micro-batches", False
 
     @property
     def packing_title(self) -> str:

@@ -21,6 +21,7 @@ OTHERS = {
     "text": {"text": "Once."},
     "preference": {"prompt": [USER], "chosen": [ASSISTANT], "rejected": "No."},
     "unpaired": {"prompt": [USER], "completion": [ASSISTANT], "label": True},
+    "unpaired-messages": {"messages": [USER, ASSISTANT], "label": True},
 }
 
 

@@ -35,6 +35,8 @@ TOOLS = [{"name": "f", "parameters": {"type": "object", "properties": {}}}]
         {"prompt": [USER], "chosen": "Good.", "rejected": "Bad"},
         {"prompt": [USER], "chosen": GOOD, "rejected": {"from": "gpt", "value": "Bad"}},
         {"prompt": [{"from": "human", "value": "Hi?"}], "chosen": GOOD, "rejected": BAD},
+        {"conversations": [{"from": "human", "value": "Hi?"}], "chosen": GOOD, "rejected": BAD},
+        {"messages": [USER], "chosen": GOOD, "rejected": BAD},
     ],
     ids=lambda record: ", ".join(f"{key} {type(value).__name__}" for key, value in record.items()),
 )
@@ -71,7 +73,20 @@ def test_an_answer_with_a_label_has_one_side(label, side):
     assert (made.chosen, made.rejected)[1 - side] is None and made.sides == (Conversation((USER, GOOD)),)
 
 
+def test_a_label_of_a_conversation_is_about_its_last_answer():
+    record = {"messages": [USER, BAD, USER, GOOD], "label": False}
+    assert detect([*record], {}, kind="kto") == "unpaired-messages"
+    made = to_example(record, "unpaired-messages", {})
+    assert made.chosen is None and made.rejected.messages == (USER, BAD, USER, GOOD) and made.rejected.answers == [3]
+    with pytest.raises(DataError, match=r"messages\[2\] is not an answer of the assistant, so the label says nothing"):
+        to_example(record | {"messages": [USER, BAD, USER]}, "unpaired-messages", {})
+
+
 REFUSED = {
+    "two prompts": (
+        {"prompt": "q", "messages": [USER], "chosen": [GOOD], "rejected": [BAD]},
+        "prompt and messages may both be the prompt of chosen and rejected; remove one of the columns",
+    ),
     "equal strings": ({"prompt": "q", "chosen": "a", "rejected": "a"}, "chosen and rejected are equal, so the pair"),
     "equal messages": (
         {"chosen": [USER, GOOD], "rejected": [USER, GOOD]},

@@ -257,16 +257,17 @@ def _from_prompt_completion(fields: Mapping[str, Any]) -> Example:
 
 def _from_preference(fields: Mapping[str, Any]) -> Preference:
     """Read a pair of answers: strings, or conversations with a column prompt or with a common beginning."""
-    prompt, texts = fields["prompt"], (fields["chosen"], fields["rejected"])
+    column, texts = _prompt_column(fields), (fields["chosen"], fields["rejected"])
+    prompt = fields[column]
     if not isinstance(prompt, str | list | None):
-        raise DataError(f"prompt is {kind(prompt)}; expected a string or a list of messages")
+        raise DataError(f"{column} is {kind(prompt)}; expected a string or a list of messages")
     if all(isinstance(text, str) for text in texts) and not isinstance(prompt, list):
         chosen, rejected = _raw_pair(prompt, *texts, fields)
         return Preference(chosen, rejected)
     sides = [_side(fields[name], name) for name in ("chosen", "rejected")]
     if _turns(sides[0]) == _turns(sides[1]):
         raise DataError(EQUAL)
-    question = _question(prompt, sides)
+    question = _question(prompt, sides, column)
     begins = [_common(_turns(question), _turns(side)) == len(question) for side in sides]
     answers = [side[len(question) :] if repeats else side for side, repeats in zip(sides, begins, strict=True)]
     for name, answer in zip(("chosen", "rejected"), answers, strict=True):
@@ -281,6 +282,16 @@ def _from_preference(fields: Mapping[str, Any]) -> Preference:
     if first.messages == second.messages:
         raise DataError(EQUAL)
     return Preference(first, second)
+
+
+def _prompt_column(fields: Mapping[str, Any]) -> str:
+    """Return which of the columns that may hold the messages before the answers a record has."""
+    given = [name for name in PROMPTS if fields.get(name) not in EMPTY]
+    if len(given) > 1:
+        raise DataError(
+            f"{' and '.join(given)} may both be the prompt of chosen and rejected; remove one of the columns"
+        )
+    return given[0] if given else PROMPTS[0]
 
 
 EQUAL = "chosen and rejected are equal, so the pair states no preference; remove the record"
@@ -330,25 +341,25 @@ def _turns(side: Sequence[Labelled]) -> list[Any]:
     return [turn for _, turn in side]
 
 
-def _question(prompt: Any, sides: Sequence[list[Labelled]]) -> list[Labelled]:
-    """Return the messages before the answers: those of the column prompt, or those with which both sides begin.
+def _question(prompt: Any, sides: Sequence[list[Labelled]], column: str) -> list[Labelled]:
+    """Return the messages before the answers: those of the prompt's column, or those with which both sides begin.
 
     Raises:
         DataError: The column is a text that is not among the messages with which both sides begin.
     """
     if isinstance(prompt, list):
-        return _messages_of(labelled(prompt, "prompt"))
+        return _messages_of(labelled(prompt, column))
     most = min(len(side) for side in sides) - 1
     question = sides[0][: min(most, _common(_turns(sides[0]), _turns(sides[1])))]
     if prompt is None:
         return question
     if not question:
-        return [("prompt", {"role": "user", "content": prompt})]
+        return [(column, {"role": "user", "content": prompt})]
     contents = [turn.get("content") for turn in _turns(question) if isinstance(turn, Mapping)]
     if not any(isinstance(content, str) and content.strip() == prompt.strip() for content in contents):
         raise DataError(
-            "prompt is not among the messages with which chosen and rejected begin; remove the column, or write it as "
-            "the list of messages before the answers"
+            f"{column} is not among the messages with which chosen and rejected begin; remove the column, or "
+            "write it as the list of messages before the answers"
         )
     return question
 
@@ -360,12 +371,24 @@ def _common(first: Sequence[Any], second: Sequence[Any]) -> int:
 
 
 def _from_unpaired(fields: Mapping[str, Any]) -> Preference:
-    """Read an answer with the label whether it is desirable."""
-    label = fields["label"]
+    """Read a prompt and an answer with the label whether it is desirable."""
+    return _with_label(_from_prompt_completion(fields), fields["label"])
+
+
+def _from_unpaired_messages(fields: Mapping[str, Any]) -> Preference:
+    """Read a conversation with the label whether its last message, an answer, is desirable."""
+    turns = _messages_of(labelled(fields["messages"], "messages"))
+    if turns and isinstance(turns[-1][1], Mapping) and turns[-1][1].get("role") != "assistant":
+        raise DataError(
+            f"{turns[-1][0]} is not an answer of the assistant, so the label says nothing; remove the record"
+        )
+    return _with_label(_conversation([turns[:-1], turns[-1:]], fields), fields["label"])
+
+
+def _with_label(example: Example, label: Any) -> Preference:
     stated = next((value for value, texts in enumerate(SWITCHED) if str(label).strip().lower() in texts), None)
     if stated is None:
         raise DataError(f"label is {label!r}; expected true for a desirable answer, or false")
-    example = _from_prompt_completion(fields)
     return Preference(example, None) if stated else Preference(None, example)
 
 
@@ -442,6 +465,7 @@ def _sharegpt_message(turn: Any, label: str) -> dict[str, Any]:
     return message | {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
 
 
+PROMPTS = ("prompt", "conversations", "messages")  # columns of which one holds what comes before chosen and rejected
 CONTEXT = ("system", "tools", "functions")  # columns beside the messages; `functions` is OpenAI's older `tools`
 
 FORMATS = {
@@ -450,6 +474,7 @@ FORMATS = {
     "prompt-completion": Format(_from_prompt_completion, ("prompt", "completion"), CONTEXT),
     "alpaca": Format(_from_alpaca, ("instruction", "output"), ("input", "history", *CONTEXT)),
     "text": Format(_from_text, ("text",)),
-    "preference": Format(_from_preference, ("chosen", "rejected"), ("prompt", *CONTEXT), PAIRS),
+    "preference": Format(_from_preference, ("chosen", "rejected"), (*PROMPTS, *CONTEXT), PAIRS),
     "unpaired": Format(_from_unpaired, ("prompt", "completion", "label"), CONTEXT, ANSWERS),
+    "unpaired-messages": Format(_from_unpaired_messages, ("messages", "label"), CONTEXT, ANSWERS),
 }

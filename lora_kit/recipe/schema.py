@@ -16,7 +16,9 @@ FRACTION = Annotated[float, Field(gt=0, lt=1)]
 COUNT = Annotated[int, Field(gt=0, le=1_000_000_000)]
 SECONDS = Annotated[float, Field(gt=0, le=1e9)]
 BOUND = Annotated[float, Field(gt=0, le=1e30)]  # representable in float32
-FORMAT = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text", "preference", "unpaired"]
+FORMAT = Literal[
+    "messages", "sharegpt", "alpaca", "prompt-completion", "text", "preference", "unpaired", "unpaired-messages"
+]
 SOURCE_NAME = Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")]
 LAYERS = Annotated[int, Field(ge=0, lt=10_000)] | Annotated[str, Field(pattern=r"^[0-9]{1,4}-[0-9]{1,4}$")]
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # not allowed in paths, names and columns

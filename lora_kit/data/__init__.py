@@ -5,9 +5,9 @@ text_files, tables  read records from JSON, CSV and text, and from Parquet, Arro
 strict_json         parse JSON exactly
 formats, messages   convert a record of any format to an Example
 rendering           render a conversation with the chat template
-parts, layout       find every part of a conversation in the text, and refuse or note what the text lacks
+parts, layout       find every part of a conversation in the text, and refuse or note missing parts
 answers             find the answers in the text
-remarks             notes on what records have and tokens lack
+remarks             notes on differences between records and their tokens
 template            tokenise the text and compute the loss mask
 tokens              all examples as flat arrays, with every problem reported at once
 cache               keep tokenised data between starts

@@ -64,7 +64,7 @@ class Preference:
     Attributes:
         chosen: The side with the preferred or desirable answer; None for an undesirable answer.
         rejected: The side with the other or undesirable answer; None for a desirable answer.
-        remarks: What the record has and the sides lack.
+        remarks: What is in the record and not in the sides, e.g. columns that are not read.
     """
 
     chosen: Example | None

@@ -15,7 +15,7 @@ from lora_kit.data.remarks import CHANGED, CONTROL, HISTORY, KEYS, TOOLS, TRIMME
 from lora_kit.data.rendering import Renderer, apply
 from lora_kit.errors import DataError
 
-ATTEMPTS = 8  # to render a conversation with marks, with fewer of them each time
+ATTEMPTS = 8  # to render a conversation with marks, with fewer marks each time
 REMEDY = "set data.template to a template that renders it, or remove it from the record"
 
 
@@ -28,9 +28,9 @@ class Layout:
         renderer: Tokenizer and template.
         text: The rendered conversation.
         marker: The conversation with marks.
-        marked_text: Its rendering.
+        marked_text: The rendering of the conversation with marks.
         places: The places of the marked parts, in the order of the text.
-        changed: The parts without a mark, each with the characters of the text that depend on it; None if none do.
+        changed: The parts without a mark, each with the characters [begin, end) of the text that depend on it, or None.
         prompted: Whether the marked text ends with the generation prompt.
     """
 
@@ -45,7 +45,7 @@ class Layout:
 
     @cached_property
     def limit(self) -> int:
-        """Where the texts with and without the generation prompt begin to differ; without it, Phi adds a token."""
+        """Where the texts with and without generation prompt begin to differ; without a prompt, Phi adds a token."""
         if not self.prompted:
             return common_prefix(self.text, apply(self.conversation, self.renderer, prompting=True))
         end, mark_end = (self.places[-1].end, self.places[-1].mark_end) if self.places else (0, 0)
@@ -91,7 +91,7 @@ class Layout:
         return sorted(self.spans)
 
     def span(self, index: int) -> tuple[int, int] | None:
-        """Return the characters [begin, end) of a message; None if it has none in the text."""
+        """Return the characters [begin, end) of a message; None if none of the message is in the text."""
         return self.spans.get(index)
 
     def turn_end(self, end: int) -> int:
@@ -149,14 +149,14 @@ def _match(marker: Marker, renderer: Renderer, *, prompted: bool) -> tuple[list[
 
 
 def _key(part: Part) -> str:
-    """Return the key of a message that a part is the value of."""
+    """Return the key that has this part as its value in the message."""
     return part.label.partition(".")[2]
 
 
 def _unread(layout: Layout) -> set[str]:
-    """Return keys without a mark that the template does not read in any message: without them the text is the same.
+    """Return the keys without a mark that several messages have and the template reads in none of them.
 
-    A key of many messages takes one rendering in this way, and not one for each of them.
+    The text is the same without such a key, so one rendering checks the key in all messages.
     """
     keys: dict[str, set[int]] = {}
     for part in layout.marker.unmarked:
@@ -201,7 +201,11 @@ def changed_span(part: Part, layout: Layout) -> tuple[int, int] | None:
 
 
 def _with_change(part: Part, conversation: Conversation) -> Conversation:
-    """Return the conversation with a part changed. A key is removed; for a tool, all tools are changed."""
+    """Return the conversation with a part changed.
+
+    A key of a message is removed, if that is the part. The text of a message and the arguments of a call are replaced.
+    If the part belongs to a tool, the names and descriptions of all tools are replaced.
+    """
     if part.kind == "tool":
         tools = tuple(
             tool | {"function": tool["function"] | {"name": "x" * 9, "description": "x" * 9}}
@@ -238,7 +242,7 @@ def check(layout: Layout) -> list[Remark]:
     for part in sorted(lost, key=lambda part: part.message < 0):  # report messages before tools
         role = conversation.messages[part.message]["role"] if part.message >= 0 else ""
         if part.kind == "key":
-            if _key(part) != "name" or part.value not in [*layout.called]:  # the call has it too
+            if _key(part) != "name" or part.value not in [*layout.called]:  # the call has the name too
                 remarks.append(Remark(KEYS, _key(part), part.label))
         elif part.kind == "tool":
             if part.label.endswith(".description"):
@@ -299,7 +303,7 @@ def _not_whole(part: Part, span: tuple[int, int], layout: Layout) -> Remark:
 def _tool_remarks(layout: Layout) -> list[Remark]:
     """Return remarks on tools whose parameters, or a description that is no string, the template leaves out.
 
-    Their names and descriptions are looked for in the text between the parts of messages, since calls have them too.
+    Both are looked for only in the text between the parts of messages, since calls contain names of parameters too.
     """
     tools = layout.conversation.tools or ()
     if not tools:

@@ -45,7 +45,7 @@ class Conversation:
         untrained: Indices of assistant messages that are context only (`weight: 0`, or part of a prompt).
         excluded: Indices of messages that the record excludes by name (`weight: 0`), so that
             `objective.train_on: all` does not train them either.
-        remarks: What the record has and the conversation lacks.
+        remarks: What is in the record and not in the conversation, e.g. columns that are not read.
         labels: The messages' names in the record for errors; `messages[0]` and so on if empty.
     """
 
@@ -316,10 +316,11 @@ def _content(value: Any, label: str) -> str:
 
 
 def _trained(raw: Any, label: str) -> bool | None:
-    """Return whether a message says that it is trained; None if it says nothing.
+    """Return whether a message is trained according to a key such as `weight`; None if it has no such key.
 
     Raises:
-        DataError: The message says it by a value other than 0 and 1, in two ways, or for part of its text.
+        DataError: The value is not 0 or 1, two keys contradict each other, a message of another role than assistant is
+            to be trained, or a key marks only a part of the text.
     """
     role, said = _role(raw, label), dict[str, bool]()
     for key in PARTLY:

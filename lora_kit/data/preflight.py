@@ -127,11 +127,11 @@ class Finding:
     Attributes:
         part: `training` or `validation`.
         kind: A key of KINDS.
-        count: The number of examples that have it.
+        count: The number of examples with the finding.
         examples: The number of examples of the part.
-        first: The index of the first of them.
-        original: The index of the example that the first one repeats, in the training data if the kind is `leaked`;
-            None for other kinds.
+        first: The index of the first example with the finding.
+        original: The index of the example that the first one repeats: of an earlier one if the kind is `duplicates`, of
+            a training example if it is `leaked`; None for other kinds.
     """
 
     part: str
@@ -205,7 +205,7 @@ class Header(NamedTuple):
 
     Attributes:
         role: The role of the message.
-        ids: The token ids between the content before it and its content, without trailing blanks.
+        ids: The token ids between the contents of the previous message and of this one, without trailing blanks.
         blank: The token of the trailing blanks; None if there are none.
     """
 
@@ -215,7 +215,7 @@ class Header(NamedTuple):
 
 
 def headers_of(renderer: Renderer) -> tuple[Header, ...]:
-    """Return the headers of the template, from renderings of short conversations; roles that it refuses are missing."""
+    """Return the template's headers, found in renderings of short conversations with the roles that it accepts."""
     tokenizer, found = renderer.tokenizer, list[Header]()
     for roles in PROBES:
         try:
@@ -252,12 +252,12 @@ def roles(tokens: Tokens, headers: Sequence[Sequence[Header]], sizes: Sequence[i
 
 
 class Sources(NamedTuple):
-    """The sources of the training or of the validation data.
+    """The sources of the training data, or of the validation data.
 
     Attributes:
-        renderers: Tokenizer, template and stop token of each source.
-        signs: What to look for in its examples.
-        sizes: The number of its examples.
+        renderers: The tokenizer, template and stop token of each source.
+        signs: The tokens and settings that `inspect` looks for in the examples of each source.
+        sizes: The number of examples of each source.
     """
 
     renderers: tuple[Renderer, ...]
@@ -289,7 +289,7 @@ def inspect(tokens: Tokens, signs: Sequence[Signs], sizes: Sequence[int]) -> Ins
 
     Args:
         tokens: The examples.
-        signs: What to look for in the examples of each source.
+        signs: The tokens and settings to look for in the examples of each source.
         sizes: The number of examples of each source.
     """
     weights, hashes = np.zeros(len(tokens), np.int64), np.zeros(len(tokens), np.uint64)
@@ -351,7 +351,7 @@ def judge(found: Sequence[Finding], settings: "Preflight", where: Where) -> tupl
 
 
 def inspect_all(data: Prepared, sources: Mapping[str, Sources]) -> tuple[Inspection, Inspection | None]:
-    """Return the inspections of the training and of the validation examples."""
+    """Inspect the training and the validation examples; without validation data the second result is None."""
     _, signs, sizes = sources[TRAINING]
     train = inspect(data.train, signs, sizes)
     if data.validation is None:
@@ -374,14 +374,14 @@ def preflight(recipe: "Recipe", data: Prepared, renderer: Renderer, where: Where
 
 
 class Cost(NamedTuple):
-    """The part of a source in a run.
+    """What a source contributes to a run.
 
     Attributes:
-        source: Its name.
-        examples: Its examples.
-        tokens: Their tokens.
-        trained: Their trained tokens.
-        share: Its share of the estimated time of the run.
+        source: The name of the source.
+        examples: The number of examples of the source.
+        tokens: The number of tokens of these examples.
+        trained: The number of trained tokens of these examples.
+        share: The share of the run's estimated time that the source takes.
     """
 
     source: str
@@ -397,12 +397,12 @@ def costs(
     ranges: Mapping[str, tuple[int, int]],
     epochs: Mapping[str, float] | None = None,
 ) -> list[Cost]:
-    """Return the part of each source in a run.
+    """Return what each source contributes to a run.
 
     Args:
         tokens: The examples.
         weights: The number of trained tokens of each example, from `inspect`.
-        ranges: The examples [begin, end) of each source, by its name.
+        ranges: The examples [begin, end) of each source, by the name of the source.
         epochs: How often the run sees the examples of each source of a mixture; None if all equally often.
     """
     lengths = tokens.lengths
@@ -424,7 +424,7 @@ def costs(
 
 
 def histogram(lengths: np.ndarray, bins: int = 10) -> list[tuple[int, int, int]]:
-    """Return ranges of lengths of equal width as (shortest, longest, number of examples)."""
+    """Return ranges of lengths of equal width as (first length, last length, number of examples)."""
     shortest, longest = int(lengths.min()), int(lengths.max())
     width = -(-(longest - shortest + 1) // bins)
     counts = np.bincount((lengths - shortest) // width)
@@ -557,6 +557,6 @@ class _Chunk:
 
 
 def _repeated(hashes: np.ndarray) -> np.ndarray:
-    """Return the indices of the values that occurred before."""
+    """Return the indices of values that an earlier element also has."""
     order = np.argsort(hashes, kind="stable")
     return order[1:][hashes[order[1:]] == hashes[order[:-1]]]

@@ -36,7 +36,11 @@ def make_preview(plan: Plan, renderer: Renderer, where: Where, n: int, *, ids: b
 
 
 def _names(tokens: Tokens, index: int) -> list[str]:
-    """Return the names of the sides of an example; an empty name without preferences."""
+    """Return a name for each side of an example.
+
+    The sides of a pair are chosen and rejected. An answer with a label is one side, desirable or undesirable. An
+    example without preferences is one side with an empty name.
+    """
     if tokens.chosen is None:
         return [""]
     lengths = tokens.side_lengths([index])[0]

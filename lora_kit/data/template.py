@@ -33,7 +33,7 @@ class Tokenized(NamedTuple):
         trained: Whether each token is trained. The first token never is, because no token precedes it.
         merged: Whether the first trained token also contains characters of the prompt. Generation then starts from
             other tokens than training did.
-        remarks: What the record has and the tokens lack.
+        remarks: The differences between the record and the tokens, e.g. characters that the tokenizer does not know.
     """
 
     ids: list[int]

@@ -120,14 +120,14 @@ class Tokens:
     def sides(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return the ids of each side of an example, and whether each of them is trained; a missing side is left out.
 
-        Without preferences, this is the example.
+        An example without preferences is a single side.
         """
         ids, trained = self.example(index)
         place = len(ids) if self.chosen is None else int(self.chosen[index])
         return [(ids[side], trained[side]) for side in (slice(place), slice(place, None)) if len(ids[side])]
 
     def places(self, indices: Sequence[int] | slice, *, padded: bool) -> list[int]:
-        """Return how many tokens examples take in a micro-batch: of a pair of padded rows, twice the longer side."""
+        """Return how many tokens examples take in a micro-batch; a pair in padded rows takes twice its longer side."""
         sides = self.side_lengths(indices)
         longer, count = sides.max(axis=1, initial=0), (sides > 0).sum(axis=1)
         taken: list[int] = (longer * count if padded else sides.sum(axis=1)).tolist()
@@ -202,9 +202,9 @@ class Prepared:
         prompts: Prompts of the first validation examples, with the expected answers.
         counts: The statistics of the training and the validation examples.
         notes: Warnings for the user.
-        kept: The index of the record of each training example, in its source, and of each validation example, int64
-            [examples].
-        entry: The file of the cache that has the same data; None if it is in no cache.
+        kept: For each training example, the index of its record in its source, int64 [examples]; the same for the
+            validation examples.
+        entry: The file of the cache that has the same data; None if the data is not in the cache.
     """
 
     train: Tokens
@@ -238,7 +238,7 @@ Problem = tuple[Records, int, str]
 """The records, the index of one of them, and what is wrong with it. Its file and line are looked up only if shown."""
 
 Tell = Callable[[int, int], None]
-"""Is told while data is prepared: how many records are done, and how many there are."""
+"""A function that is called while data is prepared, with the number of records that are done and of all records."""
 
 
 @dataclass
@@ -265,7 +265,15 @@ class Problems:
 
 @dataclass
 class Overlong:
-    """The records of a source that are too long: the first and its tokens, how many there are, and the most tokens."""
+    """The records of a source that are too long.
+
+    Attributes:
+        first: The index of the first of these records.
+        tokens: The number of tokens of that record, or of its side that is too long.
+        side: Which side of that record is too long, as text for the message; empty if it has no sides.
+        count: The number of records that are too long.
+        longest: The number of tokens of the longest record or side.
+    """
 
     first: int = 0
     tokens: int = 0
@@ -281,7 +289,7 @@ class Overlong:
         self.longest = max(self.longest, tokens)
 
     def message(self, data: "Data", format: str) -> str:
-        """Return what is wrong with the first of them, how many others are like it, and what to do."""
+        """Return what is wrong with the first record, how many other records are too long, and what to do."""
         more = self.count - 1
         others = f", as in {more:,} other{'s' * (more > 1)} of up to {self.longest:,} tokens" if more else ""
         ways = "drop, truncate or split" if format == "text" else "drop or truncate"
@@ -302,7 +310,7 @@ class _Tokenised:
         kept: The index of the record of each example, int64 [examples].
         counts: Statistics.
         bad: The first records that were left out as bad: their index, and what is wrong.
-        remarks: What records have and their tokens lack.
+        remarks: The differences between the records and their tokens.
     """
 
     records: Records
@@ -586,7 +594,7 @@ def _nested(records: Records) -> str:
 def _prompts(
     opened: Sequence[OpenedSource], results: Sequence[_Tokenised], data: "Data", count: int
 ) -> tuple[Prompt, ...]:
-    """Return prompts of the first validation examples: of the sources that have prompts in turn, so evenly."""
+    """Return prompts of the first validation examples, taken in turn from the sources that have prompts."""
     asked = [(source, result) for source, result in zip(opened, results, strict=True) if result.counts.format != "text"]
     if count and not asked:
         raise DataError(
@@ -619,8 +627,9 @@ def _left_out(result: _Tokenised) -> str:
 def _notes(results: Sequence[_Tokenised]) -> list[str]:
     """Describe what may surprise the user in the sources of the training and the validation data.
 
-    There are five kinds of them: records left out as bad, texts cut into pieces, what records have and their tokens
-    lack, answers whose first token contains the end of the prompt, and a chat template that prints the date.
+    The notes are about records left out as bad, texts cut into pieces, answers whose first token contains the end of
+    the prompt, a chat template that prints the date, and remarks: differences between a record and its tokens, e.g. a
+    column that is not read, a key that the template does not read, or a character that the tokenizer does not know.
     `preflight` finds more in the tokens.
     """
     notes = [_left_out(result) for result in results if result.counts.bad]

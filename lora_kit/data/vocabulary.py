@@ -34,7 +34,7 @@ def check_tokenizer_fits(
     Args:
         tokenizer: The base's tokenizer.
         vocabulary_size: The number of rows of the base's embedding.
-        used: The data.
+        used: The tokenised data; None checks the tokenizer alone.
 
     Raises:
         BaseError: The tokenizer or the data does not fit the base.

@@ -19,7 +19,8 @@ class Segments:
     Attributes:
         lengths: The lengths of the examples, in order; they are on the host, so reading them never waits for the GPU.
         device: The row's device.
-        windows: The window of every attention that was computed; the probe reads it.
+        windows: The window of every attention that was computed. The probe (model/probe.py), a test of the
+            base at the start of a run, checks that no sliding window is missing.
     """
 
     lengths: tuple[int, ...]

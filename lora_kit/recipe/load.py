@@ -284,7 +284,7 @@ def _description(keys: Sequence[int | str]) -> str:
 
 
 def _line(tree: Any, keys: Sequence[int | str]) -> int:
-    """Return the line, from 1, of the deepest of these nested keys and indices that the file contains."""
+    """Return the line, from 1, of the last of these nested keys and indices that the file contains."""
     line = 0
     for key in keys:
         if isinstance(tree, CommentedMap) and key in tree:
@@ -298,10 +298,10 @@ def _line(tree: Any, keys: Sequence[int | str]) -> int:
 
 
 def resolve_path(recipe: Recipe, text: str) -> Path | None:
-    """Return the existing path that a recipe's value names, or None if it can only be a Hub name.
+    """Return the path that a recipe's value names; None if that path does not exist and the value may be a Hub name.
 
     Raises:
-        RecipeError: The value can only be a path, and the path does not exist or cannot be used.
+        RecipeError: The path does not exist and the value is no Hub name either, or the path cannot be used.
     """
     if text.startswith(BUILTIN):
         files = {f"{BUILTIN}{file.name}": file for file in (*ASSETS.glob("base"), *ASSETS.glob("*.jsonl"))}

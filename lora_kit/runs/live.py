@@ -1,12 +1,12 @@
-"""The live region: every finished step's state in shared memory, where it outlives the training process.
+"""The live region: shared memory with the newest snapshots of a run's state, which outlives the training process.
 
-A region is one memory-mapped file, allocated in full when it is created: a page of counters and three slots. The
-trainer fills the oldest slot that is not in use and publishes its header last, so at every moment the newest slot is
-complete. The keeper marks the slot that it reads. The trainer waits only if a step that must become a checkpoint is
-still unwritten when its slot is needed.
+A live region, or region for short, is one memory-mapped file, allocated in full when it is created: a page of counters
+and three slots for snapshots. The trainer fills the oldest slot that is not in use and publishes the slot's header
+last, so at every moment the newest slot is complete. The keeper marks the slot that it reads. The trainer waits only if
+a step that must become a checkpoint is still unwritten when its slot is needed.
 
-A region belongs to a run, whose id is part of its name. Every process that uses a region holds a shared lock (flock) on
-its file, so a region that can be locked exclusively is used by nobody.
+A region belongs to one run, whose id is in the name of the region's folder. Every process that uses a region holds a
+shared lock (flock) on the region's file, so a region that can be locked exclusively is used by nobody.
 """
 
 import errno
@@ -245,7 +245,7 @@ class Region:
             waiting()
             time.sleep(0.001)
         _write_cell(self._header(slot), None)
-        if self._slot_being_read() == slot:  # marked at the same moment: its reader will find no header
+        if self._slot_being_read() == slot:  # the keeper marked it at the same moment, and will find no header
             return self.acquire(waiting)
         return slot
 
@@ -311,7 +311,7 @@ class Region:
             return True
 
     def is_shared(self, *, otherwise: bool = False) -> bool:
-        """Return whether another process uses the region; `otherwise` if its file system has no locks."""
+        """Return whether another process uses the region; `otherwise` if the file system has no locks."""
         alone = _lock(self._file, fcntl.LOCK_EX)
         _lock(self._file, fcntl.LOCK_SH)  # a failed change of the lock has given it up
         return otherwise if alone is None else not alone
@@ -338,11 +338,11 @@ class Region:
 
     @property
     def fault(self) -> str:
-        """The text about the keeper's last failed write; empty if there was none."""
+        """The text of the keeper's last fault, e.g. a failed write; empty if there was none."""
         return _read_cell(self._map[FAULT_AT:OWNER_AT]).decode()
 
     def report_fault(self, text: str) -> None:
-        """Store a text about a failed write, for the trainer to show."""
+        """Store the text of a keeper's fault, e.g. a failed write, in the region; the trainer shows it to the user."""
         _write_cell(self._map[FAULT_AT:OWNER_AT], text.encode()[:1500].decode(errors="ignore").encode())
         self.words[Word.FAULTS] += 1
 
@@ -424,7 +424,7 @@ def _lock(file: BinaryIO | int, kind: int) -> bool | None:
 
 
 def _folders(run_id: str = "") -> Iterator[Path]:
-    """Yield this user's folders of regions, of all runs or of one. Links and what others own or may use are ignored."""
+    """Yield this user's folders of regions, of all runs or of one; ignore links and what others own or may use."""
     prefix = f"lora_kit-{os.getuid()}-{run_id}"
     for parent in _parent_folders():
         with suppress(OSError):
@@ -467,7 +467,7 @@ def open_region(run: Path, *, run_id: str | None = None, most: int = 2**63) -> R
     Args:
         run: The run's folder.
         run_id: The run's id, if it is known.
-        most: A region with a higher fencing token belongs to another start.
+        most: The highest fencing token that the region may have; a higher token belongs to another start.
     """
     least, path = 0, str(run.resolve())
     if run_id is None:
@@ -481,14 +481,14 @@ def open_region(run: Path, *, run_id: str | None = None, most: int = 2**63) -> R
 
 
 def adopt(held: lease.Lease) -> None:
-    """Find the newest region of a run whose lease this process has just acquired, and make it the run's only region.
+    """Make the newest live region of a run the run's only one, after this process has acquired the run's lease.
 
-    An earlier holder may only be paused, and would still write to its region when it goes on. A region in use is
-    therefore copied, and left to that process. A region at another path counts if nobody uses it and the run is not
-    there any more.
+    The earlier holder of the lease may only be paused, and would still write to its region when it goes on. A region in
+    use is therefore left to that process, and this process takes a copy. A region that names another folder of the run,
+    because the run was moved, counts if no process uses it and the run is not in that folder any more.
 
     Raises:
-        CheckpointError: There is no space for a copy.
+        CheckpointError: There is no space for a copy of the region.
     """
     me, mine = Owner.of(held.run, held.record.run_id), list[tuple[tuple[int, int], Region, bool]]()
     for region, owner in _regions(me.run_id):
@@ -567,7 +567,7 @@ def discard(region: Region) -> None:
 
 
 def delete_orphans() -> None:
-    """Delete this user's regions that nobody uses and whose run is deleted or finished, and what was never completed.
+    """Delete this user's regions that nobody uses and whose run is deleted or finished, and incomplete regions.
 
     A crashed run's region stays for its resume.
     """
@@ -583,7 +583,7 @@ def delete_orphans() -> None:
 
 
 def _is_finished(region: Region, owner: Owner) -> bool:
-    """Return whether a run has its result, and a checkpoint of the newest snapshot or a newer one."""
+    """Return whether a region's run has a result, and a checkpoint no older than the newest snapshot in the region."""
     run, newest = Path(owner.path), region.snapshots()[:1]
     if not owner.is_there() or not (run / "result.json").is_file():
         return False

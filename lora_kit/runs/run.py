@@ -202,7 +202,7 @@ def scores(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def preferences(metrics: Mapping[str, float | None]) -> list[str]:
-    """Return the accuracy and the margin of the metrics of a preference objective as text."""
+    """Return the accuracy and the margin of a preference objective as two texts; none if the metrics lack them."""
     names = {"rewards/accuracies": ("preference accuracy", ".1%"), "rewards/margins": ("margin", ".4f")}
     return [f"{name} {number(metrics[key], spec)}" for key, (name, spec) in names.items() if key in metrics]
 

@@ -1,4 +1,7 @@
-"""The status of a run, read from its folder and its live region, while it trains and afterwards."""
+"""The status of a run, while it trains and afterwards.
+
+The status is read from the run's folder and from the live region, the shared memory with the run's newest snapshots.
+"""
 
 import statistics
 import time
@@ -231,9 +234,9 @@ def _durable(run: Path, metrics: Sequence[StepRecord]) -> dict[str, Any] | None:
 
 
 def _activity(run: Path, metrics: Sequence[StepRecord], events: Sequence[Event]) -> str:
-    """Return what a run does whose lease is held by a living process.
+    """Return what a run does while a living process holds its lease.
 
-    Its trainer's signs of life are in the live region. If this machine has no region of the run, its logs show them.
+    The trainer's signs of life are in the live region. If this machine has none of the run, the logs show them.
     """
     region, launched = live.open_region(run), max((event.get("launched", 0.0) for event in events), default=0.0)
     seconds = [_seconds(record) for record in metrics if record["time"] >= launched]
@@ -250,7 +253,7 @@ def _activity(run: Path, metrics: Sequence[StepRecord], events: Sequence[Event])
 
 
 def _step_timeout(region: live.Region | None) -> float | None:
-    """Return `train.step_timeout` of the recipe of the job that writes to a region, if it is set."""
+    """Return `train.step_timeout` of the recipe of the job that writes to a live region, if it is set."""
     with suppress(CheckpointError):
         job = live.read_job(region) if region else None
         found = job.facts.recipe.get("train", {}).get("step_timeout") if job else None

@@ -304,7 +304,7 @@ class Trackers:
         self._console.warn(message)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Send a sample or the line of a finished step to all trackers."""
+        """Send a sampled answer, or the line of a finished step, to all trackers."""
         for thread, queue in self._threads:
             if thread.is_alive():
                 queue.put(record)

@@ -1,10 +1,11 @@
 """The keeper: turns live snapshots into checkpoints, even if the training process has died. It imports no torch.
 
-It polls the live region a hundred times a second and writes one checkpoint at a time, in a thread, so that slow storage
-delays neither a step nor a signal. Every due step becomes a checkpoint; also, at least every
-`checkpoint.every_seconds`, the newest step does. Under `lora-kit train` the keeper is the parent of the training
-processes. Under other launchers the training process starts the keeper as its child; if the training process dies, the
-keeper writes the newest snapshot and exits. A keeper that has lost the lease raises a LeaseError, whatever it is doing.
+The keeper polls the live region, the shared memory with the newest snapshots, a hundred times a second. It writes one
+checkpoint at a time, in a thread, so that slow storage delays neither a step nor a signal. Every due step becomes a
+checkpoint; also, at least every `checkpoint.every_seconds`, the newest step does. Under `lora-kit train` the keeper is
+the parent of the training processes. Under other launchers the training process starts the keeper as its child; if the
+training process dies, the keeper writes the newest snapshot and exits. A keeper that has lost the lease raises a
+LeaseError, whatever it is doing.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from lora_kit.runs.live import JobFile, Phase, Region, Snapshot, Word
 from lora_kit.supervise.stopping import signals_to_hear
 
 POLL_SECONDS = 0.01
-LOOK_SECONDS = 0.1  # between two searches for a region
+LOOK_SECONDS = 0.1  # between two searches for a live region
 RETRY_SECONDS = 5.0  # after a failed write
 LAST_TRIES = 3  # attempts at the write that ends a run
 
@@ -35,7 +36,7 @@ class Keeper:
     """Polls one run's live region and writes its checkpoints; the trainer reads the result in the region's counters.
 
     Attributes:
-        region: The run's region, from the moment at which this process has seen it. Its mapping is used even if its
+        region: The run's live region; None until this process has found it. The mapping is used even if the region's
             file is removed.
     """
 
@@ -55,7 +56,7 @@ class Keeper:
         self._look()
 
     def poll(self) -> None:
-        """Look at the region once, and start a write if a snapshot is wanted and no write is running.
+        """Look at the live region once, and start a write if a snapshot is wanted and no write is running.
 
         Raises:
             LeaseError: The lease is lost.
@@ -86,7 +87,7 @@ class Keeper:
         self._writer.start()
 
     def _look(self) -> None:
-        """Find the region, or its successor, and read its job.json when that has changed."""
+        """Find the run's live region, again if it was deleted or replaced, and read job.json if that has changed."""
         gone = self.region is None or self.region.words[Word.MAGIC] != live.MAGIC or self.region.is_removed()
         if gone and time.monotonic() >= self._look_at:
             self._look_at = time.monotonic() + LOOK_SECONDS
@@ -108,7 +109,9 @@ class Keeper:
                 self.tell(str(error))
 
     def prepare_restart(self) -> None:
-        """Prepare for new training processes. They cannot find a region whose file was removed, so it is written out.
+        """Prepare for new training processes.
+
+        They cannot find a region whose file was removed, so the newest snapshot in such a region becomes a checkpoint.
 
         Raises:
             LeaseError: The lease is lost.
@@ -255,7 +258,7 @@ def run_keeper(lease: Lease, trainer: int) -> None:
         _keep(keeper, trainer, stop)
     except LeaseError:
         raise
-    except Exception as error:  # this process has no terminal of its own; the trainer shows why it has ended
+    except Exception as error:  # the keeper has no terminal of its own; the trainer shows why the keeper has ended
         keeper.region.report_fault(_cause(error))
         raise
 

@@ -1,9 +1,9 @@
 """Stop signals where no keeper is the parent: under `accelerate launch`, `torchrun`, in a notebook or a script.
 
 The main thread may be in a collective that never returns; then no Python signal handler runs. So a thread reads the
-signals from the interpreter's wakeup descriptor and writes them into the live region, and the keeper makes the newest
-step durable whatever this process does. A main thread that is not blocked finishes its step, agrees with the other
-processes and raises `Stopped`.
+signals from the interpreter's wakeup descriptor and writes them into the live region (memory that the keeper shares),
+and the keeper makes the newest step durable whatever this process does. A main thread that is not blocked finishes its
+step, agrees with the other processes and raises `Stopped`.
 """
 
 import signal

@@ -1,8 +1,8 @@
 """The zygote: a process that has imported everything and waits to fork, so that starts and restarts need no imports.
 
-It must not own anything that is unsafe to fork: no CUDA context, no threads. If the imports initialised CUDA
-nevertheless, its children exec a fresh interpreter. Messages are JSON over a SOCK_SEQPACKET socket, which keeps
-message boundaries. It begins with the import of torch, which every run needs and which takes a second, before its
+The zygote must not own anything that is unsafe to fork: no CUDA context, no threads. If the imports initialised CUDA
+nevertheless, its children exec a fresh interpreter. Messages are JSON over a SOCK_SEQPACKET socket, which keeps message
+boundaries. The zygote begins with the import of torch, which every run needs and which takes a second, before the
 keeper has read the recipe; the keeper's first message names the other modules.
 """
 
@@ -64,15 +64,17 @@ class Zygote:
         self._send({"modules": list(modules), "absent": list(absent)})
 
     def start(self, function: str, argument: str, environments: Sequence[Mapping[str, str]]) -> None:
-        """Ask the zygote to start processes. If it is dead, nothing is raised; `process.poll()` then shows it.
+        """Ask the zygote to start a process for each environment.
+
+        If the zygote has ended, nothing is raised here; `poll()` of the attribute `process` returns its exit code.
 
         Args:
             function: The function that each process calls, as `module:name`.
-            argument: Its argument, the same for every process.
+            argument: The argument of the function, the same for every process.
             environments: The environment variables of each process.
 
         Raises:
-            LaunchError: The argument is too long for a message.
+            LaunchError: The argument and the environment variables are too long for a message.
         """
         for index, environment in enumerate(environments):
             self._send({"index": index, "function": function, "argument": argument, "environment": dict(environment)})

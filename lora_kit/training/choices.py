@@ -24,7 +24,7 @@ from lora_kit.runs.manifest import Resolved
 from lora_kit.training.micro_batches import Machine, MicroBatches, choose, host_memory
 from lora_kit.training.processes import Processes
 
-BYTES_PER_THREAD = 4_000_000  # weights; docs/design/0009 says what was measured
+BYTES_PER_THREAD = 4_000_000  # one thread for so many bytes of the base's weights; measured in docs/design/0009
 FEWEST_THREADS = 2  # pay for every base on idle cores
 
 

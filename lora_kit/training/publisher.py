@@ -1,4 +1,4 @@
-"""Publish the state of every finished step to the live region while the next step computes.
+"""Publish every finished step's state to the live region, shared memory for snapshots, while the next step computes.
 
 Weights and moments do not change between two optimizer steps, so a thread copies them while forward and backward run.
 On CUDA a side stream copies them straight into the registered memory of the region. The next optimizer step waits for
@@ -49,7 +49,7 @@ class Publisher:
         self._lease, self._fence, self._state = lease, Fence(lease), state
         self._region: Region | None = None
         self._keeper: subprocess.Popen[bytes] | None = None
-        self._keepers_ended, self._committed = 0, 0  # how many since this sequence number was committed
+        self._keepers_ended, self._committed = 0, 0  # keepers that ended since this snapshot was committed
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._pending: Future[StepFacts] | None = None
         self._copy_queued = threading.Event()
@@ -164,7 +164,7 @@ class Publisher:
         return time.perf_counter() - began
 
     def wait_published(self) -> StepFacts | None:
-        """Wait until the last publication has ended; return its facts, or None if this process has made none."""
+        """Wait until the last publication has ended; return its facts; None if nothing was published."""
         return None if self._pending is None else self._pending.result()
 
     def wait_durable(self) -> None:
@@ -211,7 +211,7 @@ class Publisher:
         if self._keeper is None or self._region is None:
             return
         state = process_state(self._keeper.pid)
-        if state is not None and state[0] == "T":  # SIGSTOP: it would keep this process waiting for ever
+        if state is not None and state[0] == "T":  # SIGSTOP: this process would wait for the keeper for ever
             self._keeper.kill()
             self._keeper.wait()
         if (code := self._keeper.poll()) is not None:
@@ -240,7 +240,7 @@ class Publisher:
             )
         live.write_job(region, self._job_file)
         self._keeper = start_keeper(self._lease)
-        oom.offer_to_the_oom_killer(os.getpid())  # the new keeper has inherited the score of this process
+        oom.offer_to_the_oom_killer(os.getpid())  # again: the new keeper has inherited the raised score
         self._replaced = f"the keeper, which writes the checkpoints, has ended ({how}); another one was started"
         Journal(self._lease.run, self._fence).event("fault", what=self._replaced)
 
@@ -255,7 +255,7 @@ class Publisher:
             _unregister(self._region.memory)
         self._region.words[Word.PHASE] = Phase.ENDED
         if self._keeper is not None:
-            with suppress(LoraKitError):  # then nothing can be written; the newest step stays live if its region does
+            with suppress(LoraKitError):  # then only the live region, if it still exists, has the newest step
                 self._check()
                 self._keeper.wait()
 

@@ -44,11 +44,11 @@ class Reference:
     """Computes the log-probabilities of the reference.
 
     Attributes:
-        computing: The model and how it computes; its forward pass is that of the reference.
-        columns: `Objective.columns`.
+        computing: The model, used inside `as_reference`, and how its micro-batches are made.
+        columns: The number of log-probabilities of each example, `Objective.columns`.
         limit: The recipe's `data.sequence_length`.
         facts: What the bits depend on besides the tokens, as JSON values.
-        stopping: Whether a stop signal has come.
+        stopping: A function that returns whether a stop signal has come.
     """
 
     computing: Computing

@@ -49,7 +49,7 @@ def printable(text: str) -> str:
 
 
 def grouped(lines: Sequence[str]) -> list[str]:
-    """Return lines of a message; of many lines that differ only in names and numbers, only the first three."""
+    """Return the lines of a message; of many that differ only in quoted text and numbers, only the first three."""
     kinds = [SPECIFIC.sub("#", line) for line in lines]
     count, seen, shown = Counter(kinds), Counter[str](), list[str]()
     for kind, line in zip(kinds, lines, strict=True):

@@ -17,7 +17,7 @@ FIRST_ROWS = 2048  # rows of a buffer until a longer micro-batch comes
 
 
 class BufferPool:
-    """Buffers that tensors borrow; a buffer is free again when the last view of its tensor is deleted.
+    """Buffers for the memory of tensors. A buffer belongs to one tensor until the last view of the tensor is deleted.
 
     Every buffer is long enough for the longest micro-batch so far, so a tensor with any number of rows fits. Pages that
     are never written take no memory.
@@ -27,11 +27,11 @@ class BufferPool:
         self._rows, self._free = FIRST_ROWS, dict[int, list[np.ndarray]]()
 
     def release(self) -> None:
-        """Return all free buffers to the system now, and borrowed buffers as soon as they are free."""
+        """Return all free buffers to the system now, and buffers in use as soon as their tensors are deleted."""
         self._free = {}
 
     def empty(self, rows: int, *shape: int) -> Tensor:
-        """Return an uninitialised bf16 tensor [rows, *shape] in borrowed memory."""
+        """Return an uninitialised bf16 tensor [rows, *shape] in a buffer of the pool."""
         if rows > self._rows:
             self.release()
             self._rows = 1 << (rows - 1).bit_length()
@@ -39,7 +39,7 @@ class BufferPool:
         return self._borrow(rows * row_bytes, self._rows * row_bytes).view(torch.bfloat16).view(rows, *shape)
 
     def workspace(self, size: int) -> Tensor:
-        """Return `size` uninitialised bytes in borrowed memory."""
+        """Return an uninitialised uint8 tensor of `size` bytes in a buffer of the pool."""
         return self._borrow(size, 1 << (size - 1).bit_length())
 
     def _borrow(self, size: int, capacity: int) -> Tensor:

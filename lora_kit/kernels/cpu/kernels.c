@@ -865,8 +865,8 @@ EXPORT void gated_backward(const bf16 *grad_output, const bf16 *gate, const bf16
 
 /* ---- cross-entropy ---- */
 
-/* Write the log-probability of each row's label, NaN for a label that does not exist. If `to_gradient`, replace the
-   logits by the gradient of the summed cross-entropy: probabilities, minus one at the label. */
+/* Write the log-probability of each row's label, NaN for a label outside [0, vocabulary). If `to_gradient`, replace
+   the logits by the gradient of the summed cross-entropy: probabilities, minus one at the label. */
 EXPORT void label_log_probs(bf16 *logits, const int64_t *labels, float *log_probs, long rows, long vocabulary,
                             int to_gradient, int threads) {
 #pragma omp parallel for num_threads(threads)

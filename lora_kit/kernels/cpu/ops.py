@@ -226,12 +226,13 @@ def gated_backward(grad_product: Tensor, gate: Tensor, up: Tensor, tanh: bool) -
 
 @operator(lambda logits, labels, to_gradient: logits.new_empty(len(logits), 1, dtype=FP32), mutates=("logits",))
 def label_log_probs(logits: Tensor, labels: Tensor, to_gradient: bool) -> Tensor:
-    """Return the log-probability of each row's label [rows, 1] in fp32, NaN for a label that does not exist.
+    """Return the log-probability of each row's label, fp32 [rows, 1]; NaN for a label outside [0, vocabulary).
 
     Args:
-        logits: [rows, vocabulary]; replaced by the gradient of the summed cross-entropy if `to_gradient`.
+        logits: [rows, vocabulary]. If `to_gradient`, they are replaced by the gradient of the summed cross-entropy,
+            except in rows whose label is outside [0, vocabulary).
         labels: int64 [rows].
-        to_gradient: Whether the gradient is wanted.
+        to_gradient: Whether to replace the logits by the gradient.
     """
     labels, (rows, vocabulary) = labels.contiguous(), _sizes("label_log_probs", "logits", logits, 2)
     _check("label_log_probs", ("logits", logits, BF16, (rows, vocabulary)), ("labels", labels, torch.int64, (rows,)))

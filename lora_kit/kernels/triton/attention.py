@@ -30,7 +30,10 @@ def _store(tensor, value, rows, heads, head, end, width: tl.constexpr, padded: t
 
 @triton.jit
 def _visible(query, key, window):
-    """Return which keys the queries of the same example see."""
+    """Return whether a query at one position sees the key at another: not a later key, and none outside the window.
+
+    The positions are of the same example, since the caller loads only keys of that example. Window 0 means no limit.
+    """
     return (key <= query) & ((window == 0) | (query - key < window))
 
 

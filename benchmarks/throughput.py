@@ -4,6 +4,7 @@
     python benchmarks/throughput.py --size 160m --rounds 2       # about 15
     python benchmarks/throughput.py --size 1.2b                  # about 20; one round, one timed step of 8 examples
     python benchmarks/throughput.py --size 160m --only lora_kit  # our own alone
+    python benchmarks/throughput.py --size 160m --only lora_kit --paired --steps 8  # and the bound before every step
 
 The same base (bf16, random weights), examples, adapter and optimizer for all, each system in a process of its own, in
 turns, by default and with the best settings that are known. Two short steps warm up and are not timed; a first step
@@ -46,6 +47,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what was started and removes the base
     console, rows, failed = Console(width=150), list[Row](), set[tuple[str, str]]()
     size, changes = SIZES[asked.size], [part for change in asked.set for part in ("--set", change)]
+    changes += ["--paired"] if asked.paired else []
     with tempfile.TemporaryDirectory(prefix="lora_kit-") as place:
         work = Work(Path(place), asked.size, size.batch, asked.steps or size.steps)
         make_base(work.folder, asked.size)
@@ -88,6 +90,7 @@ def _asked() -> argparse.Namespace:
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change lora_kit's recipe")
     parser.add_argument("--anyway", action="store_true", help="measure even while other processes are at work")
+    parser.add_argument("--paired", action="store_true", help="measure lora_kit's upper bound before every step too")
     parser.add_argument("--json", type=Path, help="where the rows go")
     return parser.parse_args()
 
@@ -143,6 +146,9 @@ def run(work: Work, system: str, name: str, more: list[str], console: Console) -
 def say(row: Row, console: Console) -> None:
     """Print a measurement."""
     speed = f"{row['tokens_per_second']:,.0f} of {row['floor_tokens_per_second']:,.0f} tokens/s"
+    shares = row["floor_share_of_each_step"]
+    if shares:
+        speed += f"; {min(shares):.0%} to {max(shares):.0%} of the bound before each step, median"
     rest = f"{row['peak_bytes'] / 1e6:,.0f} MB above the base, loss {row['loss']:.4f}"
     console.print(f"  {speed} ({row['floor_share']:.0%}), {rest}")
 

@@ -63,11 +63,13 @@ def linears(config: Mapping[str, Any]) -> Counter[tuple[int, int]]:
     return Counter(config["num_hidden_layers"] * layer)
 
 
-def measure_floor(config: Mapping[str, Any], device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Floor:
-    """Time the base's own shapes with all threads that this process has."""
+def measure_floor(
+    config: Mapping[str, Any], device: torch.device, dtype: torch.dtype = torch.bfloat16, *, best_of: int = BEST_OF
+) -> Floor:
+    """Time the base's own shapes with all threads that this process has: the best of several times."""
     shapes, head_shape = linears(config), (config["hidden_size"], config["vocab_size"])
     rows = ROWS[device.type]
-    seconds = {shape: _both_ways(rows, *shape, device, dtype) for shape in {*shapes, head_shape}}
+    seconds = {shape: _both_ways(rows, *shape, device, dtype, best_of) for shape in {*shapes, head_shape}}
     layers = sum(count * seconds[shape] for shape, count in shapes.items())
     weights = sum(count * inputs * outputs for (inputs, outputs), count in shapes.items())
     width, heads = config["hidden_size"], config["num_attention_heads"]
@@ -82,12 +84,12 @@ def measure_floor(config: Mapping[str, Any], device: torch.device, dtype: torch.
     )
 
 
-def _both_ways(rows: int, inputs: int, outputs: int, device: torch.device, dtype: torch.dtype) -> float:
+def _both_ways(rows: int, inputs: int, outputs: int, device: torch.device, dtype: torch.dtype, best_of: int) -> float:
     """Return the best seconds of x W^T and y W for some tokens."""
     weight = torch.randn(outputs, inputs, dtype=dtype, device=device)
     x, y = (torch.randn(rows, width, dtype=dtype, device=device) for width in (inputs, outputs))
     forward, backward, end = math.inf, math.inf, time.perf_counter() + PATIENCE
-    for _ in range(BEST_OF + 1):
+    for _ in range(best_of + 1):
         forward = min(forward, _timed(x, weight.T, device))
         backward = min(backward, _timed(y, weight, device))
         if time.perf_counter() > end:

@@ -5,6 +5,7 @@ import gc
 import threading
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ RANK, ALPHA, LEARNING_RATE = 16, 32, 2e-4
 
 @dataclass
 class Measured:
-    """One run: a loss and an end (seconds of some clock) for each step, what it trained on and waited for a save."""
+    """One run: a loss and an end (seconds of some clock) for each step, what it trained on, how long it waited for a
+    save, and the pause before each step, if there were pauses."""
 
     began: float = 0.0
     losses: list[float] = field(default_factory=list)
@@ -25,6 +27,14 @@ class Measured:
     counts: list[Counts] = field(default_factory=list)
     threads: int = 0
     stalls: list[float] = field(default_factory=list)
+    pauses: list[float] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> list[float]:
+        """Seconds of each step."""
+        pauses = [0.0, *self.pauses[1:]] if self.pauses else [0.0] * len(self.ends)  # the first is before `began`
+        spans = pairwise([self.began, *self.ends])
+        return [later - sooner - pause for (sooner, later), pause in zip(spans, pauses, strict=True)]
 
 
 class Memory:

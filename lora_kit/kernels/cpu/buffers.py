@@ -7,12 +7,14 @@ small for it. At 160 M parameters such blocks were more than a quarter of the me
 import math
 import mmap
 import weakref
+from contextlib import suppress
 
 import numpy as np
 import torch
 from torch import Tensor
 
 PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+HUGE_PAGE = 1 << 21  # bytes
 FIRST_ROWS = 2048  # rows of a buffer until a longer micro-batch comes
 
 
@@ -47,7 +49,11 @@ class BufferPool:
         try:
             buffer = free.pop()
         except IndexError:
-            buffer = np.frombuffer(mmap.mmap(-1, max(1, capacity), flags=PRIVATE), np.uint8)
+            memory = mmap.mmap(-1, max(1, capacity), flags=PRIVATE)
+            if capacity >= HUGE_PAGE:
+                with suppress(OSError):  # a system without them
+                    memory.madvise(mmap.MADV_HUGEPAGE)
+            buffer = np.frombuffer(memory, np.uint8)
         borrowed = buffer[:size]
         weakref.finalize(borrowed, free.append, buffer).atexit = False
         return torch.from_numpy(borrowed)

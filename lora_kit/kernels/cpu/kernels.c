@@ -524,7 +524,7 @@ EXPORT void attention_backward(const bf16 *grad_output, const bf16 *query, const
 
 enum { PANEL_BYTES = 1 << 19, CHUNK = 64 }; /* bytes of packed weight and rows of x that stay in the L2 cache */
 enum { SPLIT_ROWS = 128 }; /* fewest rows per task when several tasks pack the same panel: packing must pay */
-enum { TILES_BYTES = 1 << 20, TILES_PANELS = 8, TILES_MOST_PANELS = 16, SLICE = 256 }; /* the same for tiles; CPUs with AMX have 2 MiB */
+enum { TILES_BYTES = 5 << 18, TILES_PANELS = 8, TILES_MOST_PANELS = 16 }; /* for tiles; CPUs with AMX have 2 MiB of L2 */
 
 /* The arguments of `linear`. */
 struct linear {
@@ -590,6 +590,8 @@ static void pack(bf16 *target, long panel_size, const struct linear *all, struct
         for (long panel = first; panel < last; panel++)
             for (long i = 0; i < STEP; i += LANES) {
                 const bf16 *from = weight + (piece.begin + 2 * pair) * columns + panel * STEP + i;
+                _mm_prefetch(from + 16 * columns, _MM_HINT_T0); /* rows are too far apart for the hardware to prefetch */
+                _mm_prefetch(from + 17 * columns, _MM_HINT_T0);
                 __mmask16 mask = 2 * pair < depth ? first_lanes(columns - panel * STEP - i) : 0;
                 interleave(target + (panel - first) * panel_size + (pair * STEP + i) * 2, from, from + columns, mask, mask);
             }
@@ -704,20 +706,16 @@ EXPORT void linear(const bf16 *const *x, const long *x_stride, const bf16 *const
             }
             for (long chunk = begin; chunk < end; chunk += STEP) {
                 const long row = minimum(chunk, rows - STEP); /* the last rows are computed twice */
-                float *sums = blocks + (to.passes > 1 ? (chunk - begin) * to.together * STEP : 0);
-                for (long from = low; from < high; from += SLICE) {
-                    found = pieces_of(&all, from, minimum(high, from + SLICE), pieces);
-                    int factor_count = factors_of(&all, pieces, found, row, ends, factors);
-                    for (long panel = first; panel < last; panel++) {
-                        const bf16 *right = packed + ((panel - first) * (high - low) + from - low) * STEP;
-                        float *block = sums + (panel - first) * STEP * STEP;
-                        int wide = columns - panel * STEP > LANES;
-                        multiply_tiles(block, STEP, from > 0, factors, factor_count, right, STEP, wide);
-                        for (long r = 0; r < STEP && from + SLICE >= total; r += ROWS) {
-                            floats part[ROWS][2];
-                            load_sums(part, block + r * STEP, STEP);
-                            store_sums(&all, part, row + r, panel * STEP);
-                        }
+                int factor_count = factors_of(&all, pieces, found, row, ends, factors);
+                for (long panel = first; panel < last; panel++) {
+                    long place = to.passes > 1 ? (chunk - begin) / STEP * to.together + panel - first : 0;
+                    float *block = blocks + place * STEP * STEP;
+                    const bf16 *right = packed + (panel - first) * (high - low) * STEP;
+                    multiply_tiles(block, STEP, low > 0, factors, factor_count, right, STEP, columns - panel * STEP > LANES);
+                    for (long r = 0; r < STEP && high == total; r += ROWS) {
+                        floats part[ROWS][2];
+                        load_sums(part, block + r * STEP, STEP);
+                        store_sums(&all, part, row + r, panel * STEP);
                     }
                 }
             }

@@ -95,21 +95,27 @@ def main(
 
 @contextmanager
 def imports(what: str, path: Path) -> Iterator[Path]:
-    """Say on stderr what begins, and import without what would take a third of the time and a quarter.
-
-    That is garbage collections, and bitsandbytes, which peft imports, unless the checkpoint at `path` needs it. Yields
-    the checkpoint's folder.
-    """
+    """Say on stderr what begins, and import as `quickly` does. Yields the folder of the checkpoint at `path`."""
     print(f"lora_kit {VERSION}: {what} {path} ...", file=sys.stderr, flush=True)
     from lora_kit.artifacts.locate import checkpoint_at
     from lora_kit.runs.manifest import MANIFEST, read_manifest
 
     path = checkpoint_at(path)
     base = read_manifest(path / MANIFEST).run.recipe.get("base", {})
-    if base.get("quantization") == "none" and "peft" not in sys.modules:
+    with quickly(bitsandbytes=base.get("quantization") != "none"):
+        yield path
+
+
+@contextmanager
+def quickly(*, bitsandbytes: bool) -> Iterator[None]:
+    """Import without what would take a third of the time and a quarter.
+
+    That is garbage collections, and bitsandbytes, which peft imports, unless it is needed.
+    """
+    if not bitsandbytes and "peft" not in sys.modules:
         sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # as if it were not installed
     gc.disable()
-    yield path
+    yield
     gc.freeze()
     gc.enable()
 
@@ -179,7 +185,8 @@ def train(
         if processes is not None:
             raise LaunchError(f"--processes {processes}: another launcher already started this process; leave one out")
         follow_launcher()
-        from lora_kit.training import loop
+        with quickly(bitsandbytes=loaded.base.by_bitsandbytes):
+            from lora_kit.training import loop
 
         loop.train(loaded, out, accept=accept, start_from=start_from, profile=profile)
         return

@@ -23,6 +23,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.update(TRITON_INTERPRET="1")  # before Triton is imported: its kernels run here too, slowly
 
+import gc
 import hashlib
 import json
 import random
@@ -31,14 +32,15 @@ import shutil
 import string
 import subprocess
 from contextlib import suppress
-from functools import cache
+from functools import cache, wraps
 from importlib import import_module
 
+import jaxtyping
 import pytest
 import runs
 from filelock import FileLock
-from jaxtyping import install_import_hook
 
+gc.disable()  # until all tests are collected: collections of garbage would take a third of the time of the imports
 WORKER = "PYTEST_XDIST_WORKER" in os.environ  # one of several processes of this session
 
 # shapes and dtypes in the annotations are checked at every call while the tests run
@@ -52,7 +54,47 @@ CHECKED = [
 ]
 KERNELS = ("attention", "blocks", "cpu.backend", "fusing", "lora", "loss", "mlp", "norm", "plain", "rotary", "segments")
 CHECKED += [f"kernels.{name}" for name in KERNELS]
-hook = install_import_hook([f"lora_kit.{name}" for name in CHECKED], "beartype.beartype")  # not what Triton reads
+
+
+def check_once(jaxtyped):
+    """Let `jaxtyped` check only the first call with each combination of shapes and dtypes: a check takes 40 us."""
+
+    def decorator(**options):
+        decorate = jaxtyped(**options)
+
+        def wrap(function):
+            checked, seen = decorate(function), set()
+            if isinstance(function, type):
+                return checked
+
+            @wraps(function)
+            def call(*arguments, **named):
+                key = signature(arguments), *((name, signature(value)) for name, value in named.items())
+                if key in seen:
+                    return function(*arguments, **named)
+                result = checked(*arguments, **named)
+                seen.add(key)
+                return result
+
+            return call
+
+        return wrap
+
+    return decorator
+
+
+def signature(value):
+    """Return all that the annotations can tell of a value."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape
+    if isinstance(value, list | tuple):
+        return type(value), *map(signature, value)
+    return type(value), value if isinstance(value, int | str) else None
+
+
+jaxtyping.jaxtyped = check_once(jaxtyping.jaxtyped)
+# not what Triton reads
+hook = jaxtyping.install_import_hook([f"lora_kit.{name}" for name in CHECKED], "beartype.beartype")
 
 
 def pytest_runtest_setup(item):
@@ -79,6 +121,12 @@ def pytest_collection(session):
                 sys.path.insert(0, str(file.parent.absolute()))
             with suppress(Exception, pytest.skip.Exception):  # the collection tells
                 import_module(file.stem)
+
+
+def pytest_collection_finish():
+    """Collect garbage from now on, but never look at what was imported again: that would take a third of a second."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):
@@ -287,6 +335,12 @@ def reference(shared):
         return shared(f"run-{hashlib.sha256(text.encode()).hexdigest()[:16]}", fill) / "run"
 
     return run
+
+
+@pytest.fixture
+def copied(reference, tmp_path):
+    """A function that copies a run that nothing disturbed into this test's folder and returns the copy's path."""
+    return lambda recipe, *changes: shutil.copytree(reference(recipe, *changes), tmp_path / "run")
 
 
 @pytest.fixture(scope="session")

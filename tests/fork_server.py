@@ -6,14 +6,12 @@ and, later, the exit code. A forked process does what `python -m lora_kit ARGUME
 do in a session of its own. The zygote of a run, which lora_kit/supervise/zygote.py starts with Popen, is forked here
 too, before the run has any state or thread.
 
-A forked process ends as Python does up to the point where it would take its modules apart. That would copy most pages
-of the server, which takes half a second of each core.
+A forked process ends as the zygote's children do, without taking its modules apart.
 
 The server itself owns no thread and no CUDA context, because a fork copies neither in a usable state. Where an import
 has made one all the same, its children begin again as fresh interpreters.
 """
 
-import atexit
 import gc
 import json
 import os
@@ -24,7 +22,6 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
 import traceback
 from contextlib import suppress
 from importlib import import_module
@@ -77,6 +74,8 @@ def serve(listening):
 
 def end_like_python(work):
     """Do work, and end this process with the exit code and the output of a Python that did it as its program."""
+    from lora_kit.supervise.zygote import end_process
+
     code = 0
     try:
         work()
@@ -88,14 +87,7 @@ def end_like_python(work):
     except BaseException:
         traceback.print_exc()
         code = 1
-    threading._shutdown()
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            code = code or 120
-    os._exit((code or 0) & 0xFF)
+    end_process(code or 0)
 
 
 def become_requested(request, output):
@@ -203,10 +195,14 @@ def sound_to_fork():
 
 def main(descriptor):
     """Import everything, serve, and do what is requested in every child."""
+    gc.disable()
     for module in IMPORTED:
         import_module(module)
+    with suppress(ImportError, AttributeError):  # what transformers makes at the first load of a model, in 0.15 s
+        import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
     sound = sound_to_fork()
     gc.freeze()
+    gc.enable()
     request, output = serve(socket.socket(fileno=descriptor))
     end_like_python(lambda: do(request, output, sound=sound))
 

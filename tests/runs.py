@@ -24,13 +24,13 @@ from fork_server import INJECT, MESSAGE_BYTES, NUMBER
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith(("RANK", "WORLD", "LOCAL_"))}
 READ_AFTER_IMPORTS = re.compile(
     r"FAULTS|PYTEST_|WANDB_|TRACKIO_|MLFLOW_|HF_TOKEN$|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)$|MASTER_|NCCL_|GLOO_|OMPI_|SLURM_|PMI"
-    r"|TORCHELASTIC_|LORA_KIT_ST(ORE|ART_REQUESTED)$|CC$|LD_PRELOAD$"
+    r"|TORCHELASTIC_|LORA_KIT_(STORE|START_REQUESTED|CACHE)$|CC$|LD_PRELOAD$|ONEDNN_|CUDA_VISIBLE_DEVICES$"
 )
 SESSION = "LORA_KIT_TESTS"  # environment variable: the folder of a session of tests, for all its workers
 WAIT_SECONDS = (
     300.0  # for anything that a test waits for: a guard against hangs, far above what a test takes under load
 )
-POLL_SECONDS = 0.005
+POLL_SECONDS, MOST_POLL_SECONDS = 0.005, 0.1
 
 
 STARTED = []  # processes that the running test has started
@@ -216,14 +216,17 @@ def state_hash(run, step):
 
 def wait_until(condition, process=None, *, limit=WAIT_SECONDS):
     """Block until a condition holds and return its value; fail after `limit` seconds or if the process has ended."""
-    end = time.monotonic() + limit
+    begin = time.monotonic()
+    end = begin + limit
     while True:
         ended = process is not None and process.poll() is not None
         if value := condition():
             return value
         assert not ended, f"the process has ended with {process.returncode}\n{process.stdout.read()}"
-        assert time.monotonic() < end, f"the condition does not hold after {limit} s"
-        time.sleep(POLL_SECONDS)
+        now = time.monotonic()
+        assert now < end, f"the condition does not hold after {limit} s"
+        # a condition may take milliseconds: the longer the wait, the rarer the look
+        time.sleep(min(POLL_SECONDS + (now - begin) / 20, MOST_POLL_SECONDS))
 
 
 def gone(processes):

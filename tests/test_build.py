@@ -30,24 +30,26 @@ def ones():
     return torch.ones(2, 8, dtype=BF16)
 
 
+def script(path, text):
+    """Write a compiler."""
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(0o755)
+    return path
+
+
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """An empty cache and no library in this process, before and after; the CPU passes for one that can use it."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path / "cache"))
+    real = os.environ.get("CC", "cc")
+    monkeypatch.setenv("CC", str(script(tmp_path / "quick", f'exec {real} "$@" -O0\n')))  # optimising takes two seconds
     caches = build.library, dispatch._c  # which tests put others in the place of
     for one in caches:
         one.cache_clear()
     yield tmp_path / "cache"
     for one in caches:
         one.cache_clear()
-
-
-def script(path, text):
-    """Write a compiler."""
-    path.write_text("#!/bin/sh\n" + text)
-    path.chmod(0o755)
-    return path
 
 
 def warned(*, compiled=False):
@@ -140,10 +142,17 @@ def test_the_library_runs_on_the_threads_of_torch_alone(c):
 
 def test_a_compiler_that_never_ends_is_stopped_with_all_that_it_started(fresh, monkeypatch, tmp_path):
     compiler = script(tmp_path / "slow", f"sleep 1000 &\necho $! > {tmp_path}/child\nwait\n")
-    monkeypatch.setattr(build, "COMPILE_SECONDS", 0.5)
+    child, wait = tmp_path / "child", subprocess.Popen.wait
+
+    def once_it_has_a_child(process, timeout=None):
+        wait_until(lambda: child.exists() and child.read_text().endswith("\n"))
+        return wait(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", once_it_has_a_child)
+    monkeypatch.setattr(build, "COMPILE_SECONDS", 0.1)
     monkeypatch.setenv("CC", str(compiler))
     assert warned() == [PLAIN + f"{compiler} did not compile the kernels in 0 s"]
-    status = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}/stat")
+    status = Path(f"/proc/{child.read_text().strip()}/stat")
     wait_until(lambda: not status.exists() or status.read_text().split()[2] == "Z")  # until its parent collects it
 
 

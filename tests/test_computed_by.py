@@ -28,20 +28,24 @@ def facts_of(run, step=STEPS):
 
 
 @pytest.fixture
-def begun(recipe_file, tmp_path):
+def begun(recipe_file, tmp_path, reference):
     """Train a run to its end, and return a function that resumes a copy of it from the middle."""
 
     def begin(*changes, environment=None):
         options = [part for change in (OFTEN, *changes) for part in ("--set", change)]
-        train(recipe_file, tmp_path / "whole", *options, environment=environment)
-        shutil.copytree(tmp_path / "whole", tmp_path / "half")
+        whole = tmp_path / "whole"
+        if environment:
+            train(recipe_file, whole, *options, environment=environment)
+        else:
+            whole = reference(recipe_file, OFTEN, *changes)
+        shutil.copytree(whole, tmp_path / "half")
         shutil.rmtree(checkpoint_folder(tmp_path / "half", STEPS))
         (tmp_path / "half" / "result.json").unlink()
 
         def resume(environment=None):
             return tmp_path / "half", train(recipe_file, tmp_path / "half", *options, environment=environment)
 
-        return tmp_path / "whole", resume
+        return whole, resume
 
     return begin
 

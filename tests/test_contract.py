@@ -16,10 +16,9 @@ from lora_kit.training import loop
 
 
 @pytest.fixture
-def finished(recipe_file, tmp_path):
+def finished(recipe_file, copied):
     """A finished run of 4 steps."""
-    loop.train(load_recipe(recipe_file, ["train.steps=4"]), tmp_path / "run")
-    return tmp_path / "run"
+    return copied(recipe_file, "train.steps=4")
 
 
 def resume(recipe_file, run, *changes, accept=()):

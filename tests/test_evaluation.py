@@ -17,9 +17,9 @@ from lora_kit.training import evaluation
 
 
 @pytest.fixture
-def changes(tmp_path):
-    held_out = write_jsonl(tmp_path / "validation.jsonl", make_records(9, seed=5))
-    return [f"data.validation={held_out}", "evaluate.generate=5", "train.steps=3"]
+def changes(shared):
+    folder = shared("held-out", lambda folder: write_jsonl(folder / "validation.jsonl", make_records(9, seed=5)))
+    return [f"data.validation={folder / 'validation.jsonl'}", "evaluate.generate=5", "train.steps=3"]
 
 
 def plain_loss(base_folder, tokenizer, records):
@@ -43,8 +43,8 @@ def plain_loss(base_folder, tokenizer, records):
 
 
 @pytest.mark.quick
-def test_the_bases_loss_is_that_of_a_plain_loop(recipe_file, base_folder, tmp_path, changes):
-    run = lk.train(lk.load_recipe(recipe_file, changes), tmp_path / "run")
+def test_the_bases_loss_is_that_of_a_plain_loop(recipe_file, base_folder, reference, changes):
+    run = lk.Run(reference(recipe_file, *changes))
     _, tokenizer = lk.load(run.latest)
     base = run.result["metrics"]["base"]
     assert base["loss"] == pytest.approx(plain_loss(base_folder, tokenizer, make_records(9, seed=5)), rel=1e-5)
@@ -53,14 +53,12 @@ def test_the_bases_loss_is_that_of_a_plain_loop(recipe_file, base_folder, tmp_pa
     assert base["exact_match"] == 0.0
 
 
-def test_two_processes_measure_what_one_does(recipe_file, tmp_path, changes):
+def test_two_processes_measure_what_one_does(recipe_file, tmp_path, reference, changes):
     options = [part for change in changes for part in ("--set", change)]
-    results = []
-    for processes in (1, 2):
-        train(recipe_file, tmp_path / str(processes), *options, processes=processes)
-        results.append(json.loads((tmp_path / str(processes) / "result.json").read_text())["metrics"])
+    train(recipe_file, tmp_path / "two", *options, processes=2)
+    one, two = (lk.Run(run).result["metrics"] for run in (reference(recipe_file, *changes), tmp_path / "two"))
     for name in ("base", "adapter"):
-        assert results[0][name] == pytest.approx(results[1][name], rel=1e-6)
+        assert one[name] == pytest.approx(two[name], rel=1e-6)
 
 
 def test_an_overfitted_adapter_matches_exactly(recipe_file, tmp_path):
@@ -79,8 +77,8 @@ def test_an_overfitted_adapter_matches_exactly(recipe_file, tmp_path):
     assert lk.generate(model, tokenizer, [asked for asked, _ in pairs]) == [told for _, told in pairs]
 
 
-def test_the_command_and_the_function_agree_with_the_run(recipe_file, tmp_path, changes):
-    run = lk.train(lk.load_recipe(recipe_file, changes), tmp_path / "run")
+def test_the_command_and_the_function_agree_with_the_run(recipe_file, reference, changes):
+    run = lk.Run(reference(recipe_file, *changes))
     options = [part for change in changes for part in ("--set", change)]
     result = CliRunner().invoke(app, ["eval", str(recipe_file), str(run.folder), "--json", *options])
     assert result.exit_code == 0, result.output
@@ -89,8 +87,8 @@ def test_the_command_and_the_function_agree_with_the_run(recipe_file, tmp_path, 
         assert told[name] == pytest.approx(run.result["metrics"][name], rel=1e-6)
 
 
-def test_an_evaluation_without_held_out_data_says_what_to_add(recipe_file, tmp_path):
-    run = lk.train(lk.load_recipe(recipe_file, ["train.steps=1"]), tmp_path / "run")
+def test_an_evaluation_without_held_out_data_says_what_to_add(recipe_file, trained_run):
+    run = lk.Run(trained_run)
     with pytest.raises(DataError, match=r"data\.validation: the recipe names none; add"):
         lk.evaluate(lk.load_recipe(recipe_file), run.latest)
 

@@ -17,8 +17,8 @@ from lora_kit.training import loop
 
 
 @pytest.fixture
-def run(recipe_file, tmp_path):
-    return lk.train(lk.load_recipe(recipe_file), tmp_path / "run")
+def run(recipe_file, copied):
+    return lk.Run(copied(recipe_file))
 
 
 @pytest.mark.quick

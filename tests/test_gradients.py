@@ -14,7 +14,7 @@ from lora_kit.model.tokenizer import load_renderer
 from lora_kit.recipe.load import load_recipe
 from lora_kit.training import loop
 
-STEPS = 6
+STEPS = 4
 RECIPE = """
 base: {{repo: builtin:base, dtype: float32}}
 data: {{train: {data}, sequence_length: 160}}
@@ -91,13 +91,13 @@ def test_the_page_finds_the_trained_tokens_of_a_chat_with_several_turns(recipe_f
         )
 
 
-@pytest.mark.parametrize("micro_batch_tokens", [256, 400, 4096])
+@pytest.mark.parametrize("micro_batch_tokens", [256, 4096])
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_gradients_equal_a_plain_loop_over_the_examples(
     recipe_file, tmp_path, captured, jobs, monkeypatch, micro_batch_tokens, layout
 ):
     monkeypatch.setattr("lora_kit.model.probe.leaks_when_packed", lambda *_: layout == "padded")
-    changes = [f"train.micro_batch_tokens={micro_batch_tokens}", "train.steps=3", "adapter.dropout=0"]
+    changes = [f"train.micro_batch_tokens={micro_batch_tokens}", "train.steps=2", "adapter.dropout=0"]
     recipe = load_recipe(recipe_file, [*changes, "optim.max_grad_norm=null"])
     run = loop.train(recipe, tmp_path / "run")
     (job,) = jobs

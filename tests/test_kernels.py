@@ -186,9 +186,9 @@ def test_dropout_is_drawn_anew_keeps_the_mean_and_its_gradient_is_that_of_the_dr
     assert torch.autograd.gradcheck(drawn, inputs, eps=1e-6, atol=1e-5)
     with torch.no_grad():
         assert not torch.equal(ours(x), ours(x))
-        several = torch.stack([ours(x) for _ in range(4000)])
+        several = torch.stack([ours(x) for _ in range(1000)])
         expected = ours.eval()(x)
-    spread = several.std(0) / 4000**0.5
+    spread = several.std(0) / 1000**0.5
     assert ((several.mean(0) - expected).abs() < 6 * spread + 1e-9).all()
     assert relative(ours(x), model.double().eval()(x)) < EXACT
 

@@ -9,12 +9,13 @@ import subprocess
 import sys
 from dataclasses import fields
 from inspect import signature
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
 from conftest import hold
-from runs import ENVIRONMENT, WAIT_SECONDS, gone, start, started, state_hash, train, wait_for_lines
+from runs import WAIT_SECONDS, gone, start, started, state_hash, train, wait_for_lines
 from typer.testing import CliRunner
 
 from lora_kit import cli
@@ -38,18 +39,6 @@ machine_rank: 0
 main_training_function: main
 mixed_precision: '{precision}'
 main_process_port: 0
-"""
-
-
-# a sitecustomize that runs code once the training loop has been imported
-DELAYED = """
-import sys
-class After:
-    def find_spec(self, name, path=None, target=None):
-        if name == "lora_kit.training.announce":
-            sys.meta_path.remove(self)
-            exec({code!r}, {{}})
-sys.meta_path.insert(0, After())
 """
 
 
@@ -231,22 +220,30 @@ def test_a_process_is_started_for_each_gpu_that_torch_will_see(tmp_path, monkeyp
     assert cli._gpus() == expected
 
 
+# the command, in which process 1 fails at its start
+ONE_FAILS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from fork_server import fork_the_zygote
+from lora_kit.cli import app
+from lora_kit.errors import DataError
+from lora_kit.training import processes
+start = processes.Processes.start.__func__
+def fail(cls, dtype):
+    made = start(cls, dtype)
+    if made.index == 1:
+        raise DataError("data.jsonl:7: only process 1 sees this")
+    return made
+processes.Processes.start = classmethod(fail)
+fork_the_zygote()
+app(["train", *sys.argv[2:]])
+"""
+
+
 def test_an_error_that_only_another_process_raises_is_printed(recipe_file, tmp_path):
     """Process 0 waits for the others in a collective, so it says nothing."""
-    code = """if True:
-        from lora_kit.errors import DataError
-        from lora_kit.training import processes
-        start = processes.Processes.start.__func__
-        def fail(cls, dtype):
-            made = start(cls, dtype)
-            if made.index == 1:
-                raise DataError("data.jsonl:7: only process 1 sees this")
-            return made
-        processes.Processes.start = classmethod(fail)
-    """
-    (tmp_path / "sitecustomize.py").write_text(DELAYED.format(code=code))
-    path = os.pathsep.join([str(tmp_path), ENVIRONMENT.get("PYTHONPATH", "")])
-    process = start(recipe_file, tmp_path / "run", processes=2, environment={"PYTHONPATH": path}, fresh=True)
+    arguments = [Path(__file__).parent, recipe_file, "--out", tmp_path / "run", "--processes", 2]
+    process = started(arguments, None, code=ONE_FAILS)
     printed, _ = process.communicate()
     assert process.returncode == 2, printed
     assert printed.count("data.jsonl:7: only process 1 sees this") == 1 and "Traceback" not in printed
@@ -328,6 +325,23 @@ def test_a_restart_uses_the_recipe_as_it_was_read_at_the_start(recipe_file, tmp_
     printed, _ = process.communicate()
     assert process.returncode == 0 and "restarting from there (1/10)" in printed, printed
     assert state_hash(tmp_path / "run", 8) == undisturbed
+
+
+ENDING = """
+import atexit, ctypes, sys, threading
+from lora_kit.supervise.zygote import end_process
+atexit.register(lambda: print("handler"))
+threading.Thread(target=lambda: print("thread")).start()
+ctypes.CDLL(None).printf(b"C ")
+sys.stdout.write("Python ")
+end_process(3)
+"""
+
+
+def test_a_process_that_does_not_take_its_modules_apart_ends_like_any_other():
+    process = started([], None, code=ENDING)
+    printed, _ = process.communicate()
+    assert process.returncode == 3 and set(printed.split()) == {"handler", "thread", "C", "Python"}
 
 
 def test_a_fresh_interpreter_gets_the_same_argument_and_reports_its_errors():

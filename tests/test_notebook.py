@@ -70,9 +70,9 @@ def test_an_error_is_shown_without_its_frames():
     assert Stopped("after step 3")._render_traceback_() == ["stopped: after step 3"]
 
 
-def test_a_run_shows_itself(recipe_file, tmp_path):
+def test_a_run_shows_itself(recipe_file, tmp_path, copied):
     assert "nothing was trained here yet" in lk.Run(tmp_path)._repr_html_()
-    run = lk.train(lk.load_recipe(recipe_file), tmp_path / "run")
+    run = lk.Run(copied(recipe_file))
     shown = lk.Run(str(run.folder))._repr_html_()
     assert "finished, step 8 of 8" in shown and "step-00000008" in shown and "<polyline" in shown
 
@@ -108,43 +108,42 @@ class Kernel:
             pass
         return reply["content"]
 
+    def begin_again(self):
+        """Be a kernel in which nothing happened."""
+        self.manager.restart_kernel(now=True)
+        self.client.wait_for_ready(timeout=WAIT_SECONDS)
 
-@pytest.fixture
-def kernel(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(lk.__file__).parents[1]))
-    one = Kernel(tmp_path)
-    yield one
+
+@pytest.fixture(scope="module")
+def started_kernel(tmp_path_factory):
+    """One kernel for all tests, because a kernel can be used again whatever happened in it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(lk.__file__).parents[1]))
+        one = Kernel(tmp_path_factory.mktemp("kernel"))
+        yield one
     one.client.stop_channels()
     one.manager.shutdown_kernel(now=True)
 
 
-TRAIN = "import lora_kit as lk\nlk.train(lk.load_recipe('recipe.yaml', {changes}), '{out}')"
-
-
-def test_the_stop_button_saves_and_the_same_cell_goes_on(recipe_file, tmp_path, kernel):
-    run = lk.Run(tmp_path / "run")
-    cell = TRAIN.format(changes=["train.steps=1000000"], out="run")
-    for reached in (3, 9):
-        reply = kernel.interrupt(cell, lambda: len(run.metrics) > reached)  # noqa: B023
-        assert reply["status"] == "error" and reply["ename"] == "Stopped", reply
-        assert re.fullmatch(r"stopped: run: stopped by a signal after step \d+ of 1000000.*", *reply["traceback"])
-        assert run.latest.name == f"step-{run.metrics[-1]['step']:08d}"
-        assert json.loads((run.folder / "lease.json").read_text())["holder"] is None
-    first, second = (event["step"] for event in run.events if event["kind"] == "stopped")
-    (resumed,) = (event["step"] for event in run.events if event["kind"] == "resumed")
-    assert first == resumed < second
-
-
-def test_a_resumed_panel_shows_the_whole_curve(recipe_file, tmp_path, kernel):
-    lk.train(lk.load_recipe(recipe_file), tmp_path / "run")
-    (tmp_path / "run" / "result.json").unlink()
-    more = TRAIN.replace("'{out}')", "'run', accept=['train.steps'])").format(changes=["train.steps=10"])
-    reply, printed, (panel, table) = kernel.run(more)
+def go_to(folder, kernel):
+    reply, printed, _ = kernel.run(f"import os; os.chdir({str(folder)!r})")
     assert reply["status"] == "ok", printed
-    assert "\x1b" not in printed
-    assert len(points(re.search("<svg.*</svg>", panel["text/html"]).group())) >= 10
-    assert panel["text/plain"].startswith("step 10 of 10 · loss ")
-    assert table["text/plain"].startswith("run: 10 steps done")
+
+
+@pytest.fixture
+def kernel(started_kernel, tmp_path):
+    """The kernel, in this test's folder."""
+    go_to(tmp_path, started_kernel)
+    return started_kernel
+
+
+@pytest.fixture
+def launching_kernel(kernel, tmp_path):
+    """The kernel before it trains: accelerate launches nothing from one with bitsandbytes imported, as peft does."""
+    if kernel.run("import sys; assert 'peft' not in sys.modules")[0]["status"] == "error":
+        kernel.begin_again()
+        go_to(tmp_path, kernel)
+    return kernel
 
 
 LAUNCH = """
@@ -167,11 +166,22 @@ assert found() == before, (found(), before)
 """
 
 
-def test_alone_together_and_alone_again_in_one_kernel(recipe_file, tmp_path, kernel):
+def test_the_stop_button_ends_all_processes_of_a_launch(recipe_file, tmp_path, launching_kernel):
+    run = lk.Run(tmp_path / "two")
+    cell = LAUNCH.split("torch.set_num_threads")[0].replace("'recipe.yaml'", "'recipe.yaml', ['train.steps=1000000']")
+    cell += "notebook_launcher(lambda: lk.train(recipe, 'two'), num_processes=2, **free_port)"
+    reply = launching_kernel.interrupt(cell, lambda: len(run.metrics) > 3)
+    assert reply["status"] == "error", reply
+    assert run.latest.name == f"step-{run.metrics[-1]['step']:08d}"
+    assert json.loads((run.folder / "lease.json").read_text())["holder"] is None
+    reply, printed, _ = launching_kernel.run("assert not found()[2] and not found()[3], found()")
+    assert reply["status"] == "ok", printed
+
+
+def test_alone_together_and_alone_again_in_one_kernel(recipe_file, tmp_path, launching_kernel):
     alone, together = LAUNCH[LAUNCH.index("lk.train") : LAUNCH.index("notebook_launcher(")], LAUNCH.splitlines(True)[-3]
-    # accelerate launches nothing from a kernel that has imported bitsandbytes, and peft imports it where installed
     cell = LAUNCH.replace(alone + together, together + alone) if find_spec("bitsandbytes") else LAUNCH
-    reply, printed, shown = kernel.run(cell)
+    reply, printed, shown = launching_kernel.run(cell)
     assert reply["status"] == "ok", printed
     names = [one["text/plain"].split(":")[0] for one in shown[1::2]]
     assert sorted(names) == ["again", "alone", "one", "two"] and names[-1] == "alone"
@@ -180,13 +190,29 @@ def test_alone_together_and_alone_again_in_one_kernel(recipe_file, tmp_path, ker
     assert "Warning" not in printed and "2 process(es) on cpu" in printed
 
 
-def test_the_stop_button_ends_all_processes_of_a_launch(recipe_file, tmp_path, kernel):
-    run = lk.Run(tmp_path / "two")
-    cell = LAUNCH.split("torch.set_num_threads")[0].replace("'recipe.yaml'", "'recipe.yaml', ['train.steps=1000000']")
-    cell += "notebook_launcher(lambda: lk.train(recipe, 'two'), num_processes=2, **free_port)"
-    reply = kernel.interrupt(cell, lambda: len(run.metrics) > 3)
-    assert reply["status"] == "error", reply
-    assert run.latest.name == f"step-{run.metrics[-1]['step']:08d}"
-    assert json.loads((run.folder / "lease.json").read_text())["holder"] is None
-    reply, printed, _ = kernel.run("assert not found()[2] and not found()[3], found()")
+TRAIN = "import lora_kit as lk\nlk.train(lk.load_recipe('recipe.yaml', {changes}), '{out}')"
+
+
+def test_the_stop_button_saves_and_the_same_cell_goes_on(recipe_file, tmp_path, kernel):
+    run = lk.Run(tmp_path / "run")
+    cell = TRAIN.format(changes=["train.steps=1000000"], out="run")
+    for reached in (3, 9):
+        reply = kernel.interrupt(cell, lambda: len(run.metrics) > reached)  # noqa: B023
+        assert reply["status"] == "error" and reply["ename"] == "Stopped", reply
+        assert re.fullmatch(r"stopped: run: stopped by a signal after step \d+ of 1000000.*", *reply["traceback"])
+        assert run.latest.name == f"step-{run.metrics[-1]['step']:08d}"
+        assert json.loads((run.folder / "lease.json").read_text())["holder"] is None
+    first, second = (event["step"] for event in run.events if event["kind"] == "stopped")
+    (resumed,) = (event["step"] for event in run.events if event["kind"] == "resumed")
+    assert first == resumed < second
+
+
+def test_a_resumed_panel_shows_the_whole_curve(recipe_file, copied, kernel):
+    (copied(recipe_file) / "result.json").unlink()
+    more = TRAIN.replace("'{out}')", "'run', accept=['train.steps'])").format(changes=["train.steps=10"])
+    reply, printed, (panel, table) = kernel.run(more)
     assert reply["status"] == "ok", printed
+    assert "\x1b" not in printed
+    assert len(points(re.search("<svg.*</svg>", panel["text/html"]).group())) >= 10
+    assert panel["text/plain"].startswith("step 10 of 10 · loss ")
+    assert table["text/plain"].startswith("run: 10 steps done")

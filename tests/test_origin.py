@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from runs import state_hash, train, with_faults
+from runs import state_hash, train
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as torch_load_file
 from transformers import AutoModelForCausalLM
@@ -29,9 +29,8 @@ def checkpoint(run, step):
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def test_going_back_repeats_the_same_bytes_and_keeps_what_was_newer(recipe_file, tmp_path):
-    run = tmp_path / "run"
-    train(recipe_file, run)
+def test_going_back_repeats_the_same_bytes_and_keeps_what_was_newer(recipe_file, copied):
+    run = copied(recipe_file)
     first = state_hash(run, 8)
     printed = train(recipe_file, run, "--from", str(checkpoint(run, 6)), processes=2)
     assert "going back to step 6" in printed and "are lost" not in printed and state_hash(run, 8) == first
@@ -48,39 +47,34 @@ REFUSED = ["adapter.rank=8", "data.train=gone.jsonl", "optim.learning_rate=0.5",
 
 
 @pytest.mark.parametrize("change", REFUSED)
-def test_going_back_that_is_refused_moves_nothing(change, recipe_file, tmp_path):
-    run = loop.train(load_recipe(recipe_file), tmp_path / "run").folder
+def test_going_back_that_is_refused_moves_nothing(change, recipe_file, copied):
+    run = copied(recipe_file)
     before = everything_in(run)
     with pytest.raises(InputError):
         loop.train(load_recipe(recipe_file, [change]), run, start_from=checkpoint(run, 6))
     assert everything_in(run) == before and before[run / "result.json"]
 
 
-def test_a_refused_command_that_goes_back_moves_nothing_either(recipe_file, tmp_path):
-    run = tmp_path / "run"
-    train(recipe_file, run)
+def test_a_refused_command_that_goes_back_moves_nothing_either(recipe_file, copied):
+    run = copied(recipe_file)
     before = everything_in(run)
     train(recipe_file, run, "--set", "adapter.rank=8", "--from", str(checkpoint(run, 6)), expect=2)
     assert everything_in(run) == before
 
 
-def test_a_restart_after_going_back_does_not_go_back_again(recipe_file, tmp_path):
-    run, done = tmp_path / "run", tmp_path / "done"
-    done.mkdir()
-    train(recipe_file, run)
+def test_a_restart_after_going_back_does_not_go_back_again(recipe_file, copied, faults):
+    run = copied(recipe_file)
     first = state_hash(run, 8)
-    plan = [{"step": 6, "phase": "update", "kind": "kill"}]  # which waits until step 5 is published
-    faults = {"FAULTS": json.dumps(plan), "FAULTS_DONE": str(done), "PYTHONPATH": with_faults()}
-    train(recipe_file, run, "--from", str(checkpoint(run, 3)), environment=faults)
-    assert list(done.iterdir()) and state_hash(run, 8) == first
+    plan = {"step": 6, "phase": "update", "kind": "kill"}  # which waits until step 5 is published
+    train(recipe_file, run, "--from", str(checkpoint(run, 3)), environment=faults(plan))
+    assert faults.happened() == 1 and state_hash(run, 8) == first
     events = Journal(run).read_events()
     assert [event["step"] for event in events if event["kind"] == "went back"] == [3]
     assert [event["step"] for event in events if event["kind"] == "resumed"] == [3, 5]
 
 
-def test_a_checkpoint_that_was_set_aside_can_be_returned_to(recipe_file, tmp_path):
-    run = tmp_path / "run"
-    loop.train(load_recipe(recipe_file), run)
+def test_a_checkpoint_that_was_set_aside_can_be_returned_to(recipe_file, copied):
+    run = copied(recipe_file)
     first = state_hash(run, 8)
     changes = ["optim.learning_rate=0.5"]
     loop.train(load_recipe(recipe_file, changes), run, accept=["optim.learning_rate"], start_from=checkpoint(run, 6))

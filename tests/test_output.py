@@ -3,12 +3,12 @@
 import io
 import os
 import re
-import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from runs import ENVIRONMENT, WAIT_SECONDS, state_hash, train
+from runs import ENVIRONMENT, WAIT_SECONDS, run_code, state_hash, train
 from typer.testing import CliRunner
 
 from lora_kit.cli import app
@@ -94,22 +94,51 @@ def test_a_closed_stream_and_a_character_that_it_lacks_raise_nothing():
     assert raw.getvalue() == rb"\u2502\xe9"
 
 
-@pytest.mark.parametrize("to", ["| head -n 1", "> /dev/full", "<&- >&- 2>&-"])
-def test_a_run_ends_well_wherever_its_output_goes(recipe_file, tmp_path, reference, to):
-    out = tmp_path / "run"
-    command = f"{sys.executable} -m lora_kit train {recipe_file} --out {out}"
-    ended = sent(["bash", "-c", f"set -o pipefail; trap '' PIPE; {command} {to}"])
-    assert ended.returncode == 0, ended.stderr
-    assert "Traceback" not in ended.stderr and "BrokenPipe" not in ended.stderr
-    assert state_hash(out, 8) == state_hash(reference(recipe_file), 8)
+# the command with another stdout; stderr is that of the test
+INTO = """
+import os, sys
+place, tests = sys.argv[1:3]
+sys.path.insert(0, tests)
+from fork_server import fork_the_zygote
+from lora_kit.cli import app
+if place == "head -n 1":
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        os.close(writing)
+        os.read(reading, 1)
+        os._exit(0)
+    os.close(reading)
+    os.dup2(writing, 1)
+elif place == "ascii":
+    sys.stdout = sys.__stdout__ = open(1, "w", encoding="ascii", closefd=False)
+else:
+    os.dup2(os.open(place, os.O_WRONLY), 1)
+fork_the_zygote()
+app(["train", *sys.argv[3:]])
+"""
 
 
-def test_a_finished_run_shows_its_table_in_ascii(recipe_file, tmp_path, reference):
-    out = shutil.copytree(reference(recipe_file), tmp_path / "run")
-    command = [sys.executable, "-m", "lora_kit", "train", str(recipe_file), "--out", str(out)]
-    ended = sent(command, {"PYTHONIOENCODING": "ascii"})
-    assert ended.returncode == 0, ended.stderr
-    assert "lora-kit status" in ended.stdout and ended.stdout.isascii()
+def train_into(place, recipe, out):
+    """Train with stdout in a place; return what was printed to stderr, and to stdout if the test can read that."""
+    return run_code(INTO, place, Path(__file__).parent, recipe, "--out", out)
+
+
+@pytest.mark.parametrize("place", ["head -n 1", "/dev/full"])
+def test_a_run_ends_well_wherever_its_output_goes(recipe_file, tmp_path, reference, place):
+    told = train_into(place, recipe_file, tmp_path / "run")
+    assert "Traceback" not in told and "BrokenPipe" not in told
+    assert state_hash(tmp_path / "run", 8) == state_hash(reference(recipe_file), 8)
+
+
+def test_a_run_that_starts_with_closed_descriptors_ends_well(recipe_file, tmp_path, reference):
+    command = f"{sys.executable} -m lora_kit train {recipe_file} --out {tmp_path / 'run'} <&- >&- 2>&-"
+    assert sent(["bash", "-c", command]).returncode == 0
+    assert state_hash(tmp_path / "run", 8) == state_hash(reference(recipe_file), 8)
+
+
+def test_a_finished_run_shows_its_table_in_ascii(recipe_file, copied):
+    told = train_into("ascii", recipe_file, copied(recipe_file))
+    assert "lora-kit status" in told and told.isascii()
 
 
 @pytest.mark.quick

@@ -93,12 +93,12 @@ def test_a_run_in_which_nothing_works_any_more_ends_with_the_adapter_from_before
         return loss._replace(total=loss.total * torch.nan) if steps[-1] >= 2 else loss
 
     monkeypatch.setattr(Sft, "loss", poisoned)
-    more = ["checkpoint.every_steps=100", "train.steps=20"]
+    more = ["checkpoint.every_steps=100", "train.steps=10"]
     with pytest.raises(PoisonError, match=r"no step from 3 to 8 had a loss .* the adapter is as after step 2"):
         loop.train(load_recipe(recipe_file, more), tmp_path / "run")
     now = status(tmp_path / "run")
     assert now.state == "failed, resumable" and "no step from 3 to 8 had" in now.interruptions[-1]["cause"]
     monkeypatch.undo()
-    loop.train(load_recipe(recipe_file, ["checkpoint.every_steps=2", "train.steps=20"]), tmp_path / "undisturbed")
+    loop.train(load_recipe(recipe_file, ["checkpoint.every_steps=2", "train.steps=10"]), tmp_path / "undisturbed")
     good = loop.train(load_recipe(recipe_file, more), tmp_path / "run")
-    assert state_hash(good.folder, 20) == state_hash(tmp_path / "undisturbed", 20)
+    assert state_hash(good.folder, 10) == state_hash(tmp_path / "undisturbed", 10)

@@ -99,7 +99,7 @@ for rows in (*range(16, 177), 176, 16):
 def test_products_of_shapes_long_past_are_not_kept_unless_told_so(wanted):
     environment = {"CUDA_VISIBLE_DEVICES": "", "ONEDNN_VERBOSE": "profile_create"}
     environment |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": wanted} if wanted else {}
-    *_, newest, oldest = run_code(MANY_SHAPES, environment=environment, fresh=True).split("rows ")
+    *_, newest, oldest = run_code(MANY_SHAPES, environment=environment).split("rows ")
     assert "cache_hit" in newest and "cache_miss" not in newest
     assert ("cache_miss" in oldest) == (wanted is None)
 
@@ -193,4 +193,4 @@ print(all(torch.equal(found[0], each) for each in found))
 
 def test_a_product_in_fp32_has_the_same_bits_with_any_number_of_threads():
     # so one process with two threads ends with the bytes of two processes with one; MKL alone would not do so
-    assert run_code(THREADS, fresh=True).splitlines()[-1] == "True"
+    assert run_code(THREADS).splitlines()[-1] == "True"

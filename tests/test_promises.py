@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from manifests import files_of, run_facts, step_facts
-from runs import go_on, state_hash
+from runs import go_on, state_hash, wait_until
 
 from lora_kit.recipe.load import load_recipe
 from lora_kit.runs import live, store
@@ -58,8 +58,8 @@ def test_a_pinned_checkpoint_and_those_of_every_so_many_steps_stay(tmp_path):
     assert [path.name[-1] for path in store.folders(tmp_path)] == ["7", "6", "3", "2"]
 
 
-def test_a_run_that_was_moved_goes_on_to_the_same_bytes(recipe_file, tmp_path):
-    whole = go_on(recipe_file, tmp_path / "here").folder
+def test_a_run_that_was_moved_goes_on_to_the_same_bytes(recipe_file, tmp_path, copied):
+    whole = copied(recipe_file)
     expected = state_hash(whole, 8)
     shutil.rmtree(store.checkpoint_folder(whole, 8))
     (whole / "result.json").unlink()
@@ -113,15 +113,13 @@ def test_a_keeper_beside_a_trainer_outlives_it_when_memory_runs_out(recipe_file,
     mine, out = Path("/proc/self/oom_score_adj"), tmp_path / "run"
 
     def looked(*arguments):
-        keeper = live.open_region(out).keeper
-        theirs = Path(f"/proc/{keeper.pid if keeper else 0}/oom_score_adj")
-        if keeper and theirs.exists():
-            scores.append((int(mine.read_text()), int(theirs.read_text())))
+        keeper = wait_until(lambda: live.open_region(out).keeper)
+        scores.append((int(mine.read_text()), int(Path(f"/proc/{keeper.pid}/oom_score_adj").read_text())))
         return loss(*arguments)
 
     before = int(mine.read_text())
     monkeypatch.setattr(Sft, "loss", looked)
-    go_on(recipe_file, out, "train.steps=120")
+    go_on(recipe_file, out, "train.steps=2")
     assert scores and all(ours > theirs for ours, theirs in scores)
     assert int(mine.read_text()) == before
 

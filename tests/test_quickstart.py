@@ -1,6 +1,5 @@
 """The embedded default shows a large, honest difference, and a control shows that the base matters."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -8,6 +7,8 @@ import pytest
 import torch
 from runs import start
 from transformers import AutoModelForCausalLM
+
+from lora_kit.runs.run import Run
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "lora_kit" / "assets" / "base"
@@ -25,15 +26,18 @@ def random_base(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_an_adapter_learns_the_task_on_the_embedded_base_and_not_on_a_random_one(random_base, tmp_path):
-    recipe = ROOT / "recipes" / "quickstart.yaml"
-    few = ["--set", "evaluate.generate=40"]  # whoever learns nothing writes every answer to the longest length
-    others = {"learned": [], "control": ["--set", f"base.repo={random_base}", *few]}
-    runs = {name: start(recipe, tmp_path / name, *more, fresh=True) for name, more in others.items()}
-    printed = {name: process.communicate(timeout=1700)[0] for name, process in runs.items()}
-    assert {process.returncode for process in runs.values()} == {0}, printed
-    scores = {name: json.loads((tmp_path / name / "result.json").read_text())["metrics"] for name in runs}
-    learned, control = scores["learned"], scores["control"]
-    assert learned["base"]["exact_match"] < 0.2 and learned["adapter"]["exact_match"] > 0.9
-    assert control["base"]["exact_match"] == 0 and control["adapter"]["exact_match"] < 0.05
-    table = printed["learned"].split("steps done")[1]
+    recipe, steps = ROOT / "recipes" / "quickstart.yaml", 30
+    short = [f"base.repo={random_base}", f"train.steps={steps}", "evaluate.generate=4"]
+    options = [part for change in short for part in ("--set", change)]
+    learning = start(recipe, tmp_path / "learned", "--set", "evaluate.generate=40", fresh=True)
+    control = start(recipe, tmp_path / "control", *options)
+    printed, _ = learning.communicate(timeout=1500)
+    said, _ = control.communicate()
+    assert (learning.returncode, control.returncode) == (0, 0), printed + said
+    learned, random = Run(tmp_path / "learned"), Run(tmp_path / "control")
+    before, after = learned.result["metrics"]["base"], learned.result["metrics"]["adapter"]
+    assert before["exact_match"] < 0.2 and after["exact_match"] > 0.9
+    assert random.result["metrics"]["adapter"]["exact_match"] == 0
+    assert learned.metrics[steps - 1]["loss"] < 0.1 and random.metrics[-1]["loss"] > 2, "after as many steps"
+    table = printed.split("steps done")[1]
     assert all(word in table for word in ("synthetic", "held-out", "tokens/s", "checkpoint", "adapter", "try it"))

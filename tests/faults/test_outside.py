@@ -112,8 +112,8 @@ def test_random_pairs_of_jobs_never_write_at_once_and_lose_nothing(undisturbed, 
 
     assert pairs.STEPS == STEPS
     recipe = open_to_all / "recipe.yaml"
-    found = pairs.run_pairs(open_to_all, so, recipe, undisturbed, pairs=6, seed=1, together=3)
-    assert not found["skipped"] and found["ran"] == 6
+    found = pairs.run_pairs(open_to_all, so, recipe, undisturbed, pairs=4, seed=24, together=2)  # four other blows
+    assert not found["skipped"] and found["ran"] == 4
     assert not found["wrong"], json.dumps(found, indent=1)
     assert not found["two_writers"] and not found["finished_steps_lost"] and not found["finished_steps_repeated"]
 
@@ -178,18 +178,19 @@ def test_a_file_system_that_syncs_no_folders_gets_checkpoints(job, undisturbed):
 
 
 @pytest.fixture(scope="module")
-def killed(recipe, so, tmp_path_factory):
+def killed(recipe, so, shared):
     """A run that was killed after two checkpoints and has no live state."""
-    folder = tmp_path_factory.mktemp("killed")
-    out, shim, faults = folder / "run", Shim(folder / "shim", "/run/"), Faults(folder / "faults")
-    process = start_at(
-        Place(), recipe, out, "--set", "checkpoint.every_steps=2", shim=shim, so=so, faults=faults(hold(8))
-    )
-    reaches(process, out, 4)
-    wait_until(lambda: len(store.folders(out)) >= 2, process)
-    kill_all(process)
-    live.discard(live.open_region(out))
-    return out
+
+    def fill(folder):
+        out, shim, faults = folder / "run", Shim(folder / "shim", "/run/"), Faults(folder / "faults")
+        more = ["--set", "checkpoint.every_steps=2"]
+        process = start_at(Place(), recipe, out, *more, shim=shim, so=so, faults=faults(hold(8)))
+        reaches(process, out, 4)
+        wait_until(lambda: len(store.folders(out)) >= 2, process)
+        kill_all(process)
+        live.discard(live.open_region(out))
+
+    return shared("killed", fill) / "run"
 
 
 @pytest.mark.parametrize("file", [store.ADAPTER, store.OPTIMIZER, store.ADAPTER_CONFIG, "manifest.json"])

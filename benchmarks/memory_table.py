@@ -5,9 +5,9 @@ python benchmarks/memory_table.py
 
 from pathlib import Path
 
-from lora_kit.model.sizes import Estimate, Shape, estimate_memory, read_config
+from lora_kit.model.sizes import estimate_memory, read_config
 from lora_kit.recipe.schema import Recipe
-from lora_kit.training.micro_batches import MEMORY_SHARE, Machine, choose
+from lora_kit.training.estimate import GPU_GB, Fit, fits
 
 SHAPES = Path(__file__).parents[1] / "tests" / "shapes"
 BASES = {
@@ -16,7 +16,6 @@ BASES = {
     "Llama 3.1 8B": ("meta-llama--Llama-3.1-8B-Instruct", ["none", "int8", "nf4"]),
     "Llama 3.1 70B": ("meta-llama--Llama-3.1-70B-Instruct", ["none", "int8", "nf4"]),
 }
-GPU_GB = (24, 48, 80, 141)
 
 
 def table() -> str:
@@ -27,10 +26,10 @@ def table() -> str:
         shape = read_config(SHAPES / f"{file}.json")
         for quantization in quantizations:
             recipe = recipe_with(quantization)
-            weights = estimate(shape, recipe, tokens=2048, recompute=True).base_bytes
-            cells = [cell(shape, recipe, size) for size in GPU_GB]
+            sizes = estimate_memory(shape, recipe, tokens=2048, recompute=True, device="cuda")
+            cells = [cell(found) for found in fits(shape, recipe)]
             label = "none (bf16)" if quantization == "none" else quantization
-            rows.append([name, label, f"{weights / 1e9:.1f} GB", *cells])
+            rows.append([name, label, f"{sizes.base_bytes / 1e9:.1f} GB", *cells])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -40,19 +39,11 @@ def recipe_with(quantization: str) -> Recipe:
     return Recipe.model_validate({"base": base, "data": {"train": "data"}, "train": {"epochs": 1}})
 
 
-def cell(shape: Shape, recipe: Recipe, gigabytes: int) -> str:
+def cell(found: Fit) -> str:
     """Return the micro-batch that `auto` chooses on a GPU, with * if activations are recomputed; - if none fits."""
-    memory = gigabytes * 10**9
-    chosen = choose(recipe, shape, Machine("cuda", memory))
-    tokens, recompute = chosen.micro_batch_tokens, chosen.activation_checkpointing
-    if estimate(shape, recipe, tokens=tokens, recompute=recompute).device_bytes > MEMORY_SHARE["cuda"] * memory:
+    if found.micro_batch_tokens is None:
         return "-"
-    return f"{tokens:,}" + "*" * recompute
-
-
-def estimate(shape: Shape, recipe: Recipe, *, tokens: int, recompute: bool) -> Estimate:
-    """Return the estimate for a GPU."""
-    return estimate_memory(shape, recipe, tokens=tokens, recompute=recompute, device="cuda")
+    return f"{found.micro_batch_tokens:,}{'*' * bool(found.activation_checkpointing)}"
 
 
 if __name__ == "__main__":

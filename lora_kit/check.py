@@ -38,21 +38,18 @@ from lora_kit.data.rendering import Renderer
 from lora_kit.data.tokens import Prepared, Tell, check_context, silent
 from lora_kit.data.vocabulary import check_tokenizer_fits, untrained_labels, untrained_notes
 from lora_kit.errors import BaseError, InputError, RecipeError
-from lora_kit.model.sizes import (
-    Estimate,
-    Shape,
-    context_of,
-    estimate_memory,
-    format_bytes,
-    read_config,
-)
+from lora_kit.host import host_cores
+from lora_kit.model.sizes import BYTES, Shape, context_of, format_bytes, read_config
 from lora_kit.model.source import Source, base_folder
 from lora_kit.model.tokenizer import load_renderer
 from lora_kit.model.weights import check_weights, head_rows, published_quantization, read_json
 from lora_kit.recipe.load import resolve_path
 from lora_kit.recipe.schema import Base, Recipe
+from lora_kit.runs.serving import serving
 from lora_kit.runs.trackers import require
+from lora_kit.training.estimate import Contents, RunEstimate, contents_of, estimate_run, memory_of
 from lora_kit.training.micro_batches import Machine, MicroBatches, choose, this_machine
+from lora_kit.training.speed import Rates, Speed, threads_for, usual
 from lora_kit.views import html
 from lora_kit.views.console import grouped, printable
 from lora_kit.views.preview import Preview
@@ -78,31 +75,88 @@ def preview(recipe: Recipe, n: int = 2, *, ids: bool = False) -> Preview:
     shape = None
     with suppress(BaseError):  # of an unknown family; then the size of a micro-batch is a guess
         shape = read_config(source.folder / "config.json")
-    tokens = choose(recipe, shape, this_machine()).micro_batch_tokens
-    plan = Plan(recipe, data.train, tokens, padded=False, sizes=data.counts.sizes)
+    plan = _plan(recipe, data, choose(recipe, shape, this_machine()))
     return make_preview(plan, renderer, places(recipe, data), n, ids=ids)
 
 
-def estimate(recipe: Recipe, *, shapes: Path | None = None, offline: bool = False) -> Estimate:
-    """Estimate memory and sizes of a recipe on this machine from the base's configuration.
+def estimate(
+    recipe: Recipe,
+    *,
+    processes: int = 1,
+    time: bool = False,
+    price_per_hour: float | None = None,
+    shapes: Path | None = None,
+    offline: bool = False,
+) -> RunEstimate:
+    """Estimate what a recipe takes on this machine: memory, disk and, on request, time and money.
 
     Args:
         recipe: The recipe.
+        processes: The number of processes that will train together on this machine.
+        time: Whether to read the data and to measure this machine, which takes a few seconds and imports torch.
+        price_per_hour: The price of the machine, for the cost of the run; implies `time`.
         shapes: A folder with model configurations `<owner>--<name>.json`. Other bases are looked up on the
             Hub or in their folder.
         offline: Whether to use only local files.
 
     Raises:
         BaseError: The configuration is not available, or its model type is not supported.
+        InputError: `time` is wanted, and the data cannot be read.
     """
-    shape = read_config(_config_path(recipe, shapes, offline=offline))
-    machine = this_machine()
-    return _estimate(recipe, shape, choose(recipe, shape, machine), machine)
+    shape, machine = read_config(_config_path(recipe, shapes, offline=offline)), this_machine(processes)
+    micro_batches = choose(recipe, shape, machine)
+    contents: Contents | None = None
+    rates: Rates | None = None
+    if time or price_per_hour is not None:
+        contents = _contents(recipe, micro_batches, offline=offline)
+        rates = measured_rates(shape, recipe, machine, contents, processes)
+    return estimate_run(
+        shape,
+        recipe,
+        micro_batches,
+        machine,
+        contents=contents,
+        rates=rates,
+        price_per_hour=price_per_hour,
+        processes=processes,
+    )
 
 
-def _estimate(recipe: Recipe, shape: Shape, micro_batches: MicroBatches, machine: Machine) -> Estimate:
-    tokens, recompute = micro_batches.micro_batch_tokens, micro_batches.activation_checkpointing
-    return estimate_memory(shape, recipe, tokens=tokens, recompute=recompute, device=machine.device)
+def estimate_parts(recipe: Recipe) -> tuple[Contents, Speed]:
+    """Return what the examples of a run of one process contain, and a `Speed` with rates that are measured now."""
+    shape, machine = read_config(_config_path(recipe, None, offline=True)), this_machine()
+    micro_batches = choose(recipe, shape, machine)
+    contents = _contents(recipe, micro_batches, offline=True)
+    memory = memory_of(shape, recipe, micro_batches, machine, contents=contents)
+    rates = measured_rates(shape, recipe, machine, contents, processes=1)
+    return contents, Speed(shape, recipe, memory, rates, machine.device)
+
+
+def _contents(recipe: Recipe, micro_batches: MicroBatches, *, offline: bool) -> Contents:
+    data = prepare_data(recipe, load_renderer(_source_without_weights(recipe, offline=offline), recipe))
+    return contents_of(_plan(recipe, data, micro_batches), data)
+
+
+def measured_rates(shape: Shape, recipe: Recipe, machine: Machine, contents: Contents, processes: int) -> Rates:
+    """Measure the speed of this machine with the threads of one of several processes. This imports torch."""
+    import torch
+
+    from lora_kit.training.rates import measure
+
+    typical = usual([one for step in contents.first for one in step])
+    cores, weight_bytes = host_cores() // processes, shape.parameters * BYTES[recipe.base.dtype]
+    return measure(
+        shape,
+        recipe,
+        torch.device(machine.device),
+        tokens=typical.tokens,
+        longest=contents.longest,
+        threads=threads_for(cores, weight_bytes) if machine.device == "cpu" else None,
+    )
+
+
+def _plan(recipe: Recipe, data: Prepared, micro_batches: MicroBatches) -> Plan:
+    return Plan(recipe, data.train, micro_batches.micro_batch_tokens, padded=False, sizes=data.counts.sizes)
 
 
 def _config_path(recipe: Recipe, shapes: Path | None, *, offline: bool) -> Path:
@@ -138,7 +192,8 @@ class Report:
         schedule: Steps, examples and tokens of the run.
         micro_batches: The size of micro-batches and whether activations are recomputed: the recipe's settings, or for
             `auto` the values that a run on this machine would choose.
-        estimate: Sizes and memory; None if they cannot be computed.
+        estimate: Memory, disk, time and money; None if the sizes of the base are not known.
+        serving: Which programs read the adapter.
         preview: The first training examples.
     """
 
@@ -152,13 +207,14 @@ class Report:
     costs: list[Cost] = field(default_factory=list)
     schedule: dict[str, Any] = field(default_factory=dict)
     micro_batches: MicroBatches | None = None
-    estimate: Estimate | None = None
+    estimate: RunEstimate | None = None
+    serving: str = ""
     preview: Preview | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
-        sizes = asdict(self.estimate) | {"device_bytes": self.estimate.device_bytes} if self.estimate else None
-        return asdict(self) | {"estimate": sizes, "preview": str(self.preview) if self.preview else None}
+        estimated = self.estimate.to_dict() if self.estimate else None
+        return asdict(self) | {"estimate": estimated, "preview": str(self.preview) if self.preview else None}
 
     def page(self, title: str) -> str:
         """Return the report as an HTML page."""
@@ -204,6 +260,8 @@ class Report:
             yield Text(f"micro-batches: {self.micro_batches} ({device} with {memory})")
         if self.estimate is not None:
             yield from (Text(line) for line in self.estimate.lines())
+        if self.serving:
+            yield Text(f"serve: {self.serving}")
         yield from (Text(f"note: {printable(note)}", style="yellow") for note in self.notes)
         yield from (Text(f"not checked: {printable(part)}", style="yellow") for part in self.unchecked)
         yield from (Text(f"problem: {printable(problem)}", style="red") for problem in grouped(self.problems))
@@ -234,6 +292,8 @@ def check(
     processes: int = 1,
     show: int = 2,
     ids: bool = False,
+    time: bool = False,
+    price_per_hour: float | None = None,
     tell: Tell = silent,
 ) -> Report:
     """Check everything about a recipe that can be checked without the base's weights.
@@ -245,9 +305,11 @@ def check(
         processes: The number of processes that will train together on this machine.
         show: The number of examples in the preview.
         ids: Whether the preview shows each token with its id.
+        time: Whether to measure this machine and to estimate the time, which takes a few seconds and imports torch.
+        price_per_hour: The price of the machine, for the cost of the run; implies `time`.
         tell: Is told how many records are tokenised, and how many there are.
     """
-    report = Report(this_machine(processes))
+    report = Report(this_machine(processes), serving=serving(recipe.adapter))
     try:
         require(recipe.track.names)
     except InputError as error:
@@ -260,7 +322,8 @@ def check(
     else:
         shape = _check_layers(path, recipe, report)
     micro_batches = report.micro_batches = choose(recipe, shape, report.machine)
-    report.estimate = _estimate(recipe, shape, micro_batches, report.machine) if shape else None
+    if shape is not None:
+        report.estimate = estimate_run(shape, recipe, micro_batches, report.machine, processes=processes)
     try:
         source = _source_without_weights(recipe, offline=offline)
     except InputError as error:
@@ -275,10 +338,22 @@ def check(
             report.unchecked.append("data: a Hub dataset, not read with --offline")
         else:
             data = prepare_data(recipe, renderer, tell)
-            tokens, where = micro_batches.micro_batch_tokens, places(recipe, data)
-            plan = Plan(recipe, data.train, tokens, padded=False, sizes=data.counts.sizes)
+            plan, where = _plan(recipe, data, micro_batches), places(recipe, data)
             report.preview = make_preview(plan, renderer, where, show, ids=ids)
             _check_data(plan, data, source, renderer, where, report, processes)
+            if shape is not None:
+                contents = contents_of(plan, data)
+                wanted = time or price_per_hour is not None
+                report.estimate = estimate_run(
+                    shape,
+                    recipe,
+                    micro_batches,
+                    report.machine,
+                    contents=contents,
+                    rates=measured_rates(shape, recipe, report.machine, contents, processes) if wanted else None,
+                    price_per_hour=price_per_hour,
+                    processes=processes,
+                )
     except InputError as error:
         report.problems += str(error).splitlines()
     report.problems = list(dict.fromkeys(report.problems))
@@ -376,7 +451,7 @@ def _check_data(
         report.notes.append(idleness)
     _check_tokens(plan, data, renderer, where, report)
     if report.estimate is not None:
-        check_tokenizer_fits(renderer.tokenizer, report.estimate.vocabulary, used=data.train)
+        check_tokenizer_fits(renderer.tokenizer, report.estimate.memory.vocabulary, used=data.train)
     context = context_of(read_json(source.folder / "config.json"))
     check_context(data, context)
     if context and (too_long := sum(len(prompt.ids) >= context for prompt in data.prompts)):

@@ -266,12 +266,25 @@ def check(
     processes: Annotated[int, typer.Option(min=1, help="The number of training processes to estimate for.")] = 1,
     show: Annotated[int, typer.Option(min=0, metavar="N", help="The number of examples to show.")] = 2,
     ids: Annotated[bool, typer.Option("--ids", help="Show each token with its id.")] = False,
+    time: Annotated[
+        bool,
+        typer.Option(
+            "--time", help="Measure this machine for a few seconds and estimate the seconds of a step and of the run."
+        ),
+    ] = False,
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="PRICE", help="The price of this machine: estimate the cost of the run. [--time]"),
+    ] = None,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the report as a page for a browser.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Validate a recipe and its data, show examples with the trained tokens marked, and estimate memory and sizes."""
+    """Validate a recipe and its data, show examples with the trained tokens marked, and estimate what a run takes.
+
+    The estimate has memory by category, disk, the GPUs that the recipe fits on and, with --time, seconds and cost.
+    """
     from lora_kit import check as checking
     from lora_kit.recipe.load import load_recipe
 
@@ -279,7 +292,15 @@ def check(
     tell = partial(console.count, "data: render and tokenise")
     try:
         report = checking.check(
-            checked, offline=offline, shapes=shapes, processes=processes, show=show, ids=ids, tell=tell
+            checked,
+            offline=offline,
+            shapes=shapes,
+            processes=processes,
+            show=show,
+            ids=ids,
+            time=time,
+            price_per_hour=price_per_hour,
+            tell=tell,
         )
     finally:
         console.end()

@@ -55,3 +55,20 @@ def test_rows_that_trained_something_else_are_named(monkeypatch):
     assert differences([first, near, shuffled]) == []
     apart, none = row("apart", 10.0, 8.01), row("none", 10.0, float("nan"))
     assert [one.split(" did")[0] for one in differences([first, apart, near, none])] == ["apart x", "none x"]
+
+
+def test_a_row_of_variants_replaces_the_old_one_and_the_best_rate_has_the_lowest_mean_loss(tmp_path, monkeypatch):
+    for folder in ("", "resilience"):
+        monkeypatch.syspath_prepend(str(BENCHMARK.parent / folder))
+    import variants
+
+    file = tmp_path / "rows.json"
+    losses = {(1e-3, 0): 5.0, (1e-3, 1): 5.0, (3e-3, 0): 3.0, (3e-3, 1): 4.0, (6e-3, 0): 1.0, (6e-3, 1): 7.0}
+    for (rate, seed), loss in [((3e-3, 0), 9.0), *losses.items()]:
+        row = {"variant": "lora", "learning_rate": rate, "seed": seed, "loss": loss, "exact_match": 0.5}
+        variants.write(file, row | {"tokens_per_second": 10.0}, steps=2)
+    rows = json.loads(file.read_text())["rows"]
+    assert len(rows) == 6 and [row["loss"] for row in rows] == [*losses.values()]
+    found = variants.best(rows)["lora"]
+    assert (found["learning_rate"], found["loss"], found["spread"], found["seeds"]) == (3e-3, 3.5, 1.0, 2)
+    assert variants.markdown(rows).splitlines()[2] == "| lora | 0.003 | 3.5000 | 1.0000 | 50.0% | 2 |"

@@ -57,7 +57,7 @@ def test_counts_in_closed_form_equal_those_of_a_real_model(family, silent, tmp_p
 
 
 def test_named_targets_are_counted_alone(tmp_path, recipe_file, base_folder):
-    ours = estimate(load_recipe(recipe_file, ["adapter.targets=[q_proj, v_proj]", "adapter.rank=4"]))
+    ours = estimate(load_recipe(recipe_file, ["adapter.targets=[q_proj, v_proj]", "adapter.rank=4"])).memory
     base = AutoModelForCausalLM.from_pretrained(base_folder)
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     assert ours.trainable_parameters == model.get_nb_trainable_parameters()[0]
@@ -66,7 +66,7 @@ def test_named_targets_are_counted_alone(tmp_path, recipe_file, base_folder):
 def test_a_run_prints_the_trainable_parameters_as_a_share_of_the_base(recipe_file, tmp_path, capsys):
     recipe = load_recipe(recipe_file, ["train.steps=1"])
     loop.train(recipe, tmp_path / "run")
-    ours, printed = estimate(recipe), capsys.readouterr().out
+    ours, printed = estimate(recipe).memory, capsys.readouterr().out
     share = ours.trainable_parameters / ours.base_parameters
     assert f"{ours.trainable_parameters:,} trainable parameters ({share:.2%} of the base's)" in printed
 
@@ -81,7 +81,10 @@ def test_a_run_prints_the_trainable_parameters_as_a_share_of_the_base(recipe_fil
 def test_the_large_recipes_pass_offline_with_the_known_counts(recipe, parameters, trainable):
     report = check(load_recipe(ROOT / "recipes" / f"{recipe}.yaml"), offline=True, shapes=ROOT / "tests" / "shapes")
     assert not report.problems
-    assert (report.estimate.base_parameters, report.estimate.trainable_parameters) == (parameters, trainable)
+    assert (report.estimate.memory.base_parameters, report.estimate.memory.trainable_parameters) == (
+        parameters,
+        trainable,
+    )
     assert any("tokenizer" in part for part in report.unchecked)
 
 
@@ -97,7 +100,7 @@ def test_the_predicted_checkpoint_is_the_written_one(recipe_file, tmp_path):
     recipe = load_recipe(recipe_file, ["train.steps=1", "adapter.rank=64"])
     run = loop.train(recipe, tmp_path / "run")
     written = sum(path.stat().st_size for path in run.latest.iterdir())
-    assert written <= estimate(recipe).checkpoint_bytes <= 1.1 * written
+    assert written <= estimate(recipe).memory.checkpoint_bytes <= 1.1 * written
 
 
 def test_the_preview_marks_exactly_the_trained_tokens(recipe_file, data_file):
@@ -159,7 +162,7 @@ def test_examples_beyond_the_bases_context_are_a_problem(recipe_file, tmp_path, 
 
 def test_json_is_json(recipe_file):
     result = CliRunner().invoke(app, ["check", str(recipe_file), "--json"])
-    assert json.loads(result.stdout)["estimate"]["trainable_parameters"] == 4096
+    assert json.loads(result.stdout)["estimate"]["memory"]["trainable_parameters"] == 4096
 
 
 def test_an_unknown_model_type_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """What the documentation says is true: commands run as typed, links lead somewhere, figures are those measured."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -288,3 +289,14 @@ def test_the_page_on_reliability_quotes_what_was_measured():
     ]
     page = RELIABILITY.read_text()
     assert all(measure["reached"] for measure in found.values()) and not [text for text in quoted if text not in page]
+
+
+@pytest.mark.parametrize("name", ["variants", "estimate"])
+def test_the_tables_of_measurements_are_those_of_the_benchmarks(name, monkeypatch):
+    for folder in ("", "resilience", "speed"):
+        monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / folder))
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+    assert benchmark.markdown(rows) in (ROOT / "docs" / f"{name}.md").read_text()

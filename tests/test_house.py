@@ -123,6 +123,7 @@ LIGHT = [
     "model.source",
     "model.sizes",
     "training.ahead",
+    "training.estimate",
     "training.micro_batches",
     "training.request",
 ]

@@ -119,7 +119,7 @@ def test_the_estimate_counts_the_bytes_that_are_held(recipe_file, base_folder):
         recipe = load_recipe(recipe_file, [f"base.quantization={how}"])
         model = load_base(locate(recipe.base, base_folder), recipe.base, torch.device("cpu"))
         weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        assert weights <= estimate(recipe).base_bytes <= 1.1 * weights
+        assert weights <= estimate(recipe).memory.base_bytes <= 1.1 * weights
 
 
 @pytest.fixture

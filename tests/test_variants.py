@@ -362,7 +362,7 @@ def test_a_checkpoint_takes_six_bytes_a_parameter_and_two_processes_write_the_sa
     parameters = sum(one.size for one in trained.weights.values())
     assert sum(one.nbytes for one in trained.moments.values()) <= 2.05 * parameters
     recipe = load_recipe(recipe_file, changes)
-    assert estimate(recipe).checkpoint_bytes == pytest.approx(open_checkpoint(run.latest).size, rel=0.2)
+    assert estimate(recipe).memory.checkpoint_bytes == pytest.approx(open_checkpoint(run.latest).size, rel=0.2)
 
 
 def test_an_adapter_that_starts_from_the_weights_merges_and_a_run_begins_with_it(recipe_file, tmp_path):

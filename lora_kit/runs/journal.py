@@ -8,6 +8,7 @@ never ends a run. A resume cuts the metrics back to its checkpoint, so that no s
 
 import errno
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ REQUIRED = {  # the fields that an event of a kind must have
     "went back": ("step",),
     "sample": ("step", "prompt", "answer"),
     "skipped": ("step",),
+    "estimate": ("step",),
     "fault": ("what",),
     "restart": ("step", "cause"),
     "failed": ("step", "cause"),
@@ -197,13 +199,15 @@ class Journal:
         return frozenset(skipped)
 
     def cut(self, step: int, *, samples: int) -> None:
-        """Delete metrics after `step`, sampled answers after `samples`, and invalid lines; each log in one rename.
+        """Delete metrics and comparisons with the estimate after `step`, sampled answers after `samples`, and invalid
+        lines; each log in one rename.
 
         An incomplete event must go too: the next event would be appended to its line and be lost with it.
         """
         self.fence()
         _cut(self.run / METRICS, STEP_RECORD, lambda record: record["step"] <= step)
-        _cut(self.run / EVENTS, EVENT, lambda event: event["kind"] != "sample" or event["step"] <= samples)
+        last = {"sample": samples, "estimate": step}
+        _cut(self.run / EVENTS, EVENT, lambda event: event.get("step", 0) <= last.get(event["kind"], math.inf))
 
 
 def short_cause(text: str) -> str:

@@ -73,7 +73,11 @@ class Layout:
     @property
     def bytes(self) -> int:
         """The size of a snapshot."""
-        return sum(BYTES[dtype] * count for dtype, count in self.buffers.values())
+        return self.bytes_of(*self.buffers)
+
+    def bytes_of(self, *names: str) -> int:
+        """Return the size of some buffers; one that the layout does not have counts as empty."""
+        return sum(BYTES[dtype] * count for name, (dtype, count) in self.buffers.items() if name in names)
 
     @property
     def saved_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -204,7 +204,7 @@ class Region:
         self.path, self._inode = path, (found.st_dev, found.st_ino)
         self.words = self._map[:KEEPER_AT].cast("Q")
         self.payload_bytes = self.words[Word.PAYLOAD]
-        if self.words[Word.MAGIC] != MAGIC or len(self._map) != _size(self.payload_bytes):
+        if self.words[Word.MAGIC] != MAGIC or len(self._map) != region_bytes(self.payload_bytes):
             raise OSError(errno.EINVAL, "not a live region", str(path))
 
     @property
@@ -399,7 +399,8 @@ def _since_boot() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
 
 
-def _size(payload_bytes: int) -> int:
+def region_bytes(payload_bytes: int) -> int:
+    """Return the size of a live region for states of so many bytes."""
     return PAGE + SLOTS * (HEADER_BYTES + payload_bytes)
 
 
@@ -548,7 +549,7 @@ def _create(owner: Owner, payload_bytes: int) -> Region:
 
 def _allocate(folder: Path, payload_bytes: int, owner: Owner) -> None:
     """Write a region of zeros. The file gets its name when it is complete."""
-    remaining, zeros, page = _size(payload_bytes), bytes(1 << 22), bytearray(PAGE)
+    remaining, zeros, page = region_bytes(payload_bytes), bytes(1 << 22), bytearray(PAGE)
     words = memoryview(page)[:KEEPER_AT].cast("Q")
     words[Word.MAGIC], words[Word.PAYLOAD] = MAGIC, payload_bytes
     _write_cell(memoryview(page)[OWNER_AT:], _owner_text(owner))

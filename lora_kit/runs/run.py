@@ -19,6 +19,7 @@ from lora_kit.recipe.schema import Recipe
 from lora_kit.runs import formats, store
 from lora_kit.runs.formats import Amount, Figure, finite
 from lora_kit.runs.journal import Event, Journal, StepRecord
+from lora_kit.runs.serving import serving
 from lora_kit.runs.status import RECENT_STEPS, source_losses, status
 from lora_kit.views import notebook
 from lora_kit.views.console import Console, number
@@ -216,10 +217,7 @@ def show(run: Run, recipe: Recipe, console: Console) -> None:
         ("try it", f'lora-kit generate {folder} "your prompt"'),
         ("look closer", f"lora-kit status {folder}"),
     ]
-    if recipe.adapter.variant == "dora":
-        rows.insert(-1, ("serve", f"peft and transformers; other engines after lora-kit merge {folder} --out MERGED"))
-    elif not isinstance(recipe.adapter.targets, str) and any("experts" in name for name in recipe.adapter.targets):
-        rows.insert(-1, ("serve", f"peft as it is; vLLM after lora-kit export {folder} --to vllm --out SERVED"))
+    rows.insert(-1, ("serve", serving(recipe.adapter, folder)))
     if result["best"] and result["best"] != result["adapter"]:
         rows.insert(-2, ("lowest held-out loss", str(run.folder / result["best"])))
     used = [recipe.base.repo, *(source.source for source in recipe.data.train_sources.values())]

@@ -23,9 +23,7 @@ from lora_kit.recipe.schema import Recipe
 from lora_kit.runs.manifest import Resolved
 from lora_kit.training.micro_batches import Machine, MicroBatches, choose, host_memory
 from lora_kit.training.processes import Processes
-
-BYTES_PER_THREAD = 4_000_000  # one thread for so many bytes of the base's weights; measured in docs/design/0009
-FEWEST_THREADS = 2  # pay for every base on idle cores
+from lora_kit.training.speed import threads_for
 
 
 def micro_batches(
@@ -69,8 +67,7 @@ def threads(source: Source, processes: Processes) -> int | None:
     """
     if processes.device.type != "cpu":
         return None
-    share = min(processes.gather([host_cores()])) // processes.count
-    return max(1, min(share, max(FEWEST_THREADS, source.weight_bytes // BYTES_PER_THREAD)))
+    return threads_for(min(processes.gather([host_cores()])) // processes.count, source.weight_bytes)
 
 
 def attention(

@@ -30,6 +30,7 @@ from lora_kit.runs.trackers import following, require
 from lora_kit.supervise.stopping import StopRequest, stop_signals
 from lora_kit.training import optim
 from lora_kit.training.announce import announce
+from lora_kit.training.comparison import compare_estimate
 from lora_kit.training.evaluation import HeldOut, HeldOutLoss, plain
 from lora_kit.training.job import Job
 from lora_kit.training.objectives.choose import objective_of
@@ -137,6 +138,7 @@ def train(
                     publisher.wait_published()
                     queued = replace(queued, held_out=held_out_loss(job, done, publisher, console))
                     publisher.publish(partial(log.facts, queued), due=True)
+                compare_estimate(job, done, console)
                 if last:
                     stopping, queued = log.settle(queued) or stopping, None
                     publisher.wait_durable()

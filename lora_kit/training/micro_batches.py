@@ -80,6 +80,11 @@ def choose(recipe: Recipe, shape: Shape | None, machine: Machine) -> MicroBatche
     return MicroBatches(sizes[0], recompute_choices[-1])
 
 
+def smallest(recipe: Recipe, shape: Shape | None, machine: Machine) -> MicroBatches:
+    """Return the settings that take least memory where both are `auto`."""
+    return MicroBatches(_sizes_to_try(recipe, shape, machine)[0], activation_checkpointing=True)
+
+
 def _sizes_to_try(recipe: Recipe, shape: Shape | None, machine: Machine) -> list[int]:
     """Return the sizes of micro-batches to choose from, ascending.
 

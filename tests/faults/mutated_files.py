@@ -187,6 +187,7 @@ EVENTS = (
     AT | {"kind": "started", "step": 0, "steps": 8, "run_id": "0123456789abcdef", "launched": 1000.0, "reached": 0},
     AT | {"kind": "sample", "step": 2, "prompt": "a", "expected": "b", "answer": "c"},
     AT | {"kind": "skipped", "step": 3, "loss": "nan", "examples": [1, 2]},
+    AT | {"kind": "estimate", "step": 3, "memory_measured_bytes": 9000, "seconds_per_step_measured": None},
     AT | {"kind": "restart", "step": 4, "cause": "process 0: killed by SIGKILL"},
     AT | {"kind": "fault", "step": 4, "what": "disk full"},
     AT | {"kind": "resumed", "step": 4, "steps": 8, "reached": 4},

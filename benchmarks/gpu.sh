@@ -1,6 +1,7 @@
 #!/bin/bash
-# Everything that needs a GPU, within 10 minutes on one card, offline: throughput at real shapes, then the tests of the
-# kernels. Arguments go to benchmarks/gpu.py (see --help there); --cpu --size tiny tries the code without a GPU.
+# Everything that needs a GPU, within 10 minutes on one card, offline: throughput at real shapes, the estimate of a 70B base
+# that is sharded, then the tests of the kernels and of a base that is sharded over this one card. Arguments go to
+# benchmarks/gpu.py (see --help there); --cpu --size tiny tries the code without a GPU.
 #   PYTHON  the interpreter (default: python3)
 #   WHEELS  a folder of wheels for what is missing there, and for what they need
 set -u
@@ -42,6 +43,10 @@ fi
 
 "$python" "$here/gpu.py" "$@"
 measured=$?
-cd "$(dirname "$here")" && "$python" -m pytest -m gpu tests
+cd "$(dirname "$here")" || exit 1
+for recipe in recipes/sft-*-70b-fsdp.yaml; do # what a sharded base of 70B is estimated to take on 8 of these cards
+    echo "$recipe" && "$python" -m lora_kit check "$recipe" --offline --shapes tests/shapes --processes 8 | grep -v "^not checked"
+done
+"$python" -m pytest -m gpu tests
 tested=$?
 exit $((measured || tested))

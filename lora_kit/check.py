@@ -48,7 +48,7 @@ from lora_kit.recipe.schema import Base, Recipe
 from lora_kit.runs.serving import serving
 from lora_kit.runs.trackers import require
 from lora_kit.training.estimate import Contents, RunEstimate, contents_of, estimate_run, memory_of
-from lora_kit.training.micro_batches import Machine, MicroBatches, choose, this_machine
+from lora_kit.training.micro_batches import Machine, MicroBatches, Placed, choose, place, this_machine
 from lora_kit.training.speed import Rates, Speed, threads_for, usual
 from lora_kit.views import html
 from lora_kit.views.console import grouped, printable
@@ -100,11 +100,13 @@ def estimate(
         offline: Whether to use only local files.
 
     Raises:
-        BaseError: The configuration is not available, or its model type is not supported.
+        BaseError: The configuration is not available, its model type is not supported, or it cannot be placed as the
+            recipe says.
         InputError: `time` is wanted, and the data cannot be read.
     """
     shape, machine = read_config(_config_path(recipe, shapes, offline=offline)), this_machine(processes)
-    micro_batches = choose(recipe, shape, machine)
+    shards = place(recipe, shape, machine, 0).shards
+    micro_batches = choose(recipe, shape, machine, shards)
     contents: Contents | None = None
     rates: Rates | None = None
     if time or price_per_hour is not None:
@@ -119,6 +121,7 @@ def estimate(
         rates=rates,
         price_per_hour=price_per_hour,
         processes=processes,
+        shards=shards,
     )
 
 
@@ -190,6 +193,7 @@ class Report:
         roles: The number of tokens and of trained tokens in the training messages of each role.
         costs: What each source contributes to an epoch.
         schedule: Steps, examples and tokens of the run.
+        placed: Where the weights of the base will be; None if they cannot be placed as the recipe says.
         micro_batches: The size of micro-batches and whether activations are recomputed: the recipe's settings, or for
             `auto` the values that a run on this machine would choose.
         estimate: Memory, disk, time and money; None if the sizes of the base are not known.
@@ -206,6 +210,7 @@ class Report:
     roles: dict[str, tuple[int, int]] = field(default_factory=dict)
     costs: list[Cost] = field(default_factory=list)
     schedule: dict[str, Any] = field(default_factory=dict)
+    placed: Placed | None = None
     micro_batches: MicroBatches | None = None
     estimate: RunEstimate | None = None
     serving: str = ""
@@ -255,6 +260,8 @@ class Report:
             )
         if self.schedule:
             yield _line("schedule", self.schedule)
+        if self.placed is not None and self.machine.processes > 1:
+            yield Text(f"base {self.placed}")
         if self.micro_batches is not None:
             device, memory = self.machine.device, format_bytes(self.machine.memory)
             yield Text(f"micro-batches: {self.micro_batches} ({device} with {memory})")
@@ -321,9 +328,14 @@ def check(
         report.unchecked.append(f"sizes and memory: {error}")
     else:
         shape = _check_layers(path, recipe, report)
-    micro_batches = report.micro_batches = choose(recipe, shape, report.machine)
+    try:
+        report.placed = place(recipe, shape, report.machine, 0)
+    except BaseError as error:
+        report.problems.append(str(error))
+    shards = report.placed.shards if report.placed else 1
+    micro_batches = report.micro_batches = choose(recipe, shape, report.machine, shards)
     if shape is not None:
-        report.estimate = estimate_run(shape, recipe, micro_batches, report.machine, processes=processes)
+        report.estimate = estimate_run(shape, recipe, micro_batches, report.machine, processes=processes, shards=shards)
     try:
         source = _source_without_weights(recipe, offline=offline)
     except InputError as error:
@@ -353,6 +365,7 @@ def check(
                     rates=measured_rates(shape, recipe, report.machine, contents, processes) if wanted else None,
                     price_per_hour=price_per_hour,
                     processes=processes,
+                    shards=shards,
                 )
     except InputError as error:
         report.problems += str(error).splitlines()

@@ -4,6 +4,7 @@ from contextlib import ExitStack
 
 import numpy as np
 import torch
+from conftest import make_records
 from transformers import AutoModelForCausalLM
 
 from lora_kit.data.tokens import Tokens
@@ -20,6 +21,15 @@ from lora_kit.training.reference import Reference, as_reference
 
 ADAPTER = Adapter(rank=4, alpha=8)
 LIMIT = 64
+
+
+def preference_records(count):
+    """Return conversations with a chosen and a rejected answer."""
+    records = []
+    for number, record in enumerate(make_records(count)):
+        *prompt, answer = record["messages"]
+        records.append({"prompt": prompt, "chosen": [answer], "rejected": answer["content"] + "h" * (number % 5 + 1)})
+    return records
 
 
 def random_tokens(count=7, *, unpaired=False, seed=0):

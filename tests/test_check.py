@@ -76,6 +76,7 @@ def test_a_run_prints_the_trainable_parameters_as_a_share_of_the_base(recipe_fil
     [
         ("sft-bf16-1b", 1_235_814_400, 11_272_192),
         *((f"sft-{how}-8b", 8_030_261_248, 41_943_040) for how in ("bf16", "nf4", "int8")),
+        *((f"sft-{how}-70b-fsdp", 70_553_706_496, 207_093_760) for how in ("bf16", "nf4")),
     ],
 )
 def test_the_large_recipes_pass_offline_with_the_known_counts(recipe, parameters, trainable):

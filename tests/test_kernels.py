@@ -326,9 +326,16 @@ HEADS = {"plain": {}, "bias": {"bias": True}, "scaled": {"scale": 0.25}, "capped
 def head_and_rows(case, many, dtype=torch.float32, vocabulary=50, device="cpu"):
     case, fixed = dict(HEADS[case]), {"grad": False, "dtype": dtype, "device": device}
     bias = rows(vocabulary, **fixed) if case.pop("bias", False) else None
-    head = loss.Head(rows(vocabulary, 16, **fixed), bias, **case)
+    head = loss.Head(linear_of(rows(vocabulary, 16, **fixed), bias), **case)
     labels = torch.randint(vocabulary, (many,), generator=torch.Generator().manual_seed(4)).to(device)
     return head, rows(many, 16, dtype=dtype, seed=5, device=device), labels
+
+
+def linear_of(weight, bias):
+    layer = torch.nn.Linear(*weight.shape[::-1], bias=bias is not None, device="meta")
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    layer.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
+    return layer
 
 
 def loss_by_torch(hidden, head, labels):
@@ -380,9 +387,8 @@ def test_the_loss_in_bf16_is_as_near_the_truth_also_where_the_model_is_sure(case
     head, hidden, _ = head_and_rows(case, 300, torch.bfloat16, device=device)
     hidden = (hidden.detach() * sure).to(torch.bfloat16)
     labels = head.logits(hidden).argmax(-1)
-    whole = loss.Head(
-        head.weight.double(), head.bias if head.bias is None else head.bias.double(), head.scale, head.cap
-    )
+    bias = head.bias if head.bias is None else head.bias.double()
+    whole = loss.Head(linear_of(head.weight.double(), bias), head.scale, head.cap)
     truth = loss_and_gradient(hidden.double(), lambda x: loss_by_torch(x, whole, labels))
     ours = loss_and_gradient(hidden, lambda x: summed(x, head, labels))
     theirs = loss_and_gradient(hidden, lambda x: loss_by_torch(x, head, labels))

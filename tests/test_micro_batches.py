@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_kit import check as checking
 from lora_kit import host
-from lora_kit.errors import ContractError
+from lora_kit.errors import BaseError, ContractError
 from lora_kit.kernels import fusing
 from lora_kit.kernels.attention import inner_of
 from lora_kit.model.sizes import estimate_memory, read_config
@@ -24,7 +24,7 @@ from lora_kit.recipe.load import load_recipe
 from lora_kit.runs import store
 from lora_kit.runs.manifest import MANIFEST
 from lora_kit.training import choices, loop, micro_batches
-from lora_kit.training.micro_batches import MEMORY_SHARE, Machine, MicroBatches, choose
+from lora_kit.training.micro_batches import MEMORY_SHARE, Machine, MicroBatches, choose, place
 
 ROOT = Path(__file__).parents[1]
 GB = 1_000_000_000
@@ -161,6 +161,54 @@ def large(name, *changes):
     return load_recipe(ROOT / "recipes" / f"{name}.yaml", changes)
 
 
+@pytest.mark.parametrize(
+    ("name", "model", "changes", "machine", "expected"),
+    [
+        ("sft-bf16-70b-fsdp", "Llama-3.1-70B", ["base.placement=auto"], ("cuda", 80 * GB, 8), 8),
+        ("sft-bf16-8b", "Llama-3.1-8B", [], ("cuda", 80 * GB, 8), 1),
+        ("sft-bf16-8b", "Llama-3.1-8B", [], ("cuda", 16 * GB, 2), 2),
+        ("sft-bf16-8b", "Llama-3.1-8B", [], ("cuda", 16 * GB, 1), 1),
+        ("sft-bf16-8b", "Llama-3.1-8B", ["base.placement=replicated"], ("cuda", 16 * GB, 2), 1),
+        ("sft-bf16-8b", "Llama-3.1-8B", ["base.placement=sharded"], ("cuda", 80 * GB, 4), 4),
+        ("sft-int8-8b", "Llama-3.1-8B", [], ("cuda", 8 * GB, 2), 1),
+        ("sft-bf16-8b", None, [], ("cuda", 16 * GB, 2), 2),  # the files alone have 17 GB
+        ("sft-bf16-8b", None, [], ("cuda", 24 * GB, 2), 1),
+    ],
+)
+def test_auto_shards_a_base_that_does_not_fit_whole(name, model, changes, machine, expected):
+    shape, machine = model and shape_of(model), Machine(*machine)
+    placed = place(large(name, *changes), shape, machine, 17 * GB)
+    assert placed.shards == expected and placed.why
+    assert placed.placement == ("sharded" if expected > 1 else "replicated")
+
+
+@pytest.mark.parametrize(("quantization", "advice"), [("int8", "use nf4 or none"), ("fp8", "choose .* in bfloat16")])
+def test_some_quantisations_are_not_sharded(quantization, advice):
+    recipe = large("sft-int8-8b", "base.placement=sharded", f"base.quantization={quantization}")
+    with pytest.raises(BaseError, match=rf"^base.placement: sharded with .*{quantization}: .*; {advice}$"):
+        place(recipe, shape_of("Llama-3.1-8B"), Machine("cuda", 80 * GB, 2), 0)
+
+
+@pytest.mark.parametrize(("name", "machine"), [("bf16", ("cuda", 80 * GB, 8)), ("nf4", ("cuda", 48 * GB, 4))])
+def test_the_large_recipes_fit_where_they_say_and_only_sharded(name, machine):
+    recipe, shape, machine = large(f"sft-{name}-70b-fsdp"), shape_of("Llama-3.1-70B"), Machine(*machine)
+    text = (ROOT / "recipes" / f"sft-{name}-70b-fsdp.yaml").read_text()
+    assert f"{machine.processes} GPUs with {machine.memory // GB} GB" in text
+    whole, sharded = (fitted(recipe, shape, machine, shards) for shards in (1, machine.processes))
+    assert sharded.device_bytes <= machine.limit < whole.device_bytes
+    assert sharded.base_bytes == -(-whole.base_bytes // machine.processes)
+    layer = sum(linear.inputs * linear.outputs for linear in shape.linears) * {"bf16": 2, "nf4": 0.5}[name]
+    ends = shape.vocabulary * shape.width * 2
+    assert max(3 * layer, 2 * ends) <= sharded.gathered_bytes <= 1.05 * max(3 * layer, 2 * ends)
+    assert "gathered layers" in sharded.lines()[1] and "gathered layers" not in whole.lines()[1]
+
+
+def fitted(recipe, shape, machine, shards):
+    chosen = choose(recipe, shape, machine, shards)
+    tokens, recompute = chosen.micro_batch_tokens, chosen.activation_checkpointing
+    return estimate_memory(shape, recipe, tokens=tokens, recompute=recompute, device=machine.device, shards=shards)
+
+
 @pytest.mark.parametrize("gigabytes", [8, 12, 16, 24, 40, 48, 80, 141])
 @pytest.mark.parametrize("name", ["sft-bf16-1b", "sft-bf16-8b", "sft-nf4-8b", "sft-int8-8b"])
 def test_a_gpu_is_filled_as_far_as_the_estimate_allows_and_no_further(name, gigabytes):
@@ -240,7 +288,7 @@ def test_a_check_reads_the_memory_of_the_gpus_that_a_run_would_see(tmp_path, mon
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert micro_batches.this_machine() == Machine("cuda", 24000 << 20)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert micro_batches.this_machine(2) == Machine("cpu", micro_batches.host_memory() // 2)
+    assert micro_batches.this_machine(2) == Machine("cpu", micro_batches.host_memory() // 2, 2)
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import RECIPE, make_records, write_jsonl
+from conftest import RECIPE, write_jsonl
 from plain_loop import relative
-from preferences import LIMIT, outcome, random_tokens, tuned, with_reference
+from preferences import LIMIT, outcome, preference_records, random_tokens, tuned, with_reference
 from runs import start, state_hash, train, wait_for_lines
 
 from lora_kit.artifacts.card import model_card
@@ -152,14 +152,6 @@ def test_nothing_depends_on_how_a_step_is_packed(kind, layout, packed, base_fold
     (loss, figures, gradient), (other_loss, other_figures, other_gradient) = found
     assert other_loss == pytest.approx(loss, rel=1e-5) and relative(other_gradient, gradient) < 1e-5
     assert other_figures == pytest.approx(figures, rel=1e-3, abs=1e-5)
-
-
-def preference_records(count):
-    records = []
-    for number, record in enumerate(make_records(count)):
-        *prompt, answer = record["messages"]
-        records.append({"prompt": prompt, "chosen": [answer], "rejected": answer["content"] + "h" * (number % 5 + 1)})
-    return records
 
 
 @pytest.fixture(scope="module")

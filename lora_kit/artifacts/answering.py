@@ -25,6 +25,7 @@ from lora_kit.data.rendering import Renderer
 from lora_kit.data.template import prompt_tokens, text_tokens
 from lora_kit.errors import DataError
 from lora_kit.kernels.attention import own_attention
+from lora_kit.kernels.gathered import is_sharded
 from lora_kit.model.sizes import context_of
 
 
@@ -101,7 +102,9 @@ def _answer_batch(model: PeftModel, prompts: list[Sequence[int]], settings: Answ
     padding = settings.stop_ids[0]
     ids = torch.tensor([[padding] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-    output = model.generate(input_ids=ids, attention_mask=mask, **_generate_arguments(settings))
+    # processes that share a sharded base stop together, should their answers ever differ
+    together = is_sharded(model)
+    output = model.generate(input_ids=ids, attention_mask=mask, synced_gpus=together, **_generate_arguments(settings))
     return [list(takewhile(lambda token: token not in settings.stop_ids, row)) for row in output[:, longest:].tolist()]
 
 

@@ -133,7 +133,8 @@ def _rows(embedding: "np.ndarray | Tensor") -> np.ndarray:
     step = -(-embedding.shape[1] // MAX_DIMENSIONS)
     if isinstance(embedding, np.ndarray):
         return embedding[:, ::step].astype(np.float32)
-    return embedding.detach()[:, ::step].float().cpu().numpy()
+    # a copy, because torch could not free the memory of a gathered weight that numpy has seen
+    return embedding.detach()[:, ::step].clone().float().cpu().numpy()
 
 
 def _typical_distance(rows: np.ndarray) -> float:

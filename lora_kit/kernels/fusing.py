@@ -7,7 +7,7 @@ lora_kit was not written for therefore trains with transformers' code, or with t
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from lora_kit.kernels import dispatch, mlp, norm, rotary
 from lora_kit.kernels.attention import inner_of
+from lora_kit.kernels.gathered import gathered, type_of, unit_of
 from lora_kit.kernels.lora import SharedInput, adapted_linear, fusable, quantized
 from lora_kit.kernels.loss import Head
 from lora_kit.kernels.plain import ACTIVATIONS
@@ -133,7 +134,7 @@ def _fuse_mlps(model: nn.Module) -> bool:
     activation = facts.get("hidden_activation") or facts.get("hidden_act") or ""
     fitting = [module for module in model.modules() if activation in ACTIVATIONS and mlp.gated(module)]
     return _use_where_equal(
-        fitting, lambda module: mlp.fuse(module, activation), lambda module: module.gate_proj.in_features
+        model, fitting, lambda module: mlp.fuse(module, activation), lambda module: module.gate_proj.in_features
     )
 
 
@@ -145,7 +146,7 @@ def _fuse_norms(model: nn.Module) -> bool:
         if {"variance_epsilon", "eps"} & vars(module).keys() and "weight" in module._parameters
     ]
     llama, gemma = (
-        _use_where_equal(norms, partial(norm.fuse, gemma=gemma), lambda module: len(module.weight))
+        _use_where_equal(model, norms, partial(norm.fuse, gemma=gemma), lambda module: len(module.weight))
         for gemma in (False, True)
     )
     return llama or gemma
@@ -175,12 +176,16 @@ def _rotates_equally(own: rotary.Rotation, width: int, like: Tensor) -> bool:
 
 @torch.no_grad()
 def _use_where_equal(
-    modules: Sequence[nn.Module], fuse: Callable[[Any], Callable[[], None]], width: Callable[[Any], int]
+    model: nn.Module,
+    modules: Sequence[nn.Module],
+    fuse: Callable[[Any], Callable[[], None]],
+    width: Callable[[Any], int],
 ) -> bool:
     """Fuse each module whose output for test rows stays the same up to `TOLERANCE`.
 
     Args:
-        modules: The modules to try.
+        model: The model.
+        modules: The modules of the model to try.
         fuse: Replaces a module's forward; returns a function that restores it.
         width: Returns the width of a module's input.
 
@@ -189,9 +194,10 @@ def _use_where_equal(
     """
     used = False
     for module in modules:
-        x = _test_rows(width(module), next(module.parameters()))
-        before, undo = module(x), fuse(module)
-        equal = all(_equal(*rows) for rows in zip(before[0], module(x)[0], strict=True))
+        with gathered(unit_of(model, module)):
+            x = _test_rows(width(module), next(module.parameters()))
+            before, undo = module(x), fuse(module)
+            equal = all(_equal(*rows) for rows in zip(before[0], module(x)[0], strict=True))
         used |= equal
         if not equal:
             undo()
@@ -226,17 +232,19 @@ def _fuse_loss(model: nn.Module, inputs: Mapping[str, Any] | None) -> bool:
 
 def _heads(inner: PreTrainedModel) -> Iterator[Head]:
     output, facts = inner.get_output_embeddings(), inner.config.get_text_config().to_dict()
-    if type(output) is not nn.Linear or inner.base_model is inner:
+    if type_of(output) is not nn.Linear or inner.base_model is inner:
         return
     cap = facts.get("final_logit_softcapping")
     scale = facts.get("logit_scale") or 1 / (facts.get("logits_scaling") or 1)
-    yield Head(output.weight, cast(Tensor | None, output.bias), scale, cap)
+    yield Head(output, scale, cap)
 
 
 @torch.no_grad()
 def _makes_the_logits(head: Head, inner: PreTrainedModel, inputs: Mapping[str, Any]) -> bool:
     try:
-        return _equal(inner(**inputs).logits, head.logits(inner.base_model(**inputs)[0]))
+        logits, hidden = inner(**inputs).logits, inner.base_model(**inputs)[0]
+        with gathered(head.layer):
+            return _equal(logits, head.logits(hidden))
     except (TypeError, ValueError, RuntimeError):
         return False
 

@@ -16,11 +16,14 @@ from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from lora_kit.kernels import dispatch, dora
 from lora_kit.kernels.dora import ADAPTER
 from lora_kit.kernels.fp8 import BlockFp8Linear
+from lora_kit.kernels.gathered import gathered, type_of
+from lora_kit.kernels.nf4 import Nf4Linear
 
 KINDS = ("Linear", "Linear4bit", "Linear8bitLt")  # class names of peft's layers; the last two need bitsandbytes
 
@@ -57,6 +60,8 @@ class AdaptedLinear:
             dense = weight.T
         elif isinstance(base, BlockFp8Linear):
             dense = base.dequantized(dtype)
+        elif isinstance(base, Nf4Linear):
+            dense = base.dequantized().to(dtype)
         elif type(weight).__name__ == "Params4bit":
             import bitsandbytes.functional
 
@@ -76,8 +81,8 @@ def fusable(module: nn.Module) -> bool:
     if module.active_adapters != [ADAPTER] or module.merged or module.disable_adapters:
         return False
     base = module.get_base_layer()
-    # the exact type: a subclass may have another forward
-    dense = type(base) in (nn.Linear, Conv1D) and type(base.weight) is nn.Parameter
+    # the exact type: a subclass may have another forward. A shard of a weight is a DTensor
+    dense = type_of(base) in (nn.Linear, Conv1D) and type(base.weight) in (nn.Parameter, DTensor)
     plain = ADAPTER in module.lora_A and not module.lora_bias[ADAPTER]
     known = ADAPTER not in module.lora_variant or (
         dora.is_dora(module) and isinstance(module.lora_dropout[ADAPTER], nn.Identity)
@@ -89,7 +94,7 @@ def fusable(module: nn.Module) -> bool:
 def quantized(base: nn.Module) -> bool:
     """Return whether the weight of a layer is dequantised where it is multiplied; this does not import bitsandbytes."""
     by_bitsandbytes = isinstance(base, nn.Linear) and type(base.weight).__name__ in ("Params4bit", "Int8Params")
-    return by_bitsandbytes or isinstance(base, BlockFp8Linear)
+    return by_bitsandbytes or isinstance(base, BlockFp8Linear | Nf4Linear)
 
 
 def adapted_linear(module: nn.Module) -> AdaptedLinear:
@@ -282,7 +287,8 @@ class LoraLinear(Function):
         ctx: Any, x: Tensor, factors: NormFactors | None, linears: Sequence[AdaptedLinear], *adapters: Tensor
     ) -> tuple[Tensor, ...]:
         """Compute every layer."""
-        outputs, saved = project(x, linears, adapters, factors=factors)
+        with gathered(linears[0].base):  # a head with an adapter is a unit of its own
+            outputs, saved = project(x, linears, adapters, factors=factors)
         masks = [mask for mask in saved.dropout_masks if mask is not None]
         ctx.save_for_backward(saved.rows, saved.row_factor, saved.column_factor, saved.low, *masks, *adapters)
         ctx.linears, ctx.masks = linears, len(masks)
@@ -302,7 +308,8 @@ class LoraLinear(Function):
             rows.new_zeros(len(rows), len(b)) if grad is None else grad
             for grad, b in zip(grad_outputs, adapters[len(ctx.linears) :], strict=True)
         ]
-        grad_x, grad_adapters = project_backward(grads, saved, ctx.linears, adapters, to_input=to_input)
+        with gathered(ctx.linears[0].base):
+            grad_x, grad_adapters = project_backward(grads, saved, ctx.linears, adapters, to_input=to_input)
         wanted = zip(grad_adapters, used * 2, strict=True)
         return grad_x, None, None, *(grad if was_used else None for grad, was_used in wanted)
 

@@ -7,15 +7,16 @@ The rows are divided into consecutive groups, each with a sum of its own: the ex
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 
 from lora_kit.kernels import dispatch
+from lora_kit.kernels.gathered import gathered
 from lora_kit.kernels.limits import LOGITS, ROW_MULTIPLE
 from lora_kit.kernels.segments import moved
 
@@ -25,16 +26,24 @@ class Head:
     """The output layer: logits = cap * tanh(scale * (x @ W.T + bias) / cap).
 
     Attributes:
-        weight: [vocabulary, width].
-        bias: [vocabulary], or None.
+        layer: The linear layer, whose weight is [vocabulary, width].
         scale: 1 in most families.
         cap: None in most families: no tanh.
     """
 
-    weight: Float[Tensor, "vocabulary width"]
-    bias: Float[Tensor, "vocabulary"] | None
+    layer: nn.Linear
     scale: float = 1.0
     cap: float | None = None
+
+    @property
+    def weight(self) -> Float[Tensor, "vocabulary width"]:
+        """The weight; of a sharded base whole only inside `gathered(head.layer)`."""
+        return self.layer.weight
+
+    @property
+    def bias(self) -> Float[Tensor, "vocabulary"] | None:
+        """The bias, or None."""
+        return cast(Tensor | None, self.layer.bias)
 
     def logits(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocabulary"]:
         """Return the logits of hidden states, with bias, scale and cap."""
@@ -68,19 +77,20 @@ class _CrossEntropy(Function):
     ) -> Tensor:
         totals, grad_hidden = torch.zeros(len(sizes), device=hidden.device), torch.empty_like(hidden)
         rows = max(ROW_MULTIPLE, LOGITS[hidden.device.type] // len(head.weight) // ROW_MULTIPLE * ROW_MULTIPLE)
-        for begin in range(0, len(hidden), rows):
-            chunk = slice(begin, begin + rows)
-            label = labels[chunk]
-            count = len(label)
-            before = head.before_cap(_padded(hidden[chunk]))
-            logits = head.capped(before)
-            backend = dispatch.backend_of(logits)
-            for group, part in _parts(sizes, begin, count):
-                totals[group] -= backend.summed_log_probs(logits[part], label[part], to_gradient=to_gradient)
-            if to_gradient:
-                logits[count:] = 0
-                grad_hidden[chunk] = head.backward(logits, before)[:count]
-            del before, logits  # frees their memory before the next chunk needs it
+        with gathered(head.layer):
+            for begin in range(0, len(hidden), rows):
+                chunk = slice(begin, begin + rows)
+                label = labels[chunk]
+                count = len(label)
+                before = head.before_cap(_padded(hidden[chunk]))
+                logits = head.capped(before)
+                backend = dispatch.backend_of(logits)
+                for group, part in _parts(sizes, begin, count):
+                    totals[group] -= backend.summed_log_probs(logits[part], label[part], to_gradient=to_gradient)
+                if to_gradient:
+                    logits[count:] = 0
+                    grad_hidden[chunk] = head.backward(logits, before)[:count]
+                del before, logits  # frees their memory before the next chunk needs it
         ctx.save_for_backward(grad_hidden)
         ctx.sizes = sizes
         return totals

@@ -17,11 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lora_kit.errors import CheckpointError, RecipeError
+from lora_kit.kernels.gathered import is_sharded
 from lora_kit.kernels.lora import constants_of
+from lora_kit.kernels.nf4 import Nf4Linear
 from lora_kit.model.patterns import as_regex
 from lora_kit.model.state import fill, saved_name, trainable
 from lora_kit.model.targets import find_targets, refuse_others
-from lora_kit.model.variants import set_magnitudes, widened
+from lora_kit.model.variants import add_dora, set_magnitudes, widened
 from lora_kit.randomness import mix
 from lora_kit.recipe.schema import Adapter
 from lora_kit.runs.layout import WITH_CONSTANTS
@@ -55,10 +57,19 @@ def inject(base: PreTrainedModel, adapter: Adapter, *, seed: int, name: str, rev
             "three-dimensional; take the default"
         )
     config = lora_config(adapter, targets.modules, targets.experts)
+    if any(isinstance(module, Nf4Linear) for module in base.modules()):
+        from peft.tuners.lora.bnb import Linear4bit
+
+        config._register_custom_module({Nf4Linear: Linear4bit})  # rounds as peft does for bitsandbytes' own layers
+    dora_later = adapter.variant == "dora" and is_sharded(base)
+    config.use_dora = adapter.variant == "dora" and not dora_later
     try:
         model = get_peft_model(base, config)
     except ValueError as error:
         raise RecipeError(f"adapter.targets: peft cannot adapt {adapter.targets}: {error}") from error
+    if dora_later:
+        config.use_dora = True
+        add_dora(model)
     refuse_others(targets, (name.removeprefix("base_model.model.") for name, _ in trainable(model)))
     # peft would write the local path from which the base was loaded
     config.base_model_name_or_path, config.revision = name, revision

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -26,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from lora_kit.errors import BaseError
 from lora_kit.model import fp8
+from lora_kit.model.sharding import LoadReport, load_shards
 from lora_kit.model.source import Source, reason_of
 from lora_kit.model.weights import file_with, published_quantization
 from lora_kit.recipe.schema import Base
@@ -95,19 +97,22 @@ def _forbid_repacking(model: PreTrainedModel) -> None:
             layer.support_avx512bf16_for_cpu = False
 
 
-def load_base(source: Source, base: Base, device: torch.device, *, quantized: bool = True) -> PreTrainedModel:
+def load_base(
+    source: Source, base: Base, device: torch.device, mesh: DeviceMesh | None = None, *, quantized: bool = True
+) -> PreTrainedModel:
     """Load the frozen base onto a device in the recipe's dtype, with everything random in it switched off.
 
     Args:
         source: The files of the base.
         base: The recipe's section.
         device: The device to load onto.
+        mesh: The processes over which to shard the base; None loads the whole base.
         quantized: False loads the base without the recipe's quantisation, and dequantises weights that were published
             quantised.
 
     Raises:
         BaseError: transformers cannot load the base, its files lack tensors or have tensors of another shape, it was
-            published with another quantisation, or the GPU has no bfloat16.
+            published with another quantisation, it cannot be sharded, or the GPU has no bfloat16.
     """
     transformers_logging.disable_progress_bar()
     logging.getLogger("transformers.modeling_utils").addFilter(_is_no_report)
@@ -116,37 +121,29 @@ def load_base(source: Source, base: Base, device: torch.device, *, quantized: bo
             base.dtype, torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
         )
     published = published_quantization(source.folder, base)
+    attention = None if base.attention == "auto" else base.attention
     if not quantized and published is None:
         base = base.model_copy(update={"quantization": "none"})
-    quantization = _quantized(base)
     # peft uses an attribute that transformers 6 removes; this line can be removed with peft 0.22
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
-    try:
-        config = read_config(source.folder, base)
-        if published is not None and quantization is not None:
-            config.quantization_config |= _kept_settings(quantization)
-        if published == "fp8":
-            config.quantization_config |= {"quant_method": fp8.METHOD}
-        loading: Any = AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            config=config,
-            dtype=getattr(torch, base.dtype),
-            quantization_config=quantization if published is None else None,
-            device_map={"": device} if quantization and device.type == "cuda" else None,
-            attn_implementation=None if base.attention == "auto" else base.attention,
-            trust_remote_code=base.trust_remote_code,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # refused below
-            output_loading_info=True,
+    if mesh is not None and published is not None:
+        raise BaseError(
+            f"base.placement: {source.name} was published in {published}, and only plain weights can be sharded; "
+            "choose the base in bfloat16, or set base.placement: replicated"
         )
-        model, loaded = cast(tuple[PreTrainedModel, dict[str, Any]], loading)
-    except (torch.OutOfMemoryError, MemoryError, BaseError):
+    try:
+        if mesh is not None:
+            model = empty_base(source.folder, base, attention=attention)
+            loaded = load_shards(model, source, device, mesh, _quantized(base))
+        else:
+            model, loaded = _load_whole(source.folder, base, device, published, attention)
+    except (BaseError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # a damaged or foreign configuration can raise any error in transformers
         if "allocate memory" in str(error):
             raise
         raise _cannot_load(source.name, error) from error
-    refuse_incomplete(source, loaded["missing_keys"], loaded["mismatched_keys"])
+    refuse_incomplete(source, loaded.missing, loaded.mismatched)
     extra = (name for name in getattr(type(model.config), "extra_files", ()) if (source.folder / name).exists())
     if unknown := next((name for name in extra if name not in source.files), None):
         raise BaseError(
@@ -159,8 +156,34 @@ def load_base(source: Source, base: Base, device: torch.device, *, quantized: bo
     _forbid_repacking(model)
     if not quantized and published is not None:
         model = _dequantized(model, getattr(torch, base.dtype))
-    torch.nn.Module.to(model, device)
+    if mesh is None:
+        torch.nn.Module.to(model, device)
     return model.requires_grad_(False)
+
+
+def _load_whole(
+    folder: Path, base: Base, device: torch.device, published: str | None, attention: str | None
+) -> tuple[PreTrainedModel, LoadReport]:
+    """Return the whole base, and what was not loaded. `published` is the quantisation of its files."""
+    config, quantization = read_config(folder, base), _quantized(base)
+    if published is not None and quantization is not None:
+        config.quantization_config |= _kept_settings(quantization)
+    if published == "fp8":
+        config.quantization_config |= {"quant_method": fp8.METHOD}
+    loading: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        dtype=getattr(torch, base.dtype),
+        quantization_config=quantization if published is None else None,
+        device_map={"": device} if quantization and device.type == "cuda" else None,
+        attn_implementation=attention,
+        trust_remote_code=base.trust_remote_code,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # refused by the caller
+        output_loading_info=True,
+    )
+    model, found = cast(tuple[PreTrainedModel, dict[str, Any]], loading)
+    return model, LoadReport(found["missing_keys"], found["mismatched_keys"])
 
 
 def _is_no_report(record: logging.LogRecord) -> bool:
@@ -180,12 +203,13 @@ def read_config(path: Path, base: Base) -> PreTrainedConfig:
     return config
 
 
-def empty_base(path: Path, base: Base) -> PreTrainedModel:
-    """Return a base without weights (on the device `meta`), to look at its layers.
+def empty_base(path: Path, base: Base, *, attention: str | None = None) -> PreTrainedModel:
+    """Return a base without weights (on the device `meta`), to look at its layers or to load them later.
 
     Args:
         path: The folder of the base, or its config.json under any name.
         base: The recipe's section.
+        attention: The attention implementation; None takes the default of the family.
 
     Raises:
         BaseError: transformers cannot make a causal language model of this configuration.
@@ -199,7 +223,12 @@ def empty_base(path: Path, base: Base) -> PreTrainedModel:
                 "transformers; choose another base"
             )
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=base.trust_remote_code)
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=getattr(torch, base.dtype),
+                attn_implementation=attention,
+                trust_remote_code=base.trust_remote_code,
+            )
         causal = any(getattr(module, "is_causal", False) for module in model.modules())
         if getattr(model.config, "is_decoder", None) is False and not causal:
             raise BaseError(

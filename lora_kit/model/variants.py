@@ -13,16 +13,22 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.incremental_pca import IncrementalPCA
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lora_kit.errors import DataError, RecipeError
 from lora_kit.kernels.dora import ADAPTER, is_dora, magnitude_of, row_norms
+from lora_kit.kernels.gathered import gathered, unit_of
 from lora_kit.kernels.lora import CONSTANTS, adapted_linear, adapters_of, constants_of
+from lora_kit.kernels.nf4 import Nf4Linear
 from lora_kit.model.state import FlatState, saved_name
 from lora_kit.recipe.schema import Adapter
 
+PREFIX = "base_model.model."
 EXACT = 1024  # the smaller side of a weight up to which its singular values are computed exactly
 
 
@@ -35,7 +41,41 @@ def set_magnitudes(model: PeftModel) -> None:
     dtype = cast(Any, model.get_base_model()).dtype
     for module in (module for module in model.modules() if is_dora(module)):
         linear, (a, b) = adapted_linear(module), adapters_of([module])
-        magnitude_of(module).copy_(row_norms(linear.weight(dtype), a, b, linear.scale))
+        with gathered(unit_of(model, module)):
+            magnitude_of(module).copy_(row_norms(linear.weight(dtype), a, b, linear.scale))
+
+
+def add_dora(model: PeftModel) -> None:
+    """Add DoRA to the LoRA layers of a sharded base; `set_magnitudes` gives the values.
+
+    peft would compute them while it makes a layer, from the shard of a weight.
+
+    Raises:
+        RecipeError: A layer is gathered on its own and not inside of a larger unit.
+    """
+    for name, module in _layers(model):
+        base = module.get_base_layer()
+        if isinstance(base, FSDPModule):
+            raise RecipeError(
+                f"adapter.variant: dora with base.placement: sharded: {name.removeprefix(PREFIX)} is gathered only "
+                "while its own product is computed, and DoRA reads its weight afterwards; take it out of "
+                "adapter.targets, or set adapter.variant: lora or base.placement: replicated"
+            )
+        layer = (_DoraOfNf4 if isinstance(base, Nf4Linear) else DoraLinearLayer)(fan_in_fan_out=module.fan_in_fan_out)
+        layer.weight = nn.Parameter(torch.empty(module.out_features, device=module.lora_A[ADAPTER].weight.device))
+        module.lora_magnitude_vector[ADAPTER] = layer
+        module.adapter_layer_names += ("lora_magnitude_vector",)
+        module.lora_variant[ADAPTER], module.use_dora[ADAPTER] = DoraLinearVariant(), True
+
+
+class _DoraOfNf4(DoraLinearLayer):
+    """What peft computes for DoRA where the fast path does not, on the dequantised weight of an `Nf4Linear`."""
+
+    def forward(self, x: Tensor, *, base_layer: Nf4Linear, **rest: Any) -> Tensor:
+        """Return what is added to the output of the base."""
+        whole = nn.Linear(base_layer.in_features, base_layer.out_features, bias=False, device="meta")
+        whole.weight, whole.bias = nn.Parameter(base_layer.dequantized(), requires_grad=False), base_layer.bias
+        return cast(Tensor, super().forward(x, base_layer=whole, **rest))
 
 
 class WithConstants(LoraVariant):
@@ -64,17 +104,28 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 @torch.no_grad()
-def start_from_weights(model: nn.Module, adapter: Adapter) -> None:
+def start_from_weights(model: nn.Module, adapter: Adapter, *, computes: bool = True) -> None:
     """Set A and B to the strongest directions of the weights, and the constants to A and -B.
+
+    Args:
+        model: The model with a fresh adapter.
+        adapter: The recipe's section.
+        computes: False only gathers the weights of a sharded base, for the process that computes.
+
+    Raises:
+        RecipeError: The rank is larger than a side of a weight.
 
     Source: PiSSA, Meng et al. 2024, arXiv 2404.02948, equations 2 and 3; OLoRA, Büyükakyüz 2024, arXiv 2406.01775.
     """
     for _, module in _layers(model):
-        linear, constants = adapted_linear(module), constants_of(module)
-        weight = linear.weight(torch.float32).float()
-        rank, scale = module.r[ADAPTER], module.scaling[ADAPTER]
-        if min(weight.shape) < rank:
-            raise RecipeError(f"adapter.rank: {rank} is more than the {min(weight.shape)} directions of a layer")
+        rank, scale, constants = module.r[ADAPTER], module.scaling[ADAPTER], constants_of(module)
+        directions = min(module.in_features, module.out_features)
+        if directions < rank:
+            raise RecipeError(f"adapter.rank: {rank} is more than the {directions} directions of a layer")
+        with gathered(unit_of(model, module)):
+            weight = adapted_linear(module).weight(torch.float32).float().clone() if computes else None
+        if weight is None:
+            continue
         a, b = _of_singular_values(weight, rank, scale) if adapter.init == "pissa" else _of_qr(weight, rank)
         module.lora_A[ADAPTER].weight.copy_(a)
         module.lora_B[ADAPTER].weight.copy_(b)

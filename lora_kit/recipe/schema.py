@@ -59,6 +59,10 @@ class Base(Section):
     """The attention implementation. auto computes attention separately for each packed example if a test of the model
     at start-up shows the same logits as without packing; otherwise it uses the model's default in transformers. A run
     keeps the implementation that it started with."""
+    placement: Literal["auto", "replicated", "sharded"] = "auto"
+    """Where the base's weights are: replicated keeps all of them on every process; sharded divides them over the
+    processes and gathers each layer while it computes. auto shards a base that is estimated not to fit otherwise. The
+    adapter is whole on every process, and a resume may change the placement. A single process holds the whole base."""
     stop_token: str | None = None
     """The token that ends an answer; null takes the tokenizer's end-of-sequence token. Choose a token that the base saw
     in pretraining: the adapter cannot learn to stop with a token whose frozen embedding was never trained."""

@@ -35,6 +35,7 @@ def _line(text: str) -> str:
 AtLeastOne = Annotated[int, Field(ge=1, lt=2**31)]
 Attention = Annotated[str, Field(pattern="^(segment|sdpa|eager|flex_attention|flash_attention_[234])$")]
 Layout = Annotated[str, Field(pattern="^(packed|padded)$")]
+Placement = Literal["replicated", "sharded"]
 Kernel = Annotated[str, Field(pattern="^(lora|mlp|norm|rotary|loss|last mlp)$")]
 
 
@@ -83,7 +84,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class Resolved:
-    """What a run chose by looking at the machine or the model. Every resume uses the same values.
+    """What a run chose by looking at the machine or the model. Every resume uses the same values, except `placement`.
 
     Attributes:
         threads: OpenMP threads of a process on a CPU; None on a GPU.
@@ -92,6 +93,7 @@ class Resolved:
         attention: The attention implementation's name in the model's configuration.
         layout: `packed` (several examples in a row) or `padded` (one example in each row).
         kernels: The fused kernels in use; None in checkpoints from before they were recorded.
+        placement: Whether the base is on every process or sharded. It changes no bit, so each start chooses again.
     """
 
     threads: AtLeastOne | None
@@ -100,6 +102,7 @@ class Resolved:
     micro_batch_tokens: AtLeastOne | None = None
     activation_checkpointing: bool | None = None
     kernels: tuple[Kernel, ...] | None = None
+    placement: Placement = "replicated"
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ VERDICTS: dict[str, Verdict] = {  # the first pattern that matches a key decides
     "base.trust_remote_code": "harmless",
     "base.stop_token": "harmless",  # `fingerprints.train` compares the tokens that result from it
     "base.attention": "accept",
+    "base.placement": "harmless",  # whole weights are gathered before they are used, so no bit changes
     "base.*": "refused",
     "data.train.*.weight": "accept",  # decides the order of the examples, which no fingerprint covers
     "data.train.*.epochs": "accept",

@@ -11,6 +11,7 @@ from lora_kit.artifacts.hub import push_notes
 from lora_kit.data.plan import table as table_of_mixture
 from lora_kit.files import read_regular, write_atomically
 from lora_kit.kernels import fusing
+from lora_kit.kernels.nf4 import Nf4Linear
 from lora_kit.recipe.load import dump
 from lora_kit.runs.lease import START_REQUESTED, borrowed_lease
 from lora_kit.runs.origin import PlainAdapter
@@ -109,7 +110,8 @@ def start_seconds(began: Mapping[str, float]) -> dict[str, float]:
 def describe(job: Job, console: Console) -> None:
     """Show the base, the data, the processes and the choices of a run, with every warning about them."""
     resolved, counts = job.facts.resolved, job.facts.data.train
-    trainable, total = job.model.get_nb_trainable_parameters()  # peft counts parameters in 4 bits correctly
+    trainable, total = job.model.get_nb_trainable_parameters()  # peft counts bitsandbytes' weights in 4 bits correctly
+    total += sum(layer.uncounted for layer in job.model.modules() if isinstance(layer, Nf4Linear))
     share = trainable / (total - trainable)
     console.say(f"base {job.recipe.base.repo}: {trainable:,} trainable parameters ({share:.2%} of the base's)")
     console.say(

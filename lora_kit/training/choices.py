@@ -17,17 +17,34 @@ from lora_kit.kernels.attention import inner_of
 from lora_kit.kernels.cpu.allocator import LARGE, keep_freed_memory
 from lora_kit.model.forward import model_inputs
 from lora_kit.model.probe import choose_attention, probe_batch
-from lora_kit.model.sizes import read_config
+from lora_kit.model.sizes import Shape, read_config
 from lora_kit.model.source import Source
 from lora_kit.recipe.schema import Recipe
 from lora_kit.runs.manifest import Resolved
-from lora_kit.training.micro_batches import Machine, MicroBatches, choose, host_memory
+from lora_kit.training.micro_batches import Machine, MicroBatches, Placed, choose, host_memory, place
 from lora_kit.training.processes import Processes
 from lora_kit.training.speed import threads_for
 
 
+def placement(recipe: Recipe, source: Source, processes: Processes) -> Placed:
+    """Return where the base goes; the same on all processes. It changes no bit, so every start chooses again.
+
+    Raises:
+        BaseError: The recipe's quantisation cannot be sharded.
+    """
+    return place(recipe, shape_of(source), smallest_machine(processes), source.weight_bytes)
+
+
+def shape_of(source: Source) -> Shape | None:
+    """Return the dimensions of a base; None for a family whose sizes are not known."""
+    try:
+        return read_config(source.folder / "config.json")
+    except BaseError:
+        return None
+
+
 def micro_batches(
-    recipe: Recipe, before: Resolved | None, changed: Set[str], source: Source, processes: Processes
+    recipe: Recipe, before: Resolved | None, changed: Set[str], source: Source, processes: Processes, shards: int
 ) -> MicroBatches:
     """Return the size of micro-batches and whether activations are recomputed; the same on all processes.
 
@@ -37,6 +54,7 @@ def micro_batches(
         changed: The keys that a resume changes; their values are taken from the recipe or chosen again.
         source: The files of the base.
         processes: The processes that train together.
+        shards: The number of processes over which the base is sharded; 1 if each has the whole base.
     """
     recorded = {
         "micro_batch_tokens": before and before.micro_batch_tokens,
@@ -44,19 +62,15 @@ def micro_batches(
     }
     kept = {key: value for key, value in recorded.items() if value is not None and f"train.{key}" not in changed}
     settled = recipe.model_copy(update={"train": recipe.train.model_copy(update=kept)})
-    try:
-        shape = read_config(source.folder / "config.json")
-    except BaseError:
-        shape = None
-    return choose(settled, shape, smallest_machine(processes))
+    return choose(settled, shape_of(source), smallest_machine(processes), shards)
 
 
 def smallest_machine(processes: Processes) -> Machine:
     """Return the device of the processes, with the memory of the process that has the least."""
     if processes.device.type == "cuda":
         memory = torch.cuda.get_device_properties(processes.device).total_memory
-        return Machine("cuda", min(processes.gather([memory])))
-    return Machine("cpu", min(processes.gather([host_memory() // processes.count])))
+        return Machine("cuda", min(processes.gather([memory])), processes.count)
+    return Machine("cpu", min(processes.gather([host_memory() // processes.count])), processes.count)
 
 
 def threads(source: Source, processes: Processes) -> int | None:

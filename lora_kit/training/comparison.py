@@ -68,7 +68,16 @@ def comparison(job: Job) -> Comparison | None:
     machine = Machine("cuda" if device.type == "cuda" else "cpu", 0)
     micro_batches = MicroBatches(job.plan.micro_batch_tokens, bool(resolved.activation_checkpointing))
     contents, processes = contents_of(job.plan, job.inputs.data), job.processes.count
-    memory = memory_of(shape, job.recipe, micro_batches, machine, contents=contents, processes=processes)
+    sharded = resolved.placement == "sharded"
+    memory = memory_of(
+        shape,
+        job.recipe,
+        micro_batches,
+        machine,
+        contents=contents,
+        processes=processes,
+        shards=processes if sharded else 1,
+    )
     estimated = memory.device_bytes if machine.device == "cuda" else memory.process_bytes("cpu")
     timed = {
         line["step"]: line["tokens"] / line["tokens_per_second"]
@@ -83,7 +92,7 @@ def comparison(job: Job) -> Comparison | None:
         rates = measure(shape, job.recipe, device, tokens=tokens, longest=longest, threads=resolved.threads)
     except torch.OutOfMemoryError:  # the run leaves no room for a measurement
         return Comparison(estimated, measured, None, None)
-    speed = Speed(shape, job.recipe, memory, rates, machine.device, processes)
+    speed = Speed(shape, job.recipe, memory, rates, machine.device, processes, sharded=sharded)
     expected = mean(speed.step(contents.first[step - 1]) for step in timed)
     return Comparison(estimated, measured, expected, mean(timed.values()))
 

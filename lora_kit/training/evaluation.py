@@ -21,12 +21,13 @@ from lora_kit.data.tokens import Prepared, Tokens, check_context
 from lora_kit.errors import ContractError, DataError, RecipeError
 from lora_kit.kernels.attention import use_attention
 from lora_kit.kernels.fusing import use_kernels
+from lora_kit.kernels.gathered import is_sharded
 from lora_kit.model.tokenizer import for_objective, read_template
 from lora_kit.recipe.load import resolve_path
 from lora_kit.recipe.schema import Recipe
 from lora_kit.runs.formats import finite
 from lora_kit.training.objectives.choose import objective_of
-from lora_kit.training.objectives.objective import Computing, Objective, is_of_source
+from lora_kit.training.objectives.objective import Computing, LossSum, Objective, is_of_source
 from lora_kit.training.processes import Processes
 from lora_kit.training.reference import Reference, as_reference, facts_of
 
@@ -103,13 +104,15 @@ class HeldOut:
 
     def _score(self, examples: Tokens, tick: Tick) -> Score:
         (loss, sets, metrics), prompts, matches = self.loss(examples, tick), self.data.prompts, 0
-        own_prompts = prompts[self.processes.index :: self.processes.count]
+        first, every = (0, 1) if self.in_step else (self.processes.index, self.processes.count)
+        own_prompts = prompts[first::every]
         for start in range(0, len(own_prompts), self.answering.batch_size):
             tick("answering")
             batch = own_prompts[start : start + self.answering.batch_size]
             texts = zip(self.answers(batch), batch, strict=True)
             matches += sum(self.has_room(prompt) and text.strip() == prompt.expected.strip() for text, prompt in texts)
-        match = sum(self.processes.gather([matches])) / len(prompts) if prompts else None
+        total = matches if self.in_step else sum(self.processes.gather([matches]))
+        match = total / len(prompts) if prompts else None
         too_long = sum(not self.has_room(prompt) for prompt in prompts)
         perplexity = math.exp(min(loss, 700)) if self.objective.unit == "trained_tokens" else None
         return Score(loss, perplexity, match, len(examples), len(prompts), too_long, sets, metrics)
@@ -117,6 +120,14 @@ class HeldOut:
     def has_room(self, prompt: Prompt) -> bool:
         """Return whether a prompt leaves a position of the base for an answer."""
         return new_tokens(prompt.ids, self.positions, self.answering) > 0
+
+    @cached_property
+    def in_step(self) -> bool:
+        """Whether the base is sharded, so that all processes must compute equally often and all answer every prompt.
+
+        A token of an answer costs the gathering of the whole base, so sharing out the prompts would save little.
+        """
+        return is_sharded(self.model)
 
     @cached_property
     def positions(self) -> int | None:
@@ -153,11 +164,17 @@ class HeldOut:
         objective = self.objective.for_examples(examples, chosen, self.computing)
         lengths = examples.places(slice(chosen.start, chosen.stop), padded=padded)
         groups = self.objective.split(lengths, self.plan.micro_batch_tokens, padded=padded)
-        for members in groups[self.processes.index :: self.processes.count]:
+
+        def loss_of(members: Sequence[int]) -> LossSum:
             tick("held-out loss")
             batch = collate(examples, [chosen[member] for member in members], padded=padded)
-            loss = objective.loss(self.model, batch, self.processes.device)
+            return objective.loss(self.model, batch, self.processes.device)
+
+        for members in self.computing.own(groups):
+            loss = loss_of(members)
             sums += torch.stack([torch.full_like(loss.total, loss.weight), loss.total, *loss.metrics]).tolist()
+        for members in self.computing.for_nothing(groups):
+            loss_of(members)
         found: list[float] = sums.tolist()
         return found
 

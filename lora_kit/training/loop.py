@@ -34,6 +34,7 @@ from lora_kit.training.comparison import compare_estimate
 from lora_kit.training.evaluation import HeldOut, HeldOutLoss, plain
 from lora_kit.training.job import Job
 from lora_kit.training.objectives.choose import objective_of
+from lora_kit.training.objectives.objective import Objective
 from lora_kit.training.processes import Processes
 from lora_kit.training.profiling import part, profiled
 from lora_kit.training.progress import QueuedStep, StepLog, step_values, with_held_out
@@ -116,6 +117,7 @@ def train(
                     for place, metric in enumerate(loss.metrics, start=METRICS):
                         state.sums[place] = metric
                     part("reduction", add_to_tree)(partial_sums, state.reduced, merges)
+                keep_pace(job, of_step, step)
                 # 6. the sum over processes, in the order in which a single process would add
                 part("reduction", reduce)(job, partial_sums, step)
                 if step == 0:
@@ -185,6 +187,16 @@ def own_micro_batches(job: Job, step: int) -> Iterator[tuple[MicroBatch, int, in
         yield part("data", collate)(data, groups[number], padded=job.plan.padded, sources=sources), weight, merges
 
 
+def keep_pace(job: Job, objective: Objective, step: int) -> None:
+    """Compute a micro-batch for nothing if the base is sharded and other processes have one more in this step.
+
+    `reduce` overwrites or leaves out the gradient.
+    """
+    for group in job.computing.for_nothing(job.plan.micro_batches(step)):
+        batch = collate(job.inputs.data.train, group, padded=job.plan.padded, sources=job.plan.sources_of(group))
+        objective.loss(job.model, batch, job.processes.device).total.backward()
+
+
 def add_to_tree(partial_sums: list[Tensor], reduced: Tensor, merges: int) -> None:
     """Add a leaf to the binary tree of `reduction_schedule`, and zero the buffer for the next leaf."""
     total = partial_sums.pop().add_(reduced) if merges else reduced.clone()
@@ -252,8 +264,9 @@ def held_out_loss(job: Job, done: int, publisher: Publisher, console: Console) -
     held_out, data = held_out_of(job), job.inputs.data
     assert data.validation is not None
     found, prompts = held_out.loss(data.validation, tick), data.prompts[:SAMPLES]
-    if job.processes.is_main and prompts:
-        for prompt, text in zip(prompts, held_out.answers(prompts), strict=True):
+    answers = held_out.answers(prompts) if job.processes.is_main or held_out.in_step else []
+    if job.processes.is_main:
+        for prompt, text in zip(prompts, answers, strict=True):
             rendered = job.inputs.renderer.tokenizer.decode(prompt.ids)
             sample = {"step": done, "prompt": rendered, "expected": prompt.expected, "answer": text}
             job.journal.event("sample", **sample)

@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import wait_for_everyone
 from jaxtyping import Float32
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lora_kit import errors
 from lora_kit.errors import LaunchError, LoraKitError
@@ -37,7 +38,7 @@ CONTRADICTIONS = {  # settings of `accelerate launch`: the value that a recipe a
         "1",
         "accumulation follows from train.batch_size and micro_batch_tokens",
     ),
-    "ACCELERATE_USE_FSDP": ("false", "the adapter is never sharded and the base is replicated"),
+    "ACCELERATE_USE_FSDP": ("false", "the recipe's base.placement: sharded shards the base, and never the adapter"),
     "ACCELERATE_USE_DEEPSPEED": ("false", "lora_kit keeps the whole optimizer state itself"),
     "ACCELERATE_USE_MEGATRON_LM": ("false", "lora_kit does not train through Megatron-LM"),
     "ACCELERATE_DYNAMO_BACKEND": ("no", "the recipe does not compile the model"),
@@ -237,6 +238,14 @@ class Processes:
                 + "\ngive all processes the same packages, C compiler, environment and settings of torch, on one kind "
                 "of machine"
             )
+
+    def has_fewer(self, count: int) -> bool:
+        """Return whether this process gets fewer than others of `count` items that are dealt out in turn."""
+        return len(range(self.index, count, self.count)) < -(-count // self.count)
+
+    def mesh(self) -> DeviceMesh:
+        """Return all processes as the one dimension over which a base is sharded."""
+        return init_device_mesh(self.device.type, (self.count,))
 
     def barrier(self) -> None:
         """Wait for all processes."""

@@ -11,7 +11,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 from peft import PeftModel
 
 from lora_kit.data import arrays, cache
-from lora_kit.data.packing import collate
+from lora_kit.data.packing import MicroBatch, collate
 from lora_kit.data.tokens import Prepared, Tokens
 from lora_kit.errors import CheckpointError, ContractError, Stopped
 from lora_kit.files import cache_folder, private_folder
@@ -106,19 +106,27 @@ class Reference:
         own: list[tuple[int, int, float]] = []
         for source, indices, first_column in parts:
             lengths = source.places(indices, padded=self.computing.padded)
-            for members in self.computing.own(lengths):
-                batch = collate(source, [indices[member] for member in members], padded=self.computing.padded)
-                log_probs, _ = log_probs_of_segments(self.computing.model, batch, self.computing.device)
-                values = log_probs.tolist()
+            groups = self.computing.groups(lengths)
+            for members in self.computing.own(groups):
+                batch, values = self._log_probs(source, [indices[member] for member in members])
                 sides = np.arange(len(members))[:, None] if batch.sides is None else batch.sides
                 own += [
                     (members[place], first_column + side, values[segment])
                     for (place, side), segment in np.ndenumerate(sides)
                     if segment >= 0
                 ]
+            for members in self.computing.for_nothing(groups):
+                self._log_probs(source, [indices[member] for member in members])
         for place, column, value in self.computing.processes.gather(own):
             table[place, column] = value
         return table
+
+    def _log_probs(self, source: Tokens, members: Sequence[int]) -> tuple[MicroBatch, list[float]]:
+        """Return a micro-batch and the log-probability of each of its segments."""
+        batch = collate(source, members, padded=self.computing.padded)
+        log_probs, _ = log_probs_of_segments(self.computing.model, batch, self.computing.device)
+        values: list[float] = log_probs.tolist()
+        return batch, values
 
 
 def facts_of(
@@ -129,7 +137,7 @@ def facts_of(
         "base": environment.fingerprints.base.files,
         "settings": [recipe.base.dtype, recipe.base.quantization],
         "adapter": [origin.adapter, recipe.adapter.alpha] if origin else None,
-        "resolved": asdict(resolved),
+        "resolved": {name: value for name, value in asdict(resolved).items() if name != "placement"},
         "versions": environment.versions,
         "computed_by": environment.computed_by,
         "device": environment.machine.device,

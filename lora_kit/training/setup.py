@@ -40,6 +40,7 @@ from lora_kit.data.vocabulary import check_tokenizer_fits, untrained_labels, unt
 from lora_kit.errors import CheckpointError, ContractError
 from lora_kit.kernels import fusing
 from lora_kit.kernels.attention import use_attention
+from lora_kit.kernels.gathered import gathered
 from lora_kit.kernels.identity import identity
 from lora_kit.model.adapter import inject, saved_weights
 from lora_kit.model.base import load_base, require_quantization
@@ -256,12 +257,16 @@ def build_model(
             "choose other names"
         )
     before = run.latest.manifest.run.resolved if run.latest else None
-    micro_batches = choices.micro_batches(recipe, before, changed, inputs.source, processes)
+    placed = choices.placement(recipe, inputs.source, processes)
+    if processes.count > 1:
+        console.say(f"base {placed}")
+    micro_batches = choices.micro_batches(recipe, before, changed, inputs.source, processes, placed.shards)
     threads = before.threads if before else choices.threads(inputs.source, processes)
     if threads:
         torch.set_num_threads(threads)
     console.tick("base: load")
-    base = load_base(inputs.source, recipe.base, processes.device)
+    mesh = processes.mesh() if placed.shards > 1 else None
+    base = load_base(inputs.source, recipe.base, processes.device, mesh)
     check_base_fits(base, inputs)
     if before is None:
         refuse_unfit(base, inputs.source.name, processes.device)
@@ -293,8 +298,7 @@ def build_model(
             raise ContractError(f"{run.origin.path}: this run cannot begin with it: {error}") from error
     elif state.constants is not None:
         console.tick(f"adapter: start from the base's weights ({recipe.adapter.init})")
-        if processes.is_main:
-            start_from_weights(model, recipe.adapter)
+        start_from_weights(model, recipe.adapter, computes=processes.is_main)
         copy_to_all([state.weights, state.constants], processes)
     resolved = Resolved(
         threads=threads,
@@ -303,6 +307,7 @@ def build_model(
         micro_batch_tokens=micro_batches.micro_batch_tokens,
         activation_checkpointing=micro_batches.activation_checkpointing,
         kernels=kernels,
+        placement=placed.placement,
     )
     return AdaptedModel(model, state, resolved)
 
@@ -384,8 +389,9 @@ def warn_about_untrained(base: PreTrainedModel, recipe: Recipe, inputs: Inputs, 
 
     LoRA on linear layers cannot teach the base to write a token whose row in the head was never trained.
     """
-    head = cast(torch.Tensor, (base.get_output_embeddings() or base.get_input_embeddings()).weight)
-    labels = untrained_labels(inputs.data.train, head)
+    head = base.get_output_embeddings() or base.get_input_embeddings()
+    with gathered(head):
+        labels = untrained_labels(inputs.data.train, cast(torch.Tensor, head.weight))
     notes = untrained_notes(labels, inputs.renderer, raw=inputs.data.counts.train.is_raw)
     for note in [*find_targets(base, recipe.adapter).notes, *notes]:
         console.warn(note)

@@ -55,8 +55,10 @@ PHASES = ["forward", "backward", "reduce", "update", "updated", "copy", "publish
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_kill_in_any_phase_of_a_step_costs_no_finished_step(recipe, undisturbed, faults, tmp_path, processes):
+@pytest.mark.parametrize(("processes", "placement"), [(1, "replicated"), (2, "sharded")])
+def test_a_kill_in_any_phase_of_a_step_costs_no_finished_step(
+    recipe, undisturbed, faults, tmp_path, processes, placement
+):
     rng = random.Random(processes)
     steps = sorted(rng.sample(range(2, STEPS + 1), len(PHASES)))
     phases = rng.sample(PHASES, len(PHASES))
@@ -68,7 +70,9 @@ def test_a_kill_in_any_phase_of_a_step_costs_no_finished_step(recipe, undisturbe
     out = tmp_path / "run"
     plan.append({"rank": processes - 1, "phase": "evaluate", "kind": "kill"})
     plan.append({"rank": processes - 1, "phase": "load", "kind": "kill"})
-    train(recipe, out, *EVERY, processes=processes, environment=faults(*plan))
+    placed = ["--set", f"base.placement={placement}"]
+    printed = train(recipe, out, *EVERY, *placed, processes=processes, environment=faults(*plan))
+    assert ("base sharded over 2 processes" in printed) == (placement == "sharded")
     assert faults.happened() == len(plan)
     # a process may come to its fault before the other's death has ended the attempt
     assert len(plan) // processes <= len(events(out, "restart")) <= len(plan)
@@ -219,13 +223,18 @@ def test_the_kernel_takes_a_training_process_before_the_keeper(recipe, faults, t
 
 def test_a_world_that_changes_all_the_time_gives_the_same_bytes(recipe, undisturbed, faults, tmp_path):
     out, plan = tmp_path / "run", [hold(step) for step in (5, 8, 11)]  # each start comes to the next
-    for number, (lines, processes) in enumerate(((3, 2), (6, 1), (9, 4))):
-        process = start(recipe, out, *EVERY, processes=processes, environment=faults(*plan))
+    for number, (lines, processes, placement) in enumerate(
+        ((3, 2, "sharded"), (6, 1, "sharded"), (9, 4, "replicated"))
+    ):
+        placed = ["--set", f"base.placement={placement}"]
+        process = start(recipe, out, *EVERY, *placed, processes=processes, environment=faults(*plan))
         wait_for_lines(out / "metrics.jsonl", lines, process)
         process.terminate()
         assert process.wait() == 75
         faults.release(number)
-    train(recipe, out, *EVERY, processes=2)
+    printed = train(recipe, out, *EVERY, "--set", "base.placement=sharded", processes=2)
+    assert "harmless        base.placement: replicated -> sharded" in printed
+    assert json.loads((out / f"checkpoints/step-{STEPS:08d}" / MANIFEST).read_text())["claim"]["level"] == "bitwise"
     assert state_hash(out, STEPS) == undisturbed
     nothing_was_lost(out)
 

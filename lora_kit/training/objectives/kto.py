@@ -52,11 +52,17 @@ class Kto(Objective):
         others, was_training = mismatched(tokens, examples, self._limit), computing.model.training
         computing.model.eval()
         parts, groups = [], computing.groups(others.places(slice(None), padded=computing.padded))
-        for members in groups[computing.processes.index :: computing.processes.count]:
+
+        def log_probs_of(members: Sequence[int]) -> Tensor:
             batch = collate(others, members, padded=computing.padded)
-            log_probs, _ = log_probs_of_segments(computing.model, batch, computing.device)
+            return log_probs_of_segments(computing.model, batch, computing.device)[0]
+
+        for members in computing.own(groups):
+            log_probs = log_probs_of(members)
             reference = tokens.reference[[examples[member] for member in members], MISMATCHED]
             parts.append((log_probs - moved(reference, computing.device)).sum()[None])
+        for members in computing.for_nothing(groups):
+            log_probs_of(members)
         computing.model.train(was_training)
         total = tree(parts) if parts else torch.zeros(1, device=computing.device)
         computing.processes.tree_sum(total, contributors=min(computing.processes.count, len(groups)))

@@ -7,7 +7,7 @@ weight of the whole step, which is known from the data before the first forward 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from lora_kit.data.packing import MicroBatch, Split, pack
 from lora_kit.data.tokens import Tokens
+from lora_kit.kernels.gathered import is_sharded
 from lora_kit.training.processes import Processes
+
+T = TypeVar("T")
 
 
 class LossSum(NamedTuple):
@@ -61,9 +64,19 @@ class Computing:
         """Return the micro-batches of examples of these lengths; they do not depend on the number of processes."""
         return pack(lengths, self.micro_batch_tokens, padded=self.padded)
 
-    def own(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Return the micro-batches of `groups` that this process computes."""
-        return self.groups(lengths)[self.processes.index :: self.processes.count]
+    def own(self, groups: Sequence[T]) -> Sequence[T]:
+        """Return the micro-batches that this process computes."""
+        return groups[self.processes.index :: self.processes.count]
+
+    def for_nothing(self, groups: Sequence[T]) -> Sequence[T]:
+        """Return the micro-batch that this process computes besides its own, without using the result; mostly none.
+
+        With a sharded base every micro-batch gathers each layer, which needs every process. So a process that gets one
+        micro-batch fewer than others computes the cheapest one too.
+        """
+        if self.processes.has_fewer(len(groups)) and is_sharded(self.model):
+            return groups[-1:]
+        return ()
 
 
 class Objective(ABC):

@@ -38,6 +38,7 @@ from lora_kit.data.rendering import Renderer
 from lora_kit.data.tokens import Prepared, Tell, check_context, silent
 from lora_kit.data.vocabulary import check_tokenizer_fits, untrained_labels, untrained_notes
 from lora_kit.errors import BaseError, InputError, RecipeError
+from lora_kit.files import path_in
 from lora_kit.host import host_cores
 from lora_kit.model.sizes import BYTES, Shape, context_of, format_bytes, read_config
 from lora_kit.model.source import Source, base_folder
@@ -47,6 +48,7 @@ from lora_kit.recipe.load import resolve_path
 from lora_kit.recipe.schema import Base, Recipe
 from lora_kit.runs.serving import serving
 from lora_kit.runs.trackers import require
+from lora_kit.training.answer_metrics import require_packages
 from lora_kit.training.estimate import Contents, RunEstimate, contents_of, estimate_run, memory_of
 from lora_kit.training.micro_batches import Machine, MicroBatches, Placed, choose, place, this_machine
 from lora_kit.training.speed import Rates, Speed, threads_for, usual
@@ -317,10 +319,13 @@ def check(
         tell: Is told how many records are tokenised, and how many there are.
     """
     report = Report(this_machine(processes), serving=serving(recipe.adapter))
-    try:
-        require(recipe.track.names)
-    except InputError as error:
-        report.problems.append(str(error))
+    for checked in (lambda: require(recipe.track.names), lambda: require_packages(recipe.evaluate)):
+        try:
+            checked()
+        except InputError as error:
+            report.problems.append(str(error))
+    if recipe.evaluate.forgetting and not path_in(recipe.folder, recipe.evaluate.forgetting).is_file():
+        report.problems.append(f"evaluate.forgetting: {recipe.evaluate.forgetting} is not a file; expected a text file")
     shape: Shape | None = None
     try:
         path = _config_path(recipe, shapes, offline=offline)

@@ -556,7 +556,7 @@ def evaluate(
     set_: Overrides = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate the base and the adapter on the recipe's validation data: loss, perplexity, preferences, exact match."""
+    """Evaluate the base and the adapter on the recipe's validation data: loss, preferences, answers, forgetting."""
     with imports("evaluating", path) as path:
         from lora_kit.recipe.load import load_recipe
         from lora_kit.training import evaluation
@@ -566,7 +566,7 @@ def evaluate(
         _print_json(evaluation.plain(scores))
         return
     rates = (("accuracies", ".1%"), ("margins", ".4f"))
-    preferences = any(score.metrics for score in scores.values())
+    preferences = any("rewards/margins" in score.metrics for score in scores.values())
     columns = ("preference accuracy", "margin") if preferences else ("perplexity",)
     table = Table("", "loss", *columns, "exact match", "examples")
     for name, score in scores.items():
@@ -577,6 +577,10 @@ def evaluate(
         for each, loss in score.sets.items():
             table.add_row(f"{name}, {each}", f"{loss:.4f}", "" if preferences else f"{exp(min(loss, 700)):.2f}")
     rich_console().print(table)
+    for name, score in scores.items():
+        others = {key: value for key, value in score.metrics.items() if not key.startswith("rewards/")}
+        for key, value in others.items():
+            print(f"{name}, {key}: {number(value, '.4f')}")
     if score.too_long:
         note(f"{score.too_long} of {score.answered} prompts left no position for an answer and count as no match")
 

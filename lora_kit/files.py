@@ -54,6 +54,21 @@ class PrivateFolder:
             raise
         return file
 
+    def open_to_update(self, name: str) -> int:
+        """Return a descriptor of a file, for writing in place; the file is created if it is missing.
+
+        Raises:
+            OSError: The file cannot be opened, another user owns it or may write to it, or it is a link.
+        """
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        file = os.open(name, flags, 0o600, dir_fd=self.descriptor)
+        try:
+            _require_private(file, self.path / name)
+        except OSError:
+            os.close(file)
+            raise
+        return file
+
     def write(self, name: str, content: bytes | Callable[[BinaryIO], object]) -> int:
         """Write a file in one rename; return a descriptor of it, for reading.
 

@@ -23,15 +23,6 @@ ADAPTER = Adapter(rank=4, alpha=8)
 LIMIT = 64
 
 
-def preference_records(count):
-    """Return conversations with a chosen and a rejected answer."""
-    records = []
-    for number, record in enumerate(make_records(count)):
-        *prompt, answer = record["messages"]
-        records.append({"prompt": prompt, "chosen": [answer], "rejected": answer["content"] + "h" * (number % 5 + 1)})
-    return records
-
-
 def random_tokens(count=7, *, unpaired=False, seed=0):
     """Return pairs, or answers with a label, of random tokens: prompts of 2 to 9 and answers of 1 to 12 tokens."""
     rng = np.random.default_rng(seed)
@@ -44,6 +35,15 @@ def random_tokens(count=7, *, unpaired=False, seed=0):
         examples.append(tuple(np.concatenate(parts) for parts in zip(*sides, strict=True)))
         chosen.append(len(sides[0][0]) if not unpaired or number % 3 else 0)
     return Tokens.of(examples, chosen)
+
+
+def preference_records(count):
+    """Return pairs whose prompts are lists of messages."""
+    records = []
+    for number, record in enumerate(make_records(count)):
+        *prompt, answer = record["messages"]
+        records.append({"prompt": prompt, "chosen": [answer], "rejected": answer["content"] + "h" * (number % 5 + 1)})
+    return records
 
 
 def tuned(base_folder, *, micro_batch_tokens=128, padded=False, kernels=True):

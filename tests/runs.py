@@ -214,6 +214,31 @@ def state_hash(run, step):
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()
 
 
+def events(out, *kinds):
+    """Return the events of these kinds of a run."""
+    lines = [json.loads(line) for line in (Path(out) / "events.jsonl").read_text().splitlines()]
+    return [one for one in lines if one["kind"] in kinds]
+
+
+def records(out):
+    """Return the lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_shown(out):
+    """Return the steps in a run's metrics.jsonl."""
+    return [record["step"] for record in records(out)]
+
+
+def nothing_was_lost(out, steps):
+    """Check that a finished run shows every step once, that no resume did one again, and that its region is gone."""
+    from lora_kit.runs import live
+
+    assert steps_shown(out) == list(range(1, steps + 1))
+    assert all(one["reached"] <= one["step"] for one in events(out, "resumed"))
+    assert live.open_region(out) is None, "the region is still there"
+
+
 def wait_until(condition, process=None, *, limit=WAIT_SECONDS):
     """Block until a condition holds and return its value; fail after `limit` seconds or if the process has ended."""
     begin = time.monotonic()

@@ -72,3 +72,16 @@ def test_a_row_of_variants_replaces_the_old_one_and_the_best_rate_has_the_lowest
     found = variants.best(rows)["lora"]
     assert (found["learning_rate"], found["loss"], found["spread"], found["seeds"]) == (3e-3, 3.5, 1.0, 2)
     assert variants.markdown(rows).splitlines()[2] == "| lora | 0.003 | 3.5000 | 1.0000 | 50.0% | 2 |"
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_preferences_trains_the_same_pairs_with_both_systems(tmp_path):
+    pytest.importorskip("trl", reason="`pip install 'lora_kit[dev]'` installs TRL")
+    command = [sys.executable, str(BENCHMARK.with_name("preferences.py")), "--size", "tiny", "--steps", "1"]
+    command += ["--only", "lora_kit", "trl-best", "--json", str(tmp_path / "rows.json")]
+    ended = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), timeout=WAIT_SECONDS)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    ours, theirs = json.loads((tmp_path / "rows.json").read_text())
+    assert ours["losses"] == pytest.approx(theirs["losses"], abs=2e-2) and len(ours["step_seconds"]) == 2
+    assert all(row["peak_bytes"] > 0 and row["reference_seconds"] > 0 for row in (ours, theirs))
+    assert "times as fast" in ended.stdout

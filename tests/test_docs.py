@@ -243,6 +243,17 @@ def test_the_figures_of_speed_are_those_that_were_measured():
         assert "| " + " | ".join(f"{speed:,.0f}" for speed in speeds if speed) + " |" in readme
 
 
+def test_the_figures_of_preference_tuning_are_those_that_were_measured():
+    page, best = (ROOT / "docs" / "performance.md").read_text(), []
+    for size in ("30m", "160m"):
+        rows = [row for row in rows_of("preferences.json") if row["machine"]["size"] == size]
+        ours = next(row for row in rows if row["system"] == "lora_kit")
+        peers = [row["pairs_per_second"] for row in rows if row["system"] != "lora_kit"]
+        best.append(f"{ours['pairs_per_second'] / max(peers):.2f}")
+        assert f"{ours['pairs_per_second']:.2f}" in page and all(f"{speed:.2f}" in page for speed in peers)
+    assert f"lora_kit is {' and '.join(best)} times as fast as the best setting of TRL" in page
+
+
 def test_every_test_that_a_page_names_exists():
     files = list((ROOT / "tests").rglob("test_*.py"))
     text = "\n".join(path.read_text() for path in files)

@@ -17,6 +17,7 @@ from lora_kit.runs.manifest import (
     Manifest,
     Origin,
     Resolved,
+    Watch,
     manifest_bytes,
     read_manifest,
 )
@@ -29,10 +30,10 @@ WHOLE = Manifest(
         template="{{ messages }} ü",
         computed_by={"backend": "c", "compiler": "gcc 12"},
     ),
-    step_facts(7, skipped_steps=(2, 7), held_out_loss=0.25),
+    step_facts(7, skipped_steps=(2, 7), held_out_loss=0.25, watch=Watch("loss", 0.25, 7, 0)),
     {"adapter_model.safetensors": FileEntry(12, "c" * 64)},
 )
-OPTIONAL = ("origin", "computed_by", "held_out_loss")
+OPTIONAL = ("origin", "computed_by", "held_out_loss", "watch")
 
 
 def write(folder, content):

@@ -17,6 +17,7 @@ SHORT = {  # what a minute on one core allows
     "01_first_adapter": ["train.steps=4", "evaluate.generate=2"],
     "02_your_data": ["train.steps=4", "evaluate.generate=2"],
     "03_two_processes": ["train.steps=2", "data.validation=null", "evaluate.generate=0"],
+    "04_preferences": ["train.steps=3", "train.epochs=null", "data.max_examples=30", "data.validation=0.2"],
 }
 QUIET = r"\x1b|Warning|ipywidgets|Traceback|DIFFERENT"  # nothing of this is for a newcomer's eyes
 

@@ -1,9 +1,7 @@
-"""DPO, ORPO, SimPO and KTO compute what their papers say, however a step is packed, and resume to the same bytes."""
+"""DPO, ORPO, SimPO and KTO compute what their papers say, however a step is packed."""
 
 import json
 import math
-import os
-import signal
 
 import numpy as np
 import pytest
@@ -11,10 +9,9 @@ import torch
 from conftest import RECIPE, write_jsonl
 from plain_loop import relative
 from preferences import LIMIT, outcome, preference_records, random_tokens, tuned, with_reference
-from runs import start, state_hash, train, wait_for_lines
 
 from lora_kit.artifacts.card import model_card
-from lora_kit.errors import Stopped
+from lora_kit.errors import DataError, Stopped
 from lora_kit.recipe.load import load_recipe
 from lora_kit.recipe.schema import DpoObjective, KtoObjective, OrpoObjective, SimpoObjective
 from lora_kit.runs.store import open_checkpoint
@@ -164,24 +161,6 @@ def recipe(tmp_path_factory, base_folder):
     return folder / "recipe.yaml"
 
 
-def test_two_processes_end_with_the_bytes_of_one(recipe, undisturbed, tmp_path):
-    train(recipe, tmp_path / "run", processes=2)
-    assert state_hash(tmp_path / "run", STEPS) == undisturbed
-
-
-def test_a_killed_run_goes_on_to_the_same_bytes(recipe, undisturbed, tmp_path):
-    process = start(recipe, tmp_path / "run")
-    wait_for_lines(tmp_path / "run" / "metrics.jsonl", 2, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert "resuming" in train(recipe, tmp_path / "run")
-    assert state_hash(tmp_path / "run", STEPS) == undisturbed
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    assert [record["step"] for record in records] == [*range(1, STEPS + 1)]
-    assert all(math.isfinite(record["rewards/margins"]) for record in records)
-
-
 def test_the_reference_goes_on_where_it_was_stopped_and_is_not_computed_twice(packed, monkeypatch):
     monkeypatch.setattr(reference, "CHUNK", 2)
     computing, tokens, seen, stop = packed[0], random_tokens(7), [], [False, True]
@@ -231,3 +210,29 @@ def test_held_out_accuracy_and_margin_are_in_the_log_the_result_and_the_table(re
     assert f"| adapter | {adapter['loss']:.4f} | {adapter['metrics']['rewards/accuracies']:.1%} | " in card
     printed = capsys.readouterr().out
     assert f"preference accuracy {adapter['metrics']['rewards/accuracies']:.1%}, margin" in printed
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_a_mixture_measures_the_loss_of_each_of_its_sources(kind, recipe, tmp_path):
+    other = write_jsonl(tmp_path / "other.jsonl", preference_records(12)[7:])
+    if kind == "kto":  # pairs and labelled answers may be mixed
+        answers = [{"prompt": "ab", "completion": "h" * count, "label": count % 2 == 0} for count in range(1, 8)]
+        other = write_jsonl(tmp_path / "other.jsonl", answers)
+    first = load_recipe(recipe).data.train
+    train = f"data.train=[{{source: {first}, weight: 2}}, {{source: {other}, weight: 1}}]"
+    changes = [train, "data.validation=0.3", "train.steps=3", "evaluate.every_steps=3", f"objective.kind={kind}"]
+    run = loop.train(load_recipe(recipe, changes), tmp_path / "run")
+    for record in run.metrics:
+        counts = {name: one["pairs" if kind == "dpo" else "answers"] for name, one in record["sources"].items()}
+        losses = {name: one["loss"] for name, one in record["sources"].items() if counts[name]}
+        total = sum(losses[name] * counts[name] for name in losses)
+        assert total / sum(counts.values()) == pytest.approx(record["loss"], rel=1e-5)
+    assert all(sum(record["sources"][name].get("loss") is not None for record in run.metrics) for name in counts)
+    assert sorted(run.metrics[-1]["held_out_sets"]) == ["other", "pairs"]
+
+
+def test_a_source_without_preferences_is_refused_with_its_format(recipe, data_file, tmp_path):
+    first = load_recipe(recipe).data.train
+    changes = [f"data.train=[{first}, {data_file}]"]
+    with pytest.raises(DataError, match=r"train\.jsonl.*the columns are messages, as in the format messages, which is"):
+        loop.train(load_recipe(recipe, changes), tmp_path / "run")

@@ -1,6 +1,5 @@
 """However a run is interrupted, and on however many processes it goes on, it ends with the undisturbed run's bytes."""
 
-import json
 import os
 import random
 import signal
@@ -8,7 +7,7 @@ import time
 
 import pytest
 from conftest import hold
-from runs import start, state_hash, train, wait_for_lines
+from runs import start, state_hash, steps_shown, train, wait_for_lines
 
 STEPS = 8
 
@@ -33,10 +32,6 @@ def recipe(tmp_path_factory, base_folder, data_file, dtype):
 def undisturbed(recipe, reference):
     """The bytes of a run on one process that nothing disturbed."""
     return state_hash(reference(recipe), STEPS)
-
-
-def steps_shown(out):
-    return [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.quick

@@ -6,13 +6,13 @@ checkpoints have equal cards. Unknown values are left out.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from lora_kit.recipe.load import BUILTIN
-from lora_kit.recipe.schema import Hub
+from lora_kit.recipe.schema import ANSWER_METRIC, Hub
 from lora_kit.runs.manifest import Manifest
 from lora_kit.views.console import number
 
@@ -51,9 +51,18 @@ def model_card(
         run=manifest.run,
         progress=manifest.progress,
         scores=scores or {},
+        preferences=any("rewards/margins" in score.get("metrics", {}) for score in (scores or {}).values()),
+        further=_further(scores or {}),
         shipped=base.startswith(BUILTIN),
         number=number,
     )
+
+
+def _further(scores: Mapping[str, Any]) -> dict[str, str]:
+    """Return the figures of all scores that have no column of the first table, each with how it is written."""
+    known = dict.fromkeys(get_args(ANSWER_METRIC), ".1%") | {"text_loss": ".4f", "forgetting": "+.4f"}
+    metrics = [score.get("metrics", {}) for score in scores.values()]
+    return {name: spec for name, spec in known.items() if metrics and all(name in each for each in metrics)}
 
 
 def _sources(given: Any) -> str:

@@ -199,15 +199,18 @@ def _load(descriptor: int, path: Path | None, *, verify: bool = True) -> Prepare
     return Prepared(train, validation, prompts, counts, notes, kept, entry)
 
 
-def prune(folder: PrivateFolder) -> None:
-    """Delete the least recently used entries until the cache is within its limits; the newest entry always stays."""
-    names = [name for name in os.listdir(folder.descriptor) if name.endswith((SUFFIX, PARTIAL))]  # noqa: PTH208
+def prune(folder: PrivateFolder, suffix: str = SUFFIX) -> None:
+    """Delete the least recently used entries until the cache is within its limits; the newest entry always stays.
+
+    The names of the entries end with `suffix`.
+    """
+    names = [name for name in os.listdir(folder.descriptor) if name.endswith((suffix, PARTIAL))]  # noqa: PTH208
     found = [(name, os.stat(name, dir_fd=folder.descriptor, follow_symlinks=False)) for name in names]
     for name, stat in found:
         if name.endswith(PARTIAL) and time.time() - stat.st_mtime > ABANDONED_SECONDS:  # its process was killed
             with suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=folder.descriptor)
-    entries = sorted((each for each in found if each[0].endswith(SUFFIX)), key=lambda entry: -entry[1].st_mtime_ns)
+    entries = sorted((each for each in found if each[0].endswith(suffix)), key=lambda entry: -entry[1].st_mtime_ns)
     total = 0
     for rank, (name, stat) in enumerate(entries):
         total += stat.st_size

@@ -30,7 +30,13 @@ ASSETS = Path(__file__).parents[1] / "assets"
 BUILTIN = "builtin:"
 HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*(:[^@]+)?(@.+)?")  # of a model, or name:config@revision of a dataset
 SECRET = re.compile(r"hf_\w{20,}|\w://[^\s/@]+@|[?&](token|key|password|signature|sig)=", re.IGNORECASE)
-PATHS = (("base", "repo"), ("data", "train"), ("data", "validation"), ("data", "template"))  # fields that may be paths
+PATHS = (
+    ("base", "repo"),
+    ("data", "train"),
+    ("data", "validation"),
+    ("data", "template"),
+    ("evaluate", "forgetting"),
+)  # fields that may be paths
 PATHS_OF_SOURCE = ("source", "template")
 MAX_BYTES, MAX_ALIASES = 100_000, 20  # of a recipe; a few aliases of aliases can stand for millions of values
 FOUND = reprlib.Repr()  # shows a value that was found, shortened

@@ -462,17 +462,53 @@ class Checkpoint(Section):
     keep_every: COUNT | None = None
     """Also keep the checkpoints whose step is a multiple of N. Add a file named `pinned` to a checkpoint to keep it."""
     best: bool = False
-    """Also keep the checkpoint with the lowest held-out loss. Needs `evaluate.every_steps`."""
+    """Also keep the checkpoint with the best held-out figure (`evaluate.metric`). Needs `evaluate.every_steps`."""
+
+
+LOSS = "loss"
+FORGETTING = ("forgetting", "text_loss")  # figures of `evaluate.forgetting`
+LOWER_IS_BETTER = (LOSS, *FORGETTING)
+REWARDS = ("rewards/accuracies", "rewards/margins")  # figures of a preference objective
+EXACT_MATCH = "exact_match"
+ANSWER_METRIC = Literal["contains", "regex", "json", "tool_names", "tool_arguments", "rouge", "bleu"]
 
 
 class Evaluate(Section):
-    """Measurements on the validation data. After the last step, the held-out loss of base and adapter is measured."""
+    """Measurements on the validation data. After the last step, the held-out loss of base and adapter is measured.
+    [evaluation.md](evaluation.md) explains the figures."""
 
     every_steps: COUNT | None = None
     """Measure the held-out loss of the adapter every N steps and write a checkpoint; null measures at the end only."""
     generate: int = Field(0, ge=0, le=1_000_000_000)
     """Number of validation prompts to answer after the last step, to measure exact match. The first few answers are
     also logged at every evaluation during training."""
+    metrics: Annotated[tuple[ANSWER_METRIC, ...], Field(strict=False)] = ()
+    """What is measured of the generated answers besides exact match. rouge and bleu need `lora_kit[metrics]`."""
+    regex: str | None = Field(None, min_length=1)
+    """The regular expression (of Python) that the metric regex looks for in each answer."""
+    forgetting: str | None = Field(None, min_length=1)
+    """A text file, e.g. of what the base was pretrained on. The loss on it is measured together with the held-out loss;
+    forgetting is the adapter's loss on it minus the base's."""
+    metric: str = LOSS
+    """The figure that decides `checkpoint.best` and `patience`: loss, loss/NAME for a named validation set,
+    rewards/accuracies or rewards/margins of a preference objective, exact_match or one of `metrics`, forgetting or
+    text_loss. The lowest loss or forgetting is the best, and the highest value of any other figure."""
+    patience: COUNT | None = None
+    """End the run after N evaluations in a row without a better `metric`; null never ends it early."""
+    least_gain: float = Field(0.0, ge=0, le=1e30)
+    """With `patience`, by how much a figure must be better than the best one so far to count."""
+
+    @model_validator(mode="after")
+    def _check_metrics(self) -> Self:
+        if self.metrics and not self.generate:
+            raise ValueError(f"metrics ({', '.join(self.metrics)}) are of generated answers; set generate")
+        if ("regex" in self.metrics) != (self.regex is not None):
+            raise ValueError("regex and the metric regex need each other; set both or none")
+        try:
+            re.compile(self.regex or "")
+        except re.error as error:
+            raise ValueError(f"regex is {self.regex!r}, which is not a regular expression: {error}") from None
+        return self
 
 
 SHARE = Annotated[float, Field(ge=0, le=1)]
@@ -602,4 +638,29 @@ class Recipe(Section):
             raise ValueError("evaluate.every_steps needs validation data; set data.validation")
         if self.checkpoint.best and not self.evaluate.every_steps:
             raise ValueError("checkpoint.best compares held-out losses; set evaluate.every_steps")
+        if self.evaluate.patience and not self.evaluate.every_steps:
+            raise ValueError("evaluate.patience counts evaluations; set evaluate.every_steps")
+        if self.evaluate.forgetting and self.data.validation is None:
+            raise ValueError("evaluate.forgetting is measured with the validation data; set data.validation")
+        if self.evaluate.metric not in self.figures:
+            raise ValueError(
+                f"evaluate.metric is {self.evaluate.metric!r}, which this recipe does not measure; it measures "
+                f"{', '.join(self.figures)}"
+            )
         return self
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """The figures that an evaluation of this recipe measures, under the names of `evaluate.metric`."""
+        sets: tuple[str, ...] = ()
+        if isinstance(self.data.validation, dict):
+            sets = tuple(self.data.validation)
+        elif isinstance(self.data.validation, float) and self.data.mixture:
+            sets = tuple(self.data.train_sources)
+        return (
+            LOSS,
+            *(f"{LOSS}/{name}" for name in sets),
+            *(() if self.objective.kind == "sft" else REWARDS),
+            *((EXACT_MATCH, *self.evaluate.metrics) if self.evaluate.generate else ()),
+            *(FORGETTING if self.evaluate.forgetting else ()),
+        )

@@ -605,7 +605,7 @@ class JobFile:
         every_seconds: The longest time between two checkpoints.
         keep: How many of the newest checkpoints stay.
         keep_every: Checkpoints whose step is a multiple of this stay too.
-        best: Whether the checkpoint with the lowest held-out loss stays too.
+        best: Whether the checkpoint with the best held-out figure stays too.
     """
 
     shapes: dict[str, tuple[Count, ...]]

@@ -6,6 +6,7 @@ step, and `files` is known once the files are written. A field that was added af
 older checkpoints can be read.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -175,6 +176,23 @@ class RunFacts:
 
 
 @dataclass(frozen=True)
+class Watch:
+    """The count of `evaluate.patience` after an evaluation.
+
+    Attributes:
+        metric: The figure that is watched.
+        best: Its best value so far; None if none was finite.
+        step: The step after which it had this value; 0 if there is none.
+        waited: How many evaluations since then have brought no gain.
+    """
+
+    metric: str
+    best: Finite | None
+    step: Count
+    waited: Count
+
+
+@dataclass(frozen=True)
 class StepFacts:
     """The part of a manifest that changes from step to step.
 
@@ -184,6 +202,7 @@ class StepFacts:
         skipped_steps: The steps that left the adapter unchanged: their loss or gradient was not finite or too large.
         held_out_loss: The loss on the validation data after this step; None if it was not measured or is not finite.
         line: This step's line of metrics.jsonl.
+        watch: The count of `evaluate.patience` after this step's evaluation or the one before it.
     """
 
     step: Count
@@ -191,6 +210,12 @@ class StepFacts:
     skipped_steps: tuple[Count, ...]
     line: Annotated[str, AfterValidator(_line)]
     held_out_loss: Finite | None = None
+    watch: Watch | None = None
+
+    @property
+    def measured(self) -> bool:
+        """Whether the validation data was measured after this step."""
+        return self.held_out_loss is not None or "held_out_loss" in json.loads(self.line)
 
     @property
     def skipped(self) -> bool:

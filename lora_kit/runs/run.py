@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, NotRequired, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, with_config
 from typing_extensions import TypedDict  # pydantic reads this one before Python 3.12
@@ -15,7 +15,7 @@ from lora_kit.data.counts import Count, Share
 from lora_kit.errors import CheckpointError
 from lora_kit.files import write_atomically
 from lora_kit.recipe.load import BUILTIN
-from lora_kit.recipe.schema import Recipe
+from lora_kit.recipe.schema import ANSWER_METRIC, LOSS, Recipe
 from lora_kit.runs import formats, store
 from lora_kit.runs.formats import Amount, Figure, finite
 from lora_kit.runs.journal import Event, Journal, StepRecord
@@ -53,7 +53,7 @@ class Result(TypedDict):
         checkpoint_bytes: The size of the last checkpoint.
         base_bytes: The size of the base's weights.
         adapter: The last checkpoint, relative to the run's folder.
-        best: The checkpoint with the lowest held-out loss; null if none was measured.
+        best: The checkpoint with the best held-out figure (`evaluate.metric`); null if none was measured.
     """
 
     step: Count
@@ -119,7 +119,7 @@ class Run:
 
     @property
     def best(self) -> Path | None:
-        """The checkpoint with the lowest held-out loss; None when none was measured."""
+        """The checkpoint with the best held-out figure (`evaluate.metric`); None when none was measured."""
         best = store.best_of(self.folder)
         return best.path if best else None
 
@@ -182,13 +182,21 @@ def scores(result: dict[str, Any]) -> list[tuple[str, str]]:
         match = "" if exact is None else f", exact match {exact:.1%} of {score['answered']}"
         if too_long := score.get("too_long"):
             match += f" ({too_long} left no position for an answer)"
-        parts = [f"loss {number(score['loss'], '.4f')}", *preferences(score.get("metrics", {}))]
-        if not score.get("metrics"):
+        metrics = score.get("metrics", {})
+        parts = [f"loss {number(score['loss'], '.4f')}", *preferences(metrics)]
+        if "rewards/margins" not in metrics:
             parts.append(f"perplexity {number(score['perplexity'], '.2f')}")
         rows.append((f"held-out, {name}", f"{', '.join(parts)}{match}"))
+        if answers := [f"{each} {number(metrics[each], '.1%')}" for each in get_args(ANSWER_METRIC) if each in metrics]:
+            rows.append((f"answers, {name}", ", ".join(answers)))
         rows += [
             (f"held-out, {name}, {each}", f"loss {number(loss, '.4f')}") for each, loss in score.get("sets", {}).items()
         ]
+    texts = [score["metrics"] for score in result["metrics"].values() if "forgetting" in score.get("metrics", {})]
+    if texts:
+        before, after = (number(texts[place]["text_loss"], ".4f") for place in (0, -1))
+        change = number(texts[-1]["forgetting"], "+.4f")
+        rows.append(("forgetting", f"{change}: loss on evaluate.forgetting {before} before, {after} after"))
     rows += [
         (f"trained, {name}", f"loss {number(loss, '.4f')} over the last {min(RECENT_STEPS, result['step'])} steps")
         for name, loss in result.get("sources", {}).items()
@@ -219,7 +227,9 @@ def show(run: Run, recipe: Recipe, console: Console) -> None:
     ]
     rows.insert(-1, ("serve", serving(recipe.adapter, folder)))
     if result["best"] and result["best"] != result["adapter"]:
-        rows.insert(-2, ("lowest held-out loss", str(run.folder / result["best"])))
+        metric = recipe.evaluate.metric
+        name = "lowest held-out loss" if metric == LOSS else f"best held-out {metric}"
+        rows.insert(-2, (name, str(run.folder / result["best"])))
     used = [recipe.base.repo, *(source.source for source in recipe.data.train_sources.values())]
     embedded = [name.startswith(BUILTIN) for name in used]
     note = "base and data are synthetic" if all(embedded) else "the base is synthetic" if embedded[0] else ""

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_kit.errors import CheckpointError, InputError
+from lora_kit.recipe.schema import LOSS
 from lora_kit.runs import live, store
+from lora_kit.runs.figures import figure_of
 from lora_kit.runs.journal import EVENTS, Event, Journal, StepRecord
 from lora_kit.runs.lease import is_held
 from lora_kit.runs.live import LEAST_TIMEOUT_SECONDS, TIMEOUT_FACTOR, Phase, Word
@@ -43,7 +45,8 @@ class Status:
         held_out: The newest held-out loss: `step`, `loss` (None if it was not finite), `sets` (the loss of each named
             validation set, if they have names); None if none was measured.
         sources: The loss of each source of a mixture over the last `RECENT_STEPS` steps; empty without a mixture.
-        best: The checkpoint with the lowest held-out loss: `step`, `loss`, `path`; None if there is none.
+        best: The checkpoint with the best held-out figure: `step`, `loss`, `path`, and `metric` and `value` of a figure
+            other than the loss; None if there is none.
         live: The newest snapshot in shared memory: `step`, `valid`, `behind` (the number of newer finished steps),
             `path`; None if there is none, as after the end of a run.
         durable: The newest valid checkpoint: `step`, `behind`, `age_seconds` (training time of the newer
@@ -92,7 +95,8 @@ class Status:
             for name, loss in self.held_out.get("sets", {}).items():
                 yield f"held-out loss, {name}", number(loss, ".4f")
         if self.best:
-            yield "best", f"{self.best['path']}, held-out loss {self.best['loss']:.4f}"
+            name, value = self.best.get("metric", "loss"), self.best.get("value", self.best["loss"])
+            yield "best", f"{self.best['path']}, held-out {name} {value:.4f}"
         if self.tokens_per_second is not None:
             yield "speed", f"{self.tokens_per_second:,.0f} tokens/s"
         if self.seconds_left is not None:
@@ -210,8 +214,9 @@ def _best(run: Path) -> dict[str, Any] | None:
     best = store.best_of(run)
     if best is None:
         return None
-    loss = best.manifest.progress.held_out_loss
-    return {"step": best.step, "loss": loss, "path": str(best.path.relative_to(run))}
+    progress, metric = best.manifest.progress, store.metric_of(best.manifest)
+    other = {} if metric == LOSS else {"metric": metric, "value": figure_of(progress, metric)}
+    return {"step": best.step, "loss": progress.held_out_loss, "path": str(best.path.relative_to(run)), **other}
 
 
 def _live(run: Path, metrics: Sequence[StepRecord]) -> dict[str, Any] | None:

@@ -27,8 +27,9 @@ from typing_extensions import TypedDict  # pydantic reads this one before Python
 
 from lora_kit.errors import CheckpointError, LeaseError
 from lora_kit.files import open_regular, sync_folder
-from lora_kit.recipe.schema import Recipe
+from lora_kit.recipe.schema import LOSS, Recipe
 from lora_kit.runs import formats
+from lora_kit.runs.figures import cost, figure_of
 from lora_kit.runs.layout import BYTES, Dtype, Layout, State, Tensors, trained_shapes, without_constants
 from lora_kit.runs.manifest import (
     MANIFEST,
@@ -482,16 +483,24 @@ def set_aside(run: Path, path: Path, reason: str, *, name: str | None = None) ->
 
 
 def best_of(run: Path) -> Checkpoint | None:
-    """Return the checkpoint with the lowest held-out loss, the newest on a tie; None if no loss was measured.
+    """Return the checkpoint with the best held-out figure, the newest on a tie; None if none was measured.
 
-    Only its manifest is verified.
+    The newest checkpoint's recipe names the figure (`evaluate.metric`). Only manifests are verified.
     """
+    readable = newest_first(run)[0]
+    metric = next((metric_of(manifest) for manifest in readable.values()), "")
     measured = [
-        (manifest.progress.held_out_loss, Checkpoint(path, manifest))
-        for path, manifest in newest_first(run)[0].items()
-        if manifest.progress.held_out_loss is not None
+        (cost(metric, figure), Checkpoint(path, manifest))
+        for path, manifest in readable.items()
+        if (figure := figure_of(manifest.progress, metric)) is not None
     ]
     return min(measured, key=lambda pair: pair[0])[1] if measured else None
+
+
+def metric_of(manifest: Manifest) -> str:
+    """Return the figure by which a run's checkpoints are compared: its recipe's `evaluate.metric`."""
+    found = manifest.run.recipe.get("evaluate", {}).get("metric")
+    return found if isinstance(found, str) else LOSS
 
 
 def prune(
@@ -510,7 +519,7 @@ def prune(
         run: The run's folder.
         keep: The number of newest checkpoints that stay, at least two.
         keep_every: Checkpoints whose step is a multiple of this stay too.
-        best: Whether the checkpoint with the lowest held-out loss stays too.
+        best: Whether the checkpoint with the best held-out figure stays too.
         require: Called right before each deletion; raises if the run belongs to another process by now.
 
     Raises:
@@ -520,10 +529,10 @@ def prune(
     ordered = list(readable)
     for path in [*ordered[:1], *(path for path in unreadable if not ordered or step_of(path) > step_of(ordered[0]))]:
         open_checkpoint(path)
-    lowest = best_of(run) if best else None
+    best_one = best_of(run) if best else None
     for folder in ordered[max(2, keep) :]:
         kept = (folder / PIN).exists() or (keep_every and step_of(folder) % keep_every == 0)
-        if kept or (lowest and folder == lowest.path):
+        if kept or (best_one and folder == best_one.path):
             continue
         # a half-deleted folder must not look like a checkpoint
         renamed = folder.with_name(f".tmp-pruned-{folder.name}")

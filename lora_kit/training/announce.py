@@ -41,7 +41,7 @@ def start_trackers(job: Job) -> None:
         run_id = tracker_id(
             run.folder, run.run_id, start=job.start, reached=run.reached, recipe=job.recipe, fingerprints=fingerprints
         )
-    measured = job.resumed is not None and job.resumed.held_out_loss is not None
+    measured = job.resumed is not None and job.resumed.measured
     job.journal.cut(job.start, samples=job.start if measured else job.start - 1)
     sections = job.facts.recipe | {"fingerprints": fingerprints, "versions": job.facts.versions}
     facts = {

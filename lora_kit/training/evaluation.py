@@ -1,4 +1,4 @@
-"""Held-out loss, preference accuracy and exact match, of the base and of the adapter."""
+"""Held-out loss, preference accuracy, figures of answers and forgetting, of the base and of the adapter."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -24,10 +24,12 @@ from lora_kit.kernels.fusing import use_kernels
 from lora_kit.kernels.gathered import is_sharded
 from lora_kit.model.tokenizer import for_objective, read_template
 from lora_kit.recipe.load import resolve_path
-from lora_kit.recipe.schema import Recipe
+from lora_kit.recipe.schema import EXACT_MATCH, Data, Evaluate, Recipe, SftObjective
 from lora_kit.runs.formats import finite
+from lora_kit.training.answer_metrics import Answered, figures_of_answers, require_packages
 from lora_kit.training.objectives.choose import objective_of
-from lora_kit.training.objectives.objective import Computing, LossSum, Objective, is_of_source
+from lora_kit.training.objectives.objective import Computing, LossSum, Objective
+from lora_kit.training.objectives.sft import Sft
 from lora_kit.training.processes import Processes
 from lora_kit.training.reference import Reference, as_reference, facts_of
 
@@ -46,7 +48,8 @@ class Score:
         answered: How many prompts were answered.
         too_long: How many of them leave no position of the base for an answer; each counts as no match.
         sets: The loss of each named validation set; empty if they have no names.
-        metrics: The metrics of a preference objective, such as `rewards/accuracies` and `rewards/margins`.
+        metrics: Other figures: those of a preference objective, such as `rewards/accuracies` and `rewards/margins`, of
+            the answers (`evaluate.metrics`), and `text_loss` and `forgetting` of `evaluate.forgetting`.
     """
 
     loss: float
@@ -65,12 +68,25 @@ class HeldOutLoss(NamedTuple):
     Attributes:
         mean: The mean over the trained tokens (or the pairs or answers) of all validation examples.
         sets: The mean over those of each named set; empty if they have no names.
-        metrics: What the objective measures besides.
+        metrics: Other figures, as in `Score.metrics`.
     """
 
     mean: float
     sets: dict[str, float]
     metrics: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class BaseText:
+    """The text of `evaluate.forgetting`.
+
+    Attributes:
+        tokens: Its pieces.
+        loss: The base's mean loss on its tokens.
+    """
+
+    tokens: Tokens
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -84,6 +100,8 @@ class HeldOut:
         plan: The size and the layout of micro-batches.
         objective: The loss.
         processes: The processes that share the work.
+        settings: The recipe's section.
+        text: The text on which forgetting is measured; None if the recipe names none.
     """
 
     model: PeftModel
@@ -92,6 +110,8 @@ class HeldOut:
     plan: Plan
     objective: Objective
     processes: Processes
+    settings: Evaluate
+    text: BaseText | None = None
 
     def compare(self, tick: Tick = lambda _: None) -> dict[str, Score]:
         """Measure the base and the adapter on the same examples; without validation data return nothing."""
@@ -103,19 +123,54 @@ class HeldOut:
         return {"base": base, "adapter": adapter}
 
     def _score(self, examples: Tokens, tick: Tick) -> Score:
-        (loss, sets, metrics), prompts, matches = self.loss(examples, tick), self.data.prompts, 0
-        first, every = (0, 1) if self.in_step else (self.processes.index, self.processes.count)
-        own_prompts = prompts[first::every]
-        for start in range(0, len(own_prompts), self.answering.batch_size):
-            tick("answering")
-            batch = own_prompts[start : start + self.answering.batch_size]
-            texts = zip(self.answers(batch), batch, strict=True)
-            matches += sum(self.has_room(prompt) and text.strip() == prompt.expected.strip() for text, prompt in texts)
-        total = matches if self.in_step else sum(self.processes.gather([matches]))
-        match = total / len(prompts) if prompts else None
+        (loss, sets, metrics), prompts = self.measure(examples, tick, answers=True), self.data.prompts
+        match = metrics.pop(EXACT_MATCH, None)
         too_long = sum(not self.has_room(prompt) for prompt in prompts)
         perplexity = math.exp(min(loss, 700)) if self.objective.unit == "trained_tokens" else None
         return Score(loss, perplexity, match, len(examples), len(prompts), too_long, sets, metrics)
+
+    def measure(self, examples: Tokens, tick: Tick, *, answers: bool) -> HeldOutLoss:
+        """Return the held-out loss with all other figures of the model; without those of answers if not `answers`."""
+        found = self.loss(examples, tick)
+        metrics = found.metrics
+        if answers and self.data.prompts:
+            metrics = metrics | self.figures_of_answers(tick)
+        if self.text is not None:
+            loss = self.text_loss(self.text.tokens, tick)
+            metrics = metrics | {"text_loss": loss, "forgetting": loss - self.text.loss}
+        return found._replace(metrics=metrics)
+
+    def figures_of_answers(self, tick: Tick) -> dict[str, float | None]:
+        """Return exact match and the recipe's metrics of the answers to all prompts.
+
+        The processes divide them up, unless the base is sharded.
+        """
+        prompts, size, own = self.data.prompts, self.answering.batch_size, list[tuple[int, list[str]]]()
+        starts = range(0, len(prompts), size)  # batches that do not depend on the number of processes, as rounding does
+        for start in starts if self.in_step else starts[self.processes.index :: self.processes.count]:
+            tick("answering")
+            own.append((start, self.answers(prompts[start : start + size])))
+        every = own if self.in_step else sorted(self.processes.gather(own))
+        texts = [text for _, batch in every for text in batch]
+        answered = [
+            Answered(text if self.has_room(prompt) else None, prompt.expected)
+            for text, prompt in zip(texts, prompts, strict=True)
+        ]
+        return figures_of_answers(answered, self.settings)
+
+    def with_text(self, tokens: Tokens, tick: Tick = lambda _: None) -> "HeldOut":
+        """Return the measurement with a text for forgetting, on which the base is measured here."""
+        with self.model.disable_adapter():
+            return replace(self, text=BaseText(tokens, self.text_loss(tokens, tick)))
+
+    def text_loss(self, tokens: Tokens, tick: Tick) -> float:
+        """Return the mean loss of the tokens of a text."""
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            weight, loss = self._summed(Sft(), tokens, [range(len(tokens))], tick)[0]
+        self.model.train(was_training)
+        return loss / max(1, weight)
 
     def has_room(self, prompt: Prompt) -> bool:
         """Return whether a prompt leaves a position of the base for an answer."""
@@ -144,26 +199,34 @@ class HeldOut:
         self.model.eval()
         sets = self.data.counts.sets
         sizes = [counts.examples for counts in sets.values()] or [len(examples)]
-        own, first = list[list[float]](), 0
-        for size in sizes:
-            own.append(self._sums(examples, range(first, first + size), tick))
-            first += size
+        ends = np.cumsum(sizes).tolist()
+        sums = self._summed(
+            self.objective, examples, [range(end - size, end) for end, size in zip(ends, sizes, strict=True)], tick
+        )
         self.model.train(was_training)
-        everywhere = self.processes.gather([own])
-        sums = [[sum(column) for column in zip(*parts, strict=True)] for parts in zip(*everywhere, strict=True)]
-        weight, loss_sum, *metric_sums = (sum(column) for column in zip(*sums, strict=True))
+        weight, loss_sum, *metric_sums = (math.fsum(column) for column in zip(*sums, strict=True))
         means = (total / max(1, count) for count, total, *_ in sums)
         metrics = dict(zip(self.objective.metrics, (each / max(1, weight) for each in metric_sums), strict=False))
         figures = dict(self.objective.figures(metrics)) if metric_sums else {}
         return HeldOutLoss(loss_sum / max(1, weight), dict(zip(sets, means, strict=False)), figures)
 
-    def _sums(self, examples: Tokens, chosen: range, tick: Tick) -> list[float]:
-        """Return this process's part of the weight, the summed loss and the summed metrics of some examples."""
-        padded, sums = self.plan.padded, np.zeros(2 + self._unnamed, np.float64)
+    def _summed(self, objective: Objective, examples: Tokens, parts: Sequence[range], tick: Tick) -> list[list[float]]:
+        """Return the weight, the summed loss and the summed metrics of each part of the examples.
+
+        The sums are exact (`math.fsum`), so they do not depend on the number of processes.
+        """
+        own = [self._of_micro_batches(objective, examples, part, tick) for part in parts]
+        everywhere = self.processes.gather([own])
+        rows = [[row for one in part for row in one] for part in zip(*everywhere, strict=True)]
+        return [[math.fsum(column) for column in zip(*part, strict=True)] for part in rows]
+
+    def _of_micro_batches(self, objective: Objective, examples: Tokens, chosen: range, tick: Tick) -> list[list[float]]:
+        """Return the weight, the summed loss and the summed metrics of each micro-batch that this process computes."""
+        padded, rows = self.plan.padded, list[list[float]]()
         tick("held-out loss")
-        objective = self.objective.for_examples(examples, chosen, self.computing)
+        objective = objective.for_examples(examples, chosen, self.computing)
         lengths = examples.places(slice(chosen.start, chosen.stop), padded=padded)
-        groups = self.objective.split(lengths, self.plan.micro_batch_tokens, padded=padded)
+        groups = objective.split(lengths, self.plan.micro_batch_tokens, padded=padded)
 
         def loss_of(members: Sequence[int]) -> LossSum:
             tick("held-out loss")
@@ -172,16 +235,11 @@ class HeldOut:
 
         for members in self.computing.own(groups):
             loss = loss_of(members)
-            sums += torch.stack([torch.full_like(loss.total, loss.weight), loss.total, *loss.metrics]).tolist()
+            numbers = torch.stack([torch.full_like(loss.total, loss.weight), loss.total, *loss.metrics])
+            rows.append(numbers.tolist())
         for members in self.computing.for_nothing(groups):
             loss_of(members)
-        found: list[float] = sums.tolist()
-        return found
-
-    @property
-    def _unnamed(self) -> int:
-        """The number of the objective's metrics that are not about the sources of a mixture."""
-        return sum(not is_of_source(name) for name in self.objective.metrics)
+        return rows
 
     @property
     def computing(self) -> Computing:
@@ -197,6 +255,17 @@ class HeldOut:
     def answers(self, prompts: Sequence[Prompt]) -> list[str]:
         """Return the model's answers to some prompts."""
         return answer(self.model, self.renderer.tokenizer, [prompt.ids for prompt in prompts], self.answering)
+
+
+def text_recipe(recipe: Recipe, positions: int | None) -> Recipe:
+    """Return a recipe whose training data is the text of `evaluate.forgetting`, in pieces that fit the base."""
+    text = str(recipe.evaluate.forgetting)
+    if resolve_path(recipe, text) is None:
+        raise RecipeError(f"evaluate.forgetting: {text} does not exist; expected a text file")
+    length = min(recipe.data.sequence_length, positions or recipe.data.sequence_length)
+    data = Data(train=text, format="text", overlong="split", sequence_length=length)
+    changes = {"data": data, "objective": SftObjective(train_on="all"), "evaluate": Evaluate()}
+    return recipe.model_copy(update=changes)
 
 
 def plain(scores: dict[str, Score]) -> dict[str, dict[str, Any]]:
@@ -222,6 +291,7 @@ def evaluate(
     Raises:
         DataError: The recipe has no validation data, or an example is longer than the base's context.
     """
+    require_packages(recipe.evaluate)
     processes = Processes.start(recipe.base.dtype)
     try:
         loaded = open_adapter(
@@ -246,7 +316,11 @@ def evaluate(
             raise DataError("data.validation: the recipe names none; add a file, a Hub name or a fraction such as 0.05")
         plan = Plan(recipe, data.train, tokens, resolved.layout == "padded", sizes=data.counts.sizes)
         objective = objective_of(recipe)
-        held_out = HeldOut(model, renderer, data, plan, objective, processes)
+        held_out = HeldOut(model, renderer, data, plan, objective, processes, recipe.evaluate)
+        if recipe.evaluate.forgetting:
+            text = text_recipe(recipe, positions_of(model))
+            pieces = prepare_data(text, for_objective(renderer, text)).train
+            held_out = held_out.with_text(pieces)
         if objective.columns:
             held_out = replace(held_out, data=_with_reference(held_out, recipe, loaded, objective.columns))
         return held_out.compare()

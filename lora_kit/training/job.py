@@ -14,6 +14,7 @@ from lora_kit.runs.journal import Journal
 from lora_kit.runs.manifest import Environment, Resolved, RunFacts, StepFacts
 from lora_kit.runs.resume import OpenRun
 from lora_kit.runs.trackers import Trackers
+from lora_kit.training.evaluation import BaseText
 from lora_kit.training.objectives.objective import Computing, Objective
 from lora_kit.training.processes import Processes
 
@@ -27,12 +28,14 @@ class Inputs:
         renderer: The tokenizer with the chat template.
         data: The tokens of the training and validation examples.
         environment: What a resume compares in addition to the recipe: fingerprints, versions and the machine.
+        text: The text of `evaluate.forgetting`; None if the recipe names none.
     """
 
     source: Source
     renderer: Renderer
     data: Prepared
     environment: Environment
+    text: BaseText | None = None
 
 
 @dataclass(frozen=True)

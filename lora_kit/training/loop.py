@@ -22,7 +22,7 @@ from lora_kit.data.order import micro_batch_seed
 from lora_kit.data.packing import MicroBatch, collate, reduction_schedule
 from lora_kit.errors import CheckpointError, DivergenceError, LeaseError, LoraKitError, Stopped
 from lora_kit.model.state import LOSS, METRICS, STOP, refuse_unused
-from lora_kit.recipe.schema import Recipe
+from lora_kit.recipe.schema import EXACT_MATCH, Recipe
 from lora_kit.runs import store
 from lora_kit.runs.journal import short_cause
 from lora_kit.runs.run import Run, show, write_result
@@ -30,6 +30,7 @@ from lora_kit.runs.trackers import following, require
 from lora_kit.supervise.stopping import StopRequest, stop_signals
 from lora_kit.training import optim
 from lora_kit.training.announce import announce
+from lora_kit.training.answer_metrics import require_packages
 from lora_kit.training.comparison import compare_estimate
 from lora_kit.training.evaluation import HeldOut, HeldOutLoss, plain
 from lora_kit.training.job import Job
@@ -41,6 +42,7 @@ from lora_kit.training.progress import QueuedStep, StepLog, step_values, with_he
 from lora_kit.training.publisher import Publisher, publishing
 from lora_kit.training.setup import (
     add_reference,
+    add_text,
     build_model,
     check_contract,
     check_tokens,
@@ -81,6 +83,7 @@ def train(
     console = Console(silent=not processes.is_main)
     objective = objective_of(recipe)
     processes.main_decides(lambda: require(recipe.track.names))
+    processes.main_decides(lambda: require_packages(recipe.evaluate))
     with (
         stop_signals() as stop,
         open_folder(processes, Path(out), start_from, console) as run,
@@ -95,14 +98,16 @@ def train(
         changed = {row.key for row in rows}
         adapted = build_model(recipe, run, inputs, changed, objective, processes, console)
         inputs = add_reference(recipe, run, inputs, adapted, objective, processes, console, stop)
+        inputs = add_text(recipe, inputs, adapted, objective, processes, console, console.tick)
         job = make_job(recipe, run, inputs, rows, adapted, objective, processes, trackers)
         announce(job, rows, accept, console)
         with logged_failures(job), publishing(job, stop) as publisher:
             state, plan, log, queued = job.state, job.plan, StepLog(job, publisher, console), None
             console.begin(plan.steps, job.start, job.journal.read_metrics())
             # 4. what an interruption left undone after the last finished step
-            catch_up(job, log, publisher, console)
-            for step in profiled(range(job.start, plan.steps), job, console, wanted=profile):
+            ended = catch_up(job, log, publisher, console)
+            end = job.start if ended else plan.steps
+            for step in profiled(range(job.start, end), job, console, wanted=profile):
                 began, done = time.perf_counter(), step + 1
                 partial_sums: list[Tensor] = []
                 # 5. this process's micro-batches; each gradient is divided by the weight of the whole step
@@ -139,16 +144,20 @@ def train(
                 if evaluating:
                     publisher.wait_published()
                     queued = replace(queued, held_out=held_out_loss(job, done, publisher, console))
+                    ended = log.count(log.facts(queued))
                     publisher.publish(partial(log.facts, queued), due=True)
                 compare_estimate(job, done, console)
-                if last:
+                if last or ended:
                     stopping, queued = log.settle(queued) or stopping, None
                     publisher.wait_durable()
                     log.show_fault()
                     if stopping:
                         raise stopped(job, done)
+                if ended:
+                    end = done
+                    break
             # 10. the end: the final evaluation, result.json, the Hub
-            finish(job, publisher, console, stop)
+            finish(job, end, publisher, console, stop)
             publisher.expect_no_steps()
             if processes.is_main:
                 push_finished(recipe, run.folder, console, pause=stop.wait)
@@ -263,8 +272,9 @@ def held_out_loss(job: Job, done: int, publisher: Publisher, console: Console) -
 
     held_out, data = held_out_of(job), job.inputs.data
     assert data.validation is not None
-    found, prompts = held_out.loss(data.validation, tick), data.prompts[:SAMPLES]
-    answers = held_out.answers(prompts) if job.processes.is_main or held_out.in_step else []
+    measures_answers = job.recipe.evaluate.metric in (EXACT_MATCH, *job.recipe.evaluate.metrics)
+    found, prompts = held_out.measure(data.validation, tick, answers=measures_answers), data.prompts[:SAMPLES]
+    answers = held_out.answers(prompts) if prompts and (job.processes.is_main or held_out.in_step) else []
     if job.processes.is_main:
         for prompt, text in zip(prompts, answers, strict=True):
             rendered = job.inputs.renderer.tokenizer.decode(prompt.ids)
@@ -281,22 +291,32 @@ def held_out_loss(job: Job, done: int, publisher: Publisher, console: Console) -
 
 def held_out_of(job: Job) -> HeldOut:
     """Return the measurement of a job's model on its validation data."""
-    return HeldOut(job.model, job.inputs.renderer, job.inputs.data, job.plan, job.objective, job.processes)
+    inputs, settings = job.inputs, job.recipe.evaluate
+    return HeldOut(
+        job.model, inputs.renderer, inputs.data, job.plan, job.objective, job.processes, settings, inputs.text
+    )
 
 
-def catch_up(job: Job, log: StepLog, publisher: Publisher, console: Console) -> None:
-    """Do what an interruption left undone for the step that the run resumes after: evaluation, log line, checkpoint."""
+def catch_up(job: Job, log: StepLog, publisher: Publisher, console: Console) -> bool:
+    """Do what an interruption left undone for the step that the run resumes after: evaluation, log line, checkpoint.
+
+    Returns:
+        Whether the run has ended early after this step.
+    """
     facts = job.resumed
     if facts is None:
-        return
-    if due(job.start, job.recipe.evaluate.every_steps) and facts.held_out_loss is None:
-        facts = with_held_out(facts, held_out_loss(job, job.start, publisher, console))
+        return False
+    if due(job.start, job.recipe.evaluate.every_steps) and not facts.measured:
+        facts = with_held_out(facts, held_out_loss(job, job.start, publisher, console), log.patience)
         publisher.publish(lambda: facts, due=True)
+    ended = log.count(facts)
     if job.processes.is_main and job.journal.last_step() < job.start:
         log.write(json.loads(facts.line))
-    if job.start == job.plan.steps and not store.checkpoint_folder(job.run.folder, job.start).exists():
+    is_last = ended or job.start == job.plan.steps
+    if is_last and not store.checkpoint_folder(job.run.folder, job.start).exists():
         publisher.publish(lambda: facts, due=True)
         publisher.wait_durable()
+    return ended
 
 
 def compare_states(job: Job, done: int) -> None:
@@ -337,31 +357,42 @@ def finished_step(run: Run, console: Console) -> int | None:
         return None
 
 
-def finish(job: Job, publisher: Publisher, console: Console, stop: StopRequest) -> None:
-    """Evaluate base and adapter, write result.json and show the table; for a run that is finished already, say so."""
-    run = Run(job.run.folder)
-    if finished_step(run, console) == job.plan.steps:
+def finish(job: Job, end: int, publisher: Publisher, console: Console, stop: StopRequest) -> None:
+    """Evaluate base and adapter, write result.json and show the table; for a run that is finished already, say so.
+
+    Args:
+        job: The job.
+        end: The last step, which is before the last of the plan if `evaluate.patience` has ended the run.
+        publisher: Gets signs of life.
+        console: Shows the table.
+        stop: Whether a stop signal has come.
+    """
+    run, early, patience = Run(job.run.folder), end < job.plan.steps, job.recipe.evaluate.patience
+    if early:
+        console.say(
+            f"{run.folder} ends after step {end} of {job.plan.steps}: {patience} evaluations in a row without a better "
+            f"{job.recipe.evaluate.metric} (evaluate.patience)"
+        )
+    if finished_step(run, console) == end:
         epochs = job.recipe.train.epochs
         key, value = ("train.steps", 2 * job.plan.steps) if epochs is None else ("train.epochs", 2 * epochs)
-        console.say(
-            f"{run.folder} has finished its {job.plan.steps} steps; nothing is left to do. To go on: "
-            f"--set {key}={value} --accept {key}"
-        )
+        more = f"--set evaluate.patience={2 * (patience or 1)}" if early else f"--set {key}={value} --accept {key}"
+        console.say(f"{run.folder} has finished its {end} steps; nothing is left to do. To go on: {more}")
         if job.processes.is_main:
-            job.journal.event("finished", step=job.plan.steps)
+            job.journal.event("finished", step=end)
         show(run, job.recipe, console)
         return
 
     def tick(what: str) -> None:
         if stop.is_set() or publisher.stop_requested:
-            raise stopped(job, job.plan.steps)
+            raise stopped(job, end)
         publisher.heartbeat()
         console.tick(what)
 
     scores = held_out_of(job).compare(tick)
     if job.processes.is_main:
         job.run.lease.require()
-        write_result(run, job.plan.steps, plain(scores), base_bytes=job.inputs.source.weight_bytes)
-        job.journal.event("finished", step=job.plan.steps)
+        write_result(run, end, plain(scores), base_bytes=job.inputs.source.weight_bytes)
+        job.journal.event("finished", step=end)
         console.end()
         show(run, job.recipe, console)

@@ -16,9 +16,11 @@ from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from lora_kit.errors import PoisonError
+from lora_kit.recipe.schema import Recipe
 from lora_kit.runs import store
+from lora_kit.runs.figures import Patience
 from lora_kit.runs.formats import finite
-from lora_kit.runs.manifest import StepFacts
+from lora_kit.runs.manifest import StepFacts, Watch
 from lora_kit.training.evaluation import HeldOutLoss
 from lora_kit.training.job import Job
 from lora_kit.training.objectives.objective import metric_of
@@ -84,15 +86,21 @@ class QueuedStep:
     held_out: HeldOutLoss | None = None
 
 
-def with_held_out(facts: StepFacts, loss: HeldOutLoss) -> StepFacts:
-    """Return the facts of a step with its held-out loss, which is also added to their line of metrics.jsonl.
+def with_held_out(facts: StepFacts, loss: HeldOutLoss, patience: Patience) -> StepFacts:
+    """Return the facts of a step with its held-out figures, which are counted and added to the line of metrics.jsonl.
 
-    A loss that is not finite is stored as None.
+    A figure that is not finite is stored as None. `facts.watch` must be the count before this evaluation.
     """
     known, sets = finite(loss.mean), {"held_out_sets": finite(loss.sets)} if loss.sets else {}
     metrics = {"held_out_metrics": finite(loss.metrics)} if loss.metrics else {}
     line = json.dumps(json.loads(facts.line) | {"held_out_loss": known} | sets | metrics)
-    return replace(facts, held_out_loss=known, line=line)
+    measured = replace(facts, held_out_loss=known, line=line)
+    return replace(measured, watch=patience.after(facts.watch, measured))
+
+
+def patience_of(recipe: Recipe) -> Patience:
+    """Return when a run of a recipe ends early."""
+    return Patience(recipe.evaluate.metric, recipe.evaluate.patience, recipe.evaluate.least_gain)
 
 
 class StepLog:
@@ -101,6 +109,8 @@ class StepLog:
     def __init__(self, job: Job, publisher: Publisher, console: Console) -> None:
         self._job, self._publisher, self._console = job, publisher, console
         self._skipped = job.resumed.skipped_steps if job.resumed else ()
+        self._watches = {job.start: job.resumed.watch if job.resumed else None}  # by the step that it was counted after
+        self.patience = patience_of(job.recipe)
 
     def facts(self, queued: QueuedStep) -> StepFacts:
         """Return what the manifest records of a step; waits for the device."""
@@ -120,8 +130,19 @@ class StepLog:
             "time": round(time.time(), 3),
         }
         skipped = (*self._skipped, *(() if values.taken else (done,)))
-        facts = StepFacts(done, plan.examples_seen(done), skipped, json.dumps(finite(record)))
-        return facts if queued.held_out is None else with_held_out(facts, queued.held_out)
+        facts = StepFacts(
+            done, plan.examples_seen(done), skipped, json.dumps(finite(record)), watch=self._watch(queued.step)
+        )
+        return facts if queued.held_out is None else with_held_out(facts, queued.held_out, self.patience)
+
+    def _watch(self, step: int) -> Watch | None:
+        """Return the count of `evaluate.patience` after the last evaluation up to a step."""
+        return self._watches[max(counted for counted in self._watches if counted <= step)]
+
+    def count(self, facts: StepFacts) -> bool:
+        """Remember the count after a step's evaluation; return whether the run's patience is over."""
+        self._watches[facts.step] = facts.watch
+        return self.patience.is_over(facts.watch)
 
     def _metrics(self, means: Mapping[str, float], examples: Sequence[int]) -> dict[str, Any]:
         """Return the objective's metrics of a step, with those of the sources of a mixture under `sources`.
@@ -192,7 +213,7 @@ class StepLog:
         if good > job.start and not store.checkpoint_folder(job.run.folder, good).exists():
             self._skipped = self._skipped[:-MOST_SKIPPED]
             line = json.dumps(next(record for record in job.journal.read_metrics() if record["step"] == good))
-            facts = StepFacts(good, job.plan.examples_seen(good), self._skipped, line)
+            facts = StepFacts(good, job.plan.examples_seen(good), self._skipped, line, watch=self._watch(good))
             self._publisher.publish(lambda: facts, due=True)
             self._publisher.wait_durable()
         raise PoisonError(

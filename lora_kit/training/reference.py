@@ -2,26 +2,24 @@
 
 The reference is the base without the adapter, or the adapter that the run begins with (`--from`). Its log-probabilities
 are kept in the cache. The key is a hash of everything that determines their bits: the tokens, the base, the adapter,
-what computes, and the choices of the run. While they are computed, the part that is done is written again and again, so
-that the next start goes on from there. A step then needs no forward pass of the reference.
+what computes, and the choices of the run. Each chunk of examples is written as soon as it is computed, so that the next
+start goes on after it, also after a kill. A step then needs no forward pass of the reference.
 """
 
 import hashlib
 import json
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 from peft import PeftModel
 
-from lora_kit.data import arrays, cache
+from lora_kit.data import cache
 from lora_kit.data.packing import MicroBatch, collate
 from lora_kit.data.tokens import Prepared, Tokens
 from lora_kit.errors import CheckpointError, ContractError, Stopped
@@ -34,8 +32,8 @@ from lora_kit.training.objectives.log_probs import log_probs_of_segments, mismat
 from lora_kit.training.objectives.objective import Computing
 
 CHUNK = 256  # examples that all processes compute together; the packing, and so the bits, depend on it
-SECONDS_BETWEEN_WRITES = 30.0
-LOG_PROBS, DONE = "log_probs", "done"
+SUFFIX = ".logprobs"
+DIGEST_BYTES = 32
 Tell = Callable[[int, int], None]
 
 
@@ -74,17 +72,14 @@ class Reference:
         """Return the tokens with the log-probabilities of the reference, from the cache as far as they are there."""
         processes, path = self.computing.processes, self._path(tokens)
         done, found = processes.main_decides(lambda: read(path, len(tokens), self.columns), _dump, _load)
-        table, written = found.copy(), time.monotonic()
+        table = found.copy()
         for start in range(done, len(tokens), CHUNK):
             stop = min(start + CHUNK, len(tokens))
             table[start:stop] = self.computed(tokens, range(start, stop))
-            stopping = any(processes.gather([self.stopping()]))
-            if stopping or stop == len(tokens) or time.monotonic() - written > SECONDS_BETWEEN_WRITES:
-                if processes.is_main:
-                    write(path, table, stop)
-                written = time.monotonic()
+            if processes.is_main:
+                write(path, table[start:stop], start)
             tell(stop)
-            if stopping:
+            if any(processes.gather([self.stopping()])):
                 raise Stopped(
                     f"stopped by a signal after {stop:,} of {len(tokens):,} examples of the reference, which are kept; "
                     "the same command goes on"
@@ -94,7 +89,7 @@ class Reference:
     def _path(self, tokens: Tokens) -> Path:
         facts = {"tokens": tokens.fingerprint, "columns": self.columns, "limit": self.limit, "chunk": CHUNK}
         key = hashlib.sha256(json.dumps(facts | self.facts, sort_keys=True).encode()).hexdigest()
-        return cache_folder("reference") / f"{key}{cache.SUFFIX}"
+        return cache_folder("reference") / f"{key}{SUFFIX}"
 
     @torch.no_grad()
     def computed(self, tokens: Tokens, examples: range) -> np.ndarray:
@@ -177,30 +172,50 @@ def as_reference(model: PeftModel, state: FlatState | None = None, origin: Path 
 
 
 def read(path: Path, examples: int, columns: int) -> tuple[int, np.ndarray]:
-    """Return how many examples of a file of the cache are done, and the table; 0 if there is no such file."""
+    """Return how many examples of a file of the cache are done, and the table; 0 if there is no such file.
+
+    A chunk that is damaged, or was written in part, ends what is done.
+    """
+    table, done = np.full((examples, columns), np.nan, np.float32), 0
     with (
-        suppress(*cache.DAMAGED),
+        suppress(OSError),
         private_folder(path.parent) as folder,
         os.fdopen(folder.open(path.name), "rb") as file,
     ):
         os.utime(file.fileno())  # the time of last use
-        found, metadata = arrays.read(file.fileno())
-        return int(metadata[DONE]), found[LOG_PROBS].reshape(examples, columns)
-    return 0, np.full((examples, columns), np.nan, np.float32)
+        while done < examples:
+            chunk = table[done : done + CHUNK]
+            content, digest = file.read(chunk.nbytes), file.read(DIGEST_BYTES)
+            if digest != _digest(content, done):
+                break
+            chunk[:] = np.frombuffer(content, np.float32).reshape(chunk.shape)
+            done += len(chunk)
+    return done, table
 
 
-def write(path: Path, table: np.ndarray, done: int) -> None:
-    """Write the table to the cache. A failure is a warning, since a later start can compute it again."""
+def write(path: Path, chunk: np.ndarray, first: int) -> None:
+    """Write a chunk, whose first example has the index `first`, to its place in a file of the cache, with a digest.
 
-    def save(file: BinaryIO) -> None:
-        arrays.write(file, {LOG_PROBS: table.reshape(-1)}, {DONE: str(done)})
-
+    Another run that computes the same file writes the same bytes to this place. A failure is a warning, since a later
+    start can compute the chunk again.
+    """
+    content = chunk.tobytes()
+    place = first * chunk.itemsize * chunk.shape[1] + first // CHUNK * DIGEST_BYTES
     try:
         with private_folder(path.parent) as folder:
-            os.close(folder.write(path.name, save))
-            cache.prune(folder)
+            file = folder.open_to_update(path.name)
+            try:
+                os.pwrite(file, content + _digest(content, first), place)
+            finally:
+                os.close(file)
+            if first == 0:
+                cache.prune(folder, SUFFIX)
     except OSError as error:
         warnings.warn(f"the reference's log-probabilities are not kept for the next start: {error}", stacklevel=2)
+
+
+def _digest(content: bytes, first: int) -> bytes:
+    return hashlib.sha256(f"{first} ".encode() + content).digest()
 
 
 def _dump(found: tuple[int, np.ndarray]) -> bytes:

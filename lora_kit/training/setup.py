@@ -6,6 +6,7 @@
     check_tokens    look for what the tokens of a new run would train unintentionally
     build_model     load the base, inject the adapter, choose what the recipe leaves open
     add_reference   the log-probabilities of the reference, for DPO and KTO
+    add_text        the base's loss on the text of `evaluate.forgetting`
     make_job        combine all of them with the facts that every manifest records
 
 Threads, packed or padded rows, micro-batches and kernels are chosen once for a run. They go into the manifest under
@@ -14,7 +15,7 @@ Threads, packed or padded rows, micro-batches and kernels are chosen once for a 
 
 import hashlib
 import platform
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -50,7 +51,7 @@ from lora_kit.model.sizes import context_of
 from lora_kit.model.source import Source, locate
 from lora_kit.model.state import flatten
 from lora_kit.model.targets import find_targets
-from lora_kit.model.tokenizer import load_renderer
+from lora_kit.model.tokenizer import for_objective, load_renderer
 from lora_kit.model.variants import Call, attach_constants, start_from_inputs, start_from_weights
 from lora_kit.model.weights import published_quantization, read_json
 from lora_kit.recipe.load import resolve_path
@@ -82,6 +83,7 @@ from lora_kit.runs.resume import (
 from lora_kit.runs.trackers import Trackers
 from lora_kit.supervise.stopping import StopRequest
 from lora_kit.training import choices
+from lora_kit.training.evaluation import HeldOut, text_recipe
 from lora_kit.training.job import AdaptedModel, Inputs, Job
 from lora_kit.training.objectives.objective import Computing, Objective
 from lora_kit.training.processes import Processes
@@ -371,6 +373,33 @@ def add_reference(
     console.tick(activity)
     with as_reference(adapted.model, adapted.state, run.origin.path if run.origin else None):
         return replace(inputs, data=reference.added_to(inputs.data, partial(console.count, activity)))
+
+
+def add_text(
+    recipe: Recipe,
+    inputs: Inputs,
+    adapted: AdaptedModel,
+    objective: Objective,
+    processes: Processes,
+    console: Console,
+    tick: Callable[[str], None],
+) -> Inputs:
+    """Return the inputs with the text of `evaluate.forgetting` and the base's loss on it, if the recipe names one.
+
+    Raises:
+        InputError: The text cannot be read.
+    """
+    if not recipe.evaluate.forgetting:
+        return inputs
+    resolved = adapted.resolved
+    assert resolved.micro_batch_tokens is not None
+    text = text_recipe(recipe, context_of(adapted.model.config.to_dict()))
+    tokens = read_data(text, for_objective(inputs.renderer, text), processes, console).train
+    console.tick("forgetting: loss of the base")
+    plan = plan_of(recipe, inputs, objective, resolved.micro_batch_tokens, resolved.layout)
+    settings = recipe.evaluate
+    held_out = HeldOut(adapted.model, inputs.renderer, inputs.data, plan, objective, processes, settings)
+    return replace(inputs, text=held_out.with_text(tokens, tick).text)
 
 
 def check_base_fits(base: PreTrainedModel, inputs: Inputs) -> None:

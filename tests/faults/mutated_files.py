@@ -31,7 +31,16 @@ from lora_kit.runs.identity import own_identity
 from lora_kit.runs.journal import EVENT, STEP_RECORD
 from lora_kit.runs.lease import RECORD, Record
 from lora_kit.runs.live import JOB_FILE, JobFile
-from lora_kit.runs.manifest import FileEntry, LineageEntry, Manifest, Origin, Resolved, manifest_bytes, parse_manifest
+from lora_kit.runs.manifest import (
+    FileEntry,
+    LineageEntry,
+    Manifest,
+    Origin,
+    Resolved,
+    Watch,
+    manifest_bytes,
+    parse_manifest,
+)
 from lora_kit.runs.run import RESULT_FILE
 
 DIGEST = "0123456789abcdef" * 4
@@ -92,6 +101,10 @@ def manifest_of(value: Manifest) -> None:
         count(number)
     assert value.order == (run.fencing_token, progress.step)
     figure(progress.held_out_loss)
+    if progress.watch is not None:
+        figure(progress.watch.best)
+        count(progress.watch.step)
+        count(progress.watch.waited)
     step_of(formats.parse(STEP_RECORD, progress.line.encode(), "line"))
     assert re.fullmatch(r"[0-9a-z]{1,32}", run.run_id) and run.claim.level in ("bitwise", "rounding")
     for name, entry in value.files.items():
@@ -175,7 +188,7 @@ WHOLE = Manifest(
         template="{{ messages }} ü",
         computed_by={"backend": "c"},
     ),
-    step_facts(7, skipped_steps=(2, 7), held_out_loss=0.25),
+    step_facts(7, skipped_steps=(2, 7), held_out_loss=0.25, watch=Watch("loss", 0.25, 7, 0)),
     {name: FileEntry(len(b"".join(pieces)), DIGEST) for name, pieces in files_of().items()},
 )
 SCORES = {"loss": 1.5, "perplexity": 4.5, "exact_match": None, "examples": 9, "answered": 0}

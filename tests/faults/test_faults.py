@@ -15,9 +15,21 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import RECIPE, hold
-from runs import go_on, gone, run_code, start, state_hash, train, wait_for_lines, wait_until
+from runs import (
+    events,
+    go_on,
+    gone,
+    nothing_was_lost,
+    run_code,
+    start,
+    state_hash,
+    steps_shown,
+    train,
+    wait_for_lines,
+    wait_until,
+)
 
-from lora_kit.runs import live, store
+from lora_kit.runs import store
 from lora_kit.runs.manifest import MANIFEST
 from lora_kit.supervise.stopping import FORWARDED_SECONDS, STOP_SIGNALS
 
@@ -33,22 +45,6 @@ def recipe(tmp_path_factory, base_folder, data_file):
     text = text.replace("sequence_length: 256", "sequence_length: 256, validation: 0.2")
     path.write_text(text + "evaluate: {every_steps: 6}\n")
     return path
-
-
-def events(out, *kinds):
-    lines = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
-    return [one for one in lines if one["kind"] in kinds]
-
-
-def steps_shown(out):
-    return [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def nothing_was_lost(out):
-    """Every step is shown once, and no resume had to do one again."""
-    assert steps_shown(out) == list(range(1, STEPS + 1))
-    assert all(one["reached"] <= one["step"] for one in events(out, "resumed"))
-    assert live.open_region(out) is None, "the region is still there"
 
 
 PHASES = ["forward", "backward", "reduce", "update", "updated", "copy", "publish", "line"]
@@ -77,7 +73,7 @@ def test_a_kill_in_any_phase_of_a_step_costs_no_finished_step(
     # a process may come to its fault before the other's death has ended the attempt
     assert len(plan) // processes <= len(events(out, "restart")) <= len(plan)
     assert state_hash(out, STEPS) == undisturbed
-    nothing_was_lost(out)
+    nothing_was_lost(out, STEPS)
 
 
 def test_random_kills_of_any_process_leave_the_bytes_as_they_were(recipe, undisturbed, faults, tmp_path):
@@ -98,7 +94,7 @@ def test_random_kills_of_any_process_leave_the_bytes_as_they_were(recipe, undist
     printed, _ = process.communicate()
     assert process.returncode == 0 and done, printed
     assert state_hash(out, STEPS) == undisturbed
-    nothing_was_lost(out)
+    nothing_was_lost(out, STEPS)
 
 
 @pytest.mark.parametrize("phase", ["write", "manifest"])
@@ -113,7 +109,7 @@ def test_a_kill_of_the_keeper_in_a_commit_ends_all_and_the_run_goes_on(recipe, u
     wait_until(lambda: gone(family))
     go_on(recipe, out, EVERY[1])
     assert state_hash(out, STEPS) == undisturbed
-    nothing_was_lost(out)
+    nothing_was_lost(out, STEPS)
 
 
 SITUATIONS = {
@@ -142,7 +138,7 @@ def test_a_stop_signal_makes_the_last_finished_step_durable(recipe, undisturbed,
     assert gone(workers)
     go_on(recipe, out)
     assert state_hash(out, STEPS) == undisturbed
-    nothing_was_lost(out)
+    nothing_was_lost(out, STEPS)
 
 
 def test_a_second_signal_ends_at_once_and_one_that_is_only_forwarded_does_not(recipe, undisturbed, faults, tmp_path):
@@ -159,7 +155,7 @@ def test_a_second_signal_ends_at_once_and_one_that_is_only_forwarded_does_not(re
     assert store.find(out).latest is None
     go_on(recipe, out)
     assert state_hash(out, STEPS) == undisturbed
-    nothing_was_lost(out)
+    nothing_was_lost(out, STEPS)
 
 
 @pytest.mark.quick
@@ -191,7 +187,7 @@ def test_a_hung_process_is_found_by_the_keepers_clock_and_all_start_again(recipe
     assert causes and all("no sign of life" in cause for cause in causes)
     assert gone(workers)
     assert state_hash(out, STEPS) == undisturbed
-    nothing_was_lost(out)
+    nothing_was_lost(out, STEPS)
 
 
 def test_the_same_exception_at_the_same_step_three_times_stops_with_its_traceback(recipe, faults, tmp_path):
@@ -209,7 +205,7 @@ def test_memory_that_runs_out_is_named_and_survived(recipe, undisturbed, faults,
     printed = train(recipe, out, environment=faults(plan))
     assert "out of memory" in printed and len(events(out, "restart")) == 1
     assert state_hash(out, STEPS) == undisturbed
-    nothing_was_lost(out)
+    nothing_was_lost(out, STEPS)
 
 
 def test_the_kernel_takes_a_training_process_before_the_keeper(recipe, faults, tmp_path):
@@ -236,7 +232,7 @@ def test_a_world_that_changes_all_the_time_gives_the_same_bytes(recipe, undistur
     assert "harmless        base.placement: replicated -> sharded" in printed
     assert json.loads((out / f"checkpoints/step-{STEPS:08d}" / MANIFEST).read_text())["claim"]["level"] == "bitwise"
     assert state_hash(out, STEPS) == undisturbed
-    nothing_was_lost(out)
+    nothing_was_lost(out, STEPS)
 
 
 def test_a_disk_without_room_never_stops_training_and_is_told(recipe, undisturbed, faults, tmp_path):
@@ -246,7 +242,7 @@ def test_a_disk_without_room_never_stops_training_and_is_told(recipe, undisturbe
     assert faults.happened() == 2 and printed.count("No space left on device") >= 1
     assert len(events(out, "fault")) == 2
     assert state_hash(out, STEPS) == undisturbed
-    nothing_was_lost(out)
+    nothing_was_lost(out, STEPS)
 
 
 def test_a_disk_that_stays_full_fails_at_the_end_and_the_last_step_waits_in_memory(
@@ -259,7 +255,7 @@ def test_a_disk_that_stays_full_fails_at_the_end_and_the_last_step_waits_in_memo
     go_on(recipe, out, EVERY[1])
     assert [one["step"] for one in events(out, "resumed")] == [STEPS]
     assert state_hash(out, STEPS) == undisturbed
-    nothing_was_lost(out)
+    nothing_was_lost(out, STEPS)
 
 
 def test_a_nan_on_one_process_is_skipped_by_all_and_in_every_replay(recipe, faults, tmp_path, capsys):

@@ -2,7 +2,8 @@
 
 FAULTS is a JSON list of {rank, step, phase, kind}; each fires once (in all attempts together; `again` times if given),
 in the process of that rank, when it reaches that phase of that step or, if that was missed, of a later one.
-FAULTS_DONE is a folder that remembers what fired. FAULTS_SLEEP makes every step take so many seconds longer. A process
+FAULTS_DONE is a folder that remembers what fired; `reference` in it has a line for each chunk of a reference's
+log-probabilities that process 0 began to compute. FAULTS_SLEEP makes every step take so many seconds longer. A process
 that holds waits until `NUMBER.released` is in that folder, or until something ends it.
 """
 
@@ -90,7 +91,9 @@ def around(owner, name, phase, *, after=False):
 
 def into_trainer(trainer):
     from lora_kit.runs import live
-    from lora_kit.training import publisher, setup
+    from lora_kit.training import publisher, reference, setup
+    from lora_kit.training.objectives.kto import Kto
+    from lora_kit.training.objectives.pairs import PairObjective
     from lora_kit.training.objectives.sft import Sft
     from lora_kit.training.processes import Processes
 
@@ -108,12 +111,22 @@ def into_trainer(trainer):
         return copy(target, sources)
 
     def summed(self, flat, contributors):
-        reach("reduce", here["job"])
+        reach("reduce", here.get("job"))
         return tree_sum(self, flat, contributors)
 
+    def computed(self, tokens, examples):
+        if os.environ.get("RANK", "0") == "0":
+            with (DONE / "reference").open("a") as file:
+                file.write(f"{len(tokens)} {examples.start}\n")
+        return compute(self, tokens, examples)
+
+    compute, reference.Reference.computed = reference.Reference.computed, computed
     tree_sum, Processes.tree_sum = Processes.tree_sum, summed
     trainer.own_micro_batches, publisher.live.copy_hashed = noted, half
-    around(Sft, "loss", "forward")
+    for objective in (Sft, PairObjective, Kto):
+        around(objective, "loss", "forward")
+    around(reference, "log_probs_of_segments", "log-probs")
+    around(reference, "write", "kept", after=True)
     around(trainer, "add_to_tree", "backward")
     around(trainer, "update", "update")
     around(trainer, "update", "updated", after=True)

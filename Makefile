@@ -1,5 +1,5 @@
 # Two commands do everything on a fresh machine with Python 3.11+ and make; either may come first.
-#   make quickstart   make .venv/ and run the main job on the embedded base and data
+#   make quickstart   make .venv/, run the main job on the embedded base and data, then kill a run of it and compare
 #   make test         make .venv/ and run the tests
 #   make quick        lint and one fast test for each promise, for the loop of a developer: under 90 s on two cores
 #   make notebooks    write notebooks/*.ipynb anew, without outputs, from the texts beside them
@@ -12,6 +12,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $$(( $$(nproc) < 4 ? 2 * $$(npr
 .PHONY: quickstart test quick pytest-test pytest-quick lint notebooks clean
 quickstart: .venv/installed
 	$(BIN)/lora-kit train recipes/quickstart.yaml --out $(OUT)
+	$(BIN)/lora-kit drill recipes/quickstart.yaml --out $(OUT)/drill --faults kill --steps 8
 
 # lint beside the tests: mypy without its cache needs most of a minute on one core
 test quick: .venv/installed

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
 from io import TextIOWrapper
@@ -237,6 +238,71 @@ def train_worker(request: str) -> None:
 
     parsed = TrainRequest.from_json(request)
     loop.train(parsed.recipe, parsed.out, accept=parsed.accept, start_from=parsed.start_from, profile=parsed.profile)
+
+
+@command
+def drill(
+    recipe: RecipeFile,
+    faults: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="What happens to the run: kill (a training process), keeper (the process of the command), both (all "
+            "processes at once), write (the keeper, while it writes a checkpoint), sigterm, hang (a suspended "
+            "process), corrupt (a flipped bit in the newest checkpoint), processes (another number of them). [default: "
+            "all that the recipe and the machine allow]",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="The step after which the runs are compared. [default: 12, or enough for all faults]"),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Decides the moments and the order of the faults.")] = 0,
+    processes: Annotated[int, typer.Option(min=1, help="Training processes on this machine.")] = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FOLDER",
+            help="The drill's folder; an earlier drill in it is replaced. [default: runs/NAME/drill for the recipe "
+            "NAME.yaml. The model card of a run shows a drill of its recipe in RUN/drill]",
+        ),
+    ] = None,
+    set_: Overrides = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Prove on this machine that a recipe survives faults: train its first steps twice, once with faults, and compare.
+
+    Both runs are real. `lora-kit train` starts the second run too; its processes are killed, stopped and suspended at
+    random moments, its newest checkpoint is damaged, and the same command resumes it each time. Then adapter and
+    moments of both runs must have the same bytes, or be equal up to rounding where the runs claim no more (on a GPU),
+    and metrics.jsonl must have each step once. The certificate (certificate.txt, certificate.json) names every fault
+    with the step it hit, what was lost and how long the resume took, the bytes and hashes, versions and machine.
+
+    Nothing is evaluated, tracked or pushed. Exit code 0 only if every fault was done and everything is equal.
+
+    Example: lora-kit drill recipes/quickstart.yaml --faults kill,corrupt --steps 12
+    """
+    from lora_kit.recipe.load import load_recipe
+    from lora_kit.runs.certificate import FOLDER
+    from lora_kit.supervise.drill import Drill
+    from lora_kit.supervise.faults import FAULTS
+
+    names = tuple(dict.fromkeys(faults.split(","))) if faults is not None else None
+    if unknown := [name for name in names or () if name not in FAULTS]:
+        raise InputError(f"--faults {faults}: {unknown[0]!r} is no fault; the faults are {', '.join(FAULTS)}")
+    folder, console = out or Path("runs") / recipe.stem / FOLDER, Console(silent=as_json)
+    asked = Drill(
+        recipe, tuple(set_), load_recipe(recipe, set_), folder, steps, seed, names, processes=processes, gpus=_gpus()
+    )
+    console.say(f"lora_kit {VERSION}: {recipe} is trained twice in {folder}, the second time with faults")
+    certificate = asked.run(console.say)
+    if as_json:
+        _print_json(asdict(certificate))
+    else:
+        print(certificate.text(), end="")
+    if not certificate.equal:
+        raise typer.Exit(1)
 
 
 def _gpus() -> int:

@@ -10,6 +10,7 @@ import lora_kit as lk
 from lora_kit.artifacts.card import model_card
 from lora_kit.artifacts.hub import CARD, publication
 from lora_kit.runs import store
+from lora_kit.runs.certificate import FOLDER, Certificate, Resumption, hash_of
 from lora_kit.runs.manifest import MANIFEST, LineageEntry, Origin, read_manifest
 
 
@@ -112,6 +113,32 @@ def test_a_card_says_where_the_run_began_and_what_changed(manifest):
     assert began in card and "c" * 64 in card and "| 3 | `optim.learning_rate` | 0.1 | 0.2 |" in card
     card = model_card("me/x", replace(manifest, run=replace(run, origin=Origin(None, None, "c" * 64))))
     assert "The run began with an adapter that lora_kit did not train (SHA-256 of " in card
+
+
+def test_a_card_says_what_a_drill_of_the_recipe_has_shown(run, manifest):
+    assert "lora-kit drill" not in card_of(run.latest)
+    times = {"seconds": 0.5, "parts": {"found": 0.1}}
+    drill = Certificate(
+        equal=True,
+        problems=(),
+        command="lora-kit drill recipe.yaml",
+        recipe=hash_of(store.open_checkpoint(run.latest).recipe),
+        changed=(),
+        steps=12,
+        seed=0,
+        faults=(Resumption("kill", "SIGKILL", 3, 3, 0, **times), Resumption("corrupt", "a bit", 7, 6, 1, **times)),
+        left_out={},
+        comparison=None,
+        versions={},
+        machine={},
+        time="2026-01-02T03:04:05+00:00",
+    )
+    (run.folder / FOLDER).mkdir()
+    drill.write(run.folder / FOLDER)
+    told = "`lora-kit drill` of this recipe, 2026-01-02: a run of 12 steps with kill, corrupt equals an undisturbed run"
+    assert told in card_of(run.latest)
+    replace(drill, recipe="0" * 64).write(run.folder / FOLDER)
+    assert "lora-kit drill" not in card_of(run.latest), "a drill of another recipe"
 
 
 def test_a_manifest_that_anyone_may_have_sealed_has_a_card(manifest):

@@ -16,7 +16,7 @@ from lora_kit.runs import resume
 from lora_kit.runs.manifest import manifest_bytes
 from lora_kit.supervise import zygote
 
-VERBS = ("train", "check", "status", "verify", "generate", "eval", "push")
+VERBS = ("train", "check", "drill", "status", "verify", "generate", "eval", "push")
 
 
 @pytest.fixture

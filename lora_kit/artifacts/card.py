@@ -13,6 +13,7 @@ from jinja2 import Environment, StrictUndefined
 
 from lora_kit.recipe.load import BUILTIN
 from lora_kit.recipe.schema import ANSWER_METRIC, Hub
+from lora_kit.runs.certificate import Certificate
 from lora_kit.runs.manifest import Manifest
 from lora_kit.views.console import number
 
@@ -20,7 +21,12 @@ TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
 def model_card(
-    repo: str, manifest: Manifest, *, revision: str | None = None, scores: Mapping[str, Any] | None = None
+    repo: str,
+    manifest: Manifest,
+    *,
+    revision: str | None = None,
+    scores: Mapping[str, Any] | None = None,
+    drill: Certificate | None = None,
 ) -> str:
     """Return README.md for an adapter on the Hub.
 
@@ -29,6 +35,7 @@ def model_card(
         manifest: The manifest to publish, without paths of this machine.
         revision: The branch; None for the default branch.
         scores: The metrics of `base` and `adapter` from result.json; None if this checkpoint was not measured.
+        drill: The certificate of a drill of this recipe, in which nothing differed; None if there is none.
     """
     recipe, commit = manifest.run.recipe, manifest.run.fingerprints.base.commit
     base, hub = recipe["base"]["repo"], Hub.model_validate(recipe["hub"])
@@ -53,6 +60,7 @@ def model_card(
         scores=scores or {},
         preferences=any("rewards/margins" in score.get("metrics", {}) for score in (scores or {}).values()),
         further=_further(scores or {}),
+        drill=drill,
         shipped=base.startswith(BUILTIN),
         number=number,
     )

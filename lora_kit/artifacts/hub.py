@@ -25,6 +25,7 @@ from lora_kit.model.tokenizer import load_renderer, set_up_tokenizer
 from lora_kit.recipe.load import as_yaml, change_paths
 from lora_kit.recipe.schema import HUB_NAME, Recipe
 from lora_kit.runs import store
+from lora_kit.runs.certificate import certificate_of
 from lora_kit.runs.journal import Journal
 from lora_kit.runs.manifest import MANIFEST, FileEntry, manifest_bytes
 from lora_kit.runs.run import Run
@@ -161,7 +162,8 @@ def publication(
     entries = {name: FileEntry(len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()}
     entries[store.ADAPTER] = manifest.files[store.ADAPTER]
     published = replace(manifest, run=replace(facts, recipe=public), files=dict(sorted(entries.items())))
-    card = model_card(to, published, revision=revision, scores=_scores(checkpoint))
+    drill = certificate_of(checkpoint.path.resolve().parents[1], checkpoint.recipe)
+    card = model_card(to, published, revision=revision, scores=_scores(checkpoint), drill=drill)
     texts = {MANIFEST: manifest_bytes(published.to_dict()), CARD: card.encode()}
     return {store.ADAPTER: checkpoint.path / store.ADAPTER, **files, **texts}
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from lora_kit.errors import CheckpointError, ContractError, InputError
 from lora_kit.recipe.load import difference
 from lora_kit.recipe.schema import Recipe
-from lora_kit.runs import live, store
+from lora_kit.runs import certificate, live, store
 from lora_kit.runs.journal import Journal
 from lora_kit.runs.lease import Fence, Lease, inherited, take
 from lora_kit.runs.live import Live
@@ -224,7 +224,7 @@ def take_over(folder: Path, *, tell: Callable[[str], None] = lambda text: None) 
         raise InputError(f"{str(folder)!a}: its path {wrong}; choose another --out") from None
     except RuntimeError:  # what pathlib raises before Python 3.13
         raise InputError(f"{folder}: its symbolic links form a loop; choose another --out") from None
-    known = {"checkpoints", "recipe.yaml", "lease.json", "events.jsonl"}
+    known = {"checkpoints", "recipe.yaml", "lease.json", "events.jsonl", certificate.FOLDER}
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     names = {name for name in names if not name.startswith(".lease")}  # of a start that was killed at once
     if names and not names & known:

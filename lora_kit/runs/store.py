@@ -50,6 +50,7 @@ ADAPTER, ADAPTER_CONFIG, OPTIMIZER = (
 )
 PUBLISHED = (ADAPTER, ADAPTER_CONFIG)  # what every checkpoint has; one on the Hub has no moments
 NAME = re.compile(r"step-([0-9]{8,20})")
+STAGING = re.compile(r"\.tmp-[0-9]+")  # the name of a folder in which a checkpoint is written
 QUARANTINE, REPLACED = ".quarantine", ".tmp-replaced-"
 PIN = "pinned"  # a checkpoint with a file of this name is never deleted
 Entry = tuple[Dtype, Sequence[int]]  # the dtype and the shape of a tensor of a file

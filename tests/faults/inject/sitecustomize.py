@@ -3,8 +3,9 @@
 FAULTS is a JSON list of {rank, step, phase, kind}; each fires once (in all attempts together; `again` times if given),
 in the process of that rank, when it reaches that phase of that step or, if that was missed, of a later one.
 FAULTS_DONE is a folder that remembers what fired; `reference` in it has a line for each chunk of a reference's
-log-probabilities that process 0 began to compute. FAULTS_SLEEP makes every step take so many seconds longer. A process
-that holds waits until `NUMBER.released` is in that folder, or until something ends it.
+log-probabilities that process 0 began to compute. FAULTS_SLEEP makes every step take so many seconds longer.
+FAULTS_FORGET names a part of the state that every resume loses. A process that holds waits until `NUMBER.released` is
+in that folder, or until something ends it.
 """
 
 import importlib.abc
@@ -20,6 +21,7 @@ from typing import ClassVar
 
 PLAN = json.loads(os.environ.get("FAULTS", "[]"))
 SLEEP = float(os.environ.get("FAULTS_SLEEP", "0"))
+FORGET = os.environ.get("FAULTS_FORGET", "")
 DONE = Path(os.environ.get("FAULTS_DONE", "/nowhere"))
 HOLD_SECONDS = 600  # the longest a process holds
 here = {"step": -1}
@@ -134,6 +136,25 @@ def into_trainer(trainer):
     around(trainer, "held_out_loss", "evaluate")
     around(setup, "load_base", "load")
     around(live.Region, "publish", "publish")
+    forget(FORGET)
+
+
+def forget(part):
+    """Let every resume lose a buffer of the state, or the number of the step, as if nobody had saved it."""
+    from lora_kit.model.state import FlatState
+    from lora_kit.training.job import Job
+
+    load = FlatState.load
+
+    def loaded(self, saved):
+        load(self, saved)
+        for name, buffer in zip(self.layout.buffers, self.kept, strict=True):
+            if name == part:
+                buffer.zero_()
+
+    FlatState.load = loaded
+    if part == "step":
+        Job.start = property(lambda job: 0)
 
 
 def into_store(store):
@@ -173,5 +194,5 @@ class After(importlib.abc.Loader):
         self.patch(module)
 
 
-if PLAN or SLEEP:
+if PLAN or SLEEP or FORGET:
     sys.meta_path.insert(0, Patcher())

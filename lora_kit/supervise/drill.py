@@ -1,0 +1,229 @@
+"""`lora-kit drill`: train the first steps of a recipe undisturbed, then again with faults, and compare the two runs.
+
+Both runs are made by the normal training command in real processes. Each fault comes at a random moment, which the seed
+decides, and the run goes on by the normal command. The certificate says what happened and whether anything differs.
+"""
+
+import math
+import random
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from platform import platform, python_version
+from typing import Any
+
+from lora_kit.errors import CheckpointError, InputError, LoraKitError
+from lora_kit.host import host_cores
+from lora_kit.recipe.schema import Recipe
+from lora_kit.runs import store
+from lora_kit.runs.certificate import FILE, TEXT, Certificate, hash_of
+from lora_kit.runs.comparison import Comparison, compare
+from lora_kit.runs.lease import is_held
+from lora_kit.runs.manifest import RunFacts
+from lora_kit.supervise.drill_run import DrillRun, typical
+from lora_kit.supervise.faults import FAULTS
+
+UNDISTURBED, DISTURBED, LOG = "undisturbed", "disturbed", "log.txt"
+LEAST_STEPS = 12
+STEPS_FOR_FAULT = 2
+STEPS_BESIDE = 4  # before the first fault and after the last
+TIMEOUT_FACTOR = 10.0  # a training process hangs after this many times the longest step of the undisturbed run,
+LEAST_TIMEOUT_SECONDS = 3.0  # and after at least this long
+SAVES = 8  # how many checkpoints a run of the drill writes, at least
+NOT_DONE = "the run did not come to it"
+
+
+@dataclass(frozen=True)
+class Drill:
+    """What is asked for.
+
+    Attributes:
+        file: The recipe's file.
+        overrides: The recipe's overrides, as `--set` takes them.
+        recipe: The recipe, with the overrides.
+        out: The drill's folder.
+        steps: The step after which the runs are compared; None for enough steps for all faults.
+        seed: Decides the moments of the faults, their order, their victims and the flipped bit.
+        faults: The names of the faults; None for all that the recipe and the machine allow.
+        processes: The number of training processes of the undisturbed run.
+        gpus: The number of visible GPUs.
+    """
+
+    file: Path
+    overrides: tuple[str, ...]
+    recipe: Recipe
+    out: Path
+    steps: int | None
+    seed: int
+    faults: tuple[str, ...] | None
+    processes: int
+    gpus: int
+
+    def run(self, tell: Callable[[str], None]) -> Certificate:
+        """Do the drill; return the certificate, which is also written into the drill's folder.
+
+        Raises:
+            InputError: The arguments contradict each other, or the recipe cannot be trained.
+            LoraKitError: The undisturbed run has failed.
+        """
+        names = self.faults or tuple(FAULTS)
+        steps, least = self.steps_for(len(names)), STEPS_FOR_FAULT * len(names) + STEPS_BESIDE
+        if steps < least:
+            raise InputError(
+                f"{steps} steps are too few for {len(names)} fault(s), which need {least}; choose fewer --faults"
+                + ("" if self.steps is None else " or more --steps")
+            )
+        empty(self.out)
+        undisturbed = self.undisturbed(steps)
+        tell(f"undisturbed: {undisturbed.last} steps, {typical(undisturbed.step_seconds()):.2f} s each")
+        refusals = {name: FAULTS[name].refusal(facts_of(undisturbed).machine, self.gpus) for name in names}
+        left_out = {name: reason for name, reason in refusals.items() if reason}
+        disturbed = self.disturbed([name for name in names if name not in left_out], undisturbed, tell)
+        certificate = self.certify(names, left_out, undisturbed, disturbed)
+        certificate.write(self.out)
+        return certificate
+
+    def steps_for(self, faults: int) -> int:
+        """Return the number of steps that are compared: at most those of the recipe, else a multiple of two saves."""
+        wanted = self.steps or max(LEAST_STEPS, STEPS_FOR_FAULT * faults + STEPS_BESIDE)
+        every = self.save_every(wanted)
+        wanted = math.ceil(wanted / every) * every
+        return min(wanted, self.recipe.train.steps or wanted)
+
+    def save_every(self, steps: int) -> int:
+        """Return the number of steps between two checkpoints, which is not more than in the recipe."""
+        return min(self.recipe.checkpoint.every_steps, max(1, steps // SAVES))
+
+    def changes(self, steps: int) -> list[str]:
+        """Return what both runs change in the recipe: when it saves, and nothing that is measured, sent or published.
+
+        None of it decides what is trained.
+        """
+        recipe, every = self.recipe, self.save_every(steps)
+        kept = {"checkpoint.every_steps": every, "checkpoint.keep_every": steps, "checkpoint.best": False}
+        silent: dict[str, Any] = {"evaluate.every_steps": None, "evaluate.generate": 0, "hub.repo": None}
+        if not isinstance(recipe.data.validation, float):  # a part of the training data, which must stay held out
+            silent["data.validation"] = None
+        if recipe.track.names:
+            silent["track.names"] = "[]"
+        values = {key: getattr(getattr(recipe, key.split(".")[0]), key.split(".")[1]) for key in kept | silent}
+        return [f"{key}={_yaml(value)}" for key, value in (kept | silent).items() if values[key] != value]
+
+    def changes_disturbed(self, names: Sequence[str], undisturbed: DrillRun) -> list[str]:
+        """Return what the disturbed run changes in the recipe: for a hang also after how long it is one."""
+        longest = max(undisturbed.step_seconds(), default=0.0)
+        limit = max(LEAST_TIMEOUT_SECONDS, TIMEOUT_FACTOR * longest)
+        timeout = [f"train.step_timeout={limit:.1f}"] if "hang" in names else []
+        return self.changes(undisturbed.last) + timeout
+
+    def prepared(self, name: str, steps: int, changes: Sequence[str], **options: Any) -> DrillRun:
+        """Return a run of the drill that has not started."""
+        settings = [part for change in (*self.overrides, *changes) for part in ("--set", change)]
+        command = ["train", str(self.file), *settings]
+        rng = random.Random(f"{self.seed} {name}")
+        return DrillRun(command, self.out / name, self.out / LOG, steps, rng, processes=self.processes, **options)
+
+    def undisturbed(self, steps: int) -> DrillRun:
+        """Train without a fault."""
+        run = self.prepared(UNDISTURBED, steps, self.changes(steps))
+        try:
+            run.start()
+            run.finish()
+        finally:
+            run.end()
+        return run
+
+    def disturbed(self, names: Sequence[str], undisturbed: DrillRun, tell: Callable[[str], None]) -> DrillRun:
+        """Train with faults. What goes wrong is in the problems of the run."""
+        seconds, changes = typical(undisturbed.step_seconds()), self.changes_disturbed(names, undisturbed)
+        run = self.prepared(DISTURBED, undisturbed.last, changes, step_seconds=seconds, tell=tell)
+        try:
+            run.start()
+            for name, step in moments(names, run.last, run.rng):
+                run.reach(step)
+                FAULTS[name].disturb(run)
+            run.finish()
+        except LoraKitError as error:
+            run.problems.append(str(error))
+        finally:
+            run.end()
+        return run
+
+    def certify(
+        self, names: Sequence[str], left_out: dict[str, str], undisturbed: DrillRun, disturbed: DrillRun
+    ) -> Certificate:
+        """Compare the two runs and return the certificate."""
+        comparison: Comparison | None = None
+        problems = list(disturbed.problems)
+        try:
+            comparison = compare(undisturbed.run, disturbed.run, undisturbed.last)
+            problems += comparison.problems
+        except CheckpointError as error:
+            problems.append(str(error))
+        done = {each.fault for each in disturbed.resumptions}
+        missed = {name: NOT_DONE for name in names if name not in done and name not in left_out}
+        problems += [f"{name}: {reason}" for name, reason in missed.items()]
+        facts = facts_of(undisturbed)
+        return Certificate(
+            equal=not problems,
+            problems=tuple(problems),
+            command=self.command(undisturbed.last, names),
+            recipe=hash_of(self.recipe),
+            changed=tuple(self.changes_disturbed([name for name in names if name not in left_out], undisturbed)),
+            steps=undisturbed.last,
+            seed=self.seed,
+            faults=tuple(disturbed.resumptions),
+            left_out=left_out | missed,
+            comparison=comparison,
+            versions=facts.versions | {"python": python_version()},
+            machine=machine_of(facts),
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+    def command(self, steps: int, names: Sequence[str]) -> str:
+        """Return the command that repeats this drill."""
+        settings = [part for override in self.overrides for part in ("--set", override)]
+        options = ["--steps", str(steps), "--seed", str(self.seed), "--faults", ",".join(names)]
+        several = ["--processes", str(self.processes)] if self.processes > 1 else []
+        return shlex.join(["lora-kit", "drill", str(self.file), "--out", str(self.out), *options, *several, *settings])
+
+
+def moments(names: Sequence[str], steps: int, rng: random.Random) -> list[tuple[str, int]]:
+    """Return faults in a random order, each with the random step after which it comes, in equal parts of the run."""
+    part = (steps - STEPS_BESIDE) / max(1, len(names))
+    order = enumerate(rng.sample(list(names), len(names)))
+    return [(name, 1 + int((place + rng.random()) * part)) for place, name in order]
+
+
+def facts_of(run: DrillRun) -> RunFacts:
+    """Return what the last checkpoint of a drill's run records of it."""
+    return store.open_checkpoint(store.checkpoint_folder(run.run, run.last)).manifest.run
+
+
+def machine_of(facts: RunFacts) -> dict[str, Any]:
+    """Return what a certificate says about the machine."""
+    return {"device": facts.machine.device, "cores": host_cores(), "system": platform(), **facts.computed_by}
+
+
+def empty(folder: Path) -> None:
+    """Delete an earlier drill, if a folder holds one, and create the folder if it is missing.
+
+    Raises:
+        InputError: The folder holds something else, or a drill that is still running.
+    """
+    own = {UNDISTURBED, DISTURBED, LOG, FILE, TEXT}
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if others := found - own:
+        raise InputError(f"{folder}: it holds {min(others)}, which no drill has written; choose another --out")
+    for name in (UNDISTURBED, DISTURBED):
+        if is_held(folder / name):
+            raise InputError(f"{folder / name}: a drill is running here; wait for its end or choose another --out")
+    for name in found:
+        store.remove(folder / name)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _yaml(value: Any) -> str:
+    return "null" if value is None else str(value).lower()

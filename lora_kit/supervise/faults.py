@@ -1,0 +1,156 @@
+"""The faults of a drill: what is done to a run in the middle of its training.
+
+A fault is a function of the run that it disturbs. A new fault is an entry in `FAULTS`.
+"""
+
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from lora_kit.errors import LoraKitError
+from lora_kit.runs import store
+from lora_kit.runs.manifest import Machine
+from lora_kit.supervise.drill_run import DrillRun
+
+TRIES = 5  # kills that may miss a write, which takes milliseconds
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault.
+
+    Attributes:
+        about: What it does, for people.
+        disturb: Does it to a run that trains, and returns when the run goes on.
+        refusal: Returns why it cannot be done on the machine of a run, given the number of visible GPUs; empty if it
+            can.
+    """
+
+    about: str
+    disturb: Callable[[DrillRun], None]
+    refusal: Callable[[Machine, int], str] = lambda machine, gpus: ""
+
+
+def kill(drilled: DrillRun) -> None:
+    """Kill one training process; the keeper starts the processes again."""
+
+    def act() -> str:
+        victims = drilled.trainers()
+        drilled.kill([drilled.rng.choice(victims)])
+        return f"SIGKILL to one of {len(victims)} training process(es)"
+
+    drilled.interrupt("kill", act, when=lambda: bool(drilled.trainers()))
+
+
+def keeper(drilled: DrillRun) -> None:
+    """Kill the keeper; its training processes end with it, and the command is repeated."""
+
+    def act() -> str:
+        drilled.keeper.kill()
+        drilled.keeper.wait()
+        drilled.start()
+        return "SIGKILL to the keeper"
+
+    drilled.interrupt("keeper", act)
+
+
+def both(drilled: DrillRun) -> None:
+    """Kill the keeper and all processes below it at once, and repeat the command."""
+
+    def act() -> str:
+        family = drilled.family()
+        drilled.kill(family)
+        drilled.keeper.wait()
+        drilled.start()
+        return f"SIGKILL to all {len(family)} processes at once"
+
+    drilled.interrupt("both", act)
+
+
+def write(drilled: DrillRun) -> None:
+    """Kill the keeper while it writes a checkpoint, and repeat the command."""
+    torn = list[bool]()
+
+    def act() -> str:
+        drilled.keeper.kill()
+        drilled.keeper.wait()
+        torn.append(bool(drilled.unfinished_writes()))
+        drilled.start()
+        return "SIGKILL to the keeper " + ("in the middle of a write" if torn[-1] else "just after a write")
+
+    while True not in torn:
+        if len(torn) == TRIES:
+            raise LoraKitError(f"write: {TRIES} kills came too late to hit the write of a checkpoint")
+        drilled.interrupt("write", act, when=lambda: bool(drilled.unfinished_writes()))
+
+
+def sigterm(drilled: DrillRun) -> None:
+    """Stop the run with SIGTERM, and repeat the command."""
+    changed(drilled, "sigterm", ())
+
+
+def hang(drilled: DrillRun) -> None:
+    """Suspend a training process with SIGSTOP until the keeper notices and starts the processes again."""
+    if drilled.resumptions:  # the keeper learns from two steps how long a step takes
+        drilled.reach(drilled.resumptions[-1].resumed + 2)
+
+    def act() -> str:
+        victims = drilled.trainers()
+        drilled.rng.choice(victims).send_signal(signal.SIGSTOP)
+        return f"SIGSTOP to one of {len(victims)} training process(es)"
+
+    drilled.interrupt("hang", act, when=lambda: bool(drilled.trainers()))
+
+
+def corrupt(drilled: DrillRun) -> None:
+    """Stop the run, flip a bit of the newest checkpoint, and repeat the command."""
+
+    def act() -> str:
+        drilled.stop()
+        newest = store.find(drilled.run).latest
+        if newest is None:
+            raise LoraKitError(f"{drilled.run}: no valid checkpoint after SIGTERM")
+        path = newest.path / drilled.rng.choice((store.ADAPTER, store.OPTIMIZER))
+        content = bytearray(path.read_bytes())
+        content[drilled.rng.randrange(len(content))] ^= 1 << drilled.rng.randrange(8)
+        path.write_bytes(content)
+        drilled.start()
+        return f"a bit of {path.name} in the newest checkpoint flipped"
+
+    drilled.interrupt("corrupt", act)
+    if not any((drilled.run / "checkpoints" / store.QUARANTINE).glob("*.reason.txt")):
+        drilled.problems.append("corrupt: the damaged checkpoint was not set aside")
+
+
+def changed(drilled: DrillRun, fault: str, *commands: tuple[str, ...]) -> None:
+    """Stop the run with SIGTERM and go on with other options; once for each set of options."""
+
+    def act(options: tuple[str, ...]) -> str:
+        drilled.stop()
+        drilled.start(*options)
+        return "SIGTERM, then " + (" ".join(options) or "the same command")
+
+    for options in commands:
+        drilled.interrupt(fault, partial(act, options))
+
+
+def _too_few_gpus(machine: Machine, gpus: int) -> str:
+    """Return why two processes cannot train on a machine."""
+    return "two processes need two GPUs" if machine.device != "cpu" and gpus < 2 else ""
+
+
+FAULTS = {
+    "kill": Fault("SIGKILL to one training process", kill),
+    "keeper": Fault("SIGKILL to the keeper", keeper),
+    "both": Fault("SIGKILL to the keeper and all training processes at once", both),
+    "write": Fault("SIGKILL to the keeper while it writes a checkpoint", write),
+    "sigterm": Fault("SIGTERM to the command", sigterm),
+    "hang": Fault("SIGSTOP to one training process, which the keeper must notice", hang),
+    "corrupt": Fault("a flipped bit in the newest checkpoint", corrupt),
+    "processes": Fault(
+        "another number of processes, then the first again",
+        lambda drilled: changed(drilled, "processes", drilled.other_processes, ()),
+        _too_few_gpus,
+    ),
+}

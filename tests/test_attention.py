@@ -1,5 +1,7 @@
 """Attention by segment is softmax attention inside each example: window, soft cap, sinks, shared keys and scaling."""
 
+from itertools import zip_longest
+
 import numpy as np
 import pytest
 import torch
@@ -137,6 +139,43 @@ def test_wherever_blocks_begin_and_end_the_definition_holds(seed, monkeypatch):
     cut = segments.blocks(window, torch.float32).blocks
     assert [one.first for one in cut] + [many] == [0, *(one.last for one in cut)]
     assert all(one.last - one.first <= 8 + blocks.ALIGNED for one in cut)
+
+
+def oracle_of_branches(given, lengths, forks, **case):
+    """The definition for each sequence by itself: a branch is computed after a copy of what it shares."""
+    rows, start = [], 0
+    for length, fork in zip_longest(lengths, forks):
+        index, (shared, second) = torch.arange(start, start + length), fork or (length, length)
+        rest = torch.cat([index[:shared], index[second:]])
+        rows.append(oracle(*(one[:, :, index[:second]] for one in given), (second,), **case))
+        if second < length:
+            rows.append(oracle(*(one[:, :, rest] for one in given), (len(rest),), **case)[:, shared:])
+        start += length
+    return torch.cat(rows, dim=1)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_branches_of_an_example_do_not_see_each_other(seed, monkeypatch):
+    monkeypatch.setattr(blocks, "QUERIES", 8)
+    monkeypatch.setattr(blocks, "ALIGNED", 1 + seed % 4)
+    rng, lengths, forks = np.random.default_rng(seed), [5], [None]
+    for _ in range(3):
+        shared, first, second = rng.integers(0, 14), rng.integers(1, 9), rng.integers(1, 9)
+        forks.append((int(shared), int(shared + first)))
+        lengths.append(int(shared + first + second))
+    lengths.append(3)  # has no entry in `forks`
+    case = [*CASES.values()][seed % 9] if seed % 2 else {"sliding_window": (None, 3, 9)[seed // 2 % 3]}
+    generator, many = torch.Generator().manual_seed(seed), sum(lengths)
+    shapes = [(1, 4, many, 6), (1, 2, many, 6), (1, 2, many, 5)]
+    given = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    segments = Segments(tuple(lengths), torch.device("cpu"), tuple(forks))
+    ours, _ = segment_attention(torch.nn.Identity(), *given, None, segments=segments, **case)
+    exact = [one.detach().double().requires_grad_() for one in given]
+    theirs = oracle_of_branches(exact, lengths, forks, **case)
+    weights = torch.randn(theirs.shape, generator=generator)
+    found, right = (torch.autograd.grad((a * weights).sum(), b) for a, b in ((ours, given), (theirs, exact)))
+    for mine, one in zip((ours, *found), (theirs, *right), strict=True):
+        assert (mine - one).norm() < 1e-5 * max(one.norm(), 1)
 
 
 @pytest.mark.parametrize("size", [1.0, 2.0])

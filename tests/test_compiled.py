@@ -3,16 +3,17 @@
 import os
 import shutil
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import pytest
 import torch
 from conftest import need_c, without_compiled
+from forks import visible_in
 from plain_loop import relative
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lora_kit.kernels import dispatch, segments
-from lora_kit.kernels.attention import visible
 from lora_kit.kernels.backend import GatedInputs
 from lora_kit.kernels.cpu.backend import Cpu
 from lora_kit.kernels.plain import ACTIVATIONS
@@ -130,18 +131,19 @@ def test_rotary_positions(by, width):
 @ways(IN_DOTS, by_c)
 @pytest.mark.parametrize(("width", "heads", "shared"), [(24, 4, 2), (64, 3, 3), (136, 4, 1)])
 @pytest.mark.parametrize("window", [None, 20])
-def test_attention_inside_examples_and_its_gradients(by, width, heads, shared, window):
+@pytest.mark.parametrize("forks", [(), ((70, 75), (1, 2), (0, 40))], ids=["whole", "forked"])
+def test_attention_inside_examples_and_its_gradients(by, width, heads, shared, window, forks):
     lengths = (130, 3, 70)
     shapes = [(sum(lengths), many, width) for many in (heads, shared, shared, heads)]
     *given, above = (by.drawn(*shape, seed=seed) for seed, shape in enumerate(shapes))
     plain, outputs = [one.float().requires_grad_() for one in given], []
-    for parts in zip(*(one.split(lengths) for one in plain), strict=True):
+    for *parts, fork in zip_longest(*(one.split(lengths) for one in plain), forks):
         by_head = [part.transpose(0, 1).repeat_interleave(heads // part.shape[1], dim=0) for part in parts]
-        seen = visible(len(parts[0]), window, parts[0].device)
+        seen = visible_in(len(parts[0]), window, fork).to(by.device)
         outputs.append(functional.scaled_dot_product_attention(*by_head, seen, scale=0.3).transpose(0, 1))
     expected = torch.cat(outputs)
     gradients = torch.autograd.grad(expected, plain, above.float())
-    rest, inputs = (Segments(lengths, by.device), 0.3, window), [one.transpose(0, 1) for one in given]
+    rest, inputs = (Segments(lengths, by.device, forks), 0.3, window), [one.transpose(0, 1) for one in given]
     output, saved = by.backend.attention(*inputs, *rest)
     ours = [one.transpose(0, 1) for one in by.backend.attention_backward(above, saved, *rest)]
     by.near([output, *ours], [one.to(by.dtype) for one in (expected, *gradients)])

@@ -4,15 +4,18 @@ nothing written outside the results, and wrong arguments refused.
 
 import ctypes
 import mmap
+from itertools import zip_longest
 
 import numpy as np
 import pytest
 import torch
 from conftest import need_c
+from forks import visible_in
 
 from lora_kit.kernels.cpu import build, ops
 from lora_kit.kernels.cpu.backend import Cpu
 from lora_kit.kernels.cpu.buffers import BufferPool
+from lora_kit.kernels.segments import Segments
 
 BF16, EXACT = torch.bfloat16, torch.float64
 LENGTHS = (1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 130, 300)
@@ -101,30 +104,24 @@ def parts(lengths, heads, shared, width, *, seed=0, size=1.0):
     return [one * size for one in given[:2]] + given[2:]
 
 
-def tiles_of(lengths):
-    ends = np.cumsum(lengths)
-    return torch.tensor([(end - many, end - many, end) for many, end in zip(lengths, ends, strict=True)]).int()
-
-
-def attended(given, lengths, scale, window):
+def attended(given, lengths, scale, window, forks=()):
     """The output, the gradients and the logarithms of the sums."""
     *inputs, above = given
-    output, sums = ops.attention(*inputs, tiles_of(lengths), scale, window)
-    return [output, *ops.attention_backward(above, *inputs, output, sums, tiles_of(lengths), scale, window), sums]
+    spans = torch.from_numpy(Segments(lengths, torch.device("cpu"), forks).spans)
+    output, sums = ops.attention(*inputs, spans, scale, window)
+    return [output, *ops.attention_backward(above, *inputs, output, sums, spans, scale, window), sums]
 
 
-def attention_by_definition(given, lengths, scale, window):
+def attention_by_definition(given, lengths, scale, window, forks=()):
     """Return the output, the gradients of query, key and value, and the sum of each number's absolute summands.
 
     In float64, by all pairs of an example, and by the formulas of a gradient.
     """
     found = []
-    for example in zip(*(one.to(EXACT).transpose(0, 1).split(lengths, dim=1) for one in given), strict=True):
-        query, *shared, above = example
+    parts = (one.to(EXACT).transpose(0, 1).split(lengths, dim=1) for one in given)
+    for query, *shared, above, fork in zip_longest(*parts, forks):
         key, value = (one.repeat_interleave(len(query) // len(one), dim=0) for one in shared)
-        place = torch.arange(query.shape[1])
-        before = place[:, None] - place
-        hidden = (before < 0) | (before >= (window or len(place)))
+        hidden = ~visible_in(query.shape[1], window, fork)
         share = (query @ key.mT * scale).masked_fill(hidden, -torch.inf).softmax(-1)
         output, of_share = share @ value, above @ value.mT
         of_score = share * (of_share - (share * of_share).sum(-1, keepdim=True)) * scale
@@ -144,10 +141,10 @@ def attention_by_definition(given, lengths, scale, window):
     return whole[:4], whole[4:]
 
 
-def hold(given, lengths, scale, window):
+def hold(given, lengths, scale, window, forks=()):
     """Check every number of attention against three roundings: of its factors, of its summands and of itself."""
-    *ours, _ = attended(given, lengths, scale, window)
-    for mine, right, size in zip(ours, *attention_by_definition(given, lengths, scale, window), strict=True):
+    *ours, _ = attended(given, lengths, scale, window, forks)
+    for mine, right, size in zip(ours, *attention_by_definition(given, lengths, scale, window, forks), strict=True):
         assert mine.dtype == BF16 and mine.shape == right.shape and mine.isfinite().all()
         assert ((mine.to(EXACT) - right).abs() <= BOUND * size + 1e-6).all()
 
@@ -159,6 +156,19 @@ def test_attention_is_that_of_the_definition_wherever_tiles_begin_and_end(seed, 
     width, window, heads = WIDTHS[seed % 8], WINDOWS[seed % 11], HEADS[(seed + seed // 4) % 4]
     given, scale = parts(lengths, *heads, width, seed=seed), (width**-0.5, 0.1)[seed % 2]
     hold(given, lengths, scale, window)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_attention_of_examples_that_fork_is_that_of_the_definition(seed, products):
+    rng = np.random.default_rng(seed)
+    forks, lengths = [], []
+    for _ in range(1 + seed % 3):
+        shared, first, second = (int(rng.choice([0, 1, 31, 64, 100, 130])) for _ in range(3))
+        forks.append((shared, shared + first))
+        lengths.append(shared + first + second + 1)
+    lengths, forks = (40, *lengths, 70), (None, *forks)
+    window, heads = (None, None, 1, 40, 150)[seed % 5], HEADS[seed % 4]
+    hold(parts(lengths, *heads, WIDTHS[seed % 8], seed=seed), lengths, 0.2, window, forks)
 
 
 def test_rows_have_the_logarithm_of_their_sum(products):
@@ -441,9 +451,9 @@ def test_the_two_instructions_sum_in_another_order_and_each_is_named(c, monkeypa
 
 def arguments():
     """Return valid arguments of each operator."""
-    x, tiles = drawn(9, 6), torch.tensor([[0, 0, 4], [4, 4, 9]]).int()
+    x, spans = drawn(9, 6), torch.tensor([[0, 4, 4, 4], [4, 9, 6, 7]]).int()
     heads, keys, lse = drawn(9, 4, 6), drawn(9, 2, 6), torch.zeros(4, 9)
-    attention = {"query": heads, "key": keys, "value": keys, "tiles": tiles, "scale": 0.3, "window": None}
+    attention = {"query": heads, "key": keys, "value": keys, "spans": spans, "scale": 0.3, "window": None}
     return {
         "linear": {
             "x": [x, drawn(9, 4)], "weight": [drawn(5, 6), drawn(4, 5)], "transposed": [True, False], "bias": x[0, :5]
@@ -518,11 +528,11 @@ def test_what_is_no_sum_of_products_is_refused(wrong, c):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"tiles": torch.tensor([[0, 0, 10]]).int()}, "expected examples in order that fill 9 rows"),
-        ({"tiles": torch.tensor([[-1, -1, 4]]).int()}, "expected examples in order that fill 9 rows"),
-        ({"tiles": torch.tensor([[0, 2, 4]]).int()}, "expected examples in order that fill 9 rows"),
-        ({"tiles": torch.tensor([[0, 0, 5], [4, 4, 9]]).int()}, "expected examples in order that fill 9 rows"),
-        ({"tiles": torch.zeros(0, 3).int()}, "expected examples in order that fill 9 rows"),
+        ({"spans": torch.tensor([[0, 10, 10, 10]]).int()}, "expected examples in order that fill 9 rows"),
+        ({"spans": torch.tensor([[-1, 4, 4, 4]]).int()}, "expected examples in order that fill 9 rows"),
+        ({"spans": torch.tensor([[0, 9, 5, 4]]).int()}, "expected examples in order that fill 9 rows"),
+        ({"spans": torch.tensor([[0, 5, 5, 5], [4, 9, 9, 9]]).int()}, "expected examples in order that fill 9 rows"),
+        ({"spans": torch.zeros(0, 4).int()}, "expected examples in order that fill 9 rows"),
         ({"window": 0}, "window is 0; expected None or at least 1"),
         ({"query": drawn(9, 3, 6)}, "3 heads cannot share 2 key heads evenly"),
     ],

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from safetensors.numpy import load
@@ -50,6 +50,8 @@ class Tokens:
             preferences.
         reference: The summed log-probabilities that the reference gives to the answers of each example, float32
             [examples, columns], with the columns of `objectives.reference`; None before they are computed.
+        share: Whether both sides of an example share the computation of their common beginning where examples are
+            packed.
     """
 
     ids: np.ndarray
@@ -57,6 +59,7 @@ class Tokens:
     offsets: np.ndarray
     chosen: np.ndarray | None = None
     reference: np.ndarray | None = None
+    share: bool = False
 
     @classmethod
     def restored(
@@ -76,7 +79,14 @@ class Tokens:
 
     def with_reference(self, reference: np.ndarray) -> "Tokens":
         """Return these tokens with the log-probabilities of the reference."""
-        tokens = replace(self, reference=reference)
+        return self._with(reference=reference)
+
+    def sharing(self, share: bool) -> "Tokens":
+        """Return these tokens with another value of `share`."""
+        return self._with(share=share)
+
+    def _with(self, **changes: Any) -> "Tokens":
+        tokens = replace(self, **changes)
         vars(tokens).update({name: vars(self)[name] for name in ("fingerprint", "largest") if name in vars(self)})
         return tokens
 
@@ -127,11 +137,30 @@ class Tokens:
         return [(ids[side], trained[side]) for side in (slice(place), slice(place, None)) if len(ids[side])]
 
     def places(self, indices: Sequence[int] | slice, *, padded: bool) -> list[int]:
-        """Return how many tokens examples take in a micro-batch; a pair in padded rows takes twice its longer side."""
+        """Return how many tokens examples take in a micro-batch; a pair in padded rows takes twice its longer side.
+
+        Packed, a beginning that both sides share counts once.
+        """
         sides = self.side_lengths(indices)
         longer, count = sides.max(axis=1, initial=0), (sides > 0).sum(axis=1)
         taken: list[int] = (longer * count if padded else sides.sum(axis=1)).tolist()
+        if self.share and not padded:
+            chosen = range(len(self))[indices] if isinstance(indices, slice) else indices
+            taken = [length - self.shared(index) for length, index in zip(taken, chosen, strict=True)]
         return taken
+
+    def shared(self, index: int) -> int:
+        """Return the length of the common beginning of both sides of an example: the same tokens, trained or not alike.
+
+        At least one token of each side is not in it. An example with a single side has none.
+        """
+        sides = self.sides(index)
+        if len(sides) < 2:
+            return 0
+        (ids, trained), (other_ids, other_trained) = sides
+        most = min(len(ids), len(other_ids)) - 1
+        differ = (ids[:most] != other_ids[:most]) | (trained[:most] != other_trained[:most])
+        return int(differ.argmax()) if differ.any() else most
 
     @property
     def longest(self) -> int:
@@ -214,6 +243,11 @@ class Prepared:
     notes: tuple[str, ...]
     kept: tuple[np.ndarray, ...]
     entry: Entry | None = None
+
+    def sharing(self, share: bool) -> "Prepared":
+        """Return the same data with another value of `Tokens.share`."""
+        validation = self.validation and self.validation.sharing(share)
+        return replace(self, train=self.train.sharing(share), validation=validation)
 
 
 def check_context(data: Prepared, context: int | None) -> None:

@@ -8,8 +8,10 @@ this attention's name: transformers then builds no mask and never waits for the 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -65,10 +67,8 @@ def segment_attention(
     if softcap is None and s_aux is None:
         inputs = (tensor.squeeze(0) for tensor in (query, key, value))
         return SegmentAttention.apply(*inputs, segments, scale, window)[None], None
-    outputs = [
-        _eager(*tensors, scale=scale, window=window, softcap=softcap, sinks=s_aux)
-        for tensors in zip(*(tensor.split(segments.lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    ]
+    attend = partial(_eager, scale=scale, window=window, softcap=softcap, sinks=s_aux)
+    outputs = [attend(*tensors) for tensors in _sequences(query, key, value, segments)]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -94,6 +94,22 @@ class SegmentAttention(Function):
         return *gradients, None, None, None
 
 
+def _sequences(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield query, key and value of each sequence; of a second branch only the queries that are not shared."""
+    begin, end, shared, second = segments.spans.T
+    sizes = np.stack([shared - begin, second - shared, end - second], axis=1).reshape(-1).tolist()
+    q, k, v = (tensor.split(sizes, dim=2) for tensor in (query, key, value))
+    for place in range(0, len(sizes), 3):
+        if sizes[place + 2] == 0:
+            yield q[place], k[place], v[place]
+            continue
+        first, rest = slice(place, place + 2), slice(place, place + 3, 2)
+        yield torch.cat(q[first], dim=2), torch.cat(k[first], dim=2), torch.cat(v[first], dim=2)
+        yield q[place + 2], torch.cat(k[rest], dim=2), torch.cat(v[rest], dim=2)
+
+
 def _eager(
     query: Tensor,
     key: Tensor,
@@ -104,14 +120,17 @@ def _eager(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attend inside one segment with materialised scores: torch's own attention has neither soft cap nor sinks."""
+    """Attend inside one sequence with materialised scores: torch's own attention has neither soft cap nor sinks.
+
+    The queries are those of the last positions.
+    """
     scores = (query @ _for_each_head(key, query).transpose(2, 3)).float() * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    length = query.shape[2]
-    scores = scores.masked_fill(~visible(length, window, query.device), -torch.inf)
+    rows, length = scores.shape[2:]
+    scores = scores.masked_fill(~visible(length, window, query.device)[length - rows :], -torch.inf)
     if sinks is not None:
-        scores = torch.cat([scores, sinks.float().view(1, -1, 1, 1).expand(1, -1, length, 1)], dim=-1)
+        scores = torch.cat([scores, sinks.float().view(1, -1, 1, 1).expand(1, -1, rows, 1)], dim=-1)
     probs = scores.softmax(dim=-1)[..., :length].to(value.dtype)
     return probs @ _for_each_head(value, query)
 

@@ -4,18 +4,25 @@ The queries of a block are adjacent and see adjacent keys, so scores, probabilit
 run at the speed of any other matrix product. Nothing quadratic in the row's length is kept; the backward pass computes
 the probabilities again. Long examples are cut into several blocks, short neighbours share a block. On CPUs this takes
 less time than torch's flash attention.
+
+A long example that forks (see `Segments`) is cut as two: its beginning with the first branch, and its beginning with
+the second branch. The keys of the beginning are copied for the second, whose queries are only those of the branch.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lora_kit.kernels.limits import QUERIES
+
+Fork = tuple[int, int]
+"""The number of positions that both branches of an example share, and where its second branch begins."""
 
 ALIGNED = 32  # rows of scores are padded to a multiple of this: otherwise softmax over bf16 takes 1.5 times as long
 
@@ -30,7 +37,9 @@ class Block:
     Attributes:
         first: Index of the first query, in the packed row.
         last: Index after the last query, in the packed row.
-        height: The number of rows of scores: one for each query, then padding up to a multiple of ALIGNED.
+        height: The number of rows of scores: `lead` of padding, one for each query, then padding up to a multiple of
+            ALIGNED.
+        lead: The number of rows before the first query.
         keys: Index of the first key, in the padded row; no query of the block sees an earlier key.
         end: Index after the last key, in the padded row.
         mask: Added to the scores of the last `masked` keys: 0 where a query sees a key, minus infinity elsewhere. Every
@@ -40,9 +49,15 @@ class Block:
     first: int
     last: int
     height: int
+    lead: int
     keys: int
     end: int
     mask: Float[Tensor, "height masked"]
+
+    @property
+    def queries(self) -> slice:
+        """The rows of scores that belong to queries."""
+        return slice(self.lead, self.lead + self.last - self.first)
 
 
 @dataclass(frozen=True)
@@ -53,29 +68,35 @@ class Blocks:
     better.
 
     Attributes:
-        spans: For each group of examples that is cut together, its start and end in the packed row, and its start in
-            the padded row.
+        spans: Ranges that are the packed row in order: start and end in the packed row, and start in the padded row.
+        copies: The ranges that the padded row contains a second time, in the same form.
         length: Length of the padded row.
         blocks: The blocks, in order.
     """
 
     spans: list[tuple[int, int, int]]
+    copies: list[tuple[int, int, int]]
     length: int
     blocks: list[Block]
 
     def pad(self, rows: Float[Tensor, "heads length width"]) -> Float[Tensor, "heads padded width"]:
         """Copy a packed row into a padded row; the padding is zeros."""
         padded = rows.new_zeros(len(rows), self.length, rows.shape[2])
-        for first, last, offset in self.spans:
+        for first, last, offset in (*self.spans, *self.copies):
             padded[:, offset : offset + last - first] = rows[:, first:last]
         return padded
 
     def unpad(self, padded: Float[Tensor, "heads padded width"]) -> Float[Tensor, "heads length width"]:
-        """Copy a padded row without its padding, laid out as [length, heads, width] like a linear layer's output."""
+        """Copy a padded row without its padding, laid out as [length, heads, width] like a linear layer's output.
+
+        What the padded row contains twice is added.
+        """
         heads, _, width = padded.shape
         rows = padded.new_empty(self.spans[-1][1], heads, width).transpose(0, 1)
         for first, last, offset in self.spans:
             rows[:, first:last] = padded[:, offset : offset + last - first]
+        for first, last, offset in self.copies:
+            rows[:, first:last] += padded[:, offset : offset + last - first]
         return rows
 
     def most_scores(self, heads: int) -> int:
@@ -83,70 +104,118 @@ class Blocks:
         return max(heads * block.height * (block.end - block.keys) for block in self.blocks)
 
 
-def blocks_of(lengths: Sequence[int], window: int | None, *, dtype: torch.dtype, device: torch.device) -> Blocks:
+def blocks_of(
+    lengths: Sequence[int],
+    window: int | None,
+    *,
+    forks: Sequence[Fork | None] = (),
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Blocks:
     """Cut a packed row into blocks.
 
     Args:
         lengths: Lengths of the examples, in order.
         window: How many positions a position sees, itself included; None for all.
+        forks: `Segments.forks`.
         dtype: Dtype of the scores.
         device: Device of the scores.
     """
-    masks: dict[tuple[int, ...], Tensor] = {}
-    blocks, spans, offset = list[Block](), list[tuple[int, int, int]](), 0
+    masks: dict[tuple[object, ...], Tensor] = {}
+    blocks, spans, copies, offset = list[Block](), list[tuple[int, int, int]](), list[tuple[int, int, int]](), 0
     window = window if window is not None and window < max(lengths) else None
-    for start, members in _groups(lengths):
-        length = sum(members)
-        padded = _aligned(length)
-        mask_all = window is not None or len(members) > 1  # otherwise only the keys of the block itself need a mask
-        rows = _aligned(-(-padded // -(-padded // QUERIES)))
-        for begin in range(0, padded, rows):
+    for group in _groups(lengths, forks):
+        length, base = sum(group.lengths), group.end - sum(group.lengths)
+        padded, lead = _aligned(length), group.shared // ALIGNED * ALIGNED
+        # otherwise only the keys of the block itself need a mask
+        mask_all = window is not None or len(group.lengths) > 1 or any(group.forks)
+        jump = max(second - shared for shared, second in (fork or (0, 0) for fork in group.forks))
+        rows = _aligned(-(-(padded - lead) // -(-(padded - lead) // QUERIES)))
+        for begin in range(lead, padded, rows):
             end = min(padded, begin + rows)
-            first_key = 0 if window is None else max(0, begin - window + 1) // ALIGNED * ALIGNED
+            first_key = 0 if window is None else max(0, begin - jump - window + 1) // ALIGNED * ALIGNED
             columns = end - first_key if mask_all else end - begin
-            shape = (begin, end, columns, *members) if mask_all else (end - begin,)
+            shape = (begin, end, columns, group.lengths, group.forks) if mask_all else (end - begin,)
             if shape not in masks:
-                masks[shape] = _mask(members, range(begin, end), columns, window).to(device, dtype)
-            last = start + min(length, end)
-            blocks.append(Block(start + begin, last, end - begin, offset + first_key, offset + end, masks[shape]))
-        spans.append((start, start + length, offset))
+                masks[shape] = _mask(group, range(begin, end), columns, window).to(device, dtype)
+            first, last = max(begin, group.shared), min(length, end)
+            place = (base + first, base + last, end - begin, first - begin)
+            blocks.append(Block(*place, offset + first_key, offset + end, masks[shape]))
+        if group.shared:
+            copies.append((group.start, group.start + group.shared, offset))
+        spans.append((base + group.shared, group.end, offset + group.shared))
         offset += padded
-    return Blocks(spans, offset, blocks)
+    return Blocks(spans, copies, offset, blocks)
 
 
 def _aligned(count: int) -> int:
     return -(-count // ALIGNED) * ALIGNED
 
 
-def _groups(lengths: Sequence[int]) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """Yield the start and the lengths of examples that are cut together: a long example, or several short examples."""
-    start, members = 0, tuple[int, ...]()
-    for length in lengths:
-        if members and sum(members) + length > QUERIES:
-            yield start, members
-            start, members = start + sum(members), ()
-        members = (*members, length)
-    if members:
-        yield start, members
+class _Group(NamedTuple):
+    """Keys that are cut together: a long example, one branch of a long example, or several short examples.
+
+    Attributes:
+        start: Index of the first key, in the packed row.
+        end: Index after the last key, in the packed row.
+        lengths: The lengths of the examples.
+        forks: Where they fork, as in `Segments.forks`.
+        shared: The number of keys from `start` on whose queries are in the group before; what follows them in the
+            packed row is the first branch, which this group leaves out.
+    """
+
+    start: int
+    end: int
+    lengths: tuple[int, ...]
+    forks: tuple[Fork | None, ...]
+    shared: int = 0
 
 
-def _mask(members: Sequence[int], queries: range, columns: int, window: int | None) -> Tensor:
+def _groups(lengths: Sequence[int], forks: Sequence[Fork | None]) -> Iterator[_Group]:
+    """Yield what is cut together, in order."""
+    group = _Group(0, 0, (), ())
+    for length, fork in zip_longest(lengths, forks):
+        if group.lengths and group.end - group.start + length > QUERIES:
+            yield group
+            group = _Group(group.end, group.end, (), ())
+        if fork is not None and length > QUERIES:
+            start, (shared, second) = group.end, fork
+            yield _Group(start, start + second, (second,), (None,))
+            yield _Group(start, start + length, (shared + length - second,), (None,), shared)
+            group = _Group(start + length, start + length, (), ())
+        else:
+            group = _Group(group.start, group.end + length, (*group.lengths, length), (*group.forks, fork))
+    if group.lengths:
+        yield group
+
+
+def _mask(group: _Group, queries: range, columns: int, window: int | None) -> Tensor:
     """Return 0 where a query sees a key and minus infinity elsewhere, [queries, columns].
 
     Args:
-        members: Lengths of the examples that are cut together.
-        queries: The queries, counted from the start of the first example.
+        group: What is cut together.
+        queries: The queries, as indices of keys of the group.
         columns: The number of keys; the last key is at the position of the last query.
         window: How many positions a position sees; None for all.
 
     Padding counts as part of the last example: attention is causal, so no query before the padding sees it. Each padded
     row sees at least one key, so softmax gives no NaN.
     """
-    ends = torch.tensor(members).cumsum(0)[:-1]
-    query, key = torch.arange(queries.start, queries.stop)[:, None], torch.arange(queries.stop - columns, queries.stop)
-    seen = (torch.bucketize(query, ends, right=True) == torch.bucketize(key, ends, right=True)) & (query >= key)
+    count = queries.stop
+    example, branch, position = (torch.zeros(count, dtype=torch.int64) for _ in range(3))
+    start = 0
+    for index, (length, fork) in enumerate(zip(group.lengths, group.forks, strict=True)):
+        example[start:], branch[start:] = index, 0
+        position[start:] = torch.arange(max(0, count - start))
+        if fork is not None:
+            shared, second = fork
+            branch[start + shared :], branch[start + second :] = 1, 2
+            position[start + second :] -= second - shared
+        start += length
+    query, key = torch.arange(queries.start, count)[:, None], torch.arange(count - columns, count)
+    seen = (example[query] == example[key]) & (query >= key) & ((branch[key] == 0) | (branch[key] == branch[query]))
     if window is not None:
-        seen &= query - key < window
+        seen &= position[query] - position[key] < window
     return torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
 
 
@@ -172,7 +241,7 @@ def attend_blocks(
             highest = _scores(queries, keys_transposed, block, scale, None, scores).amax(-1, keepdim=True)
         torch.softmax(_scores(queries, keys_transposed, block, scale, highest, scores), -1, out=probs)
         part = torch.bmm(probs, value[:, keys]).view(heads, block.height, -1)
-        output[:, block.first : block.last] = part[:, : block.last - block.first]
+        output[:, block.first : block.last] = part[:, block.queries]
         saved += [queries, highest]
     return output.transpose(0, 1), saved
 
@@ -196,7 +265,7 @@ def attend_blocks_backward(
         grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype, grad_input=scores)
         grad_key[:, keys].baddbmm_(grad_scores.transpose(1, 2), queries, alpha=scale)
         part = _product(grad_scores, key[:, keys], scale).view(heads, block.height, width)
-        grad_query[:, block.first : block.last] = part[:, : block.last - block.first]
+        grad_query[:, block.first : block.last] = part[:, block.queries]
     return grad_query, row.unpad(grad_key), row.unpad(grad_value)
 
 
@@ -204,10 +273,11 @@ def _queries(
     heads: Float[Tensor, "heads length width"], block: Block, key_heads: int
 ) -> Float[Tensor, "key_heads rows width"]:
     """Return a block's rows, padded with zeros; the query heads that share a key head are adjacent."""
-    count, width = block.last - block.first, heads.shape[2]
+    width, own = heads.shape[2], block.queries
     rows = heads.new_empty(len(heads), block.height, width)
-    rows[:, :count] = heads[:, block.first : block.last]
-    rows[:, count:] = 0
+    rows[:, : own.start] = 0
+    rows[:, own] = heads[:, block.first : block.last]
+    rows[:, own.stop :] = 0
     return rows.view(key_heads, -1, width)
 
 

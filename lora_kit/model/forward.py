@@ -21,11 +21,18 @@ def model_inputs(model: nn.Module, batch: MicroBatch, device: torch.device) -> I
         model: The base with or without its adapter.
         batch: The micro-batch.
         device: The device of the model.
+
+    Raises:
+        ValueError: An example forks, and the model does not attend by segment.
     """
     arrays = {"input_ids": batch.ids, "position_ids": batch.position_ids}
     if batch.attention_mask is not None:
         arrays["attention_mask"] = batch.attention_mask
     inputs: Inputs = {name: moved(array, device) for name, array in arrays.items()}
     if attention_of(model) == SEGMENT:
-        inputs["segments"] = Segments(batch.segments, device)
+        inputs["segments"] = Segments(
+            batch.segments, device, tuple(None if fork is None else (fork.shared, fork.second) for fork in batch.forks)
+        )
+    elif any(batch.forks):
+        raise ValueError("both branches of an example would see each other: sharing needs attention by segment")
     return inputs | {"use_cache": False}

@@ -1,14 +1,17 @@
 """Test how a base computes (causally, without random numbers, packed examples apart), and choose its attention."""
 
+import itertools
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lora_kit.data.packing import MicroBatch
+from lora_kit.data.packing import IGNORE, Fork, MicroBatch
 from lora_kit.errors import BaseError
 from lora_kit.kernels.attention import SEGMENT, attention_of, own_attention, use_attention
-from lora_kit.kernels.segments import Segments
+from lora_kit.kernels.segments import Segments, moved
 from lora_kit.model.forward import model_inputs
 from lora_kit.recipe.schema import Base
 
@@ -95,7 +98,56 @@ def leaks_when_packed(model: PreTrainedModel, vocabulary: int, device: torch.dev
         device: The device of the model.
     """
     examples = [np.arange(start, start + length) * 7 % vocabulary for start, length in ((3, 17), (5, 30))]
-    inputs = model_inputs(model, probe_batch(examples), device)
+    ends = np.cumsum([0, *map(len, examples)])
+    places = [np.arange(*span) for span in itertools.pairwise(ends)]
+    return _differ(model, probe_batch(examples), examples, places, device)
+
+
+@torch.no_grad()
+def shares_beginnings(model: PreTrainedModel, device: torch.device) -> bool:
+    """Return whether two sequences may share the computation of their common beginning in this model.
+
+    The logits of sequences that share their beginnings, packed into a row, are compared with those of each sequence
+    alone, computed with the model's default attention.
+
+    Args:
+        model: The base, which attends by segment to packed examples.
+        device: The device of the model.
+    """
+    vocabulary, pairs = model.config.get_text_config().vocab_size, ((11, 8, 13), (18, 5, 3))
+    row = np.arange(3, 3 + sum(map(sum, pairs))) * 7 % vocabulary
+    examples, places, position_ids, forks, start = list[np.ndarray](), list[np.ndarray](), list[int](), list[Fork](), 0
+    for shared, *rests in pairs:
+        begin = start + shared
+        for rest in rests:
+            places.append(np.concatenate([np.arange(start, start + shared), np.arange(begin, begin + rest)]))
+            examples.append(row[places[-1]])
+            begin += rest
+        position_ids += [*range(shared + rests[0]), *range(shared, shared + rests[1])]
+        forks.append(Fork(shared, shared + rests[0], IGNORE))
+        start = begin
+    lengths = tuple(map(sum, pairs))
+    batch = MicroBatch(row[None], row[None], np.array([position_ids]), None, lengths, forks=tuple(forks))
+    return not _differ(model, batch, examples, places, device)
+
+
+def _differ(
+    model: PreTrainedModel,
+    batch: MicroBatch,
+    examples: Sequence[np.ndarray],
+    places: Sequence[np.ndarray],
+    device: torch.device,
+) -> bool:
+    """Return whether the logits of a packed row are not those of its examples alone.
+
+    Args:
+        model: The base, with the attention implementation to test.
+        batch: The packed row.
+        examples: The token ids of the examples.
+        places: The places of each example in the row.
+        device: The device of the model.
+    """
+    inputs = model_inputs(model, batch, device)
     try:
         logits = model(**inputs).logits[0]
     except (TypeError, ValueError):
@@ -103,18 +155,16 @@ def leaks_when_packed(model: PreTrainedModel, vocabulary: int, device: torch.dev
     segments = inputs.get("segments")
     if isinstance(segments, Segments) and not _knows_windows(model.config.get_text_config(), segments.windows):
         return True
-    start = 0
-    for example in examples:
+    for example, own in zip(examples, places, strict=True):
         single = model_inputs(model, probe_batch([example]), device)
         with own_attention(model):
             alone = model(**single).logits[0]
-        difference = _relative_difference(logits[start : start + len(example)], alone)
+        difference = _relative_difference(logits[moved(own, device)], alone)
         if not difference <= PROBE_TOLERANCE[alone.dtype]:
             with own_attention(model, "eager"):  # the same example by other operations shows the rounding error
                 rounding = _relative_difference(model(**single).logits[0], alone)
             if not difference <= min(2 * rounding, MAX_TOLERANCE):
                 return True
-        start += len(example)
     return False
 
 

@@ -433,6 +433,10 @@ class Train(Section):
     kernels: Literal["auto", "none"] = "auto"
     """Use lora_kit's own kernels. auto replaces the parts of the model whose kernels reproduce its results; none
     computes everything with transformers and peft."""
+    share_prompts: Literal["auto", "never"] = "auto"
+    """For dpo, orpo and simpo: compute the common beginning of both sides of a pair once
+    ([objectives.md](objectives.md#shared-prompts)). auto does so if the base allows it, which is tested at the start; a
+    run keeps what it started with. never computes two complete sequences."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed for example order, the held-out fraction, LoRA A initialisation and dropout."""
     step_timeout: SECONDS | None = None

@@ -35,7 +35,7 @@ def _line(text: str) -> str:
 
 AtLeastOne = Annotated[int, Field(ge=1, lt=2**31)]
 Attention = Annotated[str, Field(pattern="^(segment|sdpa|eager|flex_attention|flash_attention_[234])$")]
-Layout = Annotated[str, Field(pattern="^(packed|padded)$")]
+Layout = Annotated[str, Field(pattern="^(packed|padded|shared)$")]
 Placement = Literal["replicated", "sharded"]
 Kernel = Annotated[str, Field(pattern="^(lora|mlp|norm|rotary|loss|last mlp)$")]
 
@@ -92,7 +92,8 @@ class Resolved:
         micro_batch_tokens: The most tokens of a micro-batch.
         activation_checkpointing: Whether activations are recomputed in the backward pass.
         attention: The attention implementation's name in the model's configuration.
-        layout: `packed` (several examples in a row) or `padded` (one example in each row).
+        layout: `packed` (several examples in a row), `shared` (the same, and both sides of a pair share the computation
+            of their beginning) or `padded` (one example in each row).
         kernels: The fused kernels in use; None in checkpoints from before they were recorded.
         placement: Whether the base is on every process or sharded. It changes no bit, so each start chooses again.
     """

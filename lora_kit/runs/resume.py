@@ -45,6 +45,7 @@ VERDICTS: dict[str, Verdict] = {  # the first pattern that matches a key decides
     "train.micro_batch_tokens": "accept",
     "train.activation_checkpointing": "accept",
     "train.kernels": "accept",
+    "train.share_prompts": "accept",
     "checkpoint.*": "harmless",
     "evaluate.*": "harmless",
     "preflight.*": "harmless",

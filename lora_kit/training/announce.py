@@ -130,9 +130,10 @@ def describe(job: Job, console: Console) -> None:
     if idleness := job.plan.idleness_note(job.processes.count):
         console.warn(idleness)
     threads = f", {resolved.threads} thread(s) each" if resolved.threads else ""
+    rows = "packed rows with shared prompts" if resolved.layout == "shared" else f"{resolved.layout} rows"
     exact = "to the bit" if job.facts.claim.level == "bitwise" else "to rounding"
     console.say(
-        f"{job.processes.count} process(es) on {job.processes.device.type}{threads}; {resolved.layout} rows, "
+        f"{job.processes.count} process(es) on {job.processes.device.type}{threads}; {rows}, "
         f"{resolved.attention} attention; a resume is exact {exact}"
     )
     micro_batches = MicroBatches(job.plan.micro_batch_tokens, bool(resolved.activation_checkpointing))

@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 from lora_kit.errors import BaseError
 from lora_kit.host import host_cores
 from lora_kit.kernels import fusing
-from lora_kit.kernels.attention import inner_of
+from lora_kit.kernels.attention import SEGMENT, inner_of
 from lora_kit.kernels.cpu.allocator import LARGE, keep_freed_memory
 from lora_kit.model.forward import model_inputs
-from lora_kit.model.probe import choose_attention, probe_batch
+from lora_kit.model.probe import choose_attention, probe_batch, shares_beginnings
 from lora_kit.model.sizes import Shape, read_config
 from lora_kit.model.source import Source
-from lora_kit.recipe.schema import Recipe
+from lora_kit.recipe.schema import PairObjective, Recipe
 from lora_kit.runs.manifest import Resolved
 from lora_kit.training.micro_batches import Machine, MicroBatches, Placed, choose, host_memory, place
 from lora_kit.training.processes import Processes
@@ -87,10 +87,17 @@ def threads(source: Source, processes: Processes) -> int | None:
 def attention(
     base: PreTrainedModel, recipe: Recipe, before: Resolved | None, changed: Set[str], processes: Processes
 ) -> tuple[str, str]:
-    """Return the attention implementation, and whether rows are `packed` or `padded`."""
-    if before is not None and "base.attention" not in changed:
+    """Return the attention implementation, and the layout of rows: `packed`, `padded` or `shared`.
+
+    `shared` is packed rows in which both sides of a preference pair share the computation of their beginning.
+    """
+    if before is not None and not changed & {"base.attention", "train.share_prompts"}:
         return before.attention, before.layout
-    return choose_attention(base, recipe.base, processes.device)
+    name, layout = choose_attention(base, recipe.base, processes.device)
+    may_share = isinstance(recipe.objective, PairObjective) and recipe.train.share_prompts == "auto"
+    if (name, layout) == (SEGMENT, "packed") and may_share and shares_beginnings(base, processes.device):
+        layout = "shared"
+    return name, layout
 
 
 def kernels(

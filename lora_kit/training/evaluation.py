@@ -306,7 +306,7 @@ def evaluate(
         renderer = for_objective(loaded.renderer, recipe)
         for note in differences(recipe, loaded):
             tell(note)
-        data = prepare_data(recipe, renderer)
+        data = prepare_data(recipe, renderer).sharing(resolved.layout == "shared")
         check_context(data, positions_of(model))
         sizes = (recipe.train.micro_batch_tokens, resolved.micro_batch_tokens, loaded.recipe.train.micro_batch_tokens)
         tokens = next((size for size in sizes if isinstance(size, int)), None)

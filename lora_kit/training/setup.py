@@ -349,12 +349,13 @@ def add_reference(
     console: Console,
     stop: StopRequest,
 ) -> Inputs:
-    """Return the inputs with the log-probabilities of the reference, if the objective has a reference.
+    """Return the inputs in the layout of the run, with the log-probabilities of the reference if there is one.
 
     Raises:
         ContractError: The run has begun with an adapter, which is its reference, and `--from` does not name it again.
         Stopped: A stop signal came.
     """
+    inputs = replace(inputs, data=inputs.data.sharing(adapted.resolved.layout == "shared"))
     if not objective.columns:
         return inputs
     resolved, began = adapted.resolved, origin(run)

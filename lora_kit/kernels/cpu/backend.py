@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
@@ -92,7 +93,7 @@ class Cpu:
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
         """Attend in tiles of 64 queries and keys, an example and a key head at a time."""
         query, key, value = (tensor.transpose(0, 1).contiguous() for tensor in (query, key, value))
-        output, logsumexp = ops.attention(query, key, value, segments.tiles(), scale, window)
+        output, logsumexp = ops.attention(query, key, value, torch.from_numpy(segments.spans), scale, window)
         return output, (query, key, value, output, logsumexp)
 
     def attention_backward(
@@ -106,6 +107,6 @@ class Cpu:
         """Return the gradients of query, key and value."""
         query, key, value, output, logsumexp = saved
         inputs = (grad_output.contiguous(), query, key, value, output, logsumexp)
-        gradients = ops.attention_backward(*inputs, segments.tiles(), scale, window)
+        gradients = ops.attention_backward(*inputs, torch.from_numpy(segments.spans), scale, window)
         grad_query, grad_key, grad_value = (grad.transpose(0, 1) for grad in gradients)
         return grad_query, grad_key, grad_value

@@ -298,16 +298,43 @@ struct attention {
     bf16 *grad_query, *grad_key, *grad_value;
 };
 
+/* An example. If it forks, queries from `second` on, those of the second branch, do not see the keys from `shared` to
+   `second`, those of the first branch; otherwise both are `count`. All are counted from `begin`. */
+struct example {
+    long begin, count, shared, second;
+};
+
 /* A mask of 16 keys, `key` and the following: its bit is set if the query sees the key. */
-INLINE __mmask16 visible_keys(long query, long key, long window) {
-    __mmask16 causal = first_lanes(query - key + 1);
-    return window ? causal & ~first_lanes(query - key - window + 1) : causal;
+INLINE __mmask16 visible_keys(struct example of, long query, long key, long window) {
+    __mmask16 seen = first_lanes(query - key + 1), shared = first_lanes(of.shared - key);
+    if (query < of.second) return window ? seen & ~first_lanes(query - key - window + 1) : seen;
+    __mmask16 rest = seen & ~first_lanes(of.second - key);
+    if (window) {
+        rest &= ~first_lanes(query - key - window + 1);
+        shared &= ~first_lanes(query - (of.second - of.shared) - key - window + 1);
+    }
+    return rest | shared;
 }
 
 /* A mask of 16 queries, `query` and the following: its bit is set if the query sees the key. */
-INLINE __mmask16 visible_queries(long query, long key, long window) {
-    __mmask16 causal = ~first_lanes(key - query);
-    return window ? causal & first_lanes(key + window - query) : causal;
+INLINE __mmask16 visible_queries(struct example of, long query, long key, long window) {
+    __mmask16 seen = ~first_lanes(key - query), first = first_lanes(of.second - query), second = ~first;
+    if (key >= of.shared && key < of.second) second = 0;
+    if (window) {
+        first &= first_lanes(key + window - query);
+        second &= first_lanes(key + window - query + (key < of.shared ? of.second - of.shared : 0));
+    }
+    return seen & (first | second);
+}
+
+/* Whether no query of a tile sees a key of another tile, since they are in different branches. */
+INLINE int apart(struct example of, long query, long key, long keys) {
+    return query >= of.second && key >= of.shared && key + keys <= of.second;
+}
+
+/* Whether no key of a tile is hidden from queries of a tile for any reason but its place. */
+INLINE int not_forked(struct example of, long query, long queries, long key, long keys, long window) {
+    return query + queries <= of.second || key >= of.second || (key + keys <= of.shared && !window);
 }
 
 /* Return the bytes of workspace that a thread needs for examples of at most `longest` tokens. */
@@ -327,7 +354,8 @@ static void store_rows(bf16 *target, long stride, const float *sums, long rows, 
 }
 
 /* Attend inside one example, from all query heads that share one key head: flash attention in tiles of 64 x 64. */
-static void attend(const struct attention *all, long begin, long count, long key_head, char *workspace) {
+static void attend(const struct attention *all, struct example of, long key_head, char *workspace) {
+    const long begin = of.begin, count = of.count;
     long rows = padded(count), dim = all->head_dim, columns = padded(dim), group = all->heads / all->key_heads;
     long key_stride = all->key_heads * dim, query_stride = all->heads * dim;
     bf16 *copy = allocate(&workspace, rows * columns * 2), *keys = allocate(&workspace, rows * columns * 2);
@@ -348,21 +376,24 @@ static void attend(const struct attention *all, long begin, long count, long key
             copy_padded(queries, all->query + offset, query_stride, tile_rows, dim);
             memset(outputs, 0, padded_rows * columns * sizeof(float));
             for (long row = 0; row < padded_rows; row++) row_max[row] = MASKED, row_sum[row] = _mm512_setzero_ps();
-            long key = all->window ? maximum(0, query - all->window + 1) / STEP * STEP : 0;
+            long jump = query + padded_rows > of.second ? of.second - of.shared : 0; /* over the first branch */
+            long key = all->window ? maximum(0, query - jump - all->window + 1) / STEP * STEP : 0;
             for (; key < query + padded_rows; key += TILE) {
                 long tile_keys = minimum(TILE, query + padded_rows - key);
+                if (apart(of, query, key, tile_keys)) continue;
                 memset(scores, 0, padded_rows * TILE * sizeof(float));
                 for (long row = 0; row < padded_rows; row += STEP)
                     add_product(scores + row * TILE, TILE, queries + row * columns, columns, 2, keys + key * 2, rows,
                                 STEP, minimum(tile_keys, query + row + STEP - key), columns / 2);
                 int unmasked = key + tile_keys - 1 <= query &&
+                               not_forked(of, query, padded_rows, key, tile_keys, all->window) &&
                                (!all->window || query + padded_rows - 1 - key < all->window);
                 for (long row = 0; row < padded_rows; row++) {
                     floats part[TILE / LANES], highest = _mm512_set1_ps(row_max[row]), sum = _mm512_setzero_ps();
                     UNROLLED for (int i = 0; i < TILE / LANES; i++) {
                         part[i] = _mm512_loadu_ps(scores + row * TILE + i * LANES) * scale;
                         __mmask16 visible = i * LANES >= tile_keys ? 0 : unmasked ? 0xffff
-                            : visible_keys(query + row, key + i * LANES, all->window);
+                            : visible_keys(of, query + row, key + i * LANES, all->window);
                         part[i] = _mm512_mask_blend_ps(visible, _mm512_set1_ps(MASKED), part[i]);
                         highest = _mm512_max_ps(highest, part[i]);
                     }
@@ -395,7 +426,8 @@ static void attend(const struct attention *all, long begin, long count, long key
 
 /* The backward pass of `attend`. Scores are computed with keys as rows, [keys][queries], so that the left operands of
    all five products have their pairs adjacent and no score has to be transposed. */
-static void attend_backward(const struct attention *all, long begin, long count, long key_head, char *workspace) {
+static void attend_backward(const struct attention *all, struct example of, long key_head, char *workspace) {
+    const long begin = of.begin, count = of.count;
     long rows = padded(count), dim = all->head_dim, columns = padded(dim), group = all->heads / all->key_heads;
     long key_stride = all->key_heads * dim, query_stride = all->heads * dim, size = rows * columns;
     bf16 *keys = allocate(&workspace, size * 2), *values = allocate(&workspace, size * 2);
@@ -436,10 +468,13 @@ static void attend_backward(const struct attention *all, long begin, long count,
         memset(grad_query_transposed, 0, size * sizeof(float));
         for (long key = 0; key < rows; key += TILE) {
             long tile_keys = minimum(TILE, rows - key);
-            long end = all->window ? minimum(rows, key + tile_keys + all->window - 1) : rows;
+            long jump = key < of.shared ? of.second - of.shared : 0; /* over the first branch */
+            long end = all->window ? minimum(rows, key + tile_keys + jump + all->window - 1) : rows;
             for (long query = key; query < end; query += TILE) {
+                if (apart(of, query, key, tile_keys)) break;
                 long tile_queries = minimum(TILE, rows - query);
                 int unmasked = query >= key + tile_keys - 1 &&
+                               not_forked(of, query, tile_queries, key, tile_keys, all->window) &&
                                (!all->window || query + tile_queries - 1 - key < all->window);
                 for (long column = 0; column < tile_queries; column += STEP)
                     for (long row = 0; row < minimum(tile_keys, query + column + STEP - key); row += ROWS) {
@@ -451,7 +486,7 @@ static void attend_backward(const struct attention *all, long begin, long count,
                         UNROLLED for (int r = 0; r < ROWS; r++)
                             UNROLLED for (int i = 0; i < 2; i++) {
                                 long first = query + column + i * LANES;
-                                __mmask16 visible = unmasked ? 0xffff : visible_queries(first, key + row + r, all->window);
+                                __mmask16 visible = unmasked ? 0xffff : visible_queries(of, first, key + row + r, all->window);
                                 floats row_logsumexp = _mm512_loadu_ps(logsumexp + first);
                                 floats power = exp2_floats(_mm512_fmsub_ps(sums[r][i], scales, row_logsumexp));
                                 prob[r][i] = _mm512_maskz_mov_ps(visible, power);
@@ -489,35 +524,36 @@ static void attend_backward(const struct attention *all, long begin, long count,
 }
 
 INLINE void for_each_example(const struct attention *all,
-                             void (*compute)(const struct attention *, long, long, long, char *), const int32_t *tiles,
-                             long examples, char *workspaces, long workspace, int threads) {
+                             void (*compute)(const struct attention *, struct example, long, char *),
+                             const int32_t *spans, long examples, char *workspaces, long workspace, int threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (long task = 0; task < examples * all->key_heads; task++) {
-        const int32_t *tile = tiles + task / all->key_heads * 3;
+        const int32_t *span = spans + task / all->key_heads * 4;
+        struct example of = {span[0], span[1] - span[0], span[2] - span[0], span[3] - span[0]};
         char *own = workspaces + omp_get_thread_num() * workspace;
         open_tiles();
-        compute(all, tile[0], tile[2] - tile[0], task % all->key_heads, own);
+        compute(all, of, task % all->key_heads, own);
         close_tiles();
     }
 }
 
-/* Attend inside every example. A row of `tiles` [examples][3] is the first position of an example, the first position of
-   its tile (here the same), and the end of the example. Each thread has `workspace` bytes of `workspaces`. */
+/* Attend inside every example. A row of `spans` [examples][4] is the begin and the end of an example, the end of what its
+   branches share, and the begin of the rest of its second branch. Each thread has `workspace` bytes of `workspaces`. */
 EXPORT void attention(const bf16 *query, const bf16 *key, const bf16 *value, bf16 *output, float *logsumexp,
-                      const int32_t *tiles, long examples, long length, long heads, long key_heads, long head_dim,
+                      const int32_t *spans, long examples, long length, long heads, long key_heads, long head_dim,
                       long window, float scale, char *workspaces, long workspace, int threads) {
     struct attention all = {query, key, value, output, logsumexp, length, heads, key_heads, head_dim, window, scale,
                             NULL, NULL, NULL, NULL};
-    for_each_example(&all, attend, tiles, examples, workspaces, workspace, threads);
+    for_each_example(&all, attend, spans, examples, workspaces, workspace, threads);
 }
 
 EXPORT void attention_backward(const bf16 *grad_output, const bf16 *query, const bf16 *key, const bf16 *value,
                                bf16 *output, float *logsumexp, bf16 *grad_query, bf16 *grad_key, bf16 *grad_value,
-                               const int32_t *tiles, long examples, long length, long heads, long key_heads,
+                               const int32_t *spans, long examples, long length, long heads, long key_heads,
                                long head_dim, long window, float scale, char *workspaces, long workspace, int threads) {
     struct attention all = {query, key, value, output, logsumexp, length, heads, key_heads, head_dim, window, scale,
                             grad_output, grad_query, grad_key, grad_value};
-    for_each_example(&all, attend_backward, tiles, examples, workspaces, workspace, threads);
+    for_each_example(&all, attend_backward, spans, examples, workspaces, workspace, threads);
 }
 
 /* ---- linear maps ---- */

@@ -257,13 +257,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @operator(
-    lambda query, key, value, tiles, scale, window: (
+    lambda query, key, value, spans, scale, window: (
         torch.empty_like(query),
         query.new_empty(query.shape[1], query.shape[0], dtype=FP32),
     )
 )
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, tiles: Tensor, scale: float, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, spans: Tensor, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
     """Attend causally inside each example of a packed micro-batch.
 
@@ -271,22 +271,21 @@ def attention(
         query: [length, heads, head_dim].
         key: [length, key_heads, head_dim]; heads / key_heads query heads share each key head.
         value: [length, key_heads, head_dim].
-        tiles: `Segments.tiles()`, int32 [examples, 3]. A tile here is a complete example, so the first two columns, the
-            first position of the example and of the tile, are equal; the third is the end of the example.
+        spans: `Segments.spans`, int32 [examples, 4].
         scale: Factor of the scores.
         window: How many positions a position sees, itself included; None for all.
 
     Returns:
         The output [length, heads, head_dim], and log2 of each position's softmax denominator in fp32 [heads, length].
     """
-    sizes = _check_attention("attention", query, key, value, tiles, window)
+    sizes = _check_attention("attention", query, key, value, spans, window)
     output, logsumexp = pool.empty(*query.shape), query.new_empty(query.shape[1], len(query), dtype=FP32)
-    _attend("attention", (query, key, value, output, logsumexp), tiles, (*sizes, window or 0, scale))
+    _attend("attention", (query, key, value, output, logsumexp), spans, (*sizes, window or 0, scale))
     return output, logsumexp
 
 
 @operator(
-    lambda grad_output, query, key, value, output, logsumexp, tiles, scale, window: tuple(
+    lambda grad_output, query, key, value, output, logsumexp, spans, scale, window: tuple(
         torch.empty_like(tensor) for tensor in (query, key, value)
     )
 )
@@ -297,12 +296,12 @@ def attention_backward(
     value: Tensor,
     output: Tensor,
     logsumexp: Tensor,
-    tiles: Tensor,
+    spans: Tensor,
     scale: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value."""
-    sizes = _check_attention("attention_backward", query, key, value, tiles, window)
+    sizes = _check_attention("attention_backward", query, key, value, spans, window)
     _check(
         "attention_backward",
         ("grad_output", grad_output, BF16, query.shape),
@@ -311,35 +310,35 @@ def attention_backward(
     )
     gradients = pool.empty(*query.shape), pool.empty(*key.shape), pool.empty(*value.shape)
     tensors = (grad_output, query, key, value, output, logsumexp, *gradients)
-    _attend("attention_backward", tensors, tiles, (*sizes, window or 0, scale))
+    _attend("attention_backward", tensors, spans, (*sizes, window or 0, scale))
     return gradients
 
 
 def _check_attention(
-    operator: str, query: Tensor, key: Tensor, value: Tensor, tiles: Tensor, window: int | None
+    operator: str, query: Tensor, key: Tensor, value: Tensor, spans: Tensor, window: int | None
 ) -> tuple[int, int, int, int]:
     """Check the inputs of attention; return length, heads, key_heads and head_dim."""
     length, heads, head_dim = _sizes(operator, "query", query, 3)
     key_heads = _sizes(operator, "key", key, 3)[1]
     shared = (length, key_heads, head_dim)
     _check(operator, ("query", query, BF16, (length, heads, head_dim)), ("key", key, BF16, shared))
-    _check(operator, ("value", value, BF16, shared), ("tiles", tiles, torch.int32, (len(tiles), 3)))
+    _check(operator, ("value", value, BF16, shared), ("spans", spans, torch.int32, (len(spans), 4)))
     if not key_heads or heads % key_heads:
         raise ValueError(f"{operator}: {heads} heads cannot share {key_heads} key heads evenly")
     if window is not None and window < 1:
         raise ValueError(f"{operator}: window is {window}; expected None or at least 1")
-    begin, first, end = tiles.numpy().T
+    begin, end, shared, second = spans.numpy().T
     bounds = np.append(0, end)  # each example begins where the previous example ends
-    in_order = (begin == bounds[:-1]).all() and (begin == first).all() and (begin < end).all()
-    if not in_order or bounds[-1] != length:
+    in_order = (begin == bounds[:-1]).all() and (begin < end).all()
+    if not in_order or bounds[-1] != length or not ((begin <= shared) & (shared <= second) & (second <= end)).all():
         raise ValueError(
-            f"{operator}: tiles are {tiles.tolist()[:8]}; expected examples in order that fill {length} rows"
+            f"{operator}: spans are {spans.tolist()[:8]}; expected examples in order that fill {length} rows"
         )
     return length, heads, key_heads, head_dim
 
 
 def _attend(
-    operator: str, tensors: Sequence[Tensor], tiles: Tensor, rest: tuple[int, int, int, int, int, float]
+    operator: str, tensors: Sequence[Tensor], spans: Tensor, rest: tuple[int, int, int, int, int, float]
 ) -> None:
     """Call an attention kernel of kernels.c.
 
@@ -348,15 +347,15 @@ def _attend(
 
     Args:
         operator: `attention` or `attention_backward`.
-        tensors: The tensors that the kernel takes before `tiles`, in its order.
-        tiles: `Segments.tiles()`, one row for each example.
+        tensors: The tensors that the kernel takes before `spans`, in its order.
+        spans: `Segments.spans`.
         rest: Length, heads, key_heads, head_dim, window (0 for none) and scale.
     """
-    begin, _, end = tiles.numpy().T
+    begin, end, _, _ = spans.numpy().T
     order = np.argsort(begin - end, kind="stable")
-    tiles, kernels, (_, _, key_heads, head_dim, *_) = tiles[torch.from_numpy(order)], library().kernels, rest
-    threads = min(torch.get_num_threads(), len(tiles) * key_heads)
+    spans, kernels, (_, _, key_heads, head_dim, *_) = spans[torch.from_numpy(order)], library().kernels, rest
+    threads = min(torch.get_num_threads(), len(spans) * key_heads)
     size = kernels.attention_workspace(int((end - begin).max()), head_dim)
-    workspace, pointers = pool.workspace(threads * size), [tensor.data_ptr() for tensor in (*tensors, tiles)]
+    workspace, pointers = pool.workspace(threads * size), [tensor.data_ptr() for tensor in (*tensors, spans)]
     kernel = kernels.attention if operator == "attention" else kernels.attention_backward
-    kernel(*pointers, len(tiles), *rest, workspace.data_ptr(), size, threads)
+    kernel(*pointers, len(spans), *rest, workspace.data_ptr(), size, threads)

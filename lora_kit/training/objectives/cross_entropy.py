@@ -19,7 +19,11 @@ from lora_kit.model.forward import model_inputs
 
 
 def cross_entropy_of_groups(
-    model: nn.Module, batch: MicroBatch, device: torch.device, groups: Sequence[np.ndarray]
+    model: nn.Module,
+    batch: MicroBatch,
+    device: torch.device,
+    groups: Sequence[np.ndarray],
+    targets: np.ndarray | None = None,
 ) -> Float[Tensor, "sums"]:
     """Return the cross-entropy (nats) of each group of positions, summed in fp32.
 
@@ -27,24 +31,26 @@ def cross_entropy_of_groups(
         model: The base with or without its adapter.
         batch: The micro-batch.
         device: The device of the model.
-        groups: Trained positions of the flattened rows, int64; together they are all trained positions.
+        groups: Trained positions of the flattened rows, int64. A position may be in two groups.
+        targets: The labels of the positions of all groups, one after the other; None for those of the micro-batch.
     """
     on_cpu = device.type == "cpu"
     if on_cpu and attention_of(model) == SEGMENT:
         batch = _padded(batch)
-    inputs, head, labels = model_inputs(model, batch, device), head_of(model), batch.labels.reshape(-1)
-    trained, sizes = np.concatenate(groups), [len(group) for group in groups]
-    positions, targets = moved(trained, device), moved(labels[trained], device)
+    inputs, head, trained = model_inputs(model, batch, device), head_of(model), np.concatenate(groups)
+    sizes, own = [len(group) for group in groups], batch.labels.reshape(-1)[trained] if targets is None else targets
+    positions, labels = moved(trained, device), moved(own, device)
     if head is None:
         logits = model(**inputs).logits.flatten(0, 1)[positions].float()
-        each = nn.functional.cross_entropy(logits, targets, reduction="none")
+        each = nn.functional.cross_entropy(logits, labels, reduction="none")
         return torch.stack([part.sum() for part in each.split(sizes)])
     # the head is applied only at trained positions, and the last MLP computes only these and a few to fill up its rows
-    ignored = np.flatnonzero(labels == IGNORE)
-    computed = np.append(np.sort(trained), ignored[: -len(trained) % ROW_MULTIPLE if on_cpu else 0])
+    needed = np.unique(trained)
+    others = np.setdiff1d(np.arange(batch.ids.size), needed, assume_unique=True)
+    computed = np.append(needed, others[: -len(needed) % ROW_MULTIPLE if on_cpu else 0])
     with at_rows(last_mlp_of(model), moved(computed, device)):
         rows = inner_of(model).base_model(**inputs)[0].flatten(0, 1)[positions]
-    return summed_cross_entropy(rows, head, targets, sizes)
+    return summed_cross_entropy(rows, head, labels, sizes)
 
 
 def _padded(batch: MicroBatch) -> MicroBatch:

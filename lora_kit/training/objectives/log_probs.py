@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_kit.data.packing import IGNORE, MicroBatch
+from lora_kit.data.packing import MicroBatch
 from lora_kit.data.tokens import Tokens
 from lora_kit.kernels.segments import moved
 from lora_kit.training.objectives.cross_entropy import cross_entropy_of_groups
@@ -16,12 +16,10 @@ from lora_kit.training.objectives.cross_entropy import cross_entropy_of_groups
 def log_probs_of_segments(
     model: nn.Module, batch: MicroBatch, device: torch.device
 ) -> tuple[Float[Tensor, "count"], Float[Tensor, "count"]]:
-    """Return the summed log-probability of the trained tokens of each segment of a micro-batch, and their number."""
-    trained = np.flatnonzero(batch.labels != IGNORE)
-    lengths = batch.segments if batch.attention_mask is None else [batch.ids.shape[1]] * len(batch.segments)
-    groups = np.split(trained, np.searchsorted(trained, np.cumsum(lengths)[:-1]))
+    """Return the summed log-probability of the trained tokens of each sequence of a micro-batch, and their number."""
+    groups, labels = zip(*batch.sequences(), strict=True)
     counts = moved(np.array([len(group) for group in groups], np.float32), device)
-    return -cross_entropy_of_groups(model, batch, device, groups), counts
+    return -cross_entropy_of_groups(model, batch, device, groups, np.concatenate(labels)), counts
 
 
 def sums_by_source(values: Float[Tensor, "count"], owners: Sequence[int], sources: int) -> list[Tensor]:

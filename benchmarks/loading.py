@@ -1,6 +1,7 @@
 """Host memory of each process while a base is loaded, whole on every process or sharded.
 
     python benchmarks/loading.py --size 1.2b --processes 2 --json benchmarks/results/loading.json     # about 2 minutes
+    python benchmarks/loading.py --size 30m     # a few seconds, though libraries then outweigh the base
 
 Each process loads the base as a run does and watches its own RssAnon, the memory that is not backed by a file; mapped
 files do not count, because the kernel drops their pages when it needs memory.

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -248,6 +249,7 @@ def main() -> int:
         asked.measure[1].write_text(json.dumps(row))
         sys.stdout.flush()
         os._exit(0)  # compiled code and data loaders may take their time to leave
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what was started and removes the base
     console, rows = Console(width=150), list[dict[str, Any]]()
     facts = machine() | {"size": asked.size, "command": f"python benchmarks/preferences.py {' '.join(sys.argv[1:])}"}
     with tempfile.TemporaryDirectory(prefix="lora_kit-") as place:

@@ -1,6 +1,7 @@
 """Tokens per second with a sharded base, against the whole base on every process, and what the gathering takes.
 
     python benchmarks/sharding.py --size 160m --processes 2 --json benchmarks/results/sharding.json   # about 4 minutes
+    python benchmarks/sharding.py --size 160m --rounds 1 --steps 2    # half of that; --size tiny tries the code
 
 Both train the same steps with `lora-kit train`, in turns, and their losses must be equal. The first two steps warm up.
 Then a sharded run is profiled: the share is the time inside FSDP's all-gathers (with the copies before and after) of

@@ -290,7 +290,8 @@ def drill(
 
     names = tuple(dict.fromkeys(faults.split(","))) if faults is not None else None
     if unknown := [name for name in names or () if name not in FAULTS]:
-        raise InputError(f"--faults {faults}: {unknown[0]!r} is no fault; the faults are {', '.join(FAULTS)}")
+        known = [f"{name}: {fault.about}" for name, fault in FAULTS.items()]
+        raise InputError("\n".join([f"--faults {faults}: {unknown[0]!r} is no fault; the faults are", *known]))
     folder, console = out or Path("runs") / recipe.stem / FOLDER, Console(silent=as_json)
     asked = Drill(
         recipe, tuple(set_), load_recipe(recipe, set_), folder, steps, seed, names, processes=processes, gpus=_gpus()

@@ -1,6 +1,7 @@
 """A drill does to a real run what its certificate says, finds it equal, and finds an engine that loses part of it."""
 
 import json
+import random
 import shutil
 import subprocess
 from dataclasses import replace
@@ -21,10 +22,10 @@ from lora_kit.runs import layout, store
 from lora_kit.runs.certificate import FILE, TEXT, certificate_of, hash_of, read_certificate
 from lora_kit.runs.comparison import compare
 from lora_kit.runs.journal import Journal
-from lora_kit.runs.manifest import Claim
+from lora_kit.runs.manifest import Claim, Machine
 from lora_kit.runs.resume import take_over
 from lora_kit.supervise import drill_run
-from lora_kit.supervise.drill import DISTURBED, LOG, UNDISTURBED, Drill, empty, moments
+from lora_kit.supervise.drill import DISTURBED, LOG, UNDISTURBED, Drill, empty, least_steps, moments
 from lora_kit.supervise.faults import FAULTS
 
 STEPS = 8
@@ -188,22 +189,27 @@ def test_bytes_or_tolerance_by_what_the_runs_claim(tmp_path, level, changes, pro
     ), found.problems
 
 
-def test_moments_depend_on_the_seed_alone_and_leave_room_at_both_ends(tmp_path):
-    import random
-
-    planned = [moments(tuple(FAULTS), 20, random.Random(seed)) for seed in (0, 0, 1)]
+def test_moments_depend_on_the_seed_alone_and_every_fault_has_room():
+    steps = least_steps(FAULTS) + 6
+    planned = [moments(tuple(FAULTS), steps, random.Random(seed)) for seed in (0, 0, 1)]
     assert planned[0] == planned[1] != planned[2]
     for plan in planned:
-        steps = [step for _, step in plan]
-        assert {name for name, _ in plan} == set(FAULTS) and steps == sorted(steps)
-        assert steps[0] >= 1 and steps[-1] <= 17
+        assert {name for name, _ in plan} == set(FAULTS) and plan[0][1] >= 1
+        ends = [step + FAULTS[name].steps for name, step in plan]
+        assert all(end <= step + 1 for end, (_, step) in zip(ends, [*plan[1:], ("", steps - 3)], strict=True))
+
+
+def test_two_processes_need_two_gpus_and_any_cpu():
+    refusal = FAULTS["processes"].refusal
+    assert not refusal(Machine(1, "cpu x86_64"), 0) and not refusal(Machine(1, "NVIDIA H200"), 2)
+    assert refusal(Machine(1, "NVIDIA H200"), 1) == "two processes need two GPUs"
 
 
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["--faults", "kill,fire"], "'fire' is no fault; the faults are kill, keeper, both, write, sigterm, hang,"),
-        (["--faults", "kill,hang", "--steps", "7"], "7 steps are too few for 2 fault(s), which need 8; choose fewer"),
+        (["--faults", "kill,fire"], "'fire' is no fault; the faults are\n  kill: SIGKILL to one training process\n"),
+        (["--faults", "kill,hang", "--steps", "7"], "8 steps are too few for 2 fault(s), which need 9; choose fewer"),
         (["--set", "train.steps=3"], "3 steps are too few for 8 fault(s)"),
     ],
 )

@@ -99,6 +99,7 @@ WORK = [MicroBatchWork(tokens=10, trained=4, pairs=50), MicroBatchWork(tokens=2,
 def speed_of(monkeypatch):
     """A function that returns the speed of a recipe for a Llama of 16 layers, with rates that are easy to add up."""
     monkeypatch.setattr(speed, "LAYER_SECONDS", {"cpu": 0.0, "cuda": 0.0})
+    monkeypatch.setattr(speed, "WEIGHT_SECONDS", {"cpu": 0.0, "cuda": 0.0})
     monkeypatch.setattr(speed, "STEP_SECONDS", 0.0)
     monkeypatch.setattr(speed, "SNAPSHOT_BYTES_PER_SECOND", float("inf"))
     shape = shape_of("Llama-3.2-1B")

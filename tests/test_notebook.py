@@ -12,6 +12,7 @@ from runs import WAIT_SECONDS, state_hash, wait_until
 import lora_kit as lk
 from lora_kit.check import check
 from lora_kit.errors import DataError, Stopped
+from lora_kit.kernels.cpu.allocator import PRODUCTS_KEPT
 from lora_kit.views import notebook
 from lora_kit.views.preview import Example, Piece, Preview
 
@@ -119,6 +120,7 @@ def started_kernel(tmp_path_factory):
     """One kernel for all tests, because a kernel can be used again whatever happened in it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(lk.__file__).parents[1]))
+        patch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRODUCTS_KEPT)  # as a run leaves it
         one = Kernel(tmp_path_factory.mktemp("kernel"))
         yield one
     one.client.stop_channels()

@@ -183,6 +183,14 @@ def test_the_reference_goes_on_where_it_was_stopped_and_is_not_computed_twice(pa
     assert len(seen) == 8
 
 
+def test_the_first_step_in_bf16_equals_the_reference(recipe, tmp_path):
+    changes = ["train.steps=1", "base.dtype=bfloat16", "data.validation=0.3"]
+    run = loop.train(load_recipe(recipe, changes), tmp_path / "run")
+    (record,) = run.metrics
+    assert record["loss"] == pytest.approx(math.log(2), rel=1e-6) and record["rewards/margins"] == 0
+    assert run.result["metrics"]["base"]["metrics"]["rewards/accuracies"] == 0.5
+
+
 def test_the_reference_is_the_adapter_that_a_run_begins_with(recipe, reference, tmp_path, jobs):
     loop.train(load_recipe(recipe, ["train.steps=1"]), tmp_path / "fresh")
     changes = ["train.steps=1", "adapter.dropout=0"]

@@ -152,7 +152,7 @@ def collate(tokens: Tokens, members: Sequence[int], *, padded: bool, sources: tu
     for index in members:
         sides = [_row(*side) for side in tokens.sides(index)]
         if tokens.share and not padded and len(sides) == 2:
-            row, fork = _forked(*sides, tokens.shared(index))
+            row, fork = _forked(sides[0], sides[1], tokens.shared(index))
             rows.append(row)
             forks.append(fork)
         else:
@@ -165,7 +165,8 @@ def collate(tokens: Tokens, members: Sequence[int], *, padded: bool, sources: tu
         places = np.where(present, np.cumsum(present).reshape(present.shape) - 1, -1)
     if not padded:
         ids, labels, position_ids = (np.concatenate(parts)[None] for parts in zip(*rows, strict=True))
-        return MicroBatch(ids, labels, position_ids, None, segments, sources, places, reference, tuple(forks))
+        where = tuple(forks) if any(forks) else ()
+        return MicroBatch(ids, labels, position_ids, None, segments, sources, places, reference, where)
     longest = max(segments)
     ids, labels, position_ids = (
         np.stack([np.pad(part, (0, longest - len(part)), constant_values=fill) for part in parts])

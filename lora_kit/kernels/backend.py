@@ -117,7 +117,10 @@ class Backend(Protocol):
         scale: float,
         window: int | None,
     ) -> tuple[Float[Tensor, "length heads value_width"], Sequence[Tensor | None]]:
-        """Attend causally inside each segment; return the output and what the backward pass needs."""
+        """Attend causally inside each segment; return the output and what the backward pass needs.
+
+        A segment may fork (see `Segments`): then no position sees the other branch.
+        """
 
     def attention_backward(
         self,

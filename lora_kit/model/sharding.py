@@ -101,10 +101,10 @@ def load_shards(
     Raises:
         BaseError: The base cannot be sharded.
     """
+    conversions = get_model_conversion_mapping(model)  # by the names of classes, which `shard` changes
     if quantization is not None:
         _use_nf4(model, quantization)
     shard(model, mesh)
-    conversions = get_model_conversion_mapping(model)
     settings = LoadStateDictConfig(
         device_map={"": device},
         dtype=model.dtype,
@@ -118,15 +118,21 @@ def load_shards(
         for name in (name for name in source.files if name.endswith(".safetensors")):
             file = stack.enter_context(safe_open(source.folder / name, "pt"))
             tensors |= {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        made = [entry for entry in _renamed(tensors, model, conversions) if entry[2] is not None]
         if quantization is not None:
             tensors = dict(_with_nf4(tensors, model, conversions, device))
         found, _ = model._load_pretrained_model(model, tensors, None, settings)
+    if found.missing_keys and made:
+        raise BaseError(
+            f"base.placement: sharded: {type(model).__name__} makes {min(found.missing_keys)} from several tensors of "
+            "its files, which is supported only for the whole base; set base.placement: replicated"
+        )
     found = model._finalize_model_loading(model, settings, found)
     if model.can_generate() and (source.folder / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.folder)
     if not (found.missing_keys or found.mismatched_keys):
-        # the first forward decides what FSDP takes for the root
-        model.eval()(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=device), use_cache=False)
+        # the whole model is the root, though the fast path calls its body. A forward would decide it too, but gathers
+        cast(Any, model)._get_fsdp_state()._lazy_init()
     return LoadReport(found.missing_keys, found.mismatched_keys)
 
 
@@ -149,6 +155,17 @@ def _use_nf4(model: PreTrainedModel, settings: BitsAndBytesConfig) -> None:
         model.set_submodule(name, Nf4Linear(layer.in_features, layer.out_features, layer.bias, model.dtype))
 
 
+def _renamed(
+    tensors: Mapping[str, Any], model: PreTrainedModel, conversions: Sequence[Any]
+) -> Iterator[tuple[str, str, str | None]]:
+    """Yield each tensor's name in the files, its name in the model, and the pattern by which others join it or None."""
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    names = model.state_dict()
+    for key in tensors:
+        yield key, *rename_source_key(key, renamings, converters, model.base_model_prefix, names)
+
+
 def _with_nf4(
     tensors: Mapping[str, Any], model: PreTrainedModel, conversions: Sequence[Any], device: torch.device
 ) -> Iterator[tuple[str, Any]]:
@@ -157,12 +174,9 @@ def _with_nf4(
     Raises:
         BaseError: The family makes such a weight from other tensors.
     """
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     names, layers = model.state_dict(), dict(model.named_modules())
-    for key, tensor in tensors.items():
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, names)
-        layer, _, kind = name.rpartition(".")
+    for key, name, pattern in list(_renamed(tensors, model, conversions)):
+        tensor, (layer, _, kind) = tensors[key], name.rpartition(".")
         if not isinstance(layers.get(layer), Nf4Linear) or kind != "weight":
             yield key, tensor
             continue

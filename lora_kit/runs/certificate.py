@@ -115,7 +115,8 @@ class Certificate:
             for name, difference in self.comparison.differences.items():
                 yield f"  {name}: differs by {number(difference, '.2g')} of its norm"
         yield "versions: " + ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        yield "machine: " + ", ".join(f"{name} {value}" for name, value in self.machine.items())
+        yield "machine:"
+        yield from (f"  {name}: {value}" for name, value in self.machine.items())
         yield f"recipe: {self.recipe}"
         yield f"set for the drill: {', '.join(self.changed) or 'nothing'}"
         yield f"repeat: {self.command}"

@@ -225,9 +225,10 @@ def take_over(folder: Path, *, tell: Callable[[str], None] = lambda text: None) 
         raise InputError(f"{str(folder)!a}: its path {wrong}; choose another --out") from None
     except RuntimeError:  # what pathlib raises before Python 3.13
         raise InputError(f"{folder}: its symbolic links form a loop; choose another --out") from None
-    known = {"checkpoints", "recipe.yaml", "lease.json", "events.jsonl", certificate.FOLDER}
+    known = {"checkpoints", "recipe.yaml", "lease.json", "events.jsonl"}
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     names = {name for name in names if not name.startswith(".lease")}  # of a start that was killed at once
+    names.discard(certificate.FOLDER)  # a drill of the recipe before the run
     if names and not names & known:
         raise InputError(f"{folder}: not empty and not a run's folder (it holds {min(names)}); choose another --out")
     try:

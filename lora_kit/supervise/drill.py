@@ -27,11 +27,11 @@ from lora_kit.supervise.faults import FAULTS
 
 UNDISTURBED, DISTURBED, LOG = "undisturbed", "disturbed", "log.txt"
 LEAST_STEPS = 12
-STEPS_FOR_FAULT = 2
 STEPS_BESIDE = 4  # before the first fault and after the last
+SPARE_STEPS = 4  # for the moments to be random
+SAVE_EVERY = 2  # steps, so that a damaged checkpoint costs few steps and a write is near
 TIMEOUT_FACTOR = 10.0  # a training process hangs after this many times the longest step of the undisturbed run,
 LEAST_TIMEOUT_SECONDS = 3.0  # and after at least this long
-SAVES = 8  # how many checkpoints a run of the drill writes, at least
 NOT_DONE = "the run did not come to it"
 
 
@@ -69,7 +69,7 @@ class Drill:
             LoraKitError: The undisturbed run has failed.
         """
         names = self.faults or tuple(FAULTS)
-        steps, least = self.steps_for(len(names)), STEPS_FOR_FAULT * len(names) + STEPS_BESIDE
+        steps, least = self.steps_for(names), least_steps(names)
         if steps < least:
             raise InputError(
                 f"{steps} steps are too few for {len(names)} fault(s), which need {least}; choose fewer --faults"
@@ -85,23 +85,23 @@ class Drill:
         certificate.write(self.out)
         return certificate
 
-    def steps_for(self, faults: int) -> int:
-        """Return the number of steps that are compared: at most those of the recipe, else a multiple of two saves."""
-        wanted = self.steps or max(LEAST_STEPS, STEPS_FOR_FAULT * faults + STEPS_BESIDE)
-        every = self.save_every(wanted)
-        wanted = math.ceil(wanted / every) * every
+    def steps_for(self, names: Sequence[str]) -> int:
+        """Return the step after which the runs are compared, which has a checkpoint: at most the recipe's last."""
+        wanted = self.steps or max(LEAST_STEPS, least_steps(names) + SPARE_STEPS)
+        wanted = math.ceil(wanted / self.save_every) * self.save_every
         return min(wanted, self.recipe.train.steps or wanted)
 
-    def save_every(self, steps: int) -> int:
-        """Return the number of steps between two checkpoints, which is not more than in the recipe."""
-        return min(self.recipe.checkpoint.every_steps, max(1, steps // SAVES))
+    @property
+    def save_every(self) -> int:
+        """The number of steps between two checkpoints, which is not more than in the recipe."""
+        return min(self.recipe.checkpoint.every_steps, SAVE_EVERY)
 
     def changes(self, steps: int) -> list[str]:
         """Return what both runs change in the recipe: when it saves, and nothing that is measured, sent or published.
 
         None of it decides what is trained.
         """
-        recipe, every = self.recipe, self.save_every(steps)
+        recipe, every = self.recipe, self.save_every
         kept = {"checkpoint.every_steps": every, "checkpoint.keep_every": steps, "checkpoint.best": False}
         silent: dict[str, Any] = {"evaluate.every_steps": None, "evaluate.generate": 0, "hub.repo": None}
         if not isinstance(recipe.data.validation, float):  # a part of the training data, which must stay held out
@@ -190,11 +190,24 @@ class Drill:
         return shlex.join(["lora-kit", "drill", str(self.file), "--out", str(self.out), *options, *several, *settings])
 
 
+def least_steps(names: Sequence[str]) -> int:
+    """Return the fewest steps in which faults can be done."""
+    return STEPS_BESIDE + sum(FAULTS[name].steps for name in names)
+
+
 def moments(names: Sequence[str], steps: int, rng: random.Random) -> list[tuple[str, int]]:
-    """Return faults in a random order, each with the random step after which it comes, in equal parts of the run."""
-    part = (steps - STEPS_BESIDE) / max(1, len(names))
-    order = enumerate(rng.sample(list(names), len(names)))
-    return [(name, 1 + int((place + rng.random()) * part)) for place, name in order]
+    """Return faults in a random order, each with the random step after which it comes.
+
+    Each fault has a part of the run, in proportion to the steps that it takes, and comes so early in it that it ends in
+    it.
+    """
+    begin, longer = 1.0, (steps - STEPS_BESIDE) / max(1, least_steps(names) - STEPS_BESIDE)
+    planned = list[tuple[str, int]]()
+    for name in rng.sample(list(names), len(names)):
+        needed = FAULTS[name].steps
+        planned.append((name, int(begin + rng.random() * needed * (longer - 1))))
+        begin += needed * longer
+    return planned
 
 
 def facts_of(run: DrillRun) -> RunFacts:

@@ -22,12 +22,14 @@ class Fault:
 
     Attributes:
         about: What it does, for people.
+        steps: The steps that it takes, from the moment at which it may come to the moment at which the next may come.
         disturb: Does it to a run that trains, and returns when the run goes on.
         refusal: Returns why it cannot be done on the machine of a run, given the number of visible GPUs; empty if it
             can.
     """
 
     about: str
+    steps: int
     disturb: Callable[[DrillRun], None]
     refusal: Callable[[Machine, int], str] = lambda machine, gpus: ""
 
@@ -137,19 +139,20 @@ def changed(drilled: DrillRun, fault: str, *commands: tuple[str, ...]) -> None:
 
 def _too_few_gpus(machine: Machine, gpus: int) -> str:
     """Return why two processes cannot train on a machine."""
-    return "two processes need two GPUs" if machine.device != "cpu" and gpus < 2 else ""
+    return "two processes need two GPUs" if not machine.device.startswith("cpu") and gpus < 2 else ""
 
 
 FAULTS = {
-    "kill": Fault("SIGKILL to one training process", kill),
-    "keeper": Fault("SIGKILL to the keeper", keeper),
-    "both": Fault("SIGKILL to the keeper and all training processes at once", both),
-    "write": Fault("SIGKILL to the keeper while it writes a checkpoint", write),
-    "sigterm": Fault("SIGTERM to the command", sigterm),
-    "hang": Fault("SIGSTOP to one training process, which the keeper must notice", hang),
-    "corrupt": Fault("a flipped bit in the newest checkpoint", corrupt),
+    "kill": Fault("SIGKILL to one training process", 2, kill),
+    "keeper": Fault("SIGKILL to the keeper", 2, keeper),
+    "both": Fault("SIGKILL to the keeper and all training processes at once", 2, both),
+    "write": Fault("SIGKILL to the keeper while it writes a checkpoint", 4, write),
+    "sigterm": Fault("SIGTERM to the command", 3, sigterm),
+    "hang": Fault("SIGSTOP to one training process, which the keeper must notice", 3, hang),
+    "corrupt": Fault("a flipped bit in the newest checkpoint", 3, corrupt),
     "processes": Fault(
         "another number of processes, then the first again",
+        6,
         lambda drilled: changed(drilled, "processes", drilled.other_processes, ()),
         _too_few_gpus,
     ),

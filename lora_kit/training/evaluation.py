@@ -22,6 +22,7 @@ from lora_kit.errors import ContractError, DataError, RecipeError
 from lora_kit.kernels.attention import use_attention
 from lora_kit.kernels.fusing import use_kernels
 from lora_kit.kernels.gathered import is_sharded
+from lora_kit.model.state import FlatState
 from lora_kit.model.tokenizer import for_objective, read_template
 from lora_kit.recipe.load import resolve_path
 from lora_kit.recipe.schema import EXACT_MATCH, Data, Evaluate, Recipe, SftObjective
@@ -102,6 +103,7 @@ class HeldOut:
         processes: The processes that share the work.
         settings: The recipe's section.
         text: The text on which forgetting is measured; None if the recipe names none.
+        state: The model's state; None if it has an adapter that is not trained here.
     """
 
     model: PeftModel
@@ -112,12 +114,13 @@ class HeldOut:
     processes: Processes
     settings: Evaluate
     text: BaseText | None = None
+    state: FlatState | None = None
 
     def compare(self, tick: Tick = lambda _: None) -> dict[str, Score]:
         """Measure the base and the adapter on the same examples; without validation data return nothing."""
         if self.data.validation is None:
             return {}
-        with self.model.disable_adapter():
+        with as_reference(self.model, self.state):
             base = self._score(self.data.validation, lambda what: tick(f"base: {what}"))
         adapter = self._score(self.data.validation, lambda what: tick(f"adapter: {what}"))
         return {"base": base, "adapter": adapter}
@@ -160,7 +163,7 @@ class HeldOut:
 
     def with_text(self, tokens: Tokens, tick: Tick = lambda _: None) -> "HeldOut":
         """Return the measurement with a text for forgetting, on which the base is measured here."""
-        with self.model.disable_adapter():
+        with as_reference(self.model, self.state):
             return replace(self, text=BaseText(tokens, self.text_loss(tokens, tick)))
 
     def text_loss(self, tokens: Tokens, tick: Tick) -> float:

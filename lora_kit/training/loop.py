@@ -292,9 +292,8 @@ def held_out_loss(job: Job, done: int, publisher: Publisher, console: Console) -
 def held_out_of(job: Job) -> HeldOut:
     """Return the measurement of a job's model on its validation data."""
     inputs, settings = job.inputs, job.recipe.evaluate
-    return HeldOut(
-        job.model, inputs.renderer, inputs.data, job.plan, job.objective, job.processes, settings, inputs.text
-    )
+    measured = (job.model, inputs.renderer, inputs.data, job.plan, job.objective, job.processes, settings)
+    return HeldOut(*measured, inputs.text, job.state)
 
 
 def catch_up(job: Job, log: StepLog, publisher: Publisher, console: Console) -> bool:

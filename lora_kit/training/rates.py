@@ -105,7 +105,7 @@ def _measured(shape: Shape, recipe: Recipe, bench: _Bench, tokens: int, longest:
     norms = max(1, round(shape.normed / shape.width / 2))  # before attention, and before the MLP
     mixing = [of_groups[name] for name in ("attention", "attended") if name in of_groups]
     mlp = [of_groups[name] for name in ("mlp", "inner") if name in of_groups]
-    linear = sum((each.forward + each.backward for each in of_groups.values()), 0.0)
+    products = sum(each.forward + each.backward for each in of_groups.values())
     from_weights = [_from_weights(shape, recipe, layer, bench) for layer in shape.linears]
     return Rates(
         mixing=BothWays.total([*mixing, *[norm] * norms]),
@@ -114,7 +114,7 @@ def _measured(shape: Shape, recipe: Recipe, bench: _Bench, tokens: int, longest:
         attention=_attention(shape, bench, longest),
         weights=BothWays.total(from_weights),
         optimizer=_optimizer(recipe, bench),
-        flops_per_second=4 * weights / linear,
+        flops_per_second=4 * weights / products,
     )
 
 
@@ -159,10 +159,14 @@ def _copies(weights: int, bench: _Bench) -> int:
     return max(1, min(MOST_COPIES, COLD_BYTES // (weights * bench.dtype.itemsize)))
 
 
+def _linear(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
 def _adapted(weight: Tensor, rank: int) -> AdaptedLinear:
-    base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    base.weight = nn.Parameter(weight, requires_grad=False)
-    return AdaptedLinear(base, 1.0, rank, 0.0)
+    return AdaptedLinear(_linear(weight), 1.0, rank, 0.0)
 
 
 def _from_weights(shape: Shape, recipe: Recipe, layer: Linear, bench: _Bench) -> BothWays:
@@ -229,13 +233,13 @@ def _norm(shape: Shape, rows: int, bench: _Bench) -> BothWays:
 def _head(shape: Shape, bench: _Bench) -> float:
     """Time the head and the cross-entropy, with the gradient of the hidden states; seconds for a trained token."""
     vocabulary, rows = min(shape.vocabulary, 1 << 15), MOST_HEAD_ROWS
-    weight = bench.randn(vocabulary, shape.width)
+    head = Head(_linear(bench.randn(vocabulary, shape.width)))
     labels = torch.zeros(rows, dtype=torch.int64, device=bench.device)
     hidden = bench.randn(rows, shape.width)
 
     def both_ways() -> None:
         with torch.enable_grad():
-            summed_cross_entropy(hidden.clone().requires_grad_(), Head(weight, None), labels, [rows])
+            summed_cross_entropy(hidden.clone().requires_grad_(), head, labels, [rows])
 
     return bench.seconds(both_ways) * shape.vocabulary / vocabulary / rows
 

@@ -2,8 +2,9 @@
 
 The reference is the base without the adapter, or the adapter that the run begins with (`--from`). Its log-probabilities
 are kept in the cache. The key is a hash of everything that determines their bits: the tokens, the base, the adapter,
-what computes, and the choices of the run. Each chunk of examples is written as soon as it is computed, so that the next
-start goes on after it, also after a kill. A step then needs no forward pass of the reference.
+the hardware and software that compute, and the resolved choices of the run. Each chunk of examples is written as soon
+as it is computed, so that the next start goes on after it, also after a kill. A step then needs no forward pass of the
+reference.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from lora_kit.data.tokens import Prepared, Tokens
 from lora_kit.errors import CheckpointError, ContractError, Stopped
 from lora_kit.files import cache_folder, private_folder
 from lora_kit.model.adapter import saved_weights
-from lora_kit.model.state import FlatState
+from lora_kit.model.state import FlatState, Kind
 from lora_kit.recipe.schema import Recipe
 from lora_kit.runs.manifest import Environment, Origin, Resolved, RunFacts
 from lora_kit.training.objectives.log_probs import log_probs_of_segments, mismatched
@@ -143,6 +144,9 @@ def facts_of(
 def as_reference(model: PeftModel, state: FlatState | None = None, origin: Path | None = None) -> Iterator[None]:
     """Let the model compute as the reference does: without its adapter, or with the adapter that the run began with.
 
+    Plain LoRA computes as the base alone if every B is zero. Then the fused kernels compute the reference too, with the
+    rounding of the first step, so that rewards begin at exactly zero. Other variants switch their adapter off.
+
     Args:
         model: The base with the adapter.
         state: The model's state; None if it has an adapter that is not trained here.
@@ -154,13 +158,16 @@ def as_reference(model: PeftModel, state: FlatState | None = None, origin: Path 
     was_training = model.training
     model.eval()
     try:
-        if origin is None or state is None:
+        if state is None or (origin is None and not _is_plain(state)):
             with model.disable_adapter():
                 yield
             return
         before = state.weights.clone()
         try:
-            state.load_weights(saved_weights(origin))
+            if origin is None:
+                state.weights[state.ranges[Kind.B]] = 0
+            else:
+                state.load_weights(saved_weights(origin))
         except CheckpointError as error:
             raise ContractError(f"{origin}: it cannot be the reference: {error}") from error
         try:
@@ -169,6 +176,12 @@ def as_reference(model: PeftModel, state: FlatState | None = None, origin: Path 
             state.weights.copy_(before)
     finally:
         model.train(was_training)
+
+
+def _is_plain(state: FlatState) -> bool:
+    """Return whether the adapter is A and B alone: no magnitudes of DoRA, no constants of a start."""
+    magnitudes = state.ranges[Kind.MAGNITUDE]
+    return state.constants is None and magnitudes.start == magnitudes.stop
 
 
 def read(path: Path, examples: int, columns: int) -> tuple[int, np.ndarray]:

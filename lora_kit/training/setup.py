@@ -399,7 +399,8 @@ def add_text(
     console.tick("forgetting: loss of the base")
     plan = plan_of(recipe, inputs, objective, resolved.micro_batch_tokens, resolved.layout)
     settings = recipe.evaluate
-    held_out = HeldOut(adapted.model, inputs.renderer, inputs.data, plan, objective, processes, settings)
+    measured = (adapted.model, inputs.renderer, inputs.data, plan, objective, processes, settings)
+    held_out = HeldOut(*measured, state=adapted.state)
     return replace(inputs, text=held_out.with_text(tokens, tick).text)
 
 

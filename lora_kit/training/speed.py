@@ -19,7 +19,9 @@ from lora_kit.recipe.schema import Recipe
 
 FIRST_STEPS = 20  # the steps whose micro-batches stand for all others
 LINK_BYTES_PER_SECOND = {"cpu": 1e9, "cuda": 20e9}  # between processes; assumptions: gloo on one machine, PCIe 4
-LAYER_SECONDS = {"cpu": 4e-4, "cuda": 4e-4}  # Python, autograd and small operations of a layer in a micro-batch
+LAYER_SECONDS = {"cpu": 11e-3, "cuda": 4e-4}  # Python, autograd and small operations of a layer in a micro-batch
+WEIGHT_SECONDS = {"cpu": 1.1e-9, "cuda": 0.0}  # of a weight in a micro-batch: it comes from memory, not from a cache
+# both were fitted for CPUs to the seconds in docs/estimate.md; those for GPUs are guesses
 STEP_SECONDS = 3e-3  # the parts of a step that depend on no size
 SNAPSHOT_BYTES_PER_SECOND = 2e9  # of the copy of the state into the live region, which shares the processor with a step
 BYTES_PER_THREAD = 4_000_000  # weights; docs/design/0009 says what was measured
@@ -132,7 +134,7 @@ class Speed:
         linear = work.tokens * layers * (rates.mixing.forward + rates.attention.token.forward)
         mlp = rates.mlp.forward * self._mlp_tokens(work)
         attention = work.pairs * layers * rates.attention.pair.forward
-        once = layers * (rates.weights.forward + LAYER_SECONDS[self.device] / 3)
+        once = layers * (rates.weights.forward + LAYER_SECONDS[self.device] / 3) + self._from_memory / 2
         return linear + mlp + attention + work.trained * rates.head / 2 + once
 
     def both_ways(self, work: MicroBatchWork) -> float:
@@ -144,8 +146,15 @@ class Speed:
         pairs = work.pairs * reached * rates.attention.pair.backward
         forward = self.forward(work)
         again = forward - work.trained * rates.head / 2 if self.sizes.activation_checkpointing else 0.0
-        once = reached * (rates.weights.backward + LAYER_SECONDS[self.device] * 2 / 3)
+        once = reached * (rates.weights.backward + LAYER_SECONDS[self.device] * 2 / 3) + self._from_memory / 2
         return forward + again + tokens + mlp + pairs + work.trained * rates.head / 2 + once
+
+    @property
+    def _from_memory(self) -> float:
+        """The seconds in which the weights of a micro-batch come from memory."""
+        shape = self.shape
+        linear = shape.layers * sum(layer.inputs * layer.outputs for layer in shape.linears)
+        return (linear + shape.vocabulary * shape.width) * WEIGHT_SECONDS[self.device]
 
     def _mlp_tokens(self, work: MicroBatchWork) -> int:
         """Return for how many tokens an MLP is computed, over all layers: in the last layer only for trained tokens."""

@@ -249,8 +249,8 @@ def drill(
             metavar="NAME,...",
             help="What happens to the run: kill (a training process), keeper (the process of the command), both (all "
             "processes at once), write (the keeper, while it writes a checkpoint), sigterm, hang (a suspended "
-            "process), corrupt (a flipped bit in the newest checkpoint), processes (another number of them). [default: "
-            "all that the recipe and the machine allow]",
+            "process), corrupt (a flipped bit in the newest checkpoint), processes (another number of them), placement "
+            "(a sharded base, then whole again). [default: all that the recipe and the machine allow]",
         ),
     ] = None,
     steps: Annotated[

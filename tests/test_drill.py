@@ -34,7 +34,7 @@ STATE = ("weights", "exp_avg", "exp_avg_sq")
 
 def forked(**environment):
     """A stand-in for the module subprocess in a drill, which forks the training command instead of starting it."""
-    environment |= {"FAULTS_SLEEP": "0.08", "PYTHONPATH": with_faults()}
+    environment = {"FAULTS_SLEEP": "0.08", "PYTHONPATH": with_faults()} | environment
     return SimpleNamespace(
         Popen=lambda command, **options: started(command[3:], environment),
         DEVNULL=subprocess.DEVNULL,
@@ -94,15 +94,16 @@ def test_the_constants_of_a_start_are_part_of_the_state(recipe, undisturbed, tmp
     assert ("constants" in certificate.comparison.differences) == (forget == "constants")
 
 
+@pytest.mark.slow
 def test_every_fault_is_done_to_a_real_run_and_nothing_differs(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(drill_run, "subprocess", forked())
+    monkeypatch.setattr(drill_run, "subprocess", forked(FAULTS_SLEEP="0.12"))
     told = CliRunner().invoke(app, ["drill", str(recipe), "--out", str(tmp_path / "drill"), "--seed", "3"])
     assert told.exit_code == 0, (told.output, told.exception)
     folder = tmp_path / "drill"
     certificate = read_certificate(folder / FILE)
     assert told.stdout.endswith((folder / TEXT).read_text()) and "EQUAL: a run of" in told.stdout
     faults = [each.fault for each in certificate.faults]
-    assert set(faults) == set(FAULTS) and faults.count("processes") == 2
+    assert set(faults) == set(FAULTS) and faults.count("processes") == faults.count("placement") == 2
     assert all(each.lost == 0 for each in certificate.faults if each.fault != "corrupt")
     assert all({"found", "start", "step"} <= each.parts.keys() for each in certificate.faults)
     assert (certificate.comparison.claim.level, certificate.recipe) == ("bitwise", hash_of(load_recipe(recipe)))
@@ -199,10 +200,10 @@ def test_moments_depend_on_the_seed_alone_and_every_fault_has_room():
         assert all(end <= step + 1 for end, (_, step) in zip(ends, [*plan[1:], ("", steps - 3)], strict=True))
 
 
-def test_two_processes_need_two_gpus_and_any_cpu():
-    refusal = FAULTS["processes"].refusal
-    assert not refusal(Machine(1, "cpu x86_64"), 0) and not refusal(Machine(1, "NVIDIA H200"), 2)
-    assert refusal(Machine(1, "NVIDIA H200"), 1) == "two processes need two GPUs"
+def test_two_processes_need_two_gpus_and_any_cpu(recipe):
+    refusal, parsed = FAULTS["processes"].refusal, load_recipe(recipe)
+    assert not refusal(parsed, Machine(1, "cpu x86_64"), 0) and not refusal(parsed, Machine(1, "NVIDIA H200"), 2)
+    assert refusal(parsed, Machine(1, "NVIDIA H200"), 1) == "two processes need two GPUs"
 
 
 @pytest.mark.parametrize(
@@ -210,7 +211,7 @@ def test_two_processes_need_two_gpus_and_any_cpu():
     [
         (["--faults", "kill,fire"], "'fire' is no fault; the faults are\n  kill: SIGKILL to one training process\n"),
         (["--faults", "kill,hang", "--steps", "7"], "8 steps are too few for 2 fault(s), which need 9; choose fewer"),
-        (["--set", "train.steps=3"], "3 steps are too few for 8 fault(s)"),
+        (["--set", "train.steps=3"], "3 steps are too few for 9 fault(s)"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is_trained(recipe, tmp_path, arguments, problem):

@@ -67,7 +67,7 @@ def micro_batch(request, recipe_file, tmp_path, jobs):
     folder = base_of(tmp_path / "base", family)
     record = {"prompt": "a" * 40, "completion": "b" * 470}
     if request.param == "dpo":
-        record = {"prompt": "a" * 20, "chosen": "b" * 234, "rejected": "c" * 233}
+        record = {"prompt": "a" * 8, "chosen": "b" * 246, "rejected": "c" * 246}
     data = write_jsonl(tmp_path / "long.jsonl", [record] * 4)
     recipe = load_recipe(recipe_file, [*changes, f"base.repo={folder}", f"data.train={data}"])
     loop.train(recipe, tmp_path / "run")
@@ -200,7 +200,8 @@ def test_the_large_recipes_fit_where_they_say_and_only_sharded(name, machine):
     layer = sum(linear.inputs * linear.outputs for linear in shape.linears) * {"bf16": 2, "nf4": 0.5}[name]
     ends = shape.vocabulary * shape.width * 2
     assert max(3 * layer, 2 * ends) <= sharded.gathered_bytes <= 1.05 * max(3 * layer, 2 * ends)
-    assert "gathered layers" in sharded.lines()[1] and "gathered layers" not in whole.lines()[1]
+    assert any("gathered layers" in line for line in sharded.lines())
+    assert not any("gathered layers" in line for line in whole.lines())
 
 
 def fitted(recipe, shape, machine, shards):
@@ -369,7 +370,7 @@ def test_the_process_with_least_memory_decides_for_all(monkeypatch):
         gather = staticmethod(lambda mine: [*mine, 3 * GB])
 
     monkeypatch.setattr(choices, "host_memory", lambda: 10 * GB)
-    assert choices.smallest_machine(Two) == Machine("cpu", 3 * GB)
+    assert choices.smallest_machine(Two) == Machine("cpu", 3 * GB, 2)
 
 
 class Two:

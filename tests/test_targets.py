@@ -155,7 +155,7 @@ def test_targets_take_patterns_and_check_counts_them_as_the_run_does(targets, co
     loop.train(recipe, tmp_path / "run")
     (job,) = jobs
     assert not report.problems and len(adapted(job.model)) == count
-    assert report.estimate.trainable_parameters == sum(
+    assert report.estimate.memory.trainable_parameters == sum(
         tensor.numel() for tensor in job.model.parameters() if tensor.requires_grad
     )
 

@@ -91,7 +91,7 @@ def test_gradients_and_logits_are_those_of_peft(variant, recipe_file, tmp_path, 
     with torch.no_grad(), own_attention(job.model):
         ours = job.model.eval()(ids).logits
     assert relative(peft_logits(run.latest, base_folder, ids), ours) < 1e-5
-    assert estimate(recipe).trainable_parameters == job.state.size
+    assert estimate(recipe).memory.trainable_parameters == job.state.size
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -78,7 +78,7 @@ class Drill:
         empty(self.out)
         undisturbed = self.undisturbed(steps)
         tell(f"undisturbed: {undisturbed.last} steps, {typical(undisturbed.step_seconds()):.2f} s each")
-        refusals = {name: FAULTS[name].refusal(facts_of(undisturbed).machine, self.gpus) for name in names}
+        refusals = {name: FAULTS[name].refusal(self.recipe, facts_of(undisturbed).machine, self.gpus) for name in names}
         left_out = {name: reason for name, reason in refusals.items() if reason}
         disturbed = self.disturbed([name for name in names if name not in left_out], undisturbed, tell)
         certificate = self.certify(names, left_out, undisturbed, disturbed)

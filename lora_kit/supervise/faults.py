@@ -5,14 +5,19 @@ A fault is a function of the run that it disturbs. A new fault is an entry in `F
 
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
+import psutil
+
 from lora_kit.errors import LoraKitError
+from lora_kit.recipe.schema import Recipe
 from lora_kit.runs import store
 from lora_kit.runs.manifest import Machine
 from lora_kit.supervise.drill_run import DrillRun
 
+SHARDED = ("--processes", "2", "--set", "base.placement=sharded")
 TRIES = 5  # kills that may miss a write, which takes milliseconds
 
 
@@ -24,25 +29,35 @@ class Fault:
         about: What it does, for people.
         steps: The steps that it takes, from the moment at which it may come to the moment at which the next may come.
         disturb: Does it to a run that trains, and returns when the run goes on.
-        refusal: Returns why it cannot be done on the machine of a run, given the number of visible GPUs; empty if it
-            can.
+        refusal: Returns why it cannot be done to a run of a recipe on its machine, given the number of visible GPUs;
+            empty if it can.
     """
 
     about: str
     steps: int
     disturb: Callable[[DrillRun], None]
-    refusal: Callable[[Machine, int], str] = lambda machine, gpus: ""
+    refusal: Callable[[Recipe, Machine, int], str] = lambda recipe, machine, gpus: ""
+
+
+def signalled(drilled: DrillRun, fault: str, number: signal.Signals) -> None:
+    """Send a signal to one training process and wait until the keeper has started the processes again."""
+    found = list[psutil.Process]()
+
+    def training() -> bool:
+        found[:] = drilled.trainers()
+        return bool(found)
+
+    def act() -> str:
+        with suppress(psutil.NoSuchProcess):  # it has just died, so the keeper starts the processes again anyway
+            drilled.rng.choice(found).send_signal(number)
+        return f"{number.name} to 1 of {len(found)} training process{'es' if len(found) > 1 else ''}"
+
+    drilled.interrupt(fault, act, when=training)
 
 
 def kill(drilled: DrillRun) -> None:
-    """Kill one training process; the keeper starts the processes again."""
-
-    def act() -> str:
-        victims = drilled.trainers()
-        drilled.kill([drilled.rng.choice(victims)])
-        return f"SIGKILL to one of {len(victims)} training process(es)"
-
-    drilled.interrupt("kill", act, when=lambda: bool(drilled.trainers()))
+    """Kill one training process."""
+    signalled(drilled, "kill", signal.SIGKILL)
 
 
 def keeper(drilled: DrillRun) -> None:
@@ -93,16 +108,10 @@ def sigterm(drilled: DrillRun) -> None:
 
 
 def hang(drilled: DrillRun) -> None:
-    """Suspend a training process with SIGSTOP until the keeper notices and starts the processes again."""
+    """Suspend one training process, which the keeper must notice."""
     if drilled.resumptions:  # the keeper learns from two steps how long a step takes
         drilled.reach(drilled.resumptions[-1].resumed + 2)
-
-    def act() -> str:
-        victims = drilled.trainers()
-        drilled.rng.choice(victims).send_signal(signal.SIGSTOP)
-        return f"SIGSTOP to one of {len(victims)} training process(es)"
-
-    drilled.interrupt("hang", act, when=lambda: bool(drilled.trainers()))
+    signalled(drilled, "hang", signal.SIGSTOP)
 
 
 def corrupt(drilled: DrillRun) -> None:
@@ -137,9 +146,16 @@ def changed(drilled: DrillRun, fault: str, *commands: tuple[str, ...]) -> None:
         drilled.interrupt(fault, partial(act, options))
 
 
-def _too_few_gpus(machine: Machine, gpus: int) -> str:
+def _too_few_gpus(recipe: Recipe, machine: Machine, gpus: int) -> str:
     """Return why two processes cannot train on a machine."""
     return "two processes need two GPUs" if not machine.device.startswith("cpu") and gpus < 2 else ""
+
+
+def _not_sharded(recipe: Recipe, machine: Machine, gpus: int) -> str:
+    """Return why a drill does not shard the base of a recipe."""
+    if recipe.base.quantization != "none" or recipe.adapter.variant == "dora":
+        return "a drill shards only plain weights without DoRA, since not every other base can be sharded"
+    return _too_few_gpus(recipe, machine, gpus)
 
 
 FAULTS = {
@@ -155,5 +171,11 @@ FAULTS = {
         6,
         lambda drilled: changed(drilled, "processes", drilled.other_processes, ()),
         _too_few_gpus,
+    ),
+    "placement": Fault(
+        "a sharded base on two processes, then whole on the first number of processes",
+        6,
+        lambda drilled: changed(drilled, "placement", SHARDED, ()),
+        _not_sharded,
     ),
 }

@@ -46,16 +46,23 @@ class Comparison:
 def compare_estimate(job: Job, done: int, console: Console) -> None:
     """After step `FIRST_STEPS`, log and show the estimate beside the measurement. This takes a few seconds.
 
+    Whatever fails here is a warning and does not end the run, which needs none of it.
+
     Args:
         job: The job.
         done: The number of finished steps.
         console: Shows the comparison.
     """
-    if done == FIRST_STEPS and job.processes.is_main:
+    if done != FIRST_STEPS or not job.processes.is_main:
+        return
+    try:
         compared = comparison(job)
-        if compared is not None:
-            job.journal.event("estimate", step=done, **asdict(compared))
-            console.say(f"after {done} steps: {compared}")
+    except Exception as error:
+        console.warn(f"the estimate could not be compared with the measurement: {type(error).__name__}: {error}")
+        return
+    if compared is not None:
+        job.journal.event("estimate", step=done, **asdict(compared))
+        console.say(f"after {done} steps: {compared}")
 
 
 def comparison(job: Job) -> Comparison | None:

@@ -147,5 +147,5 @@ def family(process):
 def signal_all(processes, number):
     """Send a signal to processes, those that are left."""
     for process in processes:
-        with suppress(psutil.NoSuchProcess):
+        with suppress(ProcessLookupError):
             os.kill(process.pid, number)

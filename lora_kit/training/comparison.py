@@ -1,5 +1,6 @@
 """Compare the estimate of a run with what it has measured, once, after its first steps."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -10,11 +11,12 @@ from lora_kit.errors import BaseError
 from lora_kit.model.sizes import format_bytes, read_config
 from lora_kit.training.estimate import contents_of, memory_of
 from lora_kit.training.job import Job
-from lora_kit.training.micro_batches import Machine, MicroBatches
+from lora_kit.training.micro_batches import Machine, MicroBatches, host_memory
 from lora_kit.training.rates import measure
 from lora_kit.training.speed import FIRST_STEPS, Speed, usual
 from lora_kit.views.console import Console
 
+ROOM_BYTES = 1_000_000_000  # of a host's memory must be free for a measurement, which takes copies of weights
 WARM_UP = 2  # steps of a process that are not timed: kernels are compiled, and buffers grow
 
 
@@ -43,7 +45,7 @@ class Comparison:
         return f"{line}; seconds a step: {seconds}"
 
 
-def compare_estimate(job: Job, done: int, console: Console) -> None:
+def compare_estimate(job: Job, done: int, tick: Callable[[], None], console: Console) -> None:
     """After step `FIRST_STEPS`, log and show the estimate beside the measurement. This takes a few seconds.
 
     Whatever fails here is a warning and does not end the run, which needs none of it.
@@ -51,12 +53,13 @@ def compare_estimate(job: Job, done: int, console: Console) -> None:
     Args:
         job: The job.
         done: The number of finished steps.
+        tick: Called again and again, so that the keeper does not take the comparison for a hang.
         console: Shows the comparison.
     """
     if done != FIRST_STEPS or not job.processes.is_main:
         return
     try:
-        compared = comparison(job)
+        compared = comparison(job, tick)
     except Exception as error:
         console.warn(f"the estimate could not be compared with the measurement: {type(error).__name__}: {error}")
         return
@@ -65,8 +68,9 @@ def compare_estimate(job: Job, done: int, console: Console) -> None:
         console.say(f"after {done} steps: {compared}")
 
 
-def comparison(job: Job) -> Comparison | None:
+def comparison(job: Job, tick: Callable[[], None]) -> Comparison | None:
     """Return the comparison; None for a base whose sizes are not known."""
+    tick()
     try:
         shape = read_config(job.inputs.source.folder / "config.json")
     except BaseError:
@@ -91,12 +95,13 @@ def comparison(job: Job) -> Comparison | None:
         for line in job.journal.read_metrics()
         if job.start + WARM_UP < line["step"] <= len(contents.first) and line["tokens_per_second"]
     }
-    if not timed:
+    crowded = device.type == "cpu" and measured * processes + ROOM_BYTES > host_memory()
+    if not timed or crowded:
         return Comparison(estimated, measured, None, None)
     typical = usual([one for step in contents.first for one in step])
     tokens, longest = typical.tokens, contents.longest
     try:
-        rates = measure(shape, job.recipe, device, tokens=tokens, longest=longest, threads=resolved.threads)
+        rates = measure(shape, job.recipe, device, tokens=tokens, longest=longest, threads=resolved.threads, tick=tick)
     except torch.OutOfMemoryError:  # the run leaves no room for a measurement
         return Comparison(estimated, measured, None, None)
     speed = Speed(shape, job.recipe, memory, rates, machine.device, processes, sharded=sharded)

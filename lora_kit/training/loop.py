@@ -146,7 +146,7 @@ def train(
                     queued = replace(queued, held_out=held_out_loss(job, done, publisher, console))
                     ended = log.count(log.facts(queued))
                     publisher.publish(partial(log.facts, queued), due=True)
-                compare_estimate(job, done, console)
+                compare_estimate(job, done, publisher.heartbeat, console)
                 if last or ended:
                     stopping, queued = log.settle(queued) or stopping, None
                     publisher.wait_durable()

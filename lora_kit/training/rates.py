@@ -40,7 +40,14 @@ VALUES = 1 << 22  # of a measured optimizer step
 
 
 def measure(
-    shape: Shape, recipe: Recipe, device: torch.device, *, tokens: int, longest: int, threads: int | None
+    shape: Shape,
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    tokens: int,
+    longest: int,
+    threads: int | None,
+    tick: Callable[[], None] = lambda: None,
 ) -> Rates:
     """Measure the parts of a decoder layer, the head and the optimizer.
 
@@ -51,13 +58,15 @@ def measure(
         tokens: The tokens of a usual micro-batch.
         longest: The tokens of a long example.
         threads: The number of threads of a training process on a CPU; None leaves it as it is.
+        tick: Called before every function that is timed, so that a run shows that it does not hang.
     """
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)
     try:
         with torch.no_grad():
-            return _measured(shape, recipe, _Bench(device, getattr(torch, recipe.base.dtype)), tokens, longest)
+            bench = _Bench(device, getattr(torch, recipe.base.dtype), tick)
+            return _measured(shape, recipe, bench, tokens, longest)
     finally:
         torch.set_num_threads(before)
 
@@ -65,8 +74,8 @@ def measure(
 class _Bench:
     """Makes random tensors on a device, and times functions there."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
+    def __init__(self, device: torch.device, dtype: torch.dtype, tick: Callable[[], None]) -> None:
+        self.device, self.dtype, self._tick = device, dtype, tick
         self._generator = torch.Generator(device).manual_seed(0)
 
     def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -77,6 +86,7 @@ class _Bench:
 
     def seconds(self, function: Callable[[], object]) -> float:
         """Return the median of the times that a function takes."""
+        self._tick()
         function()  # compiles kernels and borrows buffers
         found, end = list[float](), time.perf_counter() + SECONDS_EACH
         for _ in range(MOST_TIMES):

@@ -51,7 +51,7 @@ from lora_kit.runs.trackers import require
 from lora_kit.training.answer_metrics import require_packages
 from lora_kit.training.estimate import Contents, RunEstimate, contents_of, estimate_run, memory_of
 from lora_kit.training.micro_batches import Machine, MicroBatches, Placed, choose, place, this_machine
-from lora_kit.training.speed import Rates, Speed, threads_for, usual
+from lora_kit.training.speed import Rates, Speed, threads_for
 from lora_kit.views import html
 from lora_kit.views.console import grouped, printable
 from lora_kit.views.preview import Preview
@@ -148,13 +148,12 @@ def measured_rates(shape: Shape, recipe: Recipe, machine: Machine, contents: Con
 
     from lora_kit.training.rates import measure
 
-    typical = usual([one for step in contents.first for one in step])
     cores, weight_bytes = host_cores() // processes, shape.parameters * BYTES[recipe.base.dtype]
     return measure(
         shape,
         recipe,
         torch.device(machine.device),
-        tokens=typical.tokens,
+        tokens=contents.usual.tokens,
         longest=contents.longest,
         threads=threads_for(cores, weight_bytes) if machine.device == "cpu" else None,
     )

@@ -46,13 +46,7 @@ class PrivateFolder:
             FileNotFoundError: There is no such file.
             OSError: Another user owns the file or may write to it, or it is a link.
         """
-        file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.descriptor)
-        try:
-            _require_private(file, self.path / name)
-        except OSError:
-            os.close(file)
-            raise
-        return file
+        return self._open(name, os.O_RDONLY)
 
     def open_to_update(self, name: str) -> int:
         """Return a descriptor of a file, for writing in place; the file is created if it is missing.
@@ -60,8 +54,10 @@ class PrivateFolder:
         Raises:
             OSError: The file cannot be opened, another user owns it or may write to it, or it is a link.
         """
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        file = os.open(name, flags, 0o600, dir_fd=self.descriptor)
+        return self._open(name, os.O_RDWR | os.O_CREAT)
+
+    def _open(self, name: str, flags: int) -> int:
+        file = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self.descriptor)
         try:
             _require_private(file, self.path / name)
         except OSError:

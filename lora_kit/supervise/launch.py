@@ -297,7 +297,9 @@ class Launch:
         life = (words[Word.PHASE], words[Word.BEAT], words[Word.HANDLED]) if words else (0, 0, 0)
         if life != self._life:
             if life[0] == self._life[0] == Phase.TRAINING:
-                self._longest = max(self._longest, self._silent + passed)  # passed: also if every look saw a sign
+                self._longest = max(
+                    self._longest, self._silent + passed
+                )  # a gap may be shorter than the time between looks
             self._life, self._silent = life, 0.0
             return False
         self._silent += passed

@@ -13,7 +13,7 @@ from lora_kit.training.estimate import contents_of, memory_of
 from lora_kit.training.job import Job
 from lora_kit.training.micro_batches import Machine, MicroBatches, host_memory
 from lora_kit.training.rates import measure
-from lora_kit.training.speed import FIRST_STEPS, Speed, usual
+from lora_kit.training.speed import FIRST_STEPS, Speed
 from lora_kit.views.console import Console
 
 ROOM_BYTES = 1_000_000_000  # of a host's memory must be free for a measurement, which takes copies of weights
@@ -98,8 +98,7 @@ def comparison(job: Job, tick: Callable[[], None]) -> Comparison | None:
     crowded = device.type == "cpu" and measured * processes + ROOM_BYTES > host_memory()
     if not timed or crowded:
         return Comparison(estimated, measured, None, None)
-    typical = usual([one for step in contents.first for one in step])
-    tokens, longest = typical.tokens, contents.longest
+    tokens, longest = contents.usual.tokens, contents.longest
     try:
         rates = measure(shape, job.recipe, device, tokens=tokens, longest=longest, threads=resolved.threads, tick=tick)
     except torch.OutOfMemoryError:  # the run leaves no room for a measurement

@@ -5,6 +5,7 @@ The parts are computed from the base's configuration, the recipe and the example
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 from lora_kit.data.plan import Plan
@@ -183,7 +184,12 @@ class Contents:
     @property
     def largest(self) -> int:
         """The tokens of the largest micro-batch of the first steps."""
-        return max(one.tokens for step in self.first for one in step)
+        return max(work.tokens for work in chain(*self.first))
+
+    @property
+    def usual(self) -> MicroBatchWork:
+        """A micro-batch of the usual size."""
+        return usual(list(chain(*self.first)))
 
     def micro_batches(self, processes: int) -> int:
         """Return the most micro-batches of a process in a step."""
@@ -304,7 +310,7 @@ def duration_of(speed: Speed, contents: Contents, price_per_hour: float | None =
     """Return the time of a run, whose steps are assumed to be like the first ones."""
     steps, first = contents.steps, contents.first
     seconds = sum(map(speed.step, first)) / len(first)
-    typical = usual([one for step in first for one in step])
+    typical = contents.usual
     reference = 0.0
     if speed.recipe.objective.kind in REFERENCE_COLUMNS:
         passes = REFERENCE_COLUMNS[speed.recipe.objective.kind] - 1  # kto also needs the mismatched answers
@@ -314,7 +320,7 @@ def duration_of(speed: Speed, contents: Contents, price_per_hour: float | None =
     evaluations = 2 + (steps // every if every else 0)  # of base and adapter in the end
     evaluation = evaluations * _forward(speed, contents.held_out, typical) if contents.held_out else 0.0
     hours = (steps * seconds + reference + evaluation) / 3600
-    tokens = sum(one.tokens for step in first for one in step)
+    tokens = sum(work.tokens for work in chain(*first))
     return Duration(
         steps=steps,
         seconds_per_step=seconds,

@@ -32,6 +32,7 @@ sys.path[:0] = [str(HERE / "speed"), str(HERE / "resilience")]
 import numpy as np  # noqa: E402
 from ground import lines, machine  # noqa: E402
 from measured import ALPHA, LEARNING_RATE, RANK, Memory, limit_memory  # noqa: E402
+from peers import same_training  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from sizes import PROMPT_SHARE, SIZES, lengths, make_base  # noqa: E402
@@ -152,7 +153,6 @@ def ours(work: Work) -> Trained:
 
 def trl(work: Work, arguments: dict[str, Any]) -> Trained:
     """Train with TRL's DPOTrainer; the best settings keep the adapter in bf16."""
-    import torch
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -183,16 +183,7 @@ def trl(work: Work, arguments: dict[str, Any]) -> Trained:
     rows = min(arguments.get("per_device_train_batch_size", 8), work.batch)
     settings = {
         "gradient_accumulation_steps": work.batch // rows,
-        "num_train_epochs": 1,
-        "train_sampling_strategy": "sequential",
-        "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "constant",
-        "warmup_steps": 0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": not torch.cuda.is_available(),
-        "disable_tqdm": True,
+        **same_training(),
         "beta": 0.1,
         "max_length": LONGEST,
     }

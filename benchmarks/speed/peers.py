@@ -114,6 +114,14 @@ def _arguments(work: Work, setting: Setting) -> dict[str, Any]:
     return {
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": max(1, round(step / LONGEST)) if packed else work.batch // rows,
+        **same_training(),
+        **setting.arguments,
+    }
+
+
+def same_training() -> dict[str, Any]:
+    """Return the arguments of a Trainer that every system and setting has."""
+    return {
         "num_train_epochs": 1,
         "train_sampling_strategy": "sequential",
         "learning_rate": LEARNING_RATE,
@@ -124,7 +132,6 @@ def _arguments(work: Work, setting: Setting) -> dict[str, Any]:
         "report_to": "none",
         "use_cpu": not torch.cuda.is_available(),
         "disable_tqdm": True,
-        **setting.arguments,
     }
 
 

@@ -422,6 +422,93 @@ def verify(
         raise typer.Exit(1)
 
 
+@command
+def goodput(
+    run: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="RUN",
+            help="A run's folder, or a drill's: its times are taken for what --step, --stall and --resume do not say.",
+        ),
+    ] = None,
+    step: Annotated[float | None, typer.Option(min=1e-6, help="Seconds of a step.")] = None,
+    stall: Annotated[
+        float | None, typer.Option(min=0.0, help="Seconds that a step waits for its snapshot. [default: of RUN, or 0]")
+    ] = None,
+    resume: Annotated[
+        list[float] | None,
+        typer.Option(min=0.0, help="Seconds from a failure until lora_kit computes again; repeat it to compare."),
+    ] = None,
+    save_steps: Annotated[int, typer.Option(min=1, help="Periodic saving: the steps between two saves.")] = 500,
+    save_stall: Annotated[float, typer.Option(min=1e-6, help="Periodic saving: seconds that a save takes.")] = 2.0,
+    restart: Annotated[
+        float, typer.Option(min=0.0, help="Periodic saving: seconds from a failure until training computes again.")
+    ] = 180.0,
+    devices: Annotated[str, typer.Option(metavar="N,...", help="The numbers of GPUs.")] = (
+        "8,64,256,1024,2048,4096,8192,16384"
+    ),
+    mtbf: Annotated[
+        float | None,
+        typer.Option(
+            min=1e-6,
+            metavar="HOURS",
+            help="Mean time between failures of one GPU with its share of the machine. [default: published for large "
+            "clusters: a job of 1,024 GPUs fails every 7.9 hours, one of 16,384 every 1.8]",
+        ),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Also draw a plot. Needs matplotlib.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Estimate which share of a job's time goes into steps it keeps, on 8 to 16,384 GPUs that fail at random.
+
+    Compares saving every step, as lora_kit does in shared memory, with saving periodically and with saving at the
+    interval that loses least (Young). docs/scale.md has the model and what it was compared with.
+
+    Example: lora-kit goodput runs/quickstart --resume 5 --resume 20 --mtbf 8000
+    """
+    from lora_kit.runs import goodput as model
+
+    measured = model.measured(run) if run else model.Measured(None, None, None)
+    step = step or measured.step
+    if step is None:
+        raise InputError("--step: give the seconds of a step, or the folder of a run that has finished steps")
+    resumes = resume or ([measured.resume] if measured.resume is not None else [])
+    if not resumes:
+        raise InputError("--resume: give the seconds from a failure to the next step, or the folder of a drill of kills")
+    try:
+        counts = [int(count) for count in devices.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise InputError(f"--devices {devices}: not whole numbers of GPUs with commas between them")
+    waits = measured.stall or 0.0 if stall is None else stall
+    live = [model.Policy(f"every step, back in {each:g} s", step, waits, each) for each in map(_three_digits, resumes)]
+    periodic = model.Policy(f"every {save_steps:,} steps", save_steps * step, save_stall, restart)
+    rows = model.table(live, periodic, counts, mtbf)
+    if plot:
+        from lora_kit.views.plots import goodput_plot
+
+        goodput_plot(plot, rows)
+    if as_json:
+        _print_json({"step_seconds": step, "stall_seconds": waits, "rows": rows})
+        return
+    shown = Table(
+        title=f"goodput; a step takes {step:.3g} s, its snapshot {waits:.2g} s; a periodic save {save_stall:g} s, a "
+        f"restart {restart:g} s",
+        title_justify="left",
+    )
+    for column in ("GPUs", "a failure every", *list(rows[0])[2:]):
+        shown.add_column(column, justify="right")
+    for row in rows:
+        count, hours, *shares = row.values()
+        shown.add_row(f"{count:,.0f}", f"{hours:,.3g} h", *(f"{share:.2%}" for share in shares))
+    rich_console().print(shown)
+
+
+def _three_digits(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
 Weights = Annotated[
     Path,
     typer.Argument(metavar="PATH", help="A checkpoint, a run (its newest valid checkpoint), or a Hub name."),

@@ -291,7 +291,9 @@ def wrong(
                 return f"reasoning {thought[1]!r} for {expected!r}"
             rest, content = rest[thought.end() :], block[2] if block else content
         elif reasoning.strip() or in_content:
-            if HISTORY not in remarks or (template.thought != r"(?!)" and index > last_user):
+            says_something = reasoning.strip() or (block and block[1].strip())  # else a note is enough
+            kept = template.thought != r"(?!)" and index > last_user and says_something
+            if HISTORY not in remarks or kept:
                 return f"no reasoning in {run!r}"
             content = block[2] if block else content
         calls = turn.get("tool_calls", [])

@@ -45,14 +45,14 @@ def _ours(folder: Path, shape: str, data: Path, trials: int) -> tuple[list[float
         (worker,) = zygote.children()
         killed_at = time.time()
         os.kill(worker.pid, signal.SIGKILL)
-        assert wait_for(lambda at=killed_at: _next(out, at), process)
-        line = _next(out, killed_at)
+        assert wait_for(lambda at=killed_at: next_step(out, at), process)
+        line = next_step(out, killed_at)
         seconds.append(round(line["began"] - killed_at, 3))
     kill_all(process)
     return seconds, _parts(out)
 
 
-def _next(out: Path, at: float) -> dict | None:
+def next_step(out: Path, at: float) -> dict | None:
     """Return the first step that began after a moment; a line has the time when its step had ended."""
     for line in lines(out / "metrics.jsonl"):
         began = line["time"] - line["tokens"] / line["tokens_per_second"]

@@ -26,6 +26,7 @@ import pairs
 import restart
 import resume_time
 import stall
+import storm
 from ground import HERE, machine
 from rich.console import Console
 from rich.table import Table
@@ -200,6 +201,16 @@ MEASURES = {
         trainer=lambda found: f"{found['trainer']['resumes_that_failed']} of {found['trainer']['kills']} resumes fail",
         target="all resume, 0 steps lost, same bytes",
         reached=_kills_reached,
+    ),
+    "storm": Measure(
+        full=storm.measure,
+        quick=lambda folder: storm.measure(folder, seconds=60, undisturbed=10),
+        ours=lambda found: f"goodput {found['ours']['goodput']:.0%}, by the model {found['ours']['model']:.0%}",
+        trainer=lambda found: f"goodput {found['trainer']['goodput']:.0%}",
+        target="goodput 70% or more, within 5 points of the model",
+        reached=lambda found: (
+            found["ours"]["goodput"] >= 0.7 and abs(found["ours"]["goodput"] - found["ours"]["model"]) <= 0.05
+        ),
     ),
     "pairs": Measure(
         full=pairs.measure,

@@ -314,8 +314,8 @@ def wrong(
             record_calls.append((call["function"]["name"], in_order(arguments)))
         if not same_calls(found, record_calls, template):
             return f"calls {found} for {record_calls}"
-        if merged and rest.endswith(content):  # the first token has characters of the generation prompt too
-            rest = content
+        if merged and rest.rstrip().endswith(content.strip()):  # the first token has characters of the prompt too
+            rest = rest[rest.rindex(content.strip()) :]
         if not same(rest, content, template):
             return f"content {rest!r} for {content!r}"
         if (

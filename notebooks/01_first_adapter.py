@@ -109,4 +109,5 @@ else:
 #
 # - [Your own data](02_your_data.ipynb): from records that you write to a trained adapter
 # - [Two processes](03_two_processes.ipynb): the same training, shared between processes, with the same result
+# - [Kill and resume](05_kill_and_resume.ipynb): a run that is killed twice ends with the bytes of an undisturbed run
 # - A base of your choice: write its name from the Hub into the recipe, as in `recipes/sft-bf16-1b.yaml`

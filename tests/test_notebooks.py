@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom, are kept without outputs, and agree with their text."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ SHORT = {  # what a minute on one core allows
     "02_your_data": ["train.steps=4", "evaluate.generate=2"],
     "03_two_processes": ["train.steps=2", "data.validation=null", "evaluate.generate=0"],
     "04_preferences": ["train.steps=3", "train.epochs=null", "data.max_examples=30", "data.validation=0.2"],
+    "05_kill_and_resume": ["train.steps=24", "data.validation=null", "evaluate.generate=0"],
 }
 QUIET = r"\x1b|Warning|ipywidgets|Traceback|DIFFERENT"  # nothing of this is for a newcomer's eyes
 
@@ -136,3 +138,12 @@ def test_the_third_makes_equal_bytes(executed):
     assert "".join(outputs(notebook, "text/plain")).count("equal") >= 2
     (started,) = (line for line in (place / "runs/two/events.jsonl").read_text().splitlines() if "started" in line)
     assert '"processes": 2' in started
+
+
+def test_the_fifth_kills_a_run_twice_and_ends_with_equal_bytes(executed):
+    notebook, place = executed("05_kill_and_resume")
+    told = "".join(outputs(notebook, "text/plain"))
+    assert told.count("   equal\n") == 2 and "finished all 24 steps" in told
+    assert re.search(r"steps lost +0\n", told) and told.count("interrupted ") == 2, told
+    kinds = [json.loads(line)["kind"] for line in (place / "runs/killed/events.jsonl").read_text().splitlines()]
+    assert kinds.count("resumed") == 2 and "restart" in kinds

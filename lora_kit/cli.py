@@ -474,7 +474,7 @@ def goodput(
         raise InputError("--step: give the seconds of a step, or the folder of a run that has finished steps")
     resumes = resume or ([measured.resume] if measured.resume is not None else [])
     if not resumes:
-        raise InputError("--resume: give the seconds from a failure to the next step, or the folder of a drill of kills")
+        raise InputError("--resume: give the seconds from a failure to the next step, or the folder of a drill")
     try:
         counts = [int(count) for count in devices.split(",")]
     except ValueError:
@@ -488,7 +488,10 @@ def goodput(
     if plot:
         from lora_kit.views.plots import goodput_plot
 
-        goodput_plot(plot, rows)
+        try:
+            goodput_plot(plot, rows)
+        except ImportError:
+            raise InputError("--plot needs matplotlib; install it with: pip install 'lora_kit[plot]'") from None
     if as_json:
         _print_json({"step_seconds": step, "stall_seconds": waits, "rows": rows})
         return
@@ -501,8 +504,12 @@ def goodput(
         shown.add_column(column, justify="right")
     for row in rows:
         count, hours, *shares = row.values()
-        shown.add_row(f"{count:,.0f}", f"{hours:,.3g} h", *(f"{share:.2%}" for share in shares))
+        shown.add_row(f"{count:,.0f}", _hours(hours), *(f"{share:.2%}" for share in shares))
     rich_console().print(shown)
+
+
+def _hours(value: float) -> str:
+    return f"{value:,.0f} h" if value >= 100 else f"{value:.3g} h"
 
 
 def _three_digits(value: float) -> float:

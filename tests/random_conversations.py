@@ -255,8 +255,14 @@ def is_trained(turn: dict[str, Any]) -> bool:
     )  # fmt: skip
 
 
+class Pairs(list[tuple[str, Any]]):
+    """The keys and values of a JSON object; a tokenizer may make two keys equal."""
+
+
 def in_order(value: Any) -> Any:
     """Return JSON with the order of keys and the types of numbers visible."""
+    if isinstance(value, Pairs):
+        return [(key, in_order(inner)) for key, inner in value]
     if isinstance(value, dict):
         return [(key, in_order(inner)) for key, inner in value.items()]
     if isinstance(value, list):
@@ -336,9 +342,9 @@ def parsed(found: re.Match[str]) -> tuple[str, Any] | None:
             decoder, fields = json.JSONDecoder(), []
             for pair in pairs:
                 key, end = decoder.raw_decode(pair)
-                fields.append((key, in_order(json.loads(pair[end:]))))
+                fields.append((key, in_order(json.loads(pair[end:], object_pairs_hook=Pairs))))
             return found["name"], fields
-        return found["name"], in_order(json.loads(body))
+        return found["name"], in_order(json.loads(body, object_pairs_hook=Pairs))
     except ValueError:
         return None
 

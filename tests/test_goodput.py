@@ -2,6 +2,7 @@
 
 import json
 import random
+from itertools import pairwise
 
 import pytest
 from test_cli import ask
@@ -60,7 +61,7 @@ def test_a_job_that_fails_before_every_save_keeps_nothing():
 def test_the_time_between_failures_is_the_published_one_and_falls_with_every_device():
     assert job_mttf(1_024) == pytest.approx(7.9 * HOUR) and job_mttf(16_384) == pytest.approx(1.8 * HOUR)
     times = [job_mttf(2**power) for power in range(20)]
-    assert all(few > many for few, many in zip(times, times[1:], strict=False))
+    assert all(few > many for few, many in pairwise(times))
     assert job_mttf(8, hours_of_a_device=8_000) == 1_000 * HOUR
 
 

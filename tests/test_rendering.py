@@ -135,6 +135,21 @@ def test_a_second_call_that_is_left_out_is_noticed(renderer):
     assert "leaves out messages[1].tool_calls[1]" in refusal(Conversation(turns), replace(renderer, template=template))
 
 
+def test_a_call_without_arguments_is_noticed_though_its_name_stands_among_the_tools(renderer):
+    first = "{{ messages[0].content[0] }};"  # differs before the first mark, so no part gets a mark in the end
+    calls = "{% for c in m.tool_calls or [] %}<{{ c.function.name }}>{% endfor %}"
+    tools = "{% for t in tools %}{{ t.function.name }};{% endfor %}"
+    call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+    chat = Conversation((user("Hi?"), assistant("x", tool_calls=[call])), TOOLS)
+
+    def template(after):
+        turns = BARE.replace("';' }}", f"'' }}}}{after};")
+        return replace(renderer, template=first + tools + turns + "{% if add_generation_prompt %}assistant:{% endif %}")
+
+    assert "leaves out messages[1].tool_calls[0]" in refusal(chat, template(""))
+    assert render(chat, template(calls)).text == "H;weather;user:Hi?;assistant:x<weather>;"
+
+
 def test_a_prompt_that_the_answer_does_not_continue_is_refused(renderer):
     template = BARE + "{% if add_generation_prompt %}assistant:<think>{% endif %}"
     found = refusal(CHAT, replace(renderer, template=template))

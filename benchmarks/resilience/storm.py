@@ -41,7 +41,8 @@ def measure(folder: Path, *, seconds: float = 600, mean: float = 15, undisturbed
     found = {"kills": len(moments), "seconds": seconds, "mean_seconds_between_kills": mean}
     recipe = make_recipe(folder, "storm", SHAPE, data, steps=STEPS, batch=4)
     out = folder / "storm-ours"
-    step = _undisturbed(ours(recipe, folder / "calm-ours"), folder / "calm-ours/metrics.jsonl", _step_of_ours, undisturbed)
+    calm = folder / "calm-ours"
+    step = _undisturbed(ours(recipe, calm), calm / "metrics.jsonl", _step_of_ours, undisturbed)
     resumes = _ours(ours(recipe, out, "--max-restarts", "100000"), out, moments, seconds)
     steps = [line["step"] for line in lines(out / "metrics.jsonl")]
     stall = sum(line["stall_seconds"] for line in lines(out / "metrics.jsonl")) / len(steps)

@@ -186,7 +186,7 @@ def changed_span(part: Part, layout: Layout) -> tuple[int, int] | None:
     """Return the characters of the text that differ if a part is changed; None if there are none."""
     text = layout.text
     if part.kind == "name":  # a template may compare names, so a changed name tells nothing
-        return (0, 0) if part.value in text else None
+        return (0, 0) if part.value in text and not _call_is_left_out(part, layout) else None
     changed = apply(_with_change(part, layout.conversation), layout.renderer)
     if changed == text:
         return None
@@ -198,6 +198,25 @@ def changed_span(part: Part, layout: Layout) -> tuple[int, int] | None:
         if end - len(form) >= begin and text.endswith(form, begin, end):  # text before the part depends on it too
             return end - len(form), end
     return begin, end
+
+
+def _call_is_left_out(name: Part, layout: Layout) -> bool:
+    """Return whether the text is the same without a call; False if it has arguments, which are looked for themselves.
+
+    Args:
+        name: The name of the called function, which may also stand in the text as that of a tool.
+        layout: The conversation and its text.
+    """
+    messages = list(layout.conversation.messages)
+    calls = list(messages[name.message]["tool_calls"])
+    number = int(re.findall(r"\d+", name.label.partition(".")[2])[0])
+    if calls.pop(number)["function"]["arguments"]:
+        return False
+    messages[name.message] = messages[name.message] | {"tool_calls": calls}
+    try:
+        return apply(replace(layout.conversation, messages=tuple(messages)), layout.renderer) == layout.text
+    except DataError:  # e.g. the template refuses the response to a call that is not there
+        return False
 
 
 def _with_change(part: Part, conversation: Conversation) -> Conversation:

@@ -8,6 +8,7 @@ processes if that number is a power of two; for other numbers the results are eq
 import atexit
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -104,6 +105,8 @@ class Processes:
         undo.callback(setattr, memory, "fill_uninitialized_memory", memory.fill_uninitialized_memory)
         undo.callback(pool.release)
         _meet(os.environ)
+        # accelerate chooses a number of threads and says so; the run's setup then sets its own
+        warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
         accelerator = Accelerator(cpu=not torch.cuda.is_available())
         if accelerator.device.type == "cuda":
             torch.set_deterministic_debug_mode("warn")

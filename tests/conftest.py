@@ -63,22 +63,29 @@ def check_once(jaxtyped):
         decorate = jaxtyped(**options)
 
         def wrap(function):
-            checked, seen = decorate(function), set()
             if isinstance(function, type):
+                plain = function.__init__
+                checked = decorate(function)
+                if checked.__init__ is not plain:  # a dataclass
+                    checked.__init__ = once(plain, checked.__init__)
                 return checked
-
-            @wraps(function)
-            def call(*arguments, **named):
-                key = signature(arguments), *((name, signature(value)) for name, value in named.items())
-                if key in seen:
-                    return function(*arguments, **named)
-                result = checked(*arguments, **named)
-                seen.add(key)
-                return result
-
-            return call
+            return once(function, decorate(function))
 
         return wrap
+
+    def once(function, checked):
+        seen = set()
+
+        @wraps(function)
+        def call(*arguments, **named):
+            key = signature(arguments), *((name, signature(value)) for name, value in named.items())
+            if key in seen:
+                return function(*arguments, **named)
+            result = checked(*arguments, **named)
+            seen.add(key)
+            return result
+
+        return call
 
     return decorator
 
@@ -87,9 +94,10 @@ def signature(value):
     """Return all that the annotations can tell of a value."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.shape
-    if isinstance(value, list | tuple):
-        return type(value), *map(signature, value)
-    return type(value), value if isinstance(value, int | str) else None
+    kind = type(value)
+    if isinstance(value, (list, tuple)):  # a union takes three times as long
+        return kind, *map(signature, value)
+    return kind, value if isinstance(value, (int, str)) else None
 
 
 jaxtyping.jaxtyped = check_once(jaxtyping.jaxtyped)
@@ -130,8 +138,18 @@ def pytest_collection_finish():
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with what takes long, so that no worker is alone with it in the end."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Let each worker begin with its share of what takes long, so that none is alone with it in the end.
+
+    The scheduler cuts the list into as many parts of one length as there are workers.
+    """
+    slow, rest = ([one for one in items if bool(one.get_closest_marker("slow")) == kind] for kind in (True, False))
+    workers, ordered = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")), []
+    for worker in range(workers):
+        share = slow[worker::workers]
+        others = max(0, (len(items) - len(ordered)) // (workers - worker) - len(share))
+        ordered += [*share, *rest[:others]]
+        del rest[:others]
+    items[:] = ordered
 
 
 @pytest.fixture(autouse=True)
@@ -141,17 +159,13 @@ def no_run_is_left():
     runs.kill_all()
 
 
-KEEPER = "import os, sys; from runpy import run_module; sys.argv.append(str(os.getppid())); "
-KEEPER += "run_module('lora_kit.supervise.keeper', run_name='__main__')"
-
-
 @pytest.fixture(scope="session", autouse=True)
 def keepers_are_forked():
     """Fork the keeper of a run in this process, which else would import for half a second."""
     from lora_kit.training import publisher
 
     start = publisher.start_keeper
-    publisher.start_keeper = lambda lease: runs.started([lease.to_json()], os.environ, code=KEEPER)
+    publisher.start_keeper = runs.fork_keeper
     yield start
     publisher.start_keeper = start
 

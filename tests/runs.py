@@ -24,7 +24,7 @@ from fork_server import INJECT, MESSAGE_BYTES, NUMBER
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith(("RANK", "WORLD", "LOCAL_"))}
 READ_AFTER_IMPORTS = re.compile(
     r"FAULTS|PYTEST_|WANDB_|TRACKIO_|MLFLOW_|HF_TOKEN$|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)$|MASTER_|NCCL_|GLOO_|OMPI_|SLURM_|PMI"
-    r"|TORCHELASTIC_|LORA_KIT_(STORE|START_REQUESTED|CACHE)$|CC$|LD_PRELOAD$|ONEDNN_|CUDA_VISIBLE_DEVICES$"
+    r"|TORCHELASTIC_|LORA_KIT_(STORE|START_REQUESTED|CACHE)$|TORCHINDUCTOR_CACHE_DIR$|CC$|LD_PRELOAD$|ONEDNN_|CUDA_VISIBLE_DEVICES$"
 )
 SESSION = "LORA_KIT_TESTS"  # environment variable: the folder of a session of tests, for all its workers
 WAIT_SECONDS = (
@@ -175,6 +175,15 @@ def kill_all():
             with suppress(ProcessLookupError):  # it has just ended
                 process.kill()
             process.wait(WAIT_SECONDS)
+
+
+KEEPER = "import os, sys; from runpy import run_module; sys.argv.append(str(os.getppid())); "
+KEEPER += "run_module('lora_kit.supervise.keeper', run_name='__main__')"
+
+
+def fork_keeper(lease):
+    """Do what `lora_kit.supervise.keeper.start_keeper` does, for a process that ends only after its runs."""
+    return started([lease.to_json()], os.environ, code=KEEPER)
 
 
 def run_code(code, *arguments, environment=None, fresh=False):

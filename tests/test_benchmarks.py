@@ -1,35 +1,45 @@
 """The benchmark of throughput runs, and its systems train the same thing."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from runs import WAIT_SECONDS
+from runs import run_code
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "throughput.py"
+FORKING = """
+import subprocess, sys
+from runpy import run_path
+tests, *sys.argv = sys.argv[1:]
+sys.path.append(tests)
+from runs import started
+
+SCRIPT = "import sys; from runpy import run_path; del sys.argv[0]; run_path(sys.argv[0], run_name='__main__')"
+
+def forked(command, *, env, stdout, stderr, check):
+    # everything is imported, so the checkout need not be found
+    environment = {name: value for name, value in env.items() if name != "PYTHONPATH"}
+    process = started(command[1:], environment, code=SCRIPT)
+    stdout.write(process.communicate()[0])
+    return subprocess.CompletedProcess(command, process.returncode)
+
+subprocess.run = forked
+run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_benchmark(path, *options):
+    """Run a benchmark whose measuring processes are forked, not started; return what it printed."""
+    return run_code(FORKING, Path(__file__).parent, path, *options)
 
 
 @pytest.mark.slow
 def test_systems_have_the_same_losses_and_are_told_apart_by_speed_and_memory(tmp_path):
     rows_file = tmp_path / "rows.json"
-    command = [
-        sys.executable,
-        str(BENCHMARK),
-        "--size",
-        "tiny",
-        "--steps",
-        "2",
-        "--rounds",
-        "1",
-        "--json",
-        str(rows_file),
-    ]
-    command += ["--only", "lora_kit", "trainer", "--settings", "default", "--anyway"]
-    ended = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), timeout=WAIT_SECONDS)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    options = ["--size", "tiny", "--steps", "2", "--rounds", "1", "--json", rows_file]
+    options += ["--only", "lora_kit", "trainer", "--settings", "default", "--anyway"]
+    printed = run_benchmark(BENCHMARK, *options)
     ours, theirs = json.loads(rows_file.read_text())
     assert [ours["system"], theirs["system"]] == ["lora_kit", "trainer"]
     assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-2)
@@ -37,7 +47,7 @@ def test_systems_have_the_same_losses_and_are_told_apart_by_speed_and_memory(tmp
     for row in (ours, theirs):
         assert row["peak_bytes"] > 0 and 0 < row["supervised_tokens_per_second"] < row["tokens_per_second"]
         assert row["floor_share"] > 0 and row["round"] == 1 and row["machine"]["torch"]
-    assert "the best peer, trainer default" in ended.stdout
+    assert "the best peer, trainer default" in printed
 
 
 def test_rows_that_trained_something_else_are_named(monkeypatch):
@@ -77,11 +87,9 @@ def test_a_row_of_variants_replaces_the_old_one_and_the_best_rate_has_the_lowest
 @pytest.mark.slow
 def test_the_benchmark_of_preferences_trains_the_same_pairs_with_both_systems(tmp_path):
     pytest.importorskip("trl", reason="`pip install 'lora_kit[dev]'` installs TRL")
-    command = [sys.executable, str(BENCHMARK.with_name("preferences.py")), "--size", "tiny", "--steps", "1"]
-    command += ["--only", "lora_kit", "trl-best", "--json", str(tmp_path / "rows.json")]
-    ended = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), timeout=WAIT_SECONDS)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    options = ["--size", "tiny", "--steps", "1", "--only", "lora_kit", "trl-best", "--json", tmp_path / "rows.json"]
+    printed = run_benchmark(BENCHMARK.with_name("preferences.py"), *options)
     ours, theirs = json.loads((tmp_path / "rows.json").read_text())
     assert ours["losses"] == pytest.approx(theirs["losses"], abs=2e-2) and len(ours["step_seconds"]) == 2
     assert all(row["peak_bytes"] > 0 and row["reference_seconds"] > 0 for row in (ours, theirs))
-    assert "times as fast" in ended.stdout
+    assert "times as fast" in printed

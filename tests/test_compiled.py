@@ -3,7 +3,7 @@
 import os
 import shutil
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import product, zip_longest
 
 import pytest
 import torch
@@ -67,11 +67,15 @@ class By:
             assert relative(one.float(), other.float()) < bound
 
 
+def marks_of(by):
+    """The marks of a test by a backend."""
+    return [pytest.mark.gpu] if GPU and by.language == "triton" else []
+
+
 def ways(dtypes, *others):
     """Run a test by Triton in these precisions, and by the other backends given."""
-    marks = [pytest.mark.gpu] if GPU else []
-    by_triton = [pytest.param(By("triton", one), marks=marks) for one in dtypes]
-    return pytest.mark.parametrize("by", [*by_triton, *others], ids=str)
+    by_each = [*(By("triton", one) for one in dtypes), *others]
+    return pytest.mark.parametrize("by", [pytest.param(by, marks=marks_of(by)) for by in by_each], ids=str)
 
 
 @pytest.fixture
@@ -128,12 +132,22 @@ def test_rotary_positions(by, width):
     assert not with_gaps.is_contiguous() and torch.equal(by.backend.rotate(with_gaps, cos, sin), rotated)
 
 
-@ways(IN_DOTS, by_c)
-@pytest.mark.parametrize(("width", "heads", "shared"), [(24, 4, 2), (64, 3, 3), (136, 4, 1)])
-@pytest.mark.parametrize("window", [None, 20])
-@pytest.mark.parametrize("forks", [(), ((70, 75), (1, 2), (0, 40))], ids=["whole", "forked"])
+MASKS = list(product([None, 20], [(), ((1, 2), (70, 75), (0, 20))]))  # windows and forks
+# the mask does not depend on the precision, so the slow interpreter applies them all in one precision only
+BY_MASK = [(by, *mask) for by in (By("triton", IN_DOTS[0]), by_c) for mask in MASKS]
+BY_MASK += [(By("triton", dtype), *MASKS[-1]) for dtype in IN_DOTS[1:]]
+
+
+@pytest.mark.parametrize(("width", "heads", "shared"), [(24, 4, 2), (64, 2, 2), (136, 2, 1)])
+@pytest.mark.parametrize(
+    ("by", "window", "forks"),
+    [
+        pytest.param(by, window, forks, marks=marks_of(by), id=f"{by}-{window}-{'forked' if forks else 'whole'}")
+        for by, window, forks in BY_MASK
+    ],
+)
 def test_attention_inside_examples_and_its_gradients(by, width, heads, shared, window, forks):
-    lengths = (130, 3, 70)
+    lengths = (3, 130, 40)
     shapes = [(sum(lengths), many, width) for many in (heads, shared, shared, heads)]
     *given, above = (by.drawn(*shape, seed=seed) for seed, shape in enumerate(shapes))
     plain, outputs = [one.float().requires_grad_() for one in given], []

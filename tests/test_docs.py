@@ -61,6 +61,7 @@ def without_numbers(line):
     return re.sub(r"\s+", " ", re.sub(r"[\d.,]+(e[+-]\d+)?( [kMG]?B\b)?", "#", line)).strip()
 
 
+@pytest.mark.slow
 def test_the_blocks_of_the_readme_run_in_their_order(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as a launcher does: this process trains
     monkeypatch.chdir(tmp_path)

@@ -1,10 +1,11 @@
 """A forked process of the tests does what a fresh interpreter does, and where that could differ it is one."""
 
+import os
 import signal
 
 import pytest
 import torch
-from runs import kill_all, run_code, started
+from runs import kill_all, run_code, same_imports, started
 
 pytestmark = pytest.mark.quick
 KNOWS_TORCH = "import sys; print(sys.argv[1:], 'torch' in sys.modules)"
@@ -13,6 +14,10 @@ KNOWS_TORCH = "import sys; print(sys.argv[1:], 'torch' in sys.modules)"
 @pytest.mark.skipif(torch.cuda.is_available(), reason="an import may have touched CUDA")
 def test_everything_is_imported_when_it_begins():
     assert run_code(KNOWS_TORCH, "a", "b") == "['a', 'b'] True\n"
+
+
+def test_what_imports_have_set_here_does_not_keep_a_run_of_this_process_from_forking_its_keeper():
+    assert same_imports(os.environ)
 
 
 def test_a_variable_that_an_import_may_have_read_leads_to_a_fresh_interpreter():

@@ -354,6 +354,7 @@ def test_a_base_that_moved_on_the_hub_is_refused_only_if_model_or_tokenizer_chan
     lk.train(lk.load_recipe(recipe_file, ["base.repo=them/base", "train.steps=1", hint[6:]]), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_base_from_the_hub_is_pinned_and_found_again(hub, recipe_file, tmp_path, base_folder):
     """As a user has it: trained and pushed in one process, answered in another one with an empty cache."""
     commit = hub.add("them/base", base_folder)

@@ -3,12 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import need_c, without_compiled
-from runs import WAIT_SECONDS
+from runs import run_code
 
 from lora_kit.kernels import identity as module
 from lora_kit.kernels.cpu import build
@@ -17,17 +16,10 @@ from lora_kit.kernels.identity import identity
 CPU = torch.device("cpu")
 
 
-def in_a_new_process(setting="", **environment):
+def in_a_new_process(setting="", fresh=False, **environment):
     code = f"import json, torch; from lora_kit.kernels.identity import identity\n{setting}\n"
     code += "print(json.dumps(identity(torch.device('cpu'), torch.float32)))"
-    found = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | environment,
-        capture_output=True,
-        check=True,
-        timeout=WAIT_SECONDS,
-    )
-    return json.loads(found.stdout)
+    return json.loads(run_code(code, environment=environment, fresh=fresh))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -44,7 +36,7 @@ def test_another_process_has_the_same_facts_and_a_limit_of_its_environment_shows
     here = identity(CPU, torch.float32)
     limits = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "AVX2"}
     limited = in_a_new_process(**limits)
-    assert in_a_new_process() == here
+    assert in_a_new_process(fresh=True) == here
     assert limited == here | limits | {"aten": "DEFAULT"}
 
 
@@ -56,15 +48,7 @@ def test_the_kernels_in_c_are_named_by_their_library_and_its_compiler():
     assert version in facts["compiler"] and facts["products"] == ("amx" if library.in_tiles else "avx512")
 
 
-def test_the_same_compiler_makes_the_same_library(monkeypatch, tmp_path):
-    need_c()
-    here = build.library().sha256
-    monkeypatch.setenv("LORA_KIT_CACHE", str(tmp_path))
-    build.library.cache_clear()
-    assert build.library().sha256 == here
-
-
-def test_two_libraries_with_debug_information_requested_are_the_same(monkeypatch, tmp_path):
+def test_the_same_compiler_makes_the_same_library_also_with_debug_information_requested(monkeypatch, tmp_path):
     need_c()
     compiler = tmp_path / "compiler"  # which does not optimise, because that takes seconds
     compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CC", "cc")} -g "$@" -O0\n')

@@ -75,6 +75,7 @@ def test_the_command_gives_the_bytes_of_the_function_whatever_threads_the_launch
     assert state_hash(tmp_path / "run", 8) == state_hash(tmp_path / "function", 8) == undisturbed
 
 
+@pytest.mark.slow
 def test_accelerate_launch_with_two_processes_gives_the_same_bytes(recipe_file, tmp_path, undisturbed):
     code, printed = accelerate(tmp_path, recipe_file)
     assert code == 0 and "2 process(es)" in printed, printed

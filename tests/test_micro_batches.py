@@ -48,6 +48,7 @@ WAYS += ["pissa", "nf4", "int8", "dpo"]
 def micro_batch(request, recipe_file, tmp_path, jobs):
     """A job of one of the ways to train, and a full micro-batch of it."""
     changes = ["adapter.rank=4", "data.sequence_length=512", "train.micro_batch_tokens=512", "train.steps=1"]
+    changes += ["train.batch_size=1"]
     changes += ["train.activation_checkpointing=false", "base.dtype=bfloat16", "adapter.dropout=0"]
     more = {
         "float32": ["base.dtype=float32"],

@@ -139,12 +139,18 @@ def kernel(started_kernel, tmp_path):
     return started_kernel
 
 
+# most of what a process of a launch imports, once for all of them: each would take five seconds
+SHARED_IMPORTS = "import datasets, torch._dynamo, transformers.models.llama.modeling_llama"
+
+
 @pytest.fixture
 def launching_kernel(kernel, tmp_path):
     """The kernel before it trains: accelerate launches nothing from one with bitsandbytes imported, as peft does."""
     if kernel.run("import sys; assert 'peft' not in sys.modules")[0]["status"] == "error":
         kernel.begin_again()
         go_to(tmp_path, kernel)
+    reply, printed, _ = kernel.run(SHARED_IMPORTS)
+    assert reply["status"] == "ok", printed
     return kernel
 
 
@@ -168,6 +174,7 @@ assert found() == before, (found(), before)
 """
 
 
+@pytest.mark.slow
 def test_the_stop_button_ends_all_processes_of_a_launch(recipe_file, tmp_path, launching_kernel):
     run = lk.Run(tmp_path / "two")
     cell = LAUNCH.split("torch.set_num_threads")[0].replace("'recipe.yaml'", "'recipe.yaml', ['train.steps=1000000']")
@@ -180,6 +187,7 @@ def test_the_stop_button_ends_all_processes_of_a_launch(recipe_file, tmp_path, l
     assert reply["status"] == "ok", printed
 
 
+@pytest.mark.slow
 def test_alone_together_and_alone_again_in_one_kernel(recipe_file, tmp_path, launching_kernel):
     alone, together = LAUNCH[LAUNCH.index("lk.train") : LAUNCH.index("notebook_launcher(")], LAUNCH.splitlines(True)[-3]
     cell = LAUNCH.replace(alone + together, together + alone) if find_spec("bitsandbytes") else LAUNCH

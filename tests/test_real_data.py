@@ -60,6 +60,7 @@ def test_a_stop_token_that_the_base_never_saw_is_warned_of(shared_data, tmp_path
     assert "'</s>'" in warning and "base.stop_token" in warning
 
 
+@pytest.mark.slow
 def test_real_instructions_train_and_answer(shared_data, tmp_path):
     records = json.loads((shared_data / "instruct-rasbt" / "instruction-data.json").read_text())
     (tmp_path / "train.json").write_text(json.dumps(records))

@@ -3,6 +3,7 @@ change between the two at every resume. No process holds more than its share, an
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,20 +21,22 @@ from lora_kit.model.source import locate
 from lora_kit.recipe.schema import Base
 from lora_kit.supervise import launch
 
-STEPS = 3
+TESTS = Path(__file__).parent
+STEPS = 2
 DTYPES = (torch.float32, torch.bfloat16)
 CHANGES = [f"train.steps={STEPS}", "checkpoint.every_steps=2", "optim.max_grad_norm=null", "train.kernels=none"]
-EVALUATED = ["data.validation=0.2", "evaluate.every_steps=2", "evaluate.generate=1"]
+EVALUATED = ["data.validation=0.2", "evaluate.every_steps=2"]
+ANSWERING = [*EVALUATED, "evaluate.generate=1"]
 FAST = ["train.kernels=auto"]
 ON_TWO = {
-    "float32": [*FAST, *EVALUATED],
+    "float32": [*FAST, *ANSWERING],
     "bfloat16": [
         *FAST,
         "base.dtype=bfloat16",
         "train.activation_checkpointing=true",
         "adapter.targets=[q_proj,lm_head]",
     ],
-    "by transformers": EVALUATED,
+    "by transformers": ANSWERING,
     "nf4 and olora": [*FAST, "base.quantization=nf4", "adapter.init=olora"],
     "nf4 by transformers": ["base.quantization=nf4", "base.dtype=bfloat16", "train.activation_checkpointing=true"],
     "dora": [*FAST, "adapter.variant=dora", "adapter.dropout=0", "train.activation_checkpointing=true"],
@@ -42,7 +45,7 @@ ON_TWO = {
     "pissa": [*FAST, "adapter.init=pissa", "base.dtype=bfloat16"],
 }
 ON_FOUR = {  # a step and the validation data have fewer micro-batches than there are processes
-    "float32": [*FAST, *EVALUATED, "train.batch_size=2"],
+    "float32": [*FAST, *ANSWERING, "train.batch_size=2"],
     "by transformers": ["train.batch_size=1"],
     "eva": [*FAST, "adapter.init=eva", "train.batch_size=3"],
     "dpo": [*FAST, *EVALUATED, "train.batch_size=2"],
@@ -53,8 +56,11 @@ WORKER = """
 import os, sys, json, hashlib
 from lora_kit.recipe.load import load_recipe
 from lora_kit.supervise.zygote import STORE
-from lora_kit.training import loop
-seen, update = [], loop.optim.adamw
+from lora_kit.training import loop, publisher
+sys.path.append(sys.argv[2])
+from runs import fork_keeper
+publisher.start_keeper = fork_keeper
+seen, update, cache = [], loop.optim.adamw, os.environ["LORA_KIT_CACHE"]
 def spy(weights, gradient, *rest, **named):
     seen.append(hashlib.sha256(gradient.numpy().tobytes()).hexdigest())
     update(weights, gradient, *rest, **named)
@@ -64,7 +70,8 @@ loop.build_model = lambda *a: built.append(build(*a)) or built[-1]
 for out, recipe, changes in json.loads(sys.argv[1]):
     seen.clear()
     print(out, changes, flush=True)
-    os.environ["LORA_KIT_CACHE"] = f"{out}.cache"  # each computes its own reference
+    preferences = any(change.startswith("objective.kind=") for change in changes)
+    os.environ["LORA_KIT_CACHE"] = f"{out}.cache" if preferences else cache  # each computes its own reference
     loop.train(load_recipe(recipe, changes), out)
     os.environ.pop(STORE, None)  # the group remains
     held = [p for p in built.pop().model.parameters() if not p.requires_grad]
@@ -77,7 +84,7 @@ for out, recipe, changes in json.loads(sys.argv[1]):
 def train_all(jobs, processes):
     """Train several (run, recipe, changes) one after the other in the same processes; return what was printed."""
     told = json.dumps([(str(out), str(recipe), changes) for out, recipe, changes in jobs])
-    workers = [started([told], environment, code=WORKER) for environment in launch.environments(processes)]
+    workers = [started([told, TESTS], environment, code=WORKER) for environment in launch.environments(processes)]
     printed = [worker.communicate()[0] for worker in workers]
     assert not any(worker.returncode for worker in workers), "\n".join(printed)
     return printed[0]

@@ -75,7 +75,7 @@ def preview(recipe: Recipe, n: int = 2, *, ids: bool = False) -> Preview:
     renderer = load_renderer(source, recipe)
     data = prepare_data(recipe, renderer)
     shape = None
-    with suppress(BaseError):  # of an unknown family; then the size of a micro-batch is a guess
+    with suppress(BaseError):  # an unknown family: the size of a micro-batch is then a guess
         shape = read_config(source.folder / "config.json")
     plan = _plan(recipe, data, choose(recipe, shape, this_machine()))
     return make_preview(plan, renderer, places(recipe, data), n, ids=ids)
@@ -315,7 +315,7 @@ def check(
         ids: Whether the preview shows each token with its id.
         time: Whether to measure this machine and to estimate the time, which takes a few seconds and imports torch.
         price_per_hour: The price of the machine, for the cost of the run; implies `time`.
-        tell: Is told how many records are tokenised, and how many there are.
+        tell: Called with the number of tokenised records and the number of all records.
     """
     report = Report(this_machine(processes), serving=serving(recipe.adapter))
     for checked in (lambda: require(recipe.track.names), lambda: require_packages(recipe.evaluate)):

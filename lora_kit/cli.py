@@ -38,7 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-NO_THREAD = "can't start new thread"  # of the RuntimeError by which Python says that the kernel allows no other thread
+NO_THREAD = "can't start new thread"  # text of Python's RuntimeError where the kernel allows no more threads
 GPUS = Path("/proc/driver/nvidia/gpus")  # the driver's folder for each GPU
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file.")]
@@ -96,7 +96,7 @@ def main(
 
 @contextmanager
 def imports(what: str, path: Path) -> Iterator[Path]:
-    """Say on stderr what begins, and import as `quickly` does. Yields the folder of the checkpoint at `path`."""
+    """Print on stderr what is starting, then import as in `quickly`. Yields the folder of the checkpoint at `path`."""
     print(f"lora_kit {VERSION}: {what} {path} ...", file=sys.stderr, flush=True)
     from lora_kit.artifacts.locate import checkpoint_at
     from lora_kit.runs.manifest import MANIFEST, read_manifest
@@ -109,12 +109,13 @@ def imports(what: str, path: Path) -> Iterator[Path]:
 
 @contextmanager
 def quickly(*, bitsandbytes: bool) -> Iterator[None]:
-    """Import without what would take a third of the time and a quarter.
+    """Import faster: without garbage collections, and without bitsandbytes unless it is needed.
 
-    That is garbage collections, and bitsandbytes, which peft imports, unless it is needed.
+    Collections take a third of the time. bitsandbytes, which peft imports if it is installed, takes a quarter.
     """
     if not bitsandbytes and "peft" not in sys.modules:
-        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # as if it were not installed
+        # the import of bitsandbytes then fails, as if it were not installed
+        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
     gc.disable()
     yield
     gc.freeze()
@@ -314,7 +315,7 @@ def _gpus() -> int:
         return 1
     gpus = len(list(GPUS.glob("*")))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:  # CUDA ignores such a list from the first entry on that names no GPU
+    if visible is not None:  # CUDA ignores the first entry that names no GPU and all that follow
         known = {str(number) for number in range(gpus)}
         names = [name.strip() for name in visible.split(",")]
         shown = takewhile(lambda name: name in known or name.startswith(("GPU-", "MIG-")), names)
@@ -624,7 +625,7 @@ def chat(
 
 
 def _as_utf_8(text: str) -> str:
-    """Return text of the command line with U+FFFD for what is not UTF-8, which no tokenizer takes."""
+    """Return text of the command line with U+FFFD in place of bytes that are not UTF-8: tokenizers take only UTF-8."""
     return text.encode(errors="surrogateescape").decode(errors="replace")
 
 

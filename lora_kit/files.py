@@ -154,7 +154,7 @@ def path_in(folder: Path, text: str) -> Path:
         path = folder / Path(text).expanduser()
     except RuntimeError as error:
         raise OSError(errno.ENOENT, str(error).rstrip("."), text) from error
-    path.exists()  # raises what would be raised later
+    path.exists()  # a name that is too long or a folder without permission raises OSError here
     return path
 
 

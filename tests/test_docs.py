@@ -285,8 +285,8 @@ def test_the_page_on_reliability_quotes_what_was_measured():
     quoted = [
         f"{resumed} of {own['kills']} resumes, {own['finished_steps_lost']} finished steps lost",
         f"{kills['trainer']['resumes_that_failed']} of {kills['trainer']['kills']} resumes fail",
-        f"{restart['ours']['final_bytes_equal']} of {restart['ours']['trials']} go on by themselves",
-        f"{restart['trainer']['went_on_by_themselves']} of {restart['trainer']['trials']} go on",
+        f"{restart['ours']['final_bytes_equal']} of {restart['ours']['trials']} continue by themselves",
+        f"{restart['trainer']['went_on_by_themselves']} of {restart['trainer']['trials']} continue",
         " and ".join(f"{size['ours_seconds']} s" for size in sizes),
         " and ".join(f"{size['trainer_seconds']} s" for size in sizes),
         f"{stall['ours_stall_share']:.3%} of the step; the whole step x {stall['ours_step_with_over_without']:.3f}",

@@ -244,7 +244,7 @@ def test_a_base_in_fp8_trains_as_its_dequantised_weights_would(base_folder, reci
 
 
 def test_fp8_is_only_for_a_base_that_was_published_in_it(recipe_file, base_folder, tmp_path):
-    with pytest.raises(BaseError, match=r"fp8 is for a base that was published in it.*set int8 or nf4"):
+    with pytest.raises(BaseError, match=r"fp8 needs a base that was published in fp8.*set int8 or nf4"):
         loop.train(load_recipe(recipe_file, ["base.quantization=fp8"]), tmp_path / "run")
     folder = publish_in_fp8(base_folder, tmp_path / "fp8")
     with pytest.raises(BaseError, match=r"published in fp8, and the recipe has base\.quantization: none"):

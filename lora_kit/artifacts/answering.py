@@ -52,7 +52,7 @@ def positions_of(model: PeftModel | PreTrainedModel) -> int | None:
 
 
 def new_tokens(prompt: Sequence[int], positions: int | None, settings: Answering) -> int:
-    """Return the maximum length of the answer to a prompt: at most the positions that the prompt leaves, perhaps 0."""
+    """Return the maximum length of the answer to a prompt: at most the positions that the prompt leaves, or 0."""
     limit = settings.max_new_tokens
     return limit if positions is None else max(0, min(limit, positions - len(prompt)))
 
@@ -102,7 +102,7 @@ def _answer_batch(model: PeftModel, prompts: list[Sequence[int]], settings: Answ
     padding = settings.stop_ids[0]
     ids = torch.tensor([[padding] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-    # processes that share a sharded base stop together, should their answers ever differ
+    # with a sharded base each process continues until all have ended, even if their answers differ in length
     together = is_sharded(model)
     output = model.generate(input_ids=ids, attention_mask=mask, synced_gpus=together, **_generate_arguments(settings))
     return [list(takewhile(lambda token: token not in settings.stop_ids, row)) for row in output[:, longest:].tolist()]
@@ -169,7 +169,7 @@ def stream(
                     **_generate_arguments(settings),
                 )
             rows.append(output[0].tolist())
-        except BaseException as error:  # raised again in the thread that reads the pieces
+        except BaseException as error:  # the thread that reads the pieces raises it again
             errors.append(error)
             pieces.end()
 

@@ -21,11 +21,12 @@ from lora_kit.errors import CheckpointError, InputError
 from lora_kit.runs.store import ADAPTER, ADAPTER_CONFIG
 
 EXPERTS = re.compile(r"^(?P<layer>.*\.experts)(?P<inner>(\.base_layer)*)\.lora_(?P<letter>[AB])\.weight$")
-NAMES = {  # of gate, up and down in the files of a family, by the family whose experts peft converts
+NAMES = {  # names of gate, up and down in the files of a family whose experts peft converts
     "mixtral": ("w1", "w3", "w2"),
     "qwen2_moe": ("gate_proj", "up_proj", "down_proj"),
 }
-MOVED = {"mixtral": (".mlp.experts", ".block_sparse_moe.experts")}  # the module, here and in the files
+# name of the experts' module in transformers and in the files
+MOVED = {"mixtral": (".mlp.experts", ".block_sparse_moe.experts")}
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def family_of(model_type: str) -> str | None:
 
 
 def per_expert(tensors: Mapping[str, Tensor], experts: int, family: str, *, width: int) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of an adapter with those of each expert apart.
+    """Yield the tensors of an adapter, with separate tensors for each expert.
 
     Args:
         tensors: By PEFT's names; A of the experts is [experts * rank, inputs], B is [outputs, rank * experts].
@@ -114,7 +115,8 @@ def per_expert(tensors: Mapping[str, Tensor], experts: int, family: str, *, widt
         layer, letter = match["layer"].replace(*MOVED.get(family, ("", ""))), match["letter"]
         a = tensors[f"{match['layer']}{match['inner']}.lora_A.weight"]
         other = any(key.startswith(f"{match['layer']}.base_layer.") for key in tensors)
-        into = bool(match["inner"]) if other else a.shape[1] == width  # gate and up are the inner of two wrappers
+        # peft wraps the experts twice: gate and up are the inner wrapper
+        into = bool(match["inner"]) if other else a.shape[1] == width
         if letter == "A":
             parts = tensor.view(experts, -1, tensor.shape[1]).unbind(0)
         else:

@@ -33,7 +33,7 @@ from lora_kit.views.console import Console
 
 CARD, RECIPE = "README.md", "recipe.yaml"
 RETRY_PAUSES = (2.0, 10.0)  # seconds before the first and the second retry
-LOCAL_SETTINGS = ("is_local", "local_files_only")  # of this machine; transformers writes them to tokenizer_config.json
+LOCAL_SETTINGS = ("is_local", "local_files_only")  # local settings that transformers writes to tokenizer_config.json
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def publication(
     files = tokenizer_files(checkpoint, recipe, config["base_model_name_or_path"], base=base)
     public = without_paths(checkpoint.recipe)
     if facts.fingerprints.base.commit is None:
-        config["base_model_name_or_path"] = public["base"]["repo"]  # it was a path on this machine
+        config["base_model_name_or_path"] = public["base"]["repo"]  # replaces a path on this machine
     files[store.ADAPTER_CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
     files[RECIPE] = as_yaml(public).encode()
     entries = {name: FileEntry(len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()}

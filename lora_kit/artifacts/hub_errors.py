@@ -5,7 +5,7 @@ import re
 
 from huggingface_hub.errors import (
     HfHubHTTPError,
-    HTTPError,  # of the HTTP library that huggingface_hub uses
+    HTTPError,  # the base class in the HTTP library that huggingface_hub uses
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
 )

@@ -26,7 +26,7 @@ from lora_kit.data.rendering import Renderer
 from lora_kit.errors import CheckpointError, InputError
 
 REPORT = "merge.json"
-MIN_AGREEMENT = 0.9  # of the most likely tokens; rounding to bfloat16 leaves more
+MIN_AGREEMENT = 0.9  # least share of equal most likely tokens; rounding to bfloat16 leaves more
 PROMPTS = (
     "What is the capital of France, and how many people live there?",
     "Write a short letter to a friend who moved to another city.",
@@ -105,7 +105,7 @@ def merge(
     _untie_adapted_head(cast(PreTrainedModel, model.get_base_model()))
     try:
         merged = model.merge_and_unload(safe_merge=True)
-    except ValueError as error:  # peft compares the merged weights with NaN
+    except ValueError as error:  # peft's safe_merge found NaN in the merged weights
         raise CheckpointError(f"{path}: it cannot be merged: {error}; nothing was written") from error
     merged.config.use_cache = True
     merged.generation_config = _valid(merged.generation_config, stop_ids(renderer))
@@ -145,7 +145,7 @@ def merge(
 def _untie_adapted_head(base: PreTrainedModel) -> None:
     """Give a head that has an adapter weights of its own, if it shares those of the embedding, which has none."""
     head, embedding = cast(Any, base.get_output_embeddings()), cast(Any, base.get_input_embeddings())
-    inner = getattr(head, "base_layer", None)  # only a layer with an adapter has it
+    inner = getattr(head, "base_layer", None)  # only a layer with an adapter has a base_layer
     if inner is None or inner.weight is not embedding.weight:
         return
     inner.weight = torch.nn.Parameter(inner.weight.detach().clone(), requires_grad=False)

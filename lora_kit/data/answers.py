@@ -245,7 +245,7 @@ def _start(layout: Layout, index: int, *, has_marks: bool) -> tuple[int, str]:
     history = any(part.kind == "reasoning" for part in layout.marker.parts)
     if not whole and not (place and history and layout.marked_text.startswith(ending, place.mark_end)):
         own = layout.span(index - 1)
-        if has_marks and own:  # `{% generation %}` gives the exact tokens, so this start is enough
+        if has_marks and own:  # a rough start is enough, because `{% generation %}` marks the exact tokens
             return own[1], ""
         raise _ambiguous(layout.conversation.label(index))
     start = (place.end if place else 0) + len(ending)
@@ -266,7 +266,7 @@ def _start(layout: Layout, index: int, *, has_marks: bool) -> tuple[int, str]:
 
 
 def _place_before(layout: Layout, index: int, number: int) -> Place | None:
-    """Return the last place of part `number` before message `index` in the marked text; None if there is none."""
+    """Return the last place of `marker.parts[number]` before message `index` in the marked text; None without one."""
     own = layout.own.get(index)
     first = min(place.mark_begin for place in own) if own else len(layout.marked_text)
     found = [p for p in layout.places if number >= 0 and p.part is layout.marker.parts[number] and p.mark_end <= first]

@@ -18,7 +18,7 @@ import xxhash
 from lora_kit.files import cache_folder, private_folder
 
 SPILL_BYTES = 1 << 24  # an array or a saved file up to this size is kept in memory
-CHUNK_BYTES = 1 << 24  # read or written at a time
+CHUNK_BYTES = 1 << 24  # bytes that are read or written at a time
 HEADER_BYTES = 100_000_000  # the largest header of the format
 DTYPES: dict[str, np.dtype[Any]] = {
     "I64": np.dtype("<i8"),
@@ -95,7 +95,8 @@ def write(file: BinaryIO, arrays: Mapping[str, np.ndarray], metadata: Mapping[st
         arrays: The arrays by their names.
         metadata: Texts for the header, by name.
     """
-    ordered = sorted(arrays.items(), key=lambda item: -item[1].itemsize)  # each begins at a multiple of its size
+    # the widest dtype first, so that each array is aligned
+    ordered = sorted(arrays.items(), key=lambda item: -item[1].itemsize)
     header, end = dict[str, Any](), 0
     for name, array in ordered:
         entry = {"dtype": NAMES[array.dtype], "shape": [len(array)], "data_offsets": [end, end + array.nbytes]}

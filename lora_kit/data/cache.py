@@ -33,7 +33,7 @@ from lora_kit.recipe.schema import Data, Recipe
 from lora_kit.version import VERSION
 
 MAX_ENTRIES, MAX_BYTES = 20, 8 << 30  # the limits of the cache
-ABANDONED_SECONDS = 3600  # after which a file that was not completed is deleted
+ABANDONED_SECONDS = 3600  # age at which a file that was not completed is deleted
 WORTH_REMEMBERING = 1 << 26  # bytes of a data file whose hash is remembered
 SETTLED_SECONDS = 2
 PACKAGES = ("transformers", "tokenizers", "datasets", "jinja2", "numpy", "pyarrow")
@@ -61,7 +61,8 @@ def key_of(recipe: Recipe, renderer: Renderer) -> str | None:
         "contents": contents,
         "templates": templates,
         "data": _settings(recipe.data),
-        "seed": recipe.train.seed if isinstance(recipe.data.validation, float) else None,  # else nothing is drawn
+        # only a split into training and validation uses it
+        "seed": recipe.train.seed if isinstance(recipe.data.validation, float) else None,
         "prompts": recipe.evaluate.generate,
         "rendering": [renderer.template, renderer.train_on, renderer.reasoning, renderer.stop_token, renderer.kind],
         "tokenizer": [type(tokenizer).__qualname__, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template],
@@ -73,8 +74,9 @@ def key_of(recipe: Recipe, renderer: Renderer) -> str | None:
 
 
 def _settings(data: Data) -> dict[str, Any]:
-    """Return the section without what decides the order of the examples only, or the pieces of texts that are whole."""
-    settings = data.model_dump(mode="json", exclude={"overlap"} if data.overlong != "split" else set())
+    """Return the fields of the section that decide the tokens: weights and epochs of sources decide only the order."""
+    unused = {"overlap"} if data.overlong != "split" else set()  # `overlap` is used only where texts are split
+    settings = data.model_dump(mode="json", exclude=unused)
     for source in settings["train"] if data.mixture else ():
         if isinstance(source, dict):
             del source["weight"], source["epochs"]

@@ -41,7 +41,7 @@ OTHERS = (  # the first bytes of files that are not read, and what to do
     (b"version https://git-lfs", "is a pointer of Git LFS, without the data; fetch it with `git lfs pull`"),
 )
 WEB_PAGE = re.compile(rb"<(!doctype|html)", re.IGNORECASE)
-TEXT_BYTES = 10_000_000  # of a chat template
+TEXT_BYTES = 10_000_000  # most bytes of a chat template
 HEAD_BYTES = 4096  # the beginning of a file that tells its format
 BYTE_ORDER_MARKS = (  # the mark of UTF-32 begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),

@@ -77,7 +77,8 @@ class Preference:
         return tuple(side for side in (self.chosen, self.rejected) if side is not None)
 
 
-SFT, PAIRS, ANSWERS = ("sft",), ("dpo", "orpo", "simpo", "kto"), ("kto",)  # kinds of objectives that read a format
+# kinds of objectives whose data has such a format
+SFT, PAIRS, ANSWERS = ("sft",), ("dpo", "orpo", "simpo", "kto"), ("kto",)
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ def _conversation(parts: Sequence[list[Labelled]], fields: Mapping[str, Any]) ->
 
 
 def _with_context(parts: Sequence[list[Labelled]], fields: Mapping[str, Any]) -> tuple[list[list[Labelled]], Any]:
-    """Add the column `system` to lists of messages; return them and the tools, of the column `tools` or `functions`."""
+    """Put the column `system` before the first list of messages; return the lists and the tools of the record."""
     system, turns = _system(fields["system"]), [turn for part in parts for turn in part]
     if system and turns and isinstance(turns[0][1], Mapping) and turns[0][1].get("role") in ("system", "developer"):
         if turns[0][1].get("content") != fields["system"]:
@@ -465,7 +466,7 @@ def _sharegpt_message(turn: Any, label: str) -> dict[str, Any]:
     return message | {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
 
 
-PROMPTS = ("prompt", "conversations", "messages")  # columns of which one holds what comes before chosen and rejected
+PROMPTS = ("prompt", "conversations", "messages")  # columns for the common beginning of chosen and rejected
 CONTEXT = ("system", "tools", "functions")  # columns beside the messages; `functions` is OpenAI's older `tools`
 
 FORMATS = {

@@ -15,7 +15,7 @@ from lora_kit.data.remarks import CHANGED, CONTROL, HISTORY, KEYS, TOOLS, TRIMME
 from lora_kit.data.rendering import Renderer, apply
 from lora_kit.errors import DataError
 
-ATTEMPTS = 8  # to render a conversation with marks, with fewer marks each time
+ATTEMPTS = 8  # times that a conversation is rendered with marks, each time with fewer
 REMEDY = "set data.template to a template that renders it, or remove it from the record"
 
 
@@ -53,7 +53,7 @@ class Layout:
 
     @cached_property
     def own(self) -> dict[int, list[Place]]:
-        """The places of the content, reasoning and calls of each message, after the places of the message before it."""
+        """The places of each message's content, reasoning and calls, all after the end of the message before it."""
         own: dict[int, list[Place]] = {}
         for place in self.places:
             if place.part.kind not in ("tool", "key"):
@@ -261,7 +261,8 @@ def check(layout: Layout) -> list[Remark]:
     for part in sorted(lost, key=lambda part: part.message < 0):  # report messages before tools
         role = conversation.messages[part.message]["role"] if part.message >= 0 else ""
         if part.kind == "key":
-            if _key(part) != "name" or part.value not in [*layout.called]:  # the call has the name too
+            # no remark for the name of a tool that its call shows
+            if _key(part) != "name" or part.value not in [*layout.called]:
                 remarks.append(Remark(KEYS, _key(part), part.label))
         elif part.kind == "tool":
             if part.label.endswith(".description"):

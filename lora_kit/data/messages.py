@@ -23,7 +23,8 @@ PARTLY = ("mask", "train_detail", "training_detail")  # keys of other toolkits w
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of an answer
 PARTS = {"reasoning": 0, "thinking": 0, "text": 1, "tool_call": 2}  # types of an answer's parts, and their order
 ARGUMENTS = ("arguments", "parameters", "input", "args")  # keys that toolkits write a call's arguments under
-UNUSABLE = ("refusal", "audio", "image", "images", "video", "videos", "audios")  # keys of what would be trained or seen
+# keys with content that lora_kit cannot train on
+UNUSABLE = ("refusal", "audio", "image", "images", "video", "videos", "audios")
 
 FUNCTION = ("name", "arguments")  # keys of a called function
 
@@ -226,7 +227,7 @@ def reasoning_key(message: Mapping[str, Any]) -> str | None:
 
 
 def _reasoning(message: dict[str, Any], label: str) -> tuple[str, str] | None:
-    """Remove the reasoning from a message, and return its first key and the text."""
+    """Remove the reasoning from a message, and return the first key that has it and the text; None if there is none."""
     found = {key: message.pop(key) for key in REASONING if key in message}
     for key, value in found.items():
         if not isinstance(value, str):
@@ -402,7 +403,8 @@ def _is_padded(schema: Any, *, at_property: bool) -> bool:
         return any(_is_padded(item, at_property=False) for item in schema if item is not None)
     if not isinstance(schema, Mapping):
         return schema is None
-    if not at_property and None in (schema.get("enum", ...), schema.get("examples", ...)):  # these are lists
+    # both keywords hold lists of values
+    if not at_property and None in (schema.get("enum", ...), schema.get("examples", ...)):
         return True
     parts = ((key, value) for key, value in schema.items() if at_property or key not in VALUES)
     return any(_is_padded(value, at_property=not at_property and key == "properties") for key, value in parts)

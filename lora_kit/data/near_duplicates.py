@@ -30,7 +30,7 @@ class NearDuplicates(NamedTuple):
 
 
 def near_duplicates(parts: Sequence[Tokens], hashes: np.ndarray, *, sample: int = SAMPLE) -> NearDuplicates:
-    """Return the near duplicates among the examples of several parts. The parts are numbered one after the other.
+    """Return the near duplicates among the examples of several parts. Their indices count through all parts.
 
     Two examples are near duplicates if the Jaccard similarity of their sets of token sequences is at least `LIKE`.
     Common sequences, e.g. of the template, are ignored. Of equal examples only the first is compared, because

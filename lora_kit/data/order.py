@@ -121,7 +121,8 @@ def mixed_examples_at(positions: range, sizes: Sequence[int], shares: Sequence[i
     sources = np.argmax(np.diff(before), axis=0)
     examples, first = np.empty(len(positions), np.int64), 0
     for source, size in enumerate(sizes):
-        numbers = before[source, :-1][sources == source]  # in the endless sequence of the source's epochs
+        # positions in the source's sequence of epochs, which never ends
+        numbers = before[source, :-1][sources == source]
         examples[sources == source] = first + _in_epochs(numbers, size, seed, 5, source)
         first += size
     result: list[int] = examples.tolist()

@@ -29,9 +29,10 @@ CHUNK_TOKENS = 1 << 20
 MARK = "\ue000"  # a private character, in place of a message
 THOUGHTS = [*((f"<{tag}>", f"</{tag}>") for tag in TAGS), ("[THINK]", "[/THINK]")]
 PROBES = (("user", "assistant", "user"), ("system", "user"), ("user", "assistant", "tool"))
-GAPS, TAILS = ("", "\n", "\n\n", " "), ("", "\n", "\n\n")  # between the two tags of an empty thought, and after them
+# what may stand between the two tags of an empty thought, and after them
+GAPS, TAILS = ("", "\n", "\n\n", " "), ("", "\n", "\n\n")
 
-KINDS = {  # of findings: a description of the examples, and the remedy
+KINDS = {  # for each kind of finding a description of the examples, and the remedy
     "masked": ("without a trained token", "remove them, or train their answers"),
     "unstopped": (
         "with an answer that does not end with the stop token, so it does not teach to stop; most often it is cut",
@@ -345,7 +346,7 @@ def judge(found: Sequence[Finding], settings: "Preflight", where: Where) -> tupl
         limit, text = getattr(settings, finding.kind), finding.text(where)
         if finding.share > limit:
             errors.append(f"{text} (preflight.{finding.kind} allows {limit:.4g} of the examples)")
-        elif finding.kind != "unknown":  # a note of the preparation names the characters
+        elif finding.kind != "unknown":  # data preparation already notes which characters are unknown
             warnings.append(text)
     return errors, warnings
 
@@ -501,7 +502,7 @@ class _Chunk:
         begin, end, number = np.concatenate([np.zeros((3, 0), np.int64), *found], axis=1)
         order = np.lexsort((begin, end))
         begin, end, number = begin[order], end[order], number[order]
-        longest = np.append(True, end[1:] != end[:-1])[: len(end)]  # of headers with the same end, take the longest
+        longest = np.append(True, end[1:] != end[:-1])[: len(end)]  # if headers end at the same token, take the longest
         end, begin, number = end[longest], begin[longest], number[longest]
         following = np.append(begin[1:], len(self._ids))[: len(begin)]
         stop = np.minimum(following, (self._starts + self._lengths)[self._owners(begin)])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-MAX_ITEMS = 10  # that a note names
+MAX_ITEMS = 10  # most items that a note names
 
 COLUMNS = "columns of the data that are not read"
 KEYS = "keys of messages that the chat template does not read"

@@ -12,7 +12,7 @@ from lora_kit.errors import BaseError, DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEXT_CHARACTERS = 1 << 26  # of one rendered conversation
+TEXT_CHARACTERS = 1 << 26  # most characters of a rendered conversation
 
 
 class TooLongError(Exception):
@@ -167,7 +167,7 @@ class Renderer:
 
     @cached_property
     def prompts(self) -> bool:
-        """Whether the chat template heeds add_generation_prompt for a question."""
+        """Whether add_generation_prompt changes the rendering of a question."""
         question: Any = Conversation(({"role": "user", "content": "x"},))
         try:
             return apply(question, self) != apply(question, self, prompting=True)
@@ -182,7 +182,7 @@ class Renderer:
             return None
 
     def messages(self, conversation: Conversation) -> list[dict[str, Any]]:
-        """Return the messages with reasoning and arguments where and as the chat template reads them."""
+        """Return the messages with reasoning and arguments under the keys and in the form that the template reads."""
         messages = list(conversation.messages)
         for index, message in enumerate(messages):
             if (key := reasoning_key(message)) and self.reasoning_key not in (None, key):
@@ -196,7 +196,7 @@ class Renderer:
     @cached_property
     def bos(self) -> list[int]:
         """The ids that the tokenizer puts before raw text: its BOS token, or none."""
-        whole: list[int] = self.tokenizer("a").input_ids  # of an empty text, an appended end could be taken for BOS
+        whole: list[int] = self.tokenizer("a").input_ids  # not "": an appended EOS would stand where BOS does
         text: list[int] = self.tokenizer("a", add_special_tokens=False).input_ids
         first = whole[:1]
         return first if first == [self.tokenizer.bos_token_id] and whole[: len(text)] != text else []

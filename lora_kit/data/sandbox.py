@@ -47,10 +47,10 @@ from lora_kit.errors import DataError
 from lora_kit.host import end_with_parent
 
 SECONDS = 10  # processor time for one example
-MEMORY_BYTES = 1 << 30  # in addition to the memory that the process has mapped before
-RENDER_SECONDS = 300.0  # to render one example by the clock, on a machine that is busy with other things
+MEMORY_BYTES = 1 << 30  # memory that a child may map beyond what it has mapped before
+RENDER_SECONDS = 300.0  # wall-clock time for one example, on a machine that may be busy
 IDLE = -1  # the place in a request while a child renders nothing
-CHUNK_BYTES = 1 << 22  # examples that are sent together
+CHUNK_BYTES = 1 << 22  # bytes of the examples in one message
 OUT_OF_MEMORY, TOO_LONG = 97, 98  # exit codes of the child
 PARALLELISM = "TOKENIZERS_PARALLELISM"
 PENDING = 2  # requests that a child of a pool has not answered yet; with two it never waits for a request
@@ -166,7 +166,7 @@ def _ask(
     return [DataError(value) if name == "error" else value for answer in answers for name, value in answer]
 
 
-_child: list["Child"] = []  # at most one
+_child: list["Child"] = []  # the child of this process, if there is one
 _settings: list[Any] = []  # the fields of the renderer that it was forked with
 _lock = threading.RLock()
 
@@ -238,7 +238,8 @@ class Child:
     """
 
     def __init__(self, work: Work, *, pooled: bool = False) -> None:
-        self._cells = memoryview(mmap.mmap(-1, 16)).cast("q")  # the place in the request, and how many were rendered
+        # the index of the example that is rendered, and how many were rendered
+        self._cells = memoryview(mmap.mmap(-1, 16)).cast("q")
         self._cells[0] = IDLE
         mine, theirs = socket.socketpair()
         before, self._process = os.environ.get(PARALLELISM), 0
@@ -391,7 +392,7 @@ class Pool:
             yield answers.pop(number)
 
     def _deal(self, requests: Iterator[tuple[int, bytes]], end: int) -> None:
-        """Send requests to the children that have too few, at most the first `end` of all requests."""
+        """Send requests to children that have fewer than `PENDING`, until the first `end` of all requests are sent."""
         for child, asked in self._asked.items():
             while len(asked) < PENDING:
                 if self._dealt >= end or (request := next(requests, None)) is None:
@@ -414,7 +415,7 @@ class Pool:
             successor.send(each)
 
 
-_own_cells: list[memoryview] = []  # in a child, the numbers that it shares with its parent
+_own_cells: list[memoryview] = []  # set in a child: the numbers that it shares with its parent
 
 
 def _serve(descriptor: int, work: Work, cells: memoryview, parent: int) -> None:
@@ -434,7 +435,7 @@ def _serve(descriptor: int, work: Work, cells: memoryview, parent: int) -> None:
         for standard in range(3):
             os.dup2(nothing, standard)
         for kept in [int(path.name) for path in Path("/dev/fd").iterdir() if int(path.name) > 3]:
-            with suppress(OSError):  # the descriptor of the listing
+            with suppress(OSError):  # the listing's own descriptor is closed already
                 os.close(kept)
         _limit(resource.RLIMIT_CORE, 0)
         stream = socket.socket(fileno=3)

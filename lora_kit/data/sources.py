@@ -27,13 +27,13 @@ from lora_kit.randomness import mix
 ASSETS = Path(__file__).parents[1] / "assets"
 ENDINGS = "ing|ate|ation|uate|uation"
 SPLIT_IN_NAME = re.compile(rf"(?<![a-z])(train|valid|val|dev|eval|test)(?:{ENDINGS})?(?![a-z])")
-SPLITS = {"train": "train", "test": "test", "eval": "test"}  # all other words mean validation; as `datasets` does
+SPLITS = {"train": "train", "test": "test", "eval": "test"}  # the other words mean validation, as in `datasets`
 SHARD = re.compile(r"(?:(?P<name>.+)-)?(?P<number>\d{5})-of-(?P<count>\d{5})(?:-[0-9a-f]{8,})?")
 SAVED = "state.json"  # the file in a folder of `Dataset.save_to_disk` that lists the others
 NO_DATA = re.compile(  # files beside the data that hold no records, in lower case
     r"(config|dataset_infos?|dataset_dict|metadata|package|state)\.json|(readme|licen[cs]e|notice|requirements)\.txt"
 )
-COLUMN_SAMPLE = 1000  # the number of records whose keys make the column names
+COLUMN_SAMPLE = 1000  # records whose keys are the column names
 
 
 class HubName(NamedTuple):

@@ -16,7 +16,7 @@ from lora_kit.errors import DataError
 
 Record = dict[str, Any]
 
-MAX_DEPTH = 100  # of lists and objects inside each other; chat templates and tokenizers recurse over them
+MAX_DEPTH = 100  # most levels of lists and objects; chat templates and tokenizers recurse over them
 EXCERPT = 60  # characters of the text that an error shows
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 LONE_CARRIAGE_RETURN = re.compile(r"\r(?!\n)")
@@ -61,7 +61,7 @@ def _remedy(text: str, error: json.JSONDecodeError) -> str:
     if "\\escape" in error.msg:
         return "write a backslash inside a string twice"
     if not rest or error.msg.startswith("Unterminated"):
-        return "the file is cut off here, or the record goes on in the next line; write each record whole, on one line"
+        return "the file is cut off here, or the record continues in the next line; write each record on one line"
     if rest.startswith(("//", "/*", "#")):
         return "JSON has no comments; remove it"
     if rest.strip() == "," or (before.endswith(",") and rest[0] in "]}") or "trailing comma" in error.msg:
@@ -82,8 +82,8 @@ def _remedy(text: str, error: json.JSONDecodeError) -> str:
 def unwritable(value: Any, label: str) -> str | None:
     """Describe the first value inside `value` that JSON cannot represent, with its place; None if there is none.
 
-    Tables (Parquet, Arrow, the Hub) contain such values: NaN, times, bytes. JSON itself contains numbers with more
-    digits than Python's, which would be written with other digits.
+    Tables (Parquet, Arrow, the Hub) contain such values: NaN, times, bytes. JSON may contain a number with more digits
+    than a float holds (`Inexact`); it is reported too, because it would be written with other digits.
     """
     if isinstance(value, Mapping):
         parts: Iterable[tuple[str, Any]] = ((f"{label}.{key}", item) for key, item in value.items())

@@ -205,7 +205,7 @@ def _tokens(encoding: "Encoding", begin: int, end: int) -> tuple[int, int]:
 def _check_text(label: str, text: str, ids: list[int], renderer: Renderer) -> tuple[Remark, ...]:
     """Check that the tokens of an answer have any of its text, and return a remark if they lack blanks inside it.
 
-    Decoders may add blanks beside special tokens, so only missing blanks are told.
+    Decoders may add blanks beside special tokens, so only missing blanks are reported.
 
     Raises:
         DataError: The tokenizer knows none of its characters.

@@ -65,7 +65,7 @@ class TextPart:
         if isinstance(self.content, mmap.mmap):
             self.content.madvise(
                 mmap.MADV_DONTNEED, first, places[-1][1] - first
-            )  # else the whole file stays in memory
+            )  # without this all pages that were read stay in memory
         return records
 
     def where(self, number: int) -> str:
@@ -147,7 +147,7 @@ def open_lines(label: str, file: BinaryIO, start: int, parse: Callable[[bytes], 
 
 
 def open_document(label: str, file: BinaryIO, start: int) -> TextPart:
-    """Return the part of a text file that is a single record."""
+    """Index a text file that is a single record."""
     index = _Index()
     index.add(start, os.fstat(file.fileno()).st_size, 1)
     return index.part(label, file, parse_document)
@@ -272,7 +272,7 @@ def _value(line: bytes) -> Any:
         return None
 
 
-_SCANNER = json.JSONDecoder(parse_int=float)  # int raises ValueError for numbers of many digits
+_SCANNER = json.JSONDecoder(parse_int=float)  # `int` raises ValueError for a number with thousands of digits
 
 
 def _open_values(label: str, file: BinaryIO, start: int, *, in_list: bool) -> TextPart:
@@ -346,7 +346,7 @@ def _header(row: list[str], label: str, line: int) -> list[str]:
     try:
         ",".join(row).encode()
     except UnicodeEncodeError as error:
-        byte = ord(error.object[error.start]) - 0xDC00  # as the handler `surrogateescape` writes it
+        byte = ord(error.object[error.start]) - 0xDC00  # the error handler `surrogateescape` adds 0xDC00 to a byte
         raise DataError(f"{label}:{line}: {not_utf8(byte, 'windows-1252')}") from error
     if len(set(row)) < len(row) or not all(name.strip() for name in row):
         names = reprlib.repr(", ".join(row))

@@ -24,12 +24,12 @@ from lora_kit.errors import DataError
 from lora_kit.host import host_cores
 
 BATCH, FIRST_BATCH = 512, 32  # records of a range; fewer in the first ranges, until lengths are known
-BATCH_TOKENS = 1 << 20  # about the most tokens of a range, which limits the memory of children and parent
+BATCH_TOKENS = 1 << 20  # roughly the most tokens of a range; this limits the memory of children and parent
 WORTH_A_CHILD = 1024  # records per child; a fork takes as long as a few hundred records
 ARRAYS: dict[str, type[np.generic]] = {
     "kept": np.int64,  # the index of the record of each example
     "lengths": np.int64,  # the number of tokens of each example
-    "chosen": np.int64,  # how many of them are the chosen side's
+    "chosen": np.int64,  # the number of its tokens that belong to the chosen side
     "ids": np.int32,  # the token ids of all examples
     "trained": np.bool_,  # whether each token is trained
 }
@@ -66,7 +66,7 @@ class Range:
     arrays: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in ARRAYS})
 
     def add(self, index: int, ids: Sequence[int], trained: Sequence[bool], chosen: int) -> None:
-        """Add the example of record `index`, of whose tokens the first `chosen` are those of the chosen side."""
+        """Add the example of record `index`; its first `chosen` tokens are the chosen side."""
         tokens, mask = np.array(ids, np.int32).tobytes(), bytes(trained)
         for name, value in zip(ARRAYS, (index, len(ids), chosen, tokens, mask), strict=True):
             self.arrays[name].append(value)

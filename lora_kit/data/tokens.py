@@ -375,7 +375,7 @@ def prepare(
         base_dir: The recipe's folder, where relative paths start.
         seed: Selects the examples that a validation fraction holds out.
         prompts: The number of validation examples to prepare as prompts for generation.
-        tell: Is told about the progress.
+        tell: Called with the progress.
 
     Raises:
         DataError: A source cannot be read, no example is left, or records have problems; the first 20 are listed.
@@ -431,7 +431,7 @@ class OpenedSource:
     """A source whose records can be read.
 
     Attributes:
-        records: Its records, or those of them that are not in the other part.
+        records: All its records; if validation data is split off, only those of the training or the validation part.
         settings: The source in the recipe.
         name: Its name; None if the recipe gives its part a single source without a name.
     """
@@ -478,7 +478,7 @@ def open_data(data: "Data", base_dir: Path, seed: int, kind: str) -> OpenedData:
     )
     if isinstance(data.validation, float):
         for source in train:
-            if len(source.records) == 1:  # its columns may say why
+            if len(source.records) == 1:  # raises if the columns fit no format: likelier the error than too few records
                 _format(source.records, _settings(source.settings, data), kind)
         parts = [sources.split(source.records, data.validation, seed) for source in train]
         sides = zip(*parts, strict=True)
@@ -547,7 +547,7 @@ def _tokenise(
     """
     format = _format(records, data, renderer.kind)
     if format in CONVERSATIONS:
-        # if there is no template, raise once and not for every record; a child finds out once what it expects
+        # raises now, once and not for every record, if there is no template
         renderer = replace(renderer, template=renderer.chat_template)
     folder, pace, tallies = spill_folder(), Pace(), dict.fromkeys(TALLIES, 0)
     arrays = {name: Growing(dtype, folder) for name, dtype in ARRAYS.items()}
@@ -602,7 +602,7 @@ def _tokenise(
 def _format(records: Records, data: "Data", kind: str) -> str:
     columns = records.columns
     if not columns:  # no record can be read; every record will report its own error
-        return data.format or ("text" if kind == "sft" else "preference")  # which need no chat template
+        return data.format or ("text" if kind == "sft" else "preference")  # both need no chat template
     try:
         return detect(columns, data.columns, named=data.format, kind=kind)
     except DataError as error:
@@ -667,7 +667,8 @@ def _notes(results: Sequence[_Tokenised]) -> list[str]:
     `preflight` finds more in the tokens.
     """
     notes = [_left_out(result) for result in results if result.counts.bad]
-    for name in dict.fromkeys(result.records.name for result in results):  # a held-out fraction has the same name
+    # training data and the validation data split off from it have the same name
+    for name in dict.fromkeys(result.records.name for result in results):
         notes += notes_of([(each.remarks, each.records.where) for each in results if each.records.name == name])
     for result in results:
         if texts := result.counts.split:

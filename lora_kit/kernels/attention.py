@@ -122,7 +122,7 @@ def _eager(
 ) -> Tensor:
     """Attend inside one sequence with materialised scores: torch's own attention has neither soft cap nor sinks.
 
-    The queries are those of the last positions.
+    The queries belong to the last positions of the sequence.
     """
     scores = (query @ _for_each_head(key, query).transpose(2, 3)).float() * scale
     if softcap is not None:

@@ -14,8 +14,8 @@ from torch import Tensor
 from lora_kit.kernels.segments import Segments
 
 Product = tuple[Tensor, Tensor, bool]
-"""A summand of `Backend.linear`: x [rows, inner], its weight, and whether the weight is transposed, [columns, inner] as
-nn.Linear keeps it, or [inner, columns]."""
+"""A summand of `Backend.linear`: x [rows, inner], its weight, and whether the weight is transposed: True for
+[columns, inner] as in nn.Linear, False for [inner, columns]."""
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ class _Group(NamedTuple):
 
 
 def _groups(lengths: Sequence[int], forks: Sequence[Fork | None]) -> Iterator[_Group]:
-    """Yield what is cut together, in order."""
+    """Yield the groups of examples that are cut into blocks together, in the order of the packed row."""
     group = _Group(0, 0, (), ())
     for length, fork in zip_longest(lengths, forks):
         if group.lengths and group.end - group.start + length > QUERIES:
@@ -193,7 +193,7 @@ def _mask(group: _Group, queries: range, columns: int, window: int | None) -> Te
     """Return 0 where a query sees a key and minus infinity elsewhere, [queries, columns].
 
     Args:
-        group: What is cut together.
+        group: The group of the queries and the keys.
         queries: The queries, as indices of keys of the group.
         columns: The number of keys; the last key is at the position of the last query.
         window: How many positions a position sees; None for all.

@@ -114,7 +114,11 @@ def checkpoint_contexts(
 
 
 def _fuse_adapters(model: nn.Module) -> bool:
-    """Compute each layer and its adapter in one function, and layers that read the same input together."""
+    """Compute each layer and its adapter in one function, and layers that read the same input together.
+
+    Returns:
+        Whether the model has such layers.
+    """
     grouped = set[nn.Module]()
     for parent in list(model.modules()):
         for names in SAME_INPUT:
@@ -219,7 +223,7 @@ def _equal(theirs: Tensor, ours: Tensor) -> bool:
 
 
 def _fuse_loss(model: nn.Module, inputs: Mapping[str, Any] | None) -> bool:
-    """Compute logits only at trained positions, if a `Head` reproduces the model's logits."""
+    """Compute logits only at trained positions if a `Head` reproduces the model's logits; return whether it does."""
     inner = inner_of(model)
     head = next(
         (candidate for candidate in _heads(inner) if inputs is None or _makes_the_logits(candidate, inner, inputs)),
@@ -251,7 +255,11 @@ def _makes_the_logits(head: Head, inner: PreTrainedModel, inputs: Mapping[str, A
 
 @torch.no_grad()
 def _narrow_last_mlp(model: nn.Module, inputs: Mapping[str, Any] | None) -> bool:
-    """Compute the last layer's MLP only at trained positions: no later operation mixes positions."""
+    """Compute the last layer's MLP only at trained positions, because no later operation mixes positions.
+
+    Returns:
+        Whether the outputs at those positions stay the same, so that it is done.
+    """
     inner = inner_of(model)
     layers = getattr(inner.base_model, "layers", None)
     last = [module for module in layers[-1].children() if mlp.fused(module)] if layers else []

@@ -34,7 +34,7 @@ def type_of(module: nn.Module) -> type[nn.Module]:
 
 @contextmanager
 def gathered(unit: nn.Module) -> Iterator[None]:
-    """Let a unit hold whole weights in this context; a module that is no unit is left as it is."""
+    """Gather the weights of a unit in this context; a module that is no unit is left as it is."""
     if not isinstance(unit, FSDPModule):
         yield
         return

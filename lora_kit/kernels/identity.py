@@ -49,7 +49,7 @@ def _settings(device: torch.device) -> dict[str, str]:
         "cudnn": torch.backends.cuda.cudnn_sdp_enabled(),
     }
     return {
-        "fp32_precision": "ieee" if precision == "none" else precision,  # none is the default, which is ieee
+        "fp32_precision": "ieee" if precision == "none" else precision,  # torch's default "none" means ieee
         "mkldnn": str(torch.backends.mkldnn.enabled),
         "sdpa": " ".join(name for name, enabled in sdpa.items() if enabled),
     }
@@ -81,7 +81,7 @@ def _of_cpu() -> dict[str, str]:
         "cpu_instructions": " ".join(sorted(flag for flag in flags if flag.startswith(VECTOR_FLAGS))),
         "aten": torch.backends.cpu.get_cpu_capability(),
         "libraries": "; ".join(libraries),
-        "libc": " ".join(platform.libc_ver()).strip(),  # its exp, log and cos round as its version does
+        "libc": " ".join(platform.libc_ver()).strip(),  # exp, log and cos round differently in other versions
     }
 
 

@@ -81,7 +81,7 @@ def fusable(module: nn.Module) -> bool:
     if module.active_adapters != [ADAPTER] or module.merged or module.disable_adapters:
         return False
     base = module.get_base_layer()
-    # the exact type: a subclass may have another forward. A shard of a weight is a DTensor
+    # compare exact types: a subclass may have another forward. A sharded weight is a DTensor
     dense = type_of(base) in (nn.Linear, Conv1D) and type(base.weight) in (nn.Parameter, DTensor)
     plain = ADAPTER in module.lora_A and not module.lora_bias[ADAPTER]
     known = ADAPTER not in module.lora_variant or (
@@ -287,7 +287,7 @@ class LoraLinear(Function):
         ctx: Any, x: Tensor, factors: NormFactors | None, linears: Sequence[AdaptedLinear], *adapters: Tensor
     ) -> tuple[Tensor, ...]:
         """Compute every layer."""
-        with gathered(linears[0].base):  # a head with an adapter is a unit of its own
+        with gathered(linears[0].base):  # gathers a head with an adapter, which is a unit of its own
             outputs, saved = project(x, linears, adapters, factors=factors)
         masks = [mask for mask in saved.dropout_masks if mask is not None]
         ctx.save_for_backward(saved.rows, saved.row_factor, saved.column_factor, saved.low, *masks, *adapters)

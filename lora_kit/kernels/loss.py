@@ -37,7 +37,7 @@ class Head:
 
     @property
     def weight(self) -> Float[Tensor, "vocabulary width"]:
-        """The weight; of a sharded base whole only inside `gathered(head.layer)`."""
+        """The weight; if the base is sharded, this process has all of it only inside `gathered(head.layer)`."""
         return self.layer.weight
 
     @property
@@ -50,7 +50,7 @@ class Head:
         return self.capped(self.before_cap(hidden))
 
     def before_cap(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocabulary"]:
-        """Return the logits in units of the cap, if there is a cap."""
+        """Return the logits; with a cap, their tanh: tanh(logits / cap), to be multiplied by the cap."""
         rows = hidden.flatten(0, -2)
         logits = dispatch.backend_of(rows).linear([(rows, self.weight, True)], self.bias)
         logits = logits.view(*hidden.shape[:-1], len(self.weight))
@@ -59,7 +59,7 @@ class Head:
         return logits if self.cap is None else torch.tanh(logits / self.cap)
 
     def capped(self, before: Float[Tensor, "*rows vocabulary"]) -> Float[Tensor, "*rows vocabulary"]:
-        """Convert logits in units of the cap to logits."""
+        """Return the logits, given the result of `before_cap`."""
         return before if self.cap is None else before * self.cap
 
     def backward(self, grad_logits: Float[Tensor, "rows vocabulary"], before: Tensor) -> Float[Tensor, "rows width"]:

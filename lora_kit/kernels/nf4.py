@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-PARTS = ("weight", "absmax", "nested_absmax", "offset")  # the names of the parameters
+PARTS = ("weight", "absmax", "nested_absmax", "offset")  # the parameters of Nf4Linear that hold the quantised weight
 
 
 def _bitsandbytes() -> Any:

@@ -93,7 +93,7 @@ def _forbid_repacking(model: PreTrainedModel) -> None:
     """
     layer: Any
     for layer in model.modules():
-        if type(layer).__name__ == "Linear4bit":  # by name: bitsandbytes may not be installed
+        if type(layer).__name__ == "Linear4bit":  # compared by name, because bitsandbytes may not be installed
             layer.support_avx512bf16_for_cpu = False
 
 
@@ -187,7 +187,7 @@ def _load_whole(
 
 
 def _is_no_report(record: logging.LogRecord) -> bool:
-    """Drop transformers' table of missing tensors, for which there is an error below."""
+    """Return False for transformers' table of missing tensors: `refuse_incomplete` reports them as an error."""
     return "LOAD REPORT" not in record.getMessage()
 
 

@@ -76,7 +76,8 @@ def refuse_unfit(model: PreTrainedModel, name: str, device: torch.device) -> Non
             torch.manual_seed(seed)
             seen.append(model(input_ids=ids, use_cache=False).logits[0])
     model.train(was_training)
-    noise = _finite_difference(seen[1], seen[0])  # of kernels that add in a varying order
+    # the same pass twice: kernels that add in a varying order cause a difference
+    noise = _finite_difference(seen[1], seen[0])
     if _finite_difference(seen[2], seen[0]) > max(2 * noise, 1e-6):
         raise BaseError(
             f"base.repo: {name} ({type(model).__name__}) draws random numbers in training that its configuration does "
@@ -161,7 +162,8 @@ def _differ(
             alone = model(**single).logits[0]
         difference = _relative_difference(logits[moved(own, device)], alone)
         if not difference <= PROBE_TOLERANCE[alone.dtype]:
-            with own_attention(model, "eager"):  # the same example by other operations shows the rounding error
+            # the same example, computed by other operations, shows the rounding error
+            with own_attention(model, "eager"):
                 rounding = _relative_difference(model(**single).logits[0], alone)
             if not difference <= min(2 * rounding, MAX_TOLERANCE):
                 return True

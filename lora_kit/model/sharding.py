@@ -30,7 +30,7 @@ from lora_kit.kernels.nf4 import PARTS, Nf4Linear, quantize
 from lora_kit.model.source import Source
 
 GENERATION = "generation_config.json"
-OLDEST = {"torch": "2.13", "transformers": "5.23"}  # with which sharding was tested; much of it is new in them
+OLDEST = {"torch": "2.13", "transformers": "5.23"}  # oldest versions with which sharding was tested
 
 
 class LoadReport(NamedTuple):
@@ -46,7 +46,7 @@ class LoadReport(NamedTuple):
 
 
 def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Shard a base by rows. Its modules hold whole weights while they compute, and shards at any other time.
+    """Shard a base by rows. Its modules hold gathered weights while they compute, and shards at any other time.
 
     Args:
         model: The base, on the device `meta` or on that of the mesh.
@@ -70,7 +70,7 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     ends = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
     tied = len({id(module.weight) for module in ends}) < len(ends)
     units: list[Any] = [*reversed(layers), *([ends] if tied else ends)]
-    # the fast path calls the body of the model, and every other call is one of the whole model
+    # the fast path calls only the body of the model; every other caller, e.g. generation, calls the whole model
     units += [model] if model.base_model is model else [model.base_model, model]
     small = {parameter for parameter in model.parameters() if parameter.ndim < 2}
     for unit in units:
@@ -101,7 +101,7 @@ def load_shards(
     Raises:
         BaseError: The base cannot be sharded.
     """
-    conversions = get_model_conversion_mapping(model)  # by the names of classes, which `shard` changes
+    conversions = get_model_conversion_mapping(model)  # found by the names of classes, which `shard` changes
     if quantization is not None:
         _use_nf4(model, quantization)
     shard(model, mesh)

@@ -37,7 +37,7 @@ RUNTIME_BYTES = {  # libraries, code and workspaces of a training process
     "cpu": 600_000_000,  # Python, torch, transformers, peft and what the allocator holds; measured
     "cuda": 700_000_000,  # CUDA context, cuBLAS and Triton; an assumption, not measured
 }
-DEQUANTISED = {"nf4": 0, "int8": 4, "fp8": 8}  # bytes a weight of temporary tensors, beside the dequantised weight
+DEQUANTISED = {"nf4": 0, "int8": 4, "fp8": 8}  # bytes per weight of temporary tensors, beside the dequantised weight
 OPTIMIZER_TEMPORARIES = 4  # fp32 tensors that an optimizer step makes for each value that it updates at once
 OPTIMIZER_CHUNK = 1 << 22  # values that `adamw-8bit` updates at once
 TEMPORARY = ("logits and loss", "layer in backward", "dequantised weights")  # categories of memory
@@ -365,7 +365,8 @@ def estimate_memory(
     sums = max(1, (leaves - 1).bit_length())
     size = BYTES[recipe.base.dtype]
     activations = _kept_by_layers(shape, recipe, tokens, recompute=recompute)
-    outside = (3 * shape.width + QUERIES) * size * tokens  # last norm, head, and the masks shared by all layers
+    # the last norm, the head, and the attention masks that all layers share
+    outside = (3 * shape.width + QUERIES) * size * tokens
     updated = trainable if recipe.optim.name == "adamw" else min(trainable, OPTIMIZER_CHUNK)
     return Estimate(
         base_parameters=shape.parameters,
@@ -454,7 +455,7 @@ def _kept_by_layer(shape: Shape, recipe: Recipe, tokens: int) -> int:
     queries_keys_values = sum(layer.outputs for layer in shape.linears if layer.reads == "attention")
     attention = size * queries_keys_values + 4 * shape.heads
     masks = sum(layer.inputs for layer in adapted) * (1 if fused_adapters else 4) if recipe.adapter.dropout else 0
-    norm_scales = 4 * (shape.normed // shape.width + 1)  # the root mean square that each norm divides by
+    norm_scales = 4 * (shape.normed // shape.width + 1)  # each norm saves the root mean square by which it divides
     weights = _attention_weights(shape, recipe, tokens, size + (8 if shape.soft_cap else 4))
     return tokens * (adapters + scaled + gate + attention + masks + norm_scales + weights)
 
@@ -508,7 +509,8 @@ def _attention_weights(shape: Shape, recipe: Recipe, tokens: int, each: int) -> 
         tokens: The number of tokens of a micro-batch.
         each: Bytes per attention weight.
     """
-    eager = recipe.base.attention == "eager"  # computes weights between all tokens of a row, also across examples
+    # eager attention computes weights between all tokens of a row, also across examples
+    eager = recipe.base.attention == "eager"
     if not (shape.soft_cap or eager):
         return 0
     longest = tokens if eager else min(tokens, recipe.data.sequence_length)

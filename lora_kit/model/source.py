@@ -144,7 +144,7 @@ def base_folder(base: Base, folder: Path | None, *, weights: bool = True, offlin
     path = folder or _download(base, SMALL_FILES, base.revision, offline=offline)
     if not (path / "config.json").is_file():
         raise BaseError(f"base.repo: {base.repo} has no config.json ({path}); expected a model folder or a Hub name")
-    if folder is None and weights:  # of the same commit, even if the branch has moved since
+    if folder is None and weights:  # the weights of the commit found above, even if the branch has moved since
         _download(base, [WEIGHTS], path.name, offline=offline)
         _download(base, weight_files(path), path.name, offline=offline)
     if (path / ADAPTER_CONFIG).is_file():
@@ -180,7 +180,7 @@ def _download(base: Base, names: list[str], revision: str | None, *, offline: bo
 
 
 def reason_of(error: Exception, advice: str) -> str:
-    """Return why transformers cannot load a part of a base, with advice, which is another one for Python files."""
+    """Return why transformers cannot load a part of a base, and `advice`; an error about Python files has its own."""
     text = str(error).strip() or type(error).__name__
     if "trust_remote_code" in text:
         return (

@@ -138,7 +138,7 @@ def _of_singular_values(weight: Tensor, rank: int, scale: float) -> tuple[Tensor
     """Return A and B with s B A = the part of the weight with its largest singular values."""
     if min(weight.shape) <= EXACT:
         u, values, v = torch.linalg.svd(weight, full_matrices=False)
-    else:  # as peft's `pissa_niter_16`
+    else:  # a randomised SVD with 16 iterations, like peft's `pissa_niter_16`
         with torch.random.fork_rng():
             torch.manual_seed(0)
             u, values, v = torch.svd_lowrank(weight, q=rank, niter=16)
@@ -170,7 +170,7 @@ def start_from_inputs(model: nn.Module, calls: Iterable[Call]) -> None:
     Source: EVA, Paischer et al. 2024, arXiv 2410.07170; without its redistribution of ranks over the layers.
     """
     layers = dict(_layers(model))
-    # more directions than the rank are followed, because what one micro-batch hardly shows another may show strongly
+    # follow more directions than the rank: one that is weak in this micro-batch may be strong in the next
     counts = {name: min(2 * module.r[ADAPTER], module.in_features) for name, module in layers.items()}
     found = {name: IncrementalPCA(n_components=count, lowrank=False) for name, count in counts.items()}
     with ExitStack() as hooks:

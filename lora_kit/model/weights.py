@@ -127,8 +127,8 @@ def published_quantization(folder: Path, base: Base) -> str | None:
     if not isinstance(found, dict):
         if base.quantization == "fp8":
             raise BaseError(
-                f"base.quantization: fp8 is for a base that was published in it, and {folder} has whole weights; set "
-                "int8 or nf4, which quantise at loading, or choose such a base"
+                f"base.quantization: fp8 needs a base that was published in fp8, and {folder} is not quantised; set "
+                "int8 or nf4, which quantise at loading, or choose another base"
             )
         return None
     four_bits = found.get("load_in_4bit") or found.get("_load_in_4bit")

@@ -28,7 +28,8 @@ from lora_kit.recipe.schema import OBJECTIVES, Recipe, Section, Source, TrainSou
 
 ASSETS = Path(__file__).parents[1] / "assets"
 BUILTIN = "builtin:"
-HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*(:[^@]+)?(@.+)?")  # of a model, or name:config@revision of a dataset
+# user/name of a model, or name:config@revision of a dataset
+HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*(:[^@]+)?(@.+)?")
 SECRET = re.compile(r"hf_\w{20,}|\w://[^\s/@]+@|[?&](token|key|password|signature|sig)=", re.IGNORECASE)
 PATHS = (
     ("base", "repo"),
@@ -38,7 +39,7 @@ PATHS = (
     ("evaluate", "forgetting"),
 )  # fields that may be paths
 PATHS_OF_SOURCE = ("source", "template")
-MAX_BYTES, MAX_ALIASES = 100_000, 20  # of a recipe; a few aliases of aliases can stand for millions of values
+MAX_BYTES, MAX_ALIASES = 100_000, 20  # limits of a recipe: a few aliases of aliases can expand to millions of values
 FOUND = reprlib.Repr()  # shows a value that was found, shortened
 FOUND.maxstring = FOUND.maxother = FOUND.maxlong = 200
 OTHER_NAMES = {  # the names of fields in other programs
@@ -66,7 +67,8 @@ OTHER_NAMES = {  # the names of fields in other programs
     "simpo_gamma": "objective.gamma",
     "loss_type": "objective.loss",
 }
-SECTIONS: dict[str, tuple[type[Section], ...]] = {  # several if the field `kind` of a section decides which it is
+# several classes for a section whose field `kind` decides between them
+SECTIONS: dict[str, tuple[type[Section], ...]] = {
     name: tuple(OBJECTIVES.values()) if name == "objective" else (field.annotation,)  # type: ignore[misc]
     for name, field in Recipe.model_fields.items()
 }
@@ -107,7 +109,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if not isinstance(content.get(section), dict):
             content[section] = {}
         content[section][field] = value
-    if secrets := list(_with_secrets(content)):  # first, since other messages quote the values
+    if secrets := list(_with_secrets(content)):  # checked first, because the other messages quote values
         raise RecipeError("\n".join(secrets))
     try:
         recipe = Recipe.model_validate(content)
@@ -222,13 +224,16 @@ def _message(errors: Sequence[Any], tree: CommentedMap, path: Path, origins: Map
 
 
 class Kind(str):
-    """The key `objective`, which also knows the kind of objective that its fields belong to."""
+    """The key `objective` of a recipe, with the kind of the objective in an attribute.
+
+    The known fields after this key depend on the kind.
+    """
 
     kind = "sft"
 
     @classmethod
     def objective(cls, kind: str) -> "Kind":
-        """Return the key of an objective of this kind."""
+        """Return the key `objective` with this kind."""
         key = cls("objective")
         key.kind = kind
         return key
@@ -337,7 +342,8 @@ def similar_path(recipe: Recipe, text: str) -> str | None:
     """Return an existing path in the same folder as a path that does not exist, with a similar name, or None."""
     path = _path(recipe, text)
     try:
-        names = [entry.name for entry in path.parent.iterdir() if entry.name != path.name]  # it may be a broken link
+        # the path itself may be here, as a broken link
+        names = [entry.name for entry in path.parent.iterdir() if entry.name != path.name]
     except OSError:
         return None
     similar = difflib.get_close_matches(path.name, names, n=1)

@@ -425,8 +425,9 @@ class Train(Section):
     """Examples per optimizer step, summed over all processes. Gradient accumulation follows from it."""
     micro_batch_tokens: Literal["auto"] | COUNT = "auto"
     """Maximum number of tokens in one forward and backward pass of one process; several examples are packed into a
-    pass. auto takes 2,048 on a CPU, and on a GPU the largest power of two up to 16,384 that is estimated to fit, but at
-    least `data.sequence_length`. A run keeps the value that it started with."""
+    pass. auto takes 2,048 on a CPU, and on a GPU the largest power of two that is estimated to fit, up to 8,192, or
+    16,384 for a base narrower than 4,096; but at least `data.sequence_length`, and twice that for pairs. A run keeps
+    the value that it started with."""
     activation_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute each layer's activations in the backward pass instead of keeping them: less memory, about a third more
     time. auto does so only if fewer than 4,096 tokens would fit otherwise."""
@@ -496,7 +497,7 @@ class Evaluate(Section):
     metric: str = LOSS
     """The figure that decides `checkpoint.best` and `patience`: loss, loss/NAME for a named validation set,
     rewards/accuracies or rewards/margins of a preference objective, exact_match or one of `metrics`, forgetting or
-    text_loss. The lowest loss or forgetting is the best, and the highest value of any other figure."""
+    text_loss. The lowest loss, forgetting or text_loss is the best, and the highest value of any other figure."""
     patience: COUNT | None = None
     """End the run after N evaluations in a row without a better `metric`; null never ends it early."""
     least_gain: float = Field(0.0, ge=0, le=1e30)

@@ -1,7 +1,7 @@
 """The certificate of a drill: what happened to a run, what that cost, and what was compared with an undisturbed run.
 
-`certificate.json` ends with a SHA-256 of its own text; `certificate.txt` is the same for people. `recipe` is the hash
-by which a certificate belongs to a recipe.
+`certificate.json` ends with a SHA-256 of its own text; `certificate.txt` is a readable copy. `recipe` is the hash of
+the recipe for which the certificate holds.
 """
 
 import hashlib
@@ -59,7 +59,7 @@ class Certificate:
         recipe: `hash_of` the recipe.
         changed: The recipe's fields that the drill has set, for both runs; `train.step_timeout` for the disturbed run.
         steps: The step after which the runs are compared.
-        seed: The seed of the moments.
+        seed: The seed of the random moments of the faults.
         faults: What was done, in order.
         left_out: The faults that were not done, with the reason.
         comparison: What was compared; None if a run did not come so far.

@@ -19,9 +19,9 @@ from lora_kit.runs.layout import WEIGHTS
 from lora_kit.runs.manifest import Claim
 from lora_kit.runs.store import ADAPTER, ADAPTER_CONFIG, OPTIMIZER, Checkpoint, checkpoint_folder, open_checkpoint
 
-TOLERANCE = 0.01  # of the norm of a difference, relative to the norm of the buffer, where equal bytes are not claimed
-MEASURED = ("tokens_per_second", "stall_seconds", "time")  # what differs between two equal runs
-COUNTED = ("step", "examples", "tokens")  # what is equal in runs that differ by rounding
+TOLERANCE = 0.01  # most norm of a difference / norm of the buffer, where no bitwise equality is claimed
+MEASURED = ("tokens_per_second", "stall_seconds", "time")  # measured: these differ between runs that do the same
+COUNTED = ("step", "examples", "tokens")  # counted: these are equal even if rounding differs
 SHOWN = 3
 
 
@@ -114,7 +114,7 @@ def _problems_of_state(
 ) -> Iterator[str]:
     if not bitwise:
         for name, difference in differences.items():
-            if not difference <= TOLERANCE:  # also where it is NaN
+            if not difference <= TOLERANCE:  # written so that NaN is reported too
                 yield f"{name}: the difference is {difference:.2g} of its norm; {TOLERANCE:g} is allowed"
         return
     for name, compared in files.items():

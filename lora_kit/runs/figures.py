@@ -29,7 +29,7 @@ def figure_of(facts: StepFacts, metric: str) -> float | None:
 
 
 def higher_is_better(metric: str) -> bool:
-    """Return whether a higher figure is better: not of a loss."""
+    """Return whether a higher figure is better; for losses and forgetting a lower one is."""
     return metric.partition("/")[0] not in LOWER_IS_BETTER
 
 

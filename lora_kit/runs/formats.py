@@ -19,9 +19,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, Valida
 from lora_kit.errors import CheckpointError
 from lora_kit.files import open_regular, read_regular
 
-MOST_BYTES = 1 << 25  # of a file that is read at once, or of a line of a log
+MOST_BYTES = 1 << 25  # most bytes of a file that is read at once, or of a line of a log
 SHOWN_PROBLEMS = 3
-SHOWN_CHARACTERS = 80  # of a name or a message that comes from a file
+SHOWN_CHARACTERS = 80  # most characters shown of a text that comes from a file
 SEAL = re.compile(rb',\n "sha256": "([0-9a-f]{64})"\n\}\n\Z')
 
 T = TypeVar("T")

@@ -76,7 +76,7 @@ def life_of(other: Identity) -> Life:
     except ProcessLookupError:
         return Life.DEAD
     except PermissionError:
-        pass  # it belongs to another user, and hidepid hides it
+        pass  # the process of another user, whose /proc folder hidepid hides
     return Life.ELSEWHERE
 
 

@@ -39,7 +39,7 @@ REQUIRED = {  # the fields that an event of a kind must have
     "stopped": ("step",),
 }
 
-MOST_CHARACTERS = 500  # of the cause of a failure
+MOST_CHARACTERS = 500  # limit for the cause of a failure
 
 T = TypeVar("T")
 
@@ -147,7 +147,8 @@ class Journal:
         self.fence()
         with self._lock:
             self.late.append((name, _text(record)))
-            self.trouble, failed = "", dict[str, OSError]()  # one log may fail for ever, such as one of another user
+            # a log may fail every time, e.g. if it belongs to another user
+            self.trouble, failed = "", dict[str, OSError]()
             for entry in tuple(self.late):
                 name, line = entry
                 try:
@@ -189,7 +190,8 @@ class Journal:
         return any(event["kind"] == "went back" and event.get("token") == token for event in self.read_events())
 
     def skipped_after(self, step: int) -> frozenset[int]:
-        """Return the skipped steps after `step`, which a resume skips again; a start or going back clears them."""
+        """Return the logged skipped steps after `step`, which a resume skips again. A new start or a return to an older
+        checkpoint clears them."""
         skipped = set[int]()
         for event in self.read_events():
             if event["kind"] in ("started", "went back"):
@@ -223,7 +225,7 @@ def _cut(path: Path, expected: TypeAdapter[T], stays: Callable[[T], bool]) -> No
     """Delete the invalid lines of a log and those that do not stay."""
     kept = [line.rstrip(b"\n") + b"\n" for line, value in formats.read_lines(expected, path) if stays(value)]
     if path.exists() and path.stat().st_size == sum(map(len, kept)):
-        return  # unchanged, as nearly always: a full disk would not take a copy
+        return  # nothing to delete, as nearly always; a rewrite would fail on a full disk
     write_atomically(path, b"".join(kept))
 
 

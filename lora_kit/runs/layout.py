@@ -96,7 +96,7 @@ class Layout:
         }
 
     def adapter_pieces(self, buffers: Mapping[str, np.ndarray]) -> list[memoryview]:
-        """Return the bytes of the adapter's file after its header. Only a B beside its constant is copied."""
+        """Return the bytes of the adapter's file after its header. Only the B of layers with constants are copied."""
         weights = buffers[WEIGHTS]
         if not self.constants:
             return [weights.data.cast("B")]

@@ -261,7 +261,8 @@ def take(run: Path, *, run_id: str, above: int = 0, tell: Callable[[str], None] 
             continue
         _write(path, record)
         lease = Lease(path, record)
-        if any(_number(file) > token for file in run.glob(".lease-*")):  # this process was paused above for a minute
+        # another process took the lease while this one was paused above
+        if any(_number(file) > token for file in run.glob(".lease-*")):
             raise lost(run, "another process is just starting to train here")
         Heart(lease)
         for file in run.glob(".lease-*"):  # files of processes that were killed
@@ -339,7 +340,7 @@ def _claim(run: Path, token: int, holder: Identity) -> bool:
 def _claimant(run: Path, token: int) -> Identity | None:
     with suppress(CheckpointError):
         return formats.parse(IDENTITY, _heartbeat(run, token).partition(b"\n")[2], _beat_file(run, token))
-    return None  # killed before it wrote who it is
+    return None  # the process was killed before it wrote its identity
 
 
 def _beat(run: Path, token: int, count: int) -> None:
@@ -362,5 +363,5 @@ def _heartbeat(run: Path, token: int) -> bytes:
 
 def _write(path: Path, record: Record) -> None:
     write_atomically(path, RECORD.dump_json(record) + b"\n")
-    with suppress(OSError):  # the file itself is synced, and the lease is held without the folder
+    with suppress(OSError):  # the lease is held even if only the file itself is synced
         sync_folder(path.parent)

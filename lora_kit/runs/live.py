@@ -46,9 +46,9 @@ MAGIC = int.from_bytes(b"lorakit3", "little")
 PAGE, HEADER_BYTES, SLOTS = 16384, 65536, 3
 KEEPER_AT, FAULT_AT, OWNER_AT = 512, 1024, 4096  # offsets in the first page of the cells after the counters
 CHUNK = 1 << 20  # bytes that are copied and then hashed, while they are in the CPU's cache
-PATIENCE_SECONDS = 0.5  # for the exclusive lock of another process, which is held for microseconds
-TIMEOUT_FACTOR = 10.0  # without train.step_timeout a step may take this many times the longest step so far,
-LEAST_TIMEOUT_SECONDS = 60.0  # and at least this long
+PATIENCE_SECONDS = 0.5  # wait for another process to release its exclusive lock, held for microseconds
+TIMEOUT_FACTOR = 10.0  # without train.step_timeout a step hangs after this many longest steps
+LEAST_TIMEOUT_SECONDS = 60.0  # least limit of a step, however short the steps are
 REGION, JOB, PARTIAL = "region", "job.json", "region.partial"
 
 
@@ -161,7 +161,7 @@ class Owner:
         """Return whether the folder is known to be deleted.
 
         A missing path proves nothing, because its disk may not be mounted here. The run is gone if its parent folder
-        exists, on the same disk, and contains the run under no name.
+        exists on the same disk and no folder in it, whatever its name, is the run.
         """
         parent = Path(self.path).parent
         with suppress(CheckpointError, OSError):
@@ -194,7 +194,8 @@ class Region:
         weakref.finalize(self, os.close, self._file)  # the mapping has a descriptor of its own
         patience = time.monotonic() + PATIENCE_SECONDS
         while _lock(self._file, fcntl.LOCK_SH) is False and time.monotonic() < patience:
-            time.sleep(0.01)  # another process finds out whether the region is in use, or deletes it
+            # another process holds the exclusive lock: it tests whether the region is in use, or deletes it
+            time.sleep(0.01)
         found = os.fstat(self._file)
         if found.st_nlink == 0:
             raise FileNotFoundError(errno.ENOENT, "deleted", str(path))
@@ -245,7 +246,7 @@ class Region:
             waiting()
             time.sleep(0.001)
         _write_cell(self._header(slot), None)
-        if self._slot_being_read() == slot:  # the keeper marked it at the same moment, and will find no header
+        if self._slot_being_read() == slot:  # the keeper chose this slot at the same moment; it will find no header
             return self.acquire(waiting)
         return slot
 
@@ -313,7 +314,7 @@ class Region:
     def is_shared(self, *, otherwise: bool = False) -> bool:
         """Return whether another process uses the region; `otherwise` if the file system has no locks."""
         alone = _lock(self._file, fcntl.LOCK_EX)
-        _lock(self._file, fcntl.LOCK_SH)  # a failed change of the lock has given it up
+        _lock(self._file, fcntl.LOCK_SH)  # shared again: if LOCK_EX was refused, the shared lock is lost too
         return otherwise if alone is None else not alone
 
     def publish(self, slot: int, header: Header) -> None:
@@ -425,7 +426,7 @@ def _lock(file: BinaryIO | int, kind: int) -> bool | None:
 
 
 def _folders(run_id: str = "") -> Iterator[Path]:
-    """Yield this user's folders of regions, of all runs or of one; ignore links and what others own or may use."""
+    """Yield this user's folders of regions, of all runs or of one; ignore links and folders that others can access."""
     prefix = f"lora_kit-{os.getuid()}-{run_id}"
     for parent in _parent_folders():
         with suppress(OSError):
@@ -475,7 +476,7 @@ def open_region(run: Path, *, run_id: str | None = None, most: int = 2**63) -> R
         run_id = run_id_of(run)
         with suppress(CheckpointError, OSError):
             if record := lease.read(run / lease.FILE):
-                least = record.token  # a region of an earlier holder, who was paused, may still be there
+                least = record.token  # ignore the region of an earlier holder of the lease, which was paused
     found = [region for region, owner in _regions(run_id) if owner.path == path] if run_id else []
     found = [region for region in found if least <= region.words[Word.TOKEN] <= most]
     return max(found, key=lambda region: region.words[Word.TOKEN], default=None)
@@ -484,8 +485,8 @@ def open_region(run: Path, *, run_id: str | None = None, most: int = 2**63) -> R
 def adopt(held: lease.Lease) -> None:
     """Make the newest live region of a run the run's only one, after this process has acquired the run's lease.
 
-    The earlier holder of the lease may only be paused, and would still write to its region when it goes on. A region in
-    use is therefore left to that process, and this process takes a copy. A region that names another folder of the run,
+    The earlier holder of the lease may only be paused, and would write to its region when it continues. A region in use
+    is therefore left to that process, and this process takes a copy. A region that names another folder of the run,
     because the run was moved, counts if no process uses it and the run is not in that folder any more.
 
     Raises:
@@ -630,7 +631,7 @@ def write_job(region: Region, job: JobFile) -> None:
     digest = xxhash.xxh3_64_intdigest(content)
     with suppress(CheckpointError):
         if region.words[Word.JOB] == digest and formats.read_bytes(path) == content:
-            return  # unchanged, as at a restart: shared memory may have become full
+            return  # a restart changes nothing: do not write, shared memory may have become full
     region.words[Word.NEXT_JOB] = digest  # a kill between these lines leaves a file with one of the two checksums
     try:
         write_atomically(path, content)

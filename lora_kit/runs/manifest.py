@@ -42,7 +42,7 @@ Kernel = Annotated[str, Field(pattern="^(lora|mlp|norm|rotary|loss|last mlp)$")]
 
 @dataclass(frozen=True)
 class BaseFingerprint:
-    """The base's commit on the Hub (None for a local folder) and the SHA-256 of each file that decides what it is."""
+    """The base's commit on the Hub (None for a local folder) and the SHA-256 of each file of model and tokenizer."""
 
     commit: str | None
     files: dict[str, str]
@@ -203,7 +203,7 @@ class StepFacts:
         skipped_steps: The steps that left the adapter unchanged: their loss or gradient was not finite or too large.
         held_out_loss: The loss on the validation data after this step; None if it was not measured or is not finite.
         line: This step's line of metrics.jsonl.
-        watch: The count of `evaluate.patience` after this step's evaluation or the one before it.
+        watch: The count of `evaluate.patience` after the newest evaluation, which may be earlier than this step.
     """
 
     step: Count

@@ -51,7 +51,7 @@ class PlainAdapter:
         alpha: Its scaling, as in the recipe.
         scaling: How the scaling follows from alpha, as in the recipe.
         others: The settings with which a run cannot begin, by their key in adapter_config.json.
-        base: What it names as its base, which nothing verifies.
+        base: The base that adapter_config.json names; it is not verified.
         sha256: The SHA-256 of its weights file.
     """
 

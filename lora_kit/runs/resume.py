@@ -33,12 +33,12 @@ VERDICTS: dict[str, Verdict] = {  # the first pattern that matches a key decides
     "base.trust_remote_code": "harmless",
     "base.stop_token": "harmless",  # `fingerprints.train` compares the tokens that result from it
     "base.attention": "accept",
-    "base.placement": "harmless",  # whole weights are gathered before they are used, so no bit changes
+    "base.placement": "harmless",  # weights are gathered before they are used, so no bit changes
     "base.*": "refused",
     "data.train.*.weight": "accept",  # decides the order of the examples, which no fingerprint covers
     "data.train.*.epochs": "accept",
     "data.*": "harmless",  # `fingerprints.train` and `fingerprints.template` compare the result
-    "optim.name": "refused",  # the moments of one are not those of the other
+    "optim.name": "refused",  # adamw and adamw-8bit store other moments
     "optim.*": "accept",
     "train.steps": "accept",
     "train.epochs": "accept",
@@ -61,7 +61,7 @@ VERDICTS: dict[str, Verdict] = {  # the first pattern that matches a key decides
     "computed_by.*": "harmless",
     "*": "refused",
 }
-ENDS_BITWISE = ("versions.", "machine.device", "computed_by.")  # such a difference may change bits
+ENDS_BITWISE = ("versions.", "machine.device", "computed_by.")  # a difference in these may change bits
 
 
 @dataclass(frozen=True)
@@ -223,12 +223,12 @@ def take_over(folder: Path, *, tell: Callable[[str], None] = lambda text: None) 
     except ValueError as error:
         wrong = "is not UTF-8" if isinstance(error, UnicodeEncodeError) else "contains NUL"
         raise InputError(f"{str(folder)!a}: its path {wrong}; choose another --out") from None
-    except RuntimeError:  # what pathlib raises before Python 3.13
+    except RuntimeError:  # pathlib raises it for a loop of links before Python 3.13
         raise InputError(f"{folder}: its symbolic links form a loop; choose another --out") from None
     known = {"checkpoints", "recipe.yaml", "lease.json", "events.jsonl"}
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    names = {name for name in names if not name.startswith(".lease")}  # of a start that was killed at once
-    names.discard(certificate.FOLDER)  # a drill of the recipe before the run
+    names = {name for name in names if not name.startswith(".lease")}  # left by a start that was killed at once
+    names.discard(certificate.FOLDER)  # `lora-kit drill` may have written it before the run
     if names and not names & known:
         raise InputError(f"{folder}: not empty and not a run's folder (it holds {min(names)}); choose another --out")
     try:

@@ -25,7 +25,7 @@ from lora_kit.views.console import number
 
 ENDS = {"finished": "finished", "stopped": "stopped, resumable", "failed": "failed, resumable"}
 RECENT_STEPS = 100
-MOST_SECONDS = 1e9  # of a step, and of all that are left; a log that someone wrote may say more
+MOST_SECONDS = 1e9  # most seconds of a step or of the remaining steps; an edited log may say more
 SILENT_END = "ended without an event: killed, or the machine crashed"
 
 
@@ -225,7 +225,8 @@ def _live(run: Path, metrics: Sequence[StepRecord]) -> dict[str, Any] | None:
     if region is None or not published:
         return None
     newest, reached = published[0], metrics[-1]["step"] if metrics else 0
-    valid = region.is_valid(newest) or region.snapshots()[0].order > newest.order  # or overwritten while it was read
+    # or a newer one replaced it while it was read
+    valid = region.is_valid(newest) or region.snapshots()[0].order > newest.order
     return {"step": newest.step, "valid": valid, "behind": max(0, reached - newest.step), "path": str(region.path)}
 
 

@@ -106,7 +106,8 @@ class Checkpoint:
             CheckpointError: A file cannot be read.
         """
         found, constants = _load(self.path / ADAPTER), Tensors()
-        tensors = {name: found[name] for name in _tensors(self.path / ADAPTER)}  # in the order of the moments
+        # sorted by their order in the file, which is that of the moments
+        tensors = {name: found[name] for name in _tensors(self.path / ADAPTER)}
         if Layout.of({}, self.manifest.run.recipe).constants:
             tensors, constants = without_constants(tensors)
         return State(tensors, _load(self.path / OPTIMIZER), constants)
@@ -235,7 +236,8 @@ def _settle(run: Path, earlier: Path) -> None:
         earlier.rename(final)
         return
     with contextlib.suppress(CheckpointError):
-        if not _holds(final, read_manifest(earlier / MANIFEST).files):  # not only other facts, such as a held-out loss
+        # other weights, and not only other facts such as a held-out loss
+        if not _holds(final, read_manifest(earlier / MANIFEST).files):
             set_aside(run, earlier, "another commit of the same step", name=final.name)
     shutil.rmtree(earlier, ignore_errors=True)
 

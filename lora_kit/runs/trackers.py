@@ -39,7 +39,8 @@ from lora_kit.runs.journal import Journal
 from lora_kit.views.console import Console
 
 STATE = "trackers.json"
-SECTIONS = {"base", "data", "adapter", "objective", "optim", "train", "evaluate"}  # of a recipe: they affect metrics
+# sections of a recipe that affect metrics
+SECTIONS = {"base", "data", "adapter", "objective", "optim", "train", "evaluate"}
 END_SECONDS = 60.0  # the longest wait for all trackers at the end of a run
 STOP_SECONDS = 20.0  # the same limit after a signal or an error: a scheduler may kill the process after 30 s
 SAMPLES = "samples"
@@ -99,7 +100,7 @@ def tracker_id(run: Path, run_id: str, *, start: int, reached: int, recipe: Reci
     path = run / STATE
     try:
         then = formats.read(_STATE, path) or {"id": run_id, "values": values, "sent": 0}
-    except CheckpointError:  # what was sent is unknown, so the trackers get everything under a new id
+    except CheckpointError:  # unknown what was sent: send everything under a new id
         then = {"id": secrets.token_hex(8), "values": values, "sent": 0}
     now = then | {"values": values, "sent": max(then["sent"], reached)}
     if now["sent"] > start and then["values"] != values:
@@ -277,7 +278,7 @@ class Trackers:
         self._threads: list[tuple[threading.Thread, SimpleQueue[dict[str, Any] | None]]] = []
 
     def begin(self, names: Sequence[str], curves: Curves, journal: Journal) -> None:
-        """Start to follow a run whose journal was cut back to the step that it resumes from."""
+        """Start a thread for each tracker that sends the journal, which was cut back to the step to resume from."""
         samples = [event for event in journal.read_events() if event["kind"] == "sample"]
         logged = sorted([*samples, *journal.read_metrics()], key=lambda record: int(record["step"]))
         for name in names:

@@ -1,7 +1,7 @@
 """`lora-kit drill`: train the first steps of a recipe undisturbed, then again with faults, and compare the two runs.
 
 Both runs are made by the normal training command in real processes. Each fault comes at a random moment, which the seed
-decides, and the run goes on by the normal command. The certificate says what happened and whether anything differs.
+decides, and the normal command resumes the run. The certificate says what happened and whether anything differs.
 """
 
 import math
@@ -27,17 +27,17 @@ from lora_kit.supervise.faults import FAULTS
 
 UNDISTURBED, DISTURBED, LOG = "undisturbed", "disturbed", "log.txt"
 LEAST_STEPS = 12
-STEPS_BESIDE = 4  # before the first fault and after the last
-SPARE_STEPS = 4  # for the moments to be random
+STEPS_BESIDE = 4  # undisturbed steps before the first fault and after the last
+SPARE_STEPS = 4  # more steps than the faults need, so that they can come at random moments
 SAVE_EVERY = 2  # steps, so that a damaged checkpoint costs few steps and a write is near
-TIMEOUT_FACTOR = 10.0  # a training process hangs after this many times the longest step of the undisturbed run,
-LEAST_TIMEOUT_SECONDS = 3.0  # and after at least this long
+TIMEOUT_FACTOR = 10.0  # a silent training process counts as hanging after this many longest steps
+LEAST_TIMEOUT_SECONDS = 3.0  # least limit for a silent training process, however short its steps are
 NOT_DONE = "the run did not come to it"
 
 
 @dataclass(frozen=True)
 class Drill:
-    """What is asked for.
+    """The arguments of a drill.
 
     Attributes:
         file: The recipe's file.
@@ -97,9 +97,9 @@ class Drill:
         return min(self.recipe.checkpoint.every_steps, SAVE_EVERY)
 
     def changes(self, steps: int) -> list[str]:
-        """Return what both runs change in the recipe: when it saves, and nothing that is measured, sent or published.
+        """Return the overrides of the recipe in both runs: often saved, without evaluations, trackers and uploads.
 
-        None of it decides what is trained.
+        None of them decides what is trained.
         """
         recipe, every = self.recipe, self.save_every
         kept = {"checkpoint.every_steps": every, "checkpoint.keep_every": steps, "checkpoint.best": False}
@@ -112,7 +112,7 @@ class Drill:
         return [f"{key}={_yaml(value)}" for key, value in (kept | silent).items() if values[key] != value]
 
     def changes_disturbed(self, names: Sequence[str], undisturbed: DrillRun) -> list[str]:
-        """Return what the disturbed run changes in the recipe: for a hang also after how long it is one."""
+        """Return the overrides of the recipe in the disturbed run: for a hang also a short `train.step_timeout`."""
         longest = max(undisturbed.step_seconds(), default=0.0)
         limit = max(LEAST_TIMEOUT_SECONDS, TIMEOUT_FACTOR * longest)
         timeout = [f"train.step_timeout={limit:.1f}"] if "hang" in names else []
@@ -136,7 +136,7 @@ class Drill:
         return run
 
     def disturbed(self, names: Sequence[str], undisturbed: DrillRun, tell: Callable[[str], None]) -> DrillRun:
-        """Train with faults. What goes wrong is in the problems of the run."""
+        """Train with faults. An error is added to the problems of the run that is returned."""
         seconds, changes = typical(undisturbed.step_seconds()), self.changes_disturbed(names, undisturbed)
         run = self.prepared(DISTURBED, undisturbed.last, changes, step_seconds=seconds, tell=tell)
         try:
@@ -198,8 +198,8 @@ def least_steps(names: Sequence[str]) -> int:
 def moments(names: Sequence[str], steps: int, rng: random.Random) -> list[tuple[str, int]]:
     """Return faults in a random order, each with the random step after which it comes.
 
-    Each fault has a part of the run, in proportion to the steps that it takes, and comes so early in it that it ends in
-    it.
+    Each fault gets a part of the run in proportion to `Fault.steps`. It comes early enough to be over at the end of its
+    part.
     """
     begin, longer = 1.0, (steps - STEPS_BESIDE) / max(1, least_steps(names) - STEPS_BESIDE)
     planned = list[tuple[str, int]]()

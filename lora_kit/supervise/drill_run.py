@@ -1,7 +1,7 @@
 """A run of a drill: `lora-kit train` in processes of its own, watched and interrupted from outside.
 
-What a drill knows of its run it reads from the run's folder, and what it does is what an operator can do: start the
-command, send a signal to a process, change a file.
+A drill knows only what is in the run's folder, and does only what an operator can do: start the command, send a signal
+to a process, change a file.
 """
 
 import random
@@ -29,8 +29,8 @@ from lora_kit.runs.manifest import MANIFEST
 from lora_kit.runs.store import STAGING, checkpoint_folder
 
 POLL_SECONDS = 0.002
-WATCH_SECONDS = 0.0002  # between two looks while a write is awaited, which takes milliseconds
-LAST_LINES = 20  # of the log that an error quotes
+WATCH_SECONDS = 0.0002  # pause between two looks for a write, which takes milliseconds
+LAST_LINES = 20  # lines at the end of the log that an error quotes
 
 
 class DrillRun:
@@ -42,7 +42,7 @@ class DrillRun:
         processes: The number of training processes.
         log: Where the output of the commands goes.
         last: The step after which the run is stopped.
-        rng: Decides what is left to chance.
+        rng: The random generator for the moments of faults and the processes that they hit.
         step_seconds: How long a step takes; an interruption comes at a random moment of such a time.
         tell: Called with a line about every interruption.
 
@@ -159,15 +159,15 @@ class DrillRun:
         time.sleep(self.rng.random() * self._step_seconds)
 
     def interrupt(self, fault: str, act: Callable[[], str], *, when: Callable[[], bool] | None = None) -> None:
-        """Interrupt the run, wait until it has gone on by one step, and record both.
+        """Interrupt the run, wait until it has finished one more step, and record the fault and the time until then.
 
         Args:
             fault: The fault's name.
             act: Interrupts the run, starts the command again if that has ended, and returns what was done.
-            when: The condition for the interruption, watched closely; None for now.
+            when: Interrupt as soon as this is true, which is checked often; None interrupts at once.
 
         Raises:
-            LoraKitError: The run has reached its last step before, or does not go on.
+            LoraKitError: The run reached its last step before the interruption, or did not continue after it.
         """
         starts = len(self._starts())
         if when is not None:

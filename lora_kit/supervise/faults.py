@@ -26,9 +26,9 @@ class Fault:
     """A fault.
 
     Attributes:
-        about: What it does, for people.
-        steps: The steps that it takes, from the moment at which it may come to the moment at which the next may come.
-        disturb: Does it to a run that trains, and returns when the run goes on.
+        about: A description for the help text and the console.
+        steps: The number of training steps that a drill reserves for it before the next fault.
+        disturb: Causes the fault in a training run, and returns when the run trains again.
         refusal: Returns why it cannot be done to a run of a recipe on its machine, given the number of visible GPUs;
             empty if it can.
     """

@@ -27,7 +27,7 @@ from lora_kit.runs.live import JobFile, Phase, Region, Snapshot, Word
 from lora_kit.supervise.stopping import signals_to_hear
 
 POLL_SECONDS = 0.01
-LOOK_SECONDS = 0.1  # between two searches for a live region
+LOOK_SECONDS = 0.1  # time between two searches for a live region
 RETRY_SECONDS = 5.0  # after a failed write
 LAST_TRIES = 3  # attempts at the write that ends a run
 

@@ -35,12 +35,12 @@ STOPPED, FAILED = Stopped.exit_code, LoraKitError.exit_code
 PRELOAD = ("lora_kit.training.loop",)
 WORKER = "lora_kit.cli:train_worker"  # the function that a training process calls with the request
 AHEAD = "lora_kit.training.ahead"  # the module that prepares the data of a request while torch is imported
-SAME_FAILURES = 3  # after so many equal failures at the same step a run ends
-LOADING_TIMEOUT_SECONDS = 600.0  # without a sign of life before the first step
+SAME_FAILURES = 3  # a run ends after so many equal failures at the same step
+LOADING_TIMEOUT_SECONDS = 600.0  # limit for a silent start before its first step
 LITTLE_WORK = 2.0  # CPU seconds in LOADING_TIMEOUT_SECONDS: less is a hang, more is loading a large base or dataset
 REPORT_SECONDS = 2.0  # a zygote that has not reported the end of a process after so long is stopped
 SIBLINGS_SECONDS = 0.3  # after a failure, to collect the errors of the other processes before choosing the cause
-ENDING_SECONDS = 10.0  # for a process that has raised an error of lora_kit, to end
+ENDING_SECONDS = 10.0  # how long a process that has raised an error of lora_kit may take to end
 FORKS = "the process that forks the training processes"
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "Connection refused")
 
@@ -116,8 +116,8 @@ class Launch:
         self.zygote.prepare(PRELOAD, absent)
         self._ahead = _start_ahead(request)
         self.attempt = Attempt()
-        self._beats = self._beat()  # of the last start
-        self._unreported: float | None = None  # since when a training process has ended without a report
+        self._beats = self._beat()  # the counter when the last start ended
+        self._unreported: float | None = None  # time since which a training process has ended without a report
         self._life = (0, 0, 0)  # the counters that show signs of life, as last seen
         self._silent, self._longest, self._cpu_seconds, self._looked = 0.0, 0.0, 0.0, time.monotonic()
 
@@ -145,7 +145,7 @@ class Launch:
                     return code
                 process, cause = self.attempt.cause()
                 step, trace = self._finished_step(), self.attempt.traces.get(process, "")
-                traces = traces_by_failure.setdefault((cause.partition(": ")[2], step), [])  # of any process
+                traces = traces_by_failure.setdefault((cause.partition(": ")[2], step), [])  # for whichever process
                 traces.append(trace)
                 repeated = len(traces) == SAME_FAILURES and (trace or "memory" in cause)
                 last = repeated or restart == max_restarts
@@ -205,7 +205,7 @@ class Launch:
             if self.attempt.refusals and refused_at is None:
                 refused_at = time.monotonic()
             if refused_at is not None and not self.attempt.refusals.keys() <= self.attempt.codes.keys():
-                # it is about to end; that the others have lost it is no failure of theirs
+                # wait until it has ended; an error of another process may only mean that it has lost this one
                 waiting = time.monotonic() - refused_at < ENDING_SECONDS
                 refused |= dict.fromkeys(self.attempt.refusals, FAILED) if not waiting else {}
             if refused and not waiting:
@@ -250,7 +250,7 @@ class Launch:
                 attempt.failures.append((self.zygote.process.pid, f"{FORKS}: {_died(-ended)}"))
 
     def _misses_reports(self) -> bool:
-        """Return whether a training process has ended some time ago and the zygote, which may be stopped, is silent."""
+        """Return whether a training process ended `REPORT_SECONDS` ago and the zygote has not reported it."""
         running = [process for process in self.attempt.running.values() if process not in self.attempt.codes]
         if all((process_state(process) or ENDED)[0] not in ENDED for process in running):
             self._unreported = None
@@ -269,7 +269,7 @@ class Launch:
         self.console.restore_terminal()
         for text in dict.fromkeys(texts):
             print_error(text)
-        if self._beat() != self._beats:  # this start has trained, so it is not one that changes nothing
+        if self._beat() != self._beats:  # this start has trained, so the run has changed and its failure is logged
             with suppress(LeaseError):
                 self.keeper.journal.event("failed", step=self._finished_step(), cause=short_cause(texts[0]))
 
@@ -297,9 +297,8 @@ class Launch:
         life = (words[Word.PHASE], words[Word.BEAT], words[Word.HANDLED]) if words else (0, 0, 0)
         if life != self._life:
             if life[0] == self._life[0] == Phase.TRAINING:
-                self._longest = max(
-                    self._longest, self._silent + passed
-                )  # a gap may be shorter than the time between looks
+                # the beat came at an unknown moment since the last look, so all of that time is counted
+                self._longest = max(self._longest, self._silent + passed)
             self._life, self._silent = life, 0.0
             return False
         self._silent += passed
@@ -346,7 +345,7 @@ class Launch:
             return 0
         self.zygote.end()
         finished = self._finished_step()
-        step = self.keeper.end()  # of a checkpoint whose every byte was read back
+        step = self.keeper.end()  # the step of the newest checkpoint, after its hashes were checked
         name = name_of(signal_number)
         self.console.restore_terminal()
         self.keeper.journal.event("stopped", step=step, signal=name)

@@ -3,7 +3,7 @@
 from contextlib import suppress
 from pathlib import Path
 
-SCORE_INCREASE = 200  # of oom_score_adj, whose maximum of 1000 makes a process the first to be killed
+SCORE_INCREASE = 200  # added to oom_score_adj; the maximum of 1000 makes a process the first to be killed
 WORDS = ("OutOfMemoryError", "MemoryError", "can't allocate memory", "not enough memory")
 
 

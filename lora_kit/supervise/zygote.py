@@ -229,8 +229,8 @@ def end_process(code: int) -> NoReturn:
         try:
             stream.flush()
         except (OSError, ValueError):
-            code = code or 120  # as Python does
-    ctypes.CDLL(None).fflush(None)  # what libraries in C have printed
+            code = code or 120  # Python's own exit code if a flush fails
+    ctypes.CDLL(None).fflush(None)  # writes the stdio buffers of libraries in C
     os._exit(code & 0xFF)
 
 

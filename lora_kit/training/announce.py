@@ -26,7 +26,7 @@ def announce(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Cons
     """Start the logs and the trackers of a run on the main process, and say what will be trained."""
     if not job.processes.is_main:
         return
-    job.run.lease.require()  # loading may have taken long
+    job.run.lease.require()  # loading may have taken so long that the lease is lost
     start_trackers(job)
     keep_recipe(job, console)
     log_start(job, rows, accept, console)

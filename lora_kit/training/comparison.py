@@ -16,7 +16,7 @@ from lora_kit.training.rates import measure
 from lora_kit.training.speed import FIRST_STEPS, Speed
 from lora_kit.views.console import Console
 
-ROOM_BYTES = 1_000_000_000  # of a host's memory must be free for a measurement, which takes copies of weights
+ROOM_BYTES = 1_000_000_000  # free memory that a measurement needs on a host, for copies of weights
 WARM_UP = 2  # steps of a process that are not timed: kernels are compiled, and buffers grow
 
 

@@ -16,8 +16,8 @@ from lora_kit.training.micro_batches import MEMORY_SHARE, Machine, MicroBatches,
 from lora_kit.training.speed import FIRST_STEPS, MicroBatchWork, Rates, Speed, usual, work_of
 
 GPU_GB = (16, 24, 48, 80, 141)
-SHORTEST = 256  # tokens of an example that are still proposed
-LINE_BYTES = 300  # of a step in metrics.jsonl
+SHORTEST = 256  # the shortest sequence_length that is proposed
+LINE_BYTES = 300  # bytes of the line of a step in metrics.jsonl
 REFERENCE_COLUMNS = {"dpo": 2, "kto": 3}  # log-probabilities of the reference for each example
 
 
@@ -317,7 +317,7 @@ def duration_of(speed: Speed, contents: Contents, price_per_hour: float | None =
         wholes = [contents.training, *([contents.held_out] if contents.held_out else [])]
         reference = passes * sum(_forward(speed, whole, typical) for whole in wholes)
     every = speed.recipe.evaluate.every_steps
-    evaluations = 2 + (steps // every if every else 0)  # of base and adapter in the end
+    evaluations = 2 + (steps // every if every else 0)  # base and adapter are evaluated at the end
     evaluation = evaluations * _forward(speed, contents.held_out, typical) if contents.held_out else 0.0
     hours = (steps * seconds + reference + evaluation) / 3600
     tokens = sum(work.tokens for work in chain(*first))

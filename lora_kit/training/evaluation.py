@@ -34,7 +34,7 @@ from lora_kit.training.objectives.sft import Sft
 from lora_kit.training.processes import Processes
 from lora_kit.training.reference import Reference, as_reference, facts_of
 
-Tick = Callable[[str], None]  # is told what is being done, again and again
+Tick = Callable[[str], None]  # called often during an evaluation, with the name of the current activity
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,8 @@ class HeldOut:
         The processes divide them up, unless the base is sharded.
         """
         prompts, size, own = self.data.prompts, self.answering.batch_size, list[tuple[int, list[str]]]()
-        starts = range(0, len(prompts), size)  # batches that do not depend on the number of processes, as rounding does
+        # the same batches for any number of processes, so that rounding is the same
+        starts = range(0, len(prompts), size)
         for start in starts if self.in_step else starts[self.processes.index :: self.processes.count]:
             tick("answering")
             own.append((start, self.answers(prompts[start : start + size])))

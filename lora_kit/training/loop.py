@@ -94,7 +94,7 @@ def train(
         # 2. the resume contract: what has changed since the checkpoint, and whether it may
         rows = check_contract(recipe, run, inputs, processes, accept, console)
         check_tokens(recipe, run, inputs, processes, console)
-        # 3. the base with the adapter, and what is chosen by looking at it
+        # 3. the base with the adapter, and the choices that depend on both
         changed = {row.key for row in rows}
         adapted = build_model(recipe, run, inputs, changed, objective, processes, console)
         inputs = add_reference(recipe, run, inputs, adapted, objective, processes, console, stop)
@@ -104,7 +104,7 @@ def train(
         with logged_failures(job), publishing(job, stop) as publisher:
             state, plan, log, queued = job.state, job.plan, StepLog(job, publisher, console), None
             console.begin(plan.steps, job.start, job.journal.read_metrics())
-            # 4. what an interruption left undone after the last finished step
+            # 4. do what an interruption left undone after the last finished step
             ended = catch_up(job, log, publisher, console)
             end = job.start if ended else plan.steps
             for step in profiled(range(job.start, end), job, console, wanted=profile):
@@ -181,9 +181,10 @@ def logged_failures(job: Job) -> Iterator[None]:
 
 
 def own_micro_batches(job: Job, step: int) -> Iterator[tuple[MicroBatch, int, int]]:
-    """Yield the micro-batches of this process, each with the weight of the step and the merges that follow it.
+    """Yield the micro-batches of this process, each with the weight of the whole step and a number of merges.
 
-    The generator is seeded before each micro-batch, so dropout does not depend on the process that computes it.
+    The merges are those of `reduction_schedule`. Torch's random generator is seeded before each micro-batch, so dropout
+    does not depend on the process that computes it.
     """
     data = job.inputs.data.train
     groups = part("data", job.plan.micro_batches)(step)
@@ -197,9 +198,9 @@ def own_micro_batches(job: Job, step: int) -> Iterator[tuple[MicroBatch, int, in
 
 
 def keep_pace(job: Job, objective: Objective, step: int) -> None:
-    """Compute a micro-batch for nothing if the base is sharded and other processes have one more in this step.
+    """Compute an extra micro-batch if the base is sharded and other processes have one more in this step.
 
-    `reduce` overwrites or leaves out the gradient.
+    Gathering the layers needs every process. The gradient is not used: `reduce` overwrites or leaves it out.
     """
     for group in job.computing.for_nothing(job.plan.micro_batches(step)):
         batch = collate(job.inputs.data.train, group, padded=job.plan.padded, sources=job.plan.sources_of(group))

@@ -21,7 +21,7 @@ from lora_kit.model.sizes import Shape, estimate_memory, format_bytes
 from lora_kit.recipe.schema import Recipe
 from lora_kit.runs.manifest import Placement
 
-CPU_TOKENS = 2048  # at 160 M parameters 1.5 times as fast as 8,192
+CPU_TOKENS = 2048  # 1.5 times as fast as 8,192 tokens at 160 M parameters
 GPU_TOKENS = (2048, 4096, 8192, 16384)
 SATURATING_TOKENS = 8192  # enough to keep a GPU busy while the next kernels are launched, unless the base is narrow
 NARROW_WIDTH = 4096  # below this hidden size kernel launches are the limit: a 1B Llama reached 30% of the GEMM rate
@@ -58,7 +58,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """The two settings that a recipe may leave to `auto`."""
+    """The size of micro-batches and whether activations are recomputed, both of which a recipe may leave to `auto`."""
 
     micro_batch_tokens: int
     activation_checkpointing: bool

@@ -16,7 +16,7 @@ from lora_kit.model.state import Kind
 from lora_kit.recipe.schema import Optim
 from lora_kit.runs.layout import BLOCK
 
-CHUNK = 1 << 22  # values that are dequantised at once
+CHUNK = 1 << 22  # values of the 8-bit moments that are dequantised at once
 Flat = Float32[Tensor, "parameters"]
 
 

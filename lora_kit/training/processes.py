@@ -30,7 +30,7 @@ from lora_kit.kernels.cpu.buffers import pool
 from lora_kit.supervise.zygote import STORE
 
 T = TypeVar("T")
-COPIED_BYTES = 1 << 24  # of a file that are sent together
+COPIED_BYTES = 1 << 24  # bytes of a file in one message
 RESULT, ERROR = b"=", b"!"  # the first byte of a message tells what follows
 
 CONTRADICTIONS = {  # settings of `accelerate launch`: the value that a recipe allows, and why
@@ -114,7 +114,7 @@ class Processes:
         if accelerator.num_processes == 1 and not was_initialized:
             # accelerate remembers that a process was alone; its `notebook_launcher` then refuses to start more
             undo.callback(AcceleratorState._reset_state, reset_partial_state=True)
-        atexit.unregister(_end_group)  # registered by an earlier call
+        atexit.unregister(_end_group)  # an earlier call may have registered it
         atexit.register(_end_group)
         return cls(accelerator.process_index, accelerator.num_processes, accelerator.device, undo)
 

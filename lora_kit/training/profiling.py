@@ -22,7 +22,8 @@ from lora_kit.training.job import Job
 from lora_kit.views.console import Console
 
 WARM_UP, PROFILED = 2, 3  # steps after a start: the first steps are slower and are not profiled
-PREFIX, STEP = "part: ", "step"  # the prefix of our ranges in the trace; the range that contains the others
+# the prefix of lora_kit's ranges in the trace, and the name of the range that contains them
+PREFIX, STEP = "part: ", "step"
 BACKWARD = "autograd::engine::evaluate_function: "  # the prefix of backward operations in the trace
 MODEL = ("attention", "adapters and linear layers", "MLP", "norm", "rest of the model")
 LOOP = ("loss", "rest of backward", "reduction", "optimizer", "publishing", "data")
@@ -119,7 +120,7 @@ def times(events: Sequence[Any], *, cuda: bool) -> dict[str, float]:
     # an event of the CPU has the GPU time of its kernels
     events = [event for event in events if event.device_type == DeviceType.CPU]
     ordered = sorted(events, key=lambda event: (event.time_range.start, -event.time_range.end))
-    forward: dict[int, str] = {}  # by sequence number: the part of the operation that made the backward node
+    forward: dict[int, str] = {}  # sequence number -> part of the forward operation that made the backward node
     part_of_event: dict[int, str] = {}
     total: dict[str, float] = defaultdict(float)
     for event in ordered:

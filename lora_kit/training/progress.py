@@ -53,7 +53,8 @@ def step_values(
     sums: Float32[Tensor, "sums"], norm: Float32[Tensor, ""], taken: Bool[Tensor, ""], metrics: Sequence[str]
 ) -> Callable[[], StepValues]:
     """Copy what a step computed to the host; calling the result waits for the copy and nothing that is queued later."""
-    on_host = torch.stack([norm, taken, *sums]).to("cpu", non_blocking=True)  # pinned memory if it comes from a GPU
+    # in pinned memory if it is copied from a GPU
+    on_host = torch.stack([norm, taken, *sums]).to("cpu", non_blocking=True)
     copied = torch.cuda.current_stream().record_event() if sums.is_cuda else None
 
     def wait() -> StepValues:
@@ -109,7 +110,7 @@ class StepLog:
     def __init__(self, job: Job, publisher: Publisher, console: Console) -> None:
         self._job, self._publisher, self._console = job, publisher, console
         self._skipped = job.resumed.skipped_steps if job.resumed else ()
-        self._watches = {job.start: job.resumed.watch if job.resumed else None}  # by the step that it was counted after
+        self._watches = {job.start: job.resumed.watch if job.resumed else None}  # the watch after each step, by step
         self.patience = patience_of(job.recipe)
 
     def facts(self, queued: QueuedStep) -> StepFacts:

@@ -220,7 +220,7 @@ class Publisher:
             self._replace_keeper(self._region, how)
 
     def _replace_keeper(self, region: Region, how: str) -> None:
-        """Start another keeper, and tell how the last one has ended. See `_check` for what is raised."""
+        """Start another keeper, and log how the last one has ended. It raises the errors of `_check`."""
         if region.is_removed():
             raise LaunchError(
                 f"{region.path}: the live region was removed, and the process that wrote checkpoints from its "
@@ -261,7 +261,9 @@ class Publisher:
 
 
 def _register(memory: memoryview) -> bool:
-    """Register shared memory with CUDA, so that copies go straight into it; without registration they are slower.
+    """Register shared memory with CUDA, so that copies go straight into it; return whether that worked.
+
+    Without registration copies are slower, but correct.
 
     A failed cudaHostRegister leaves an error that the next launch reports: launch a dummy kernel to clear it.
     """

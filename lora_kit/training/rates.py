@@ -28,15 +28,15 @@ from lora_kit.runs.layout import BLOCK, WITH_CONSTANTS
 from lora_kit.training import optim
 from lora_kit.training.speed import Attention, BothWays, Rates
 
-WIDEST = 4096  # columns and rows of a measured weight
-MOST_FLOPS = {"cpu": 4e11, "cuda": 4e13}  # of a measured pass through the linear layers of a layer
-MOST_PAIRS = {"cpu": 1 << 22, "cuda": 1 << 26}  # of queries and keys of a head
+WIDEST = 4096  # most rows and columns of a timed weight
+MOST_FLOPS = {"cpu": 4e11, "cuda": 4e13}  # most FLOPs of a timed pass through the linear layers of a decoder layer
+MOST_PAIRS = {"cpu": 1 << 22, "cuda": 1 << 26}  # most (query, key) pairs of a head in a timed attention
 FEWEST_TOKENS, MOST_HEAD_ROWS = 64, 512
-SECONDS_EACH, MOST_TIMES = 0.08, 8  # of a part: repeated until so many seconds are over, the median counts
+SECONDS_EACH, MOST_TIMES = 0.08, 8  # a function is repeated for so long or so often; the median counts
 COLD_BYTES, MOST_COPIES = 200_000_000, 64  # copies of weights that do not stay in the caches of a CPU
 FP8_ROWS = 128  # rows and columns of a block of the fp8 bases of the Hub
 DRAWN = (1 << 18) + 1  # random numbers in a tensor; the rows of a weight then differ
-VALUES = 1 << 22  # of a measured optimizer step
+VALUES = 1 << 22  # trained values of a timed optimizer step
 
 
 def measure(
@@ -112,7 +112,7 @@ def _measured(shape: Shape, recipe: Recipe, bench: _Bench, tokens: int, longest:
         groups.setdefault(linear.reads, []).append(linear)
     of_groups = {name: _group(shape, recipe, group, rows, bench) for name, group in groups.items()}
     activation, norm = _gated(shape, rows, bench), _norm(shape, rows, bench)
-    norms = max(1, round(shape.normed / shape.width / 2))  # before attention, and before the MLP
+    norms = max(1, round(shape.normed / shape.width / 2))  # norms before attention, and as many before the MLP
     mixing = [of_groups[name] for name in ("attention", "attended") if name in of_groups]
     mlp = [of_groups[name] for name in ("mlp", "inner") if name in of_groups]
     products = sum(each.forward + each.backward for each in of_groups.values())
@@ -192,7 +192,8 @@ def _from_weights(shape: Shape, recipe: Recipe, layer: Linear, bench: _Bench) ->
     if dora:
         rank = recipe.adapter.rank
         a, b = bench.randn(rank, inputs, dtype=torch.float32), bench.randn(outputs, rank, dtype=torch.float32)
-        norms = bench.seconds(lambda: row_norms(weight, a, b, 1.0)) * share + once  # which dequantise again
+        # the norms dequantise the weight again
+        norms = bench.seconds(lambda: row_norms(weight, a, b, 1.0)) * share + once
     return BothWays(once + norms, once)
 
 
@@ -224,7 +225,7 @@ def _gated(shape: Shape, rows: int, bench: _Bench) -> BothWays:
     inputs = GatedInputs(bench.randn(rows, width), bench.randn(rows, width), low, ups, "silu")
     share = shape.inner / width / rows
     forward = bench.seconds(lambda: backend.gated(inputs)) * share
-    gradient = bench.randn(rows, width)  # may be overwritten, by ever smaller numbers
+    gradient = bench.randn(rows, width)  # the backward pass may overwrite it, each time with smaller numbers
     backward = bench.seconds(lambda: backend.gated_backward(gradient, inputs)) * share
     return BothWays(forward, backward + forward)
 

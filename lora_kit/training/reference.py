@@ -3,8 +3,8 @@
 The reference is the base without the adapter, or the adapter that the run begins with (`--from`). Its log-probabilities
 are kept in the cache. The key is a hash of everything that determines their bits: the tokens, the base, the adapter,
 the hardware and software that compute, and the resolved choices of the run. Each chunk of examples is written as soon
-as it is computed, so that the next start goes on after it, also after a kill. A step then needs no forward pass of the
-reference.
+as it is computed, so that the next start continues after it, also after a kill. A step then needs no forward pass of
+the reference.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from lora_kit.runs.manifest import Environment, Origin, Resolved, RunFacts
 from lora_kit.training.objectives.log_probs import log_probs_of_segments, mismatched
 from lora_kit.training.objectives.objective import Computing
 
-CHUNK = 256  # examples that all processes compute together; the packing, and so the bits, depend on it
+CHUNK = 256  # examples that all processes compute together; their packing, and so the bits, depends on this number
 SUFFIX = ".logprobs"
 DIGEST_BYTES = 32
 Tell = Callable[[int, int], None]
@@ -60,7 +60,7 @@ class Reference:
         """Return the data with the log-probabilities of the reference.
 
         Raises:
-            Stopped: A stop signal came; the next start goes on where this one ended.
+            Stopped: A stop signal came; the next start continues from here.
         """
         total = len(data.train) + len(data.validation or ())
         train = self.of(data.train, lambda done: tell(done, total))
@@ -187,7 +187,7 @@ def _is_plain(state: FlatState) -> bool:
 def read(path: Path, examples: int, columns: int) -> tuple[int, np.ndarray]:
     """Return how many examples of a file of the cache are done, and the table; 0 if there is no such file.
 
-    A chunk that is damaged, or was written in part, ends what is done.
+    Reading stops at a chunk that is damaged or incomplete; the examples from there on are not done.
     """
     table, done = np.full((examples, columns), np.nan, np.float32), 0
     with (

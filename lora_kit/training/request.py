@@ -23,7 +23,7 @@ class TrainRequest:
     profile: bool
 
     def to_json(self) -> str:
-        """Return the request as JSON; `folder` is where the recipe's relative paths start."""
+        """Return the request as JSON, with the folder to which the recipe's relative paths refer."""
         arguments = _ARGUMENTS.dump_python(self, mode="json")
         return json.dumps({"arguments": arguments, "folder": str(self.recipe.folder)})
 

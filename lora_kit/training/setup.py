@@ -226,7 +226,8 @@ def check_tokens(recipe: Recipe, run: OpenRun, inputs: Inputs, processes: Proces
     """
     if run.latest is not None:
         return
-    check_context(inputs.data, context_of(read_json(inputs.source.folder / "config.json")))  # before the base is loaded
+    # raises before the base is loaded
+    check_context(inputs.data, context_of(read_json(inputs.source.folder / "config.json")))
     console.tick("data: preflight")
     data, where = inputs.data, places(recipe, inputs.data)
     for warning in processes.main_decides(lambda: preflight(recipe, data, inputs.renderer, where)):

@@ -17,15 +17,17 @@ from lora_kit.data.plan import Plan
 from lora_kit.model.sizes import Estimate, Shape
 from lora_kit.recipe.schema import Recipe
 
-FIRST_STEPS = 20  # the steps whose micro-batches stand for all others
+FIRST_STEPS = 20  # the steps whose micro-batches are taken as typical of the run
 LINK_BYTES_PER_SECOND = {"cpu": 1e9, "cuda": 20e9}  # between processes; assumptions: gloo on one machine, PCIe 4
-LAYER_SECONDS = {"cpu": 11e-3, "cuda": 4e-4}  # Python, autograd and small operations of a layer in a micro-batch
-WEIGHT_SECONDS = {"cpu": 1.1e-9, "cuda": 0.0}  # of a weight in a micro-batch: it comes from memory, not from a cache
-# both were fitted for CPUs to the seconds in docs/estimate.md; those for GPUs are guesses
-STEP_SECONDS = 3e-3  # the parts of a step that depend on no size
-SNAPSHOT_BYTES_PER_SECOND = 2e9  # of the copy of the state into the live region, which shares the processor with a step
-BYTES_PER_THREAD = 4_000_000  # weights; docs/design/0009 says what was measured
-FEWEST_THREADS = 2  # pay for every base on idle cores
+# seconds of Python, autograd and small operations for a layer and a micro-batch
+LAYER_SECONDS = {"cpu": 11e-3, "cuda": 4e-4}
+# seconds to read a weight from memory in a micro-batch; it is in no cache
+WEIGHT_SECONDS = {"cpu": 1.1e-9, "cuda": 0.0}
+# LAYER_SECONDS and WEIGHT_SECONDS: for CPUs fitted to the seconds in docs/estimate.md, for GPUs guesses
+STEP_SECONDS = 3e-3  # seconds of the parts of a step that do not depend on sizes
+SNAPSHOT_BYTES_PER_SECOND = 2e9  # speed of the copy into the live region, which slows down the next step
+BYTES_PER_THREAD = 4_000_000  # bytes of weights for each thread; measured in docs/design/0009
+FEWEST_THREADS = 2  # on idle cores two threads are faster than one for every base
 
 
 def threads_for(cores: int, weight_bytes: int) -> int:
@@ -140,7 +142,7 @@ class Speed:
     def both_ways(self, work: MicroBatchWork) -> float:
         """Return the seconds of a micro-batch: forward, backward, and forward again if activations are recomputed."""
         layers, rates = self.shape.layers, self.rates
-        reached = layers - self.first_layer  # by the backward pass
+        reached = layers - self.first_layer  # layers that the backward pass reaches
         tokens = work.tokens * reached * (rates.mixing.backward + rates.attention.token.backward)
         mlp = rates.mlp.backward * max(0, self._mlp_tokens(work) - work.tokens * self.first_layer)
         pairs = work.pairs * reached * rates.attention.pair.backward
@@ -169,7 +171,7 @@ class Speed:
         return min(numbers, default=self.shape.layers)
 
     def step(self, work: Sequence[MicroBatchWork]) -> float:
-        """Return the seconds of a step: of the process with the longest micro-batches, and what follows them."""
+        """Return the seconds of a step: the micro-batches of the slowest process, then sum, optimizer and snapshot."""
         each = [self.both_ways(one) for one in work]
         if self.recipe.objective.kind == "kto":  # mismatched answers, about as long, are computed forward first
             each = [seconds + self.forward(one) for seconds, one in zip(each, work, strict=True)]

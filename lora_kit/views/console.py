@@ -25,7 +25,7 @@ from lora_kit.views import notebook
 from lora_kit.views.output import SafeStream
 
 SECONDS_BETWEEN_LINES = 5.0
-WORTH_GROUPING, SHOWN = 5, 3  # of five or more lines of one kind, only the first three are shown
+WORTH_GROUPING, SHOWN = 5, 3  # if five or more lines are of one kind, only the first three are shown
 # a terminal would obey control characters; characters that reverse the direction of text would hide what is there
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 SPECIFIC = re.compile(r"'[^']*'|\"[^\"]*\"|\S*\d\S*")  # the parts in which lines of one kind differ
@@ -89,8 +89,8 @@ class Console:
             self._rich = rich_console(force_jupyter=False, force_terminal=False)
         self._live = not silent and self._rich.is_terminal
         self._progress: Progress | None = None
-        self._bar: Progress | None = None  # of an activity that counts
-        self._counting: tuple[str, float, int] | None = None  # the activity, when it began, and what was done then
+        self._bar: Progress | None = None  # the bar of an activity that shows a count
+        self._counting: tuple[str, float, int] | None = None  # the activity, when it began, and the count at that time
         self._panel: notebook.Panel | None = None
         self._task: Any = None
         self._printed = 0.0

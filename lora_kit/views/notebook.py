@@ -29,7 +29,8 @@ def curve(records: Sequence[Record], steps: int) -> str:
     shown = [record for record in records if _is_number(record["loss"])]
     if len(shown) < 2:
         return ""
-    shown = shown[:: -math.ceil(len(shown) / MAX_POINTS)][::-1]  # always with the last step
+    # counted from the end, so the last step is always shown
+    shown = shown[:: -math.ceil(len(shown) / MAX_POINTS)][::-1]
     measured = [record for record in records if _is_number(record.get("held_out_loss"))]
     top = max([record["loss"] for record in shown] + [record["held_out_loss"] for record in measured]) or 1.0
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM

@@ -15,7 +15,7 @@ from lora_kit.views import html
 from lora_kit.views.console import printable
 
 TRAINED = "black on green"
-SHOWN_BATCHES, SHOWN_ROWS = 4, 8  # of a step, and of a micro-batch
+SHOWN_BATCHES, SHOWN_ROWS = 4, 8  # micro-batches shown of a step, rows shown of a micro-batch
 BAR = 32  # characters
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 HUGE_PAGE = 1 << 21  # bytes
-FIRST_ROWS = 2048  # rows of a buffer until a longer micro-batch comes
+FIRST_ROWS = 2048  # rows of a new buffer; a longer micro-batch makes it larger
 
 
 class BufferPool:

@@ -67,7 +67,8 @@ def library() -> Library:
     key = hashlib.sha256(" ".join([*compiler, *FLAGS, *LINK, source]).encode()).hexdigest()[:16]
     name = f"cpu-{key}.so"
     kept = None
-    with suppress(OSError), private_folder(cache_folder("kernels")) as folder:  # none, or none that can be trusted
+    # there is no library, or others may have written it
+    with suppress(OSError), private_folder(cache_folder("kernels")) as folder:
         kept = folder.open(name)
     if kept is not None:
         with suppress(OSError):  # an incomplete file, or a library for another system: compile again

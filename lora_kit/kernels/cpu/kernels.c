@@ -58,8 +58,8 @@ INLINE floats rounded_to_bf16(floats value) {
    Numbers that round to zero, as those of masked scores do, are set to zero: CPUs need hundreds of cycles to round them. */
 INLINE floats exp2_floats(floats x) {
     const floats least = _mm512_set1_ps(-150);
-    __mmask16 not_zero = _mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ); /* NaN stays NaN here, */
-    x = _mm512_max_ps(least, x);                                  /* and here as the second operand */
+    __mmask16 not_zero = _mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ); /* set for NaN too, which stays NaN */
+    x = _mm512_max_ps(least, x); /* of a NaN and a number, max returns its second operand */
     floats integer = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), fraction = x - integer;
     floats sum = _mm512_set1_ps(1.32764710e-3f);
     sum = _mm512_fmadd_ps(sum, fraction, _mm512_set1_ps(9.67554160e-3f));
@@ -107,7 +107,7 @@ struct factor {
 
 static int tiles; /* whether this process computes products in AMX tiles */
 
-#if __GNUC__ >= 11 || __clang_major__ >= 12 /* clang says that it is GNU C 4 */
+#if __GNUC__ >= 11 || __clang_major__ >= 12 /* clang defines __GNUC__ as 4, so its own version is compared */
 #define WITH_TILES __attribute__((target("amx-tile,amx-bf16")))
 
 /* Compute in tiles from now on if that is wanted and this CPU and system can; return whether they do. Linux gives a
@@ -130,13 +130,14 @@ WITH_TILES static void open_tiles(void) {
     if (tiles) _tile_loadconfig(&config);
 }
 
-/* Let the system save this thread without its tiles again. */
+/* Clear this thread's tiles, so that the system does not have to save them at a switch of threads. */
 WITH_TILES static void close_tiles(void) {
     if (tiles) _tile_release();
 }
 
-/* sums [32][32] = the sum of the factors times right, which has [depth / 2][32][2] for each factor, one after the other;
-   plus `sums` if `add`. Only the first 16 columns if not `wide`. Every depth is a multiple of STEP. */
+/* sums [32][32] = (add ? sums : 0) + the sum over all factors of left [32][depth] times right [depth][32].
+   `right` holds a matrix [depth / 2][32][2] for each factor, one after the other; a depth is a multiple of STEP.
+   Only the first 16 columns are computed if not `wide`. */
 WITH_TILES static void multiply_tiles(float *sums, long sums_stride, int add, const struct factor *factors, int count,
                                       const bf16 *right, long right_columns, int wide) {
     const long right_bytes = right_columns * 2 * sizeof(bf16), sums_bytes = sums_stride * sizeof(float);
@@ -332,7 +333,7 @@ INLINE int apart(struct example of, long query, long key, long keys) {
     return query >= of.second && key >= of.shared && key + keys <= of.second;
 }
 
-/* Whether no key of a tile is hidden from queries of a tile for any reason but its place. */
+/* Whether only causality and the window hide keys of a tile from queries of a tile: no fork lies between them. */
 INLINE int not_forked(struct example of, long query, long queries, long key, long keys, long window) {
     return query + queries <= of.second || key >= of.second || (key + keys <= of.shared && !window);
 }
@@ -558,9 +559,9 @@ EXPORT void attention_backward(const bf16 *grad_output, const bf16 *query, const
 
 /* ---- linear maps ---- */
 
-enum { PANEL_BYTES = 1 << 19, CHUNK = 64 }; /* bytes of packed weight and rows of x that stay in the L2 cache */
-enum { SPLIT_ROWS = 128 }; /* fewest rows per task when several tasks pack the same panel: packing must pay */
-enum { TILES_BYTES = 5 << 18, TILES_PANELS = 8, TILES_MOST_PANELS = 16 }; /* for tiles; CPUs with AMX have 2 MiB of L2 */
+enum { PANEL_BYTES = 1 << 19, CHUNK = 64 }; /* PANEL_BYTES of packed weight and CHUNK rows of x stay in the L2 cache */
+enum { SPLIT_ROWS = 128 }; /* fewest rows per task if several tasks pack the same panel, so that packing is worth its time */
+enum { TILES_BYTES = 5 << 18, TILES_PANELS = 8, TILES_MOST_PANELS = 16 }; /* sizes for AMX tiles; CPUs with AMX have 2 MiB of L2 */
 
 /* The arguments of `linear`. */
 struct linear {
@@ -690,7 +691,8 @@ static int factors_of(const struct linear *all, const struct piece *pieces, int 
     return found;
 }
 
-/* Set the pieces that are summed from number `begin` to number `end`, counted with padding; return how many there are. */
+/* Set the pieces of all products' inner dimensions, one after the other and padded, that lie in [begin, end); return
+   their number. */
 static int pieces_of(const struct linear *all, long begin, long end, struct piece *pieces) {
     int found = 0;
     for (int i = 0; i < all->count; begin -= padded(all->inner[i]), end -= padded(all->inner[i]), i++) {
@@ -854,7 +856,7 @@ EXPORT void rms_norm_backward(const bf16 *grad_output, const bf16 *x, const bf16
 
 INLINE floats sigmoid(floats x) {
     floats denominator = 1.0f + exp2_floats(_mm512_min_ps(x * -LOG2_E, _mm512_set1_ps(126)));
-    floats estimate = _mm512_rcp14_ps(denominator); /* exact to 14 bits; one Newton step doubles them */
+    floats estimate = _mm512_rcp14_ps(denominator); /* exact to 14 bits; one Newton step doubles this number of bits */
     return estimate * _mm512_fnmadd_ps(denominator, estimate, _mm512_set1_ps(2));
 }
 

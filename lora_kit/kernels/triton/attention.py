@@ -128,7 +128,7 @@ def _grad_keys(
     k = _load(key, at, heads // group, key_head, stop, width, padded)
     v = _load(value, at, heads // group, key_head, stop, width, padded)
     result, result_value = tl.zeros([tile, padded], tl.float32), tl.zeros([tile, padded], tl.float32)
-    # the queries from here on in the same branch and, for keys that both branches share, those of the second branch
+    # loop over the later queries of the same branch and, for keys that both branches share, over the second branch
     jump, own = second - shared, tl.where(first < second, second, end)
     last = tl.where(window == 0, own, tl.minimum(own, first + tile + window - 1))
     other = tl.where(window == 0, end, tl.minimum(end, first + tile + jump + window - 1))

@@ -71,7 +71,7 @@ class Triton:
         return PLAIN.summed_log_probs(logits, labels, to_gradient=to_gradient)
 
     def supports_attention(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        """Return whether the tensors fit tiles."""
+        """Return whether their dtype and widths suit the tiles of the attention kernel."""
         return fit_tiles(query, key, value)
 
     def attention(

@@ -83,10 +83,10 @@ class Objective(ABC):
     """A loss and what the loop must know about it.
 
     Attributes:
-        metrics: The names of the metrics other than the loss, as in metrics.jsonl. They differ from the fields of
+        metrics: The names of the metrics other than the loss, as in metrics.jsonl. None may be the name of a field of
             `StepRecord`.
         split: The function that groups the examples of a step into micro-batches.
-        unit: What the weight counts.
+        unit: What the weight counts, e.g. trained tokens.
         columns: How many log-probabilities of the reference an example needs: 0 for none, 2 for those of both sides, 3
             with that of its mismatched answer.
     """

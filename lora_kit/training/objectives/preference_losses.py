@@ -19,11 +19,11 @@ class Pairs(NamedTuple):
 
     Attributes:
         chosen: The summed log-probability of the tokens of each chosen answer.
-        rejected: That of each rejected answer.
+        rejected: The same of each rejected answer.
         chosen_tokens: The number of tokens of each chosen answer.
-        rejected_tokens: That of each rejected answer.
+        rejected_tokens: The same of each rejected answer.
         reference_chosen: The summed log-probability that the reference gives to each chosen answer.
-        reference_rejected: That of each rejected answer.
+        reference_rejected: The same of each rejected answer.
     """
 
     chosen: Float[Tensor, "count"]

@@ -27,7 +27,7 @@ def random_base(tmp_path_factory):
 @pytest.mark.timeout(1800)
 def test_an_adapter_learns_the_task_on_the_embedded_base_and_not_on_a_random_one(random_base, tmp_path):
     recipe, steps = ROOT / "recipes" / "quickstart.yaml", 20
-    fewer = ["--set", "train.steps=60", "--set", "evaluate.generate=40"]  # 200 steps take two minutes
+    fewer = ["--set", "train.steps=100", "--set", "evaluate.generate=40"]  # 200 steps take two minutes
     short = [f"base.repo={random_base}", f"train.steps={steps}", "evaluate.generate=4"]
     options = [part for change in short for part in ("--set", change)]
     learning = start(recipe, tmp_path / "learned", *fewer, fresh=True)
@@ -37,7 +37,7 @@ def test_an_adapter_learns_the_task_on_the_embedded_base_and_not_on_a_random_one
     assert (learning.returncode, control.returncode) == (0, 0), printed + said
     learned, random = Run(tmp_path / "learned"), Run(tmp_path / "control")
     before, after = learned.result["metrics"]["base"], learned.result["metrics"]["adapter"]
-    assert before["exact_match"] < 0.2 and after["exact_match"] > 0.8
+    assert before["exact_match"] < 0.2 and after["exact_match"] > 0.9
     assert random.result["metrics"]["adapter"]["exact_match"] == 0
     assert learned.metrics[steps - 1]["loss"] < 0.1 and random.metrics[-1]["loss"] > 2, "after as many steps"
     table = printed.split("steps done")[1]

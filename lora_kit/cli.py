@@ -198,7 +198,8 @@ def train(
         from lora_kit.recipe.load import load_recipe, resolve_path, similar_path
         from lora_kit.runs.origin import open_origin
         from lora_kit.runs.resume import take_over
-        from lora_kit.supervise.launch import launch
+        from lora_kit.supervise.launch import Program
+        from lora_kit.supervise.launch import launch as start
         from lora_kit.training.request import TrainRequest
 
         loaded = load_recipe(recipe, set_)
@@ -218,16 +219,19 @@ def train(
         request = TrainRequest(
             loaded, out, accept=tuple(accept), start_from=origin.path if origin else None, profile=profile
         )
+        program = Program.of_recipe(
+            request.to_json(),
+            absent=() if loaded.base.by_bitsandbytes else ("bitsandbytes",),
+            step_timeout=loaded.train.step_timeout,
+        )
         raise typer.Exit(
-            launch(
-                request.to_json(),
+            start(
+                program,
                 zygote=zygote,
                 processes=processes or _gpus(),
                 run=out,
                 lease=lease,
                 max_restarts=max_restarts,
-                absent=() if loaded.base.by_bitsandbytes else ("bitsandbytes",),
-                step_timeout=loaded.train.step_timeout,
             )
         )
 
@@ -239,6 +243,92 @@ def train_worker(request: str) -> None:
 
     parsed = TrainRequest.from_json(request)
     loop.train(parsed.recipe, parsed.out, accept=parsed.accept, start_from=parsed.start_from, profile=parsed.profile)
+
+
+@app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": False})
+@error_messages()
+def launch(
+    script: Annotated[Path, typer.Argument(metavar="SCRIPT", help="A Python script that calls `Trainer.train()`.")],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="ARGS...", help="The script's own arguments."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="RUN",
+            help="The run's folder. If it holds an earlier start of this run, training resumes. [default: runs/NAME "
+            "for NAME.py]",
+        ),
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Training processes on this machine, which train together as under torchrun.")
+    ] = 1,
+    every_seconds: Annotated[
+        float, typer.Option(min=0, help="The longest time between two checkpoints on disk.")
+    ] = 30.0,
+    keep: Annotated[int, typer.Option(min=2, help="How many of the newest checkpoints stay on disk.")] = 3,
+    step_timeout: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            help="Seconds without a sign of life that count as a hang. [default: 10 times the longest step, and at "
+            "least 10 minutes]",
+        ),
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="How often to start again after a process was killed, crashed or hung.")
+    ] = 10,
+) -> None:
+    """Run a script with a transformers Trainer, or one of TRL, so that it never loses a step. It needs no change.
+
+    After every step the whole state of training is copied to shared memory, from which checkpoints are written to
+    RUN/checkpoints. If the process is killed, crashes or hangs, it starts again from its last finished step. After
+    SIGTERM the last finished step is written and the exit code is 75; the same command resumes it, also after a crash
+    of the machine. A resume gives the bytes of an undisturbed run: weights, optimizer, scheduler, random generators,
+    position in the data. Options of this command stand before SCRIPT, those of the script after it:
+
+    lora-kit launch --out runs/first train.py --learning_rate 1e-4
+    """
+    from lora_kit.integrations.script import WORKER, ScriptRequest, default_run
+    from lora_kit.runs.resume import take_over
+    from lora_kit.supervise.launch import LOADING_TIMEOUT_SECONDS, Program
+    from lora_kit.supervise.launch import launch as start
+    from lora_kit.supervise.zygote import Zygote
+
+    if launched_by_another():
+        raise LaunchError(
+            "lora-kit launch: another launcher has started this process; use --processes instead of it, or keep it and "
+            "add the line LiveCheckpoint(trainer, run=...) of lora_kit.integrations.transformers to the script"
+        )
+    if not script.is_file():
+        raise InputError(f"{script}: no such file; give a Python script")
+    run = out or default_run(script)
+    print(f"lora_kit {VERSION}: {script} is trained in {run}", file=sys.stderr, flush=True)
+    lease, notices = take_over(run, tell=lambda text: print(f"warning: {text}", file=sys.stderr))
+    for notice in notices:
+        print(f"warning: {notice}", file=sys.stderr)
+    request = ScriptRequest(script, tuple(arguments or ()), run, every_seconds, keep)
+    with ExitStack() as stack:
+        zygote = Zygote(fresh=True)
+        stack.callback(zygote.end)
+        program = Program(
+            WORKER,
+            request.to_json(),
+            step_timeout=step_timeout,
+            least_timeout=LOADING_TIMEOUT_SECONDS,  # a callback of the script may do anything between two steps
+        )
+        raise typer.Exit(
+            start(
+                program,
+                zygote=zygote,
+                processes=processes,
+                run=run,
+                lease=lease,
+                max_restarts=max_restarts,
+            )
+        )
 
 
 @command

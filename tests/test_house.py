@@ -27,6 +27,7 @@ LAYERS = [
     {"artifacts"},
     {"training"},
     {"check"},
+    {"integrations"},
     {"cli", "__init__"},
     {"__main__"},
 ]
@@ -103,8 +104,8 @@ def test_there_are_no_import_cycles():
 
 
 ONLY = {
-    "accelerate": {"training", "runs"},
-    "peft": {"model", "kernels", "artifacts", "training"},
+    "accelerate": {"training", "runs", "integrations"},
+    "peft": {"model", "kernels", "artifacts", "training", "integrations"},
 }
 
 

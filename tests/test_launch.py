@@ -281,7 +281,7 @@ def test_limits_of_processes_are_told_and_what_is_optional_is_left_out(monkeypat
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     monkeypatch.setattr(subprocess, "Popen", denied)
-    assert launching._start_ahead("{}") is None
+    assert launching._start_ahead(launching.Program.of_recipe("{}", absent=(), step_timeout=None)) is None
     with pytest.raises(LoraKitError, match=r"cannot be started: Resource temporarily unavailable; raise the limit"):
         Zygote()
     with pytest.raises(SystemExit) as ended, cli.error_messages():

@@ -80,6 +80,11 @@ class FlatState:
         return self.weights.numel()
 
     @property
+    def on_cuda(self) -> bool:
+        """Whether the buffers are in the memory of a GPU."""
+        return self.weights.is_cuda
+
+    @property
     def ranges(self) -> dict[Kind, slice]:
         """The range of each kind of parameters in the buffers."""
         sizes = dict.fromkeys(Kind, 0)

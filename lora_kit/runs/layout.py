@@ -9,19 +9,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 Buffer = memoryview | np.ndarray
 Shapes = Mapping[str, Sequence[int]]
 Tensors = dict[str, np.ndarray]
-Dtype = Literal["F32", "U8"]
+Dtype = Literal["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"]  # names of safetensors
 
 BLOCK = 256  # values that share a scale in `adamw-8bit`
 WITH_CONSTANTS = ("pissa", "olora")  # the starts whose A0 and -B0 are part of the state
 WEIGHTS, CONSTANTS = "weights", "constants"
-BYTES: dict[Dtype, int] = {"F32": 4, "U8": 1}
+BYTES: dict[Dtype, int] = dict(zip(get_args(Dtype), (8, 4, 2, 2, 8, 4, 2, 1, 1, 1), strict=True))
 NUMPY = {"F32": np.float32, "U8": np.uint8}
 
 

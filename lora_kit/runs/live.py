@@ -39,7 +39,8 @@ from lora_kit.runs.formats import Amount, Token
 from lora_kit.runs.identity import IDENTITY, Identity, Life, life_of
 from lora_kit.runs.journal import Journal
 from lora_kit.runs.layout import CONSTANTS, WEIGHTS, Layout, State, cut
-from lora_kit.runs.manifest import Manifest, RunFacts, StepFacts
+from lora_kit.runs.manifest import AnyManifest, Manifest, RunFacts, ScriptFacts, StepFacts
+from lora_kit.runs.scripts import ScriptJob
 from lora_kit.runs.store import ADAPTER, ADAPTER_CONFIG, OPTIMIZER, headers_of
 
 MAGIC = int.from_bytes(b"lorakit3", "little")
@@ -479,7 +480,13 @@ def open_region(run: Path, *, run_id: str | None = None, most: int = 2**63) -> R
                 least = record.token  # ignore the region of an earlier holder of the lease, which was paused
     found = [region for region, owner in _regions(run_id) if owner.path == path] if run_id else []
     found = [region for region in found if least <= region.words[Word.TOKEN] <= most]
-    return max(found, key=lambda region: region.words[Word.TOKEN], default=None)
+    return max(found, key=_order, default=None)
+
+
+def _order(region: Region) -> tuple[int, tuple[int, int]]:
+    """Return the region's token, and the order of its newest snapshot: a region that replaces another begins empty."""
+    newest = region.snapshots()[:1]
+    return region.words[Word.TOKEN], newest[0].order if newest else (0, 0)
 
 
 def adopt(held: lease.Lease) -> None:
@@ -527,6 +534,21 @@ def create_region(held: lease.Lease, payload_bytes: int) -> Region:
     if region is not None:
         discard(region)
     return _create(Owner.of(run, run_id), payload_bytes)
+
+
+def create_successor(held: lease.Lease, region: Region, payload_bytes: int) -> Region:
+    """Return a new region with larger slots, for a state that has grown. The old region stays, with what it holds.
+
+    Until the first snapshot is published in the new region, `open_region` returns the old one.
+
+    Raises:
+        CheckpointError: Neither shared memory nor the temporary folder has enough space.
+    """
+    successor = _create(Owner.of(held.run, held.record.run_id), payload_bytes)
+    for word in (Word.PHASE, Word.BEAT, Word.SEEN, Word.STOP, Word.HANDLED, Word.COMMITTED):
+        successor.words[word] = region.words[word]
+    successor.words[Word.TOKEN] = held.token
+    return successor
 
 
 def _create(owner: Owner, payload_bytes: int) -> Region:
@@ -618,10 +640,15 @@ class JobFile:
     best: bool
 
 
-JOB_FILE = TypeAdapter(JobFile)
+@dataclass(frozen=True)
+class _Kind:
+    document_bytes: formats.Json = None  # only the file of a script's run has it
 
 
-def write_job(region: Region, job: JobFile) -> None:
+JOB_FILE, _SCRIPT_JOB, _KIND = TypeAdapter(JobFile), TypeAdapter(ScriptJob), TypeAdapter(_Kind)
+
+
+def write_job(region: Region, job: JobFile | ScriptJob) -> None:
     """Write job.json beside a region, in one rename, and its checksum into the region.
 
     Raises:
@@ -640,7 +667,7 @@ def write_job(region: Region, job: JobFile) -> None:
     region.words[Word.JOB] = digest
 
 
-def read_job(region: Region) -> JobFile | None:
+def read_job(region: Region) -> JobFile | ScriptJob | None:
     """Return the content of job.json beside a region; None if it was not written yet.
 
     Raises:
@@ -654,11 +681,14 @@ def read_job(region: Region) -> JobFile | None:
         raise CheckpointError(f"{path}: missing; live snapshots cannot be used without it")
     if xxhash.xxh3_64_intdigest(content) not in digests:
         raise CheckpointError(f"{path}: changed since it was written; its checksum does not match")
-    return formats.parse(JOB_FILE, content, path)
+    of_script = formats.parse(_KIND, content, path).document_bytes is not None
+    return formats.parse(_SCRIPT_JOB, content, path) if of_script else formats.parse(JOB_FILE, content, path)
 
 
-def files_of(job: JobFile, payload: memoryview) -> dict[str, list[bytes | memoryview]]:
+def files_of(job: JobFile | ScriptJob, payload: memoryview) -> dict[str, list[bytes | memoryview]]:
     """Return the content of a checkpoint's files, pieces in order."""
+    if isinstance(job, ScriptJob):
+        return job.files(payload)
     layout = Layout.of(job.shapes, job.facts.recipe)
     headers, buffers = headers_of(layout), layout.split(payload)
     return {
@@ -675,13 +705,13 @@ class Live:
     Attributes:
         path: The region's file.
         slot: The slot's index.
-        shapes: The adapter's tensors in the order in which they lie in the slot.
+        shapes: The adapter's tensors in the order in which they lie in the slot; empty for a script's run.
     """
 
     path: Path
     slot: int
     shapes: Mapping[str, Sequence[int]]
-    manifest: Manifest
+    manifest: AnyManifest
 
     @property
     def step(self) -> int:
@@ -707,7 +737,8 @@ def newest(held: lease.Lease) -> tuple[Live | None, list[str]]:
         return None, []
     for snapshot in region.snapshots():
         if region.is_valid(snapshot):
-            facts = replace(job.facts, fencing_token=snapshot.header.token)
-            return Live(region.path, snapshot.slot, job.shapes, Manifest(facts, snapshot.header.progress, {})), problems
+            facts: RunFacts | ScriptFacts = replace(job.facts, fencing_token=snapshot.header.token)
+            shapes = job.shapes if isinstance(job, JobFile) else {}
+            return Live(region.path, snapshot.slot, shapes, Manifest(facts, snapshot.header.progress, {})), problems
         problems.append(f"{region.path}: the live snapshot of step {snapshot.step} is damaged, so it is not used")
     return None, problems

@@ -10,9 +10,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal
 
 from pydantic import AfterValidator, Field, TypeAdapter
+from typing_extensions import TypeVar  # Python 3.13 has it with defaults
 
 from lora_kit.data.counts import Count, DataCounts
 from lora_kit.errors import CheckpointError
@@ -177,6 +178,34 @@ class RunFacts:
 
 
 @dataclass(frozen=True)
+class ScriptFacts:
+    """The part of a manifest that stays the same while a process lives, for a script with a `Trainer` of transformers.
+
+    Attributes:
+        run_id: 16 hexadecimal digits, chosen at the run's first start.
+        fencing_token: As in `RunFacts`.
+        script: The program that was started.
+        trainer: The class of the trainer, with its module.
+        settings: What a resume must find unchanged, by name.
+        versions: The versions of the packages that compute.
+        machine: The number of training processes, and the device that each computes on.
+        uncaptured: What changes from step to step and is not part of the state, so that a resume would lose it.
+    """
+
+    run_id: RunId
+    fencing_token: Token
+    script: str
+    trainer: str
+    settings: dict[str, Json]
+    versions: dict[str, str]
+    machine: Machine
+    uncaptured: tuple[str, ...] = ()
+
+
+Facts = TypeVar("Facts", bound=RunFacts | ScriptFacts, default=RunFacts)
+
+
+@dataclass(frozen=True)
 class Watch:
     """The count of `evaluate.patience` after an evaluation.
 
@@ -233,10 +262,10 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class Manifest(Generic[Facts]):
     """What a checkpoint records; a live snapshot has the same without `files`."""
 
-    run: RunFacts
+    run: Facts
     progress: StepFacts
     files: dict[str, FileEntry]
 
@@ -251,6 +280,12 @@ class Manifest:
         return {"format": FORMAT} | asdict(self.run) | asdict(self.progress) | {"files": files}
 
 
+if TYPE_CHECKING:
+    AnyManifest = Manifest[Any]
+else:  # what pydantic reads
+    AnyManifest = Manifest[RunFacts] | Manifest[ScriptFacts]
+
+
 class OtherFormatError(CheckpointError):
     """A checkpoint of another version of lora_kit: intact, but not readable by this version."""
 
@@ -258,6 +293,7 @@ class OtherFormatError(CheckpointError):
 @dataclass(frozen=True)
 class _Format:
     format: Json = None
+    script: Json = None
 
 
 @dataclass(frozen=True)
@@ -266,6 +302,7 @@ class _Files:
 
 
 _FORMAT, _RUN, _STEP, _FILES = TypeAdapter(_Format), TypeAdapter(RunFacts), TypeAdapter(StepFacts), TypeAdapter(_Files)
+_SCRIPT = TypeAdapter(ScriptFacts)
 
 
 def manifest_bytes(content: Mapping[str, Any]) -> bytes:
@@ -277,8 +314,8 @@ def manifest_bytes(content: Mapping[str, Any]) -> bytes:
     return formats.seal(content)
 
 
-def read_manifest(path: Path) -> Manifest:
-    """Read a manifest and check it against its own SHA-256.
+def read_any_manifest(path: Path) -> AnyManifest:
+    """Read a manifest of a recipe's or a script's run and check it against its own SHA-256.
 
     Raises:
         CheckpointError: The manifest is missing, damaged or of another format, or a field is missing, of wrong type or
@@ -287,18 +324,47 @@ def read_manifest(path: Path) -> Manifest:
     data = formats.read_bytes(path)
     if data is None:
         raise CheckpointError(f"{path}: missing; the folder was never committed")
-    return parse_manifest(data, path)
+    return _parse(data, path)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a manifest of a recipe's run.
+
+    Raises:
+        CheckpointError: As for `read_any_manifest`, or it is of a script's run.
+    """
+    return of_recipe(read_any_manifest(path), path)
 
 
 def parse_manifest(data: bytes, where: Path | str) -> Manifest:
-    """Return the manifest in a file's content; `where` names the file in messages.
+    """Return the manifest of a recipe's run in a file's content; `where` names the file in messages.
 
     Raises:
         CheckpointError: As for `read_manifest`.
     """
+    return of_recipe(_parse(data, where), where)
+
+
+def of_recipe(manifest: AnyManifest, where: Path | str) -> Manifest:
+    """Return a manifest of a recipe's run.
+
+    Raises:
+        CheckpointError: It is of a script's run.
+    """
+    if isinstance(manifest.run, ScriptFacts):
+        raise CheckpointError(
+            f"{where}: of a run of the script {formats.short(manifest.run.script)}, not of a recipe; resume it with "
+            "`lora-kit launch` or its own command. `lora-kit status` and `lora-kit verify` read both kinds of runs"
+        )
+    return manifest
+
+
+def _parse(data: bytes, where: Path | str) -> AnyManifest:
     formats.require_seal(data, where)
-    found = formats.parse(_FORMAT, data, where).format
-    if found != FORMAT:
-        raise OtherFormatError(f"{where}: format {formats.short(found)}, this lora_kit reads {FORMAT}")
-    run, progress = formats.parse(_RUN, data, where), formats.parse(_STEP, data, where)
-    return Manifest(run, progress, formats.parse(_FILES, data, where).files)
+    found = formats.parse(_FORMAT, data, where)
+    if found.format != FORMAT:
+        raise OtherFormatError(f"{where}: format {formats.short(found.format)}, this lora_kit reads {FORMAT}")
+    run: RunFacts | ScriptFacts = (
+        formats.parse(_RUN, data, where) if found.script is None else formats.parse(_SCRIPT, data, where)
+    )
+    return Manifest(run, formats.parse(_STEP, data, where), formats.parse(_FILES, data, where).files)

@@ -21,9 +21,9 @@ from lora_kit.runs import certificate, live, store
 from lora_kit.runs.journal import Journal
 from lora_kit.runs.lease import Fence, Lease, inherited, take
 from lora_kit.runs.live import Live
-from lora_kit.runs.manifest import ONCE_RECORDED, Environment, RunFacts
+from lora_kit.runs.manifest import ONCE_RECORDED, Environment, RunFacts, ScriptFacts
 from lora_kit.runs.origin import PlainAdapter, begins_with, describe, open_origin
-from lora_kit.runs.store import Checkpoint
+from lora_kit.runs.store import AnyCheckpoint, Checkpoint
 
 Verdict = Literal["harmless", "accept", "refused"]
 
@@ -189,9 +189,9 @@ class OpenRun:
 
     folder: Path
     lease: Lease
-    latest: Checkpoint | Live | None
+    latest: AnyCheckpoint | Live | None
     goes_back: bool
-    origin: Checkpoint | PlainAdapter | None
+    origin: Checkpoint[RunFacts] | PlainAdapter | None
     reached: int
     notices: tuple[str, ...]
 
@@ -274,7 +274,11 @@ def is_own(folder: Path, checkpoint: Path) -> bool:
 
 
 def open_run(
-    folder: Path, start_from: Path | None = None, *, tell: Callable[[str], None] = lambda text: None
+    folder: Path,
+    start_from: Path | None = None,
+    *,
+    script: bool = False,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> OpenRun:
     """Acquire a run's lease, unless this process's keeper holds it already, and find the state to resume from.
 
@@ -284,13 +288,15 @@ def open_run(
     Args:
         folder: The run's folder.
         start_from: A checkpoint of this run to go back to, or a checkpoint of another run, for a new run to begin with.
+        script: Whether the run is one of a script, not of a recipe.
         tell: Called with messages for the user that must not wait.
 
     Raises:
         InputError: The folder cannot be a run's folder.
         LeaseError: Another process is training there.
         CheckpointError: `start_from` is damaged.
-        ContractError: The run in the folder has begun with another adapter, or its newest checkpoint is of another run.
+        ContractError: The run in the folder has begun with another adapter, its newest checkpoint is of another run, or
+            a recipe would resume a script's run or the other way round.
     """
     lease, notices = inherited(folder), list[str]()
     if lease and start_from and is_own(folder, start_from) and Journal(folder).went_back(lease.token):
@@ -311,6 +317,9 @@ def open_run(
                 f"{latest.path}: a checkpoint of another run ({latest.manifest.run.run_id}; this folder has the run "
                 f"{lease.record.run_id}); move it away, or begin a new run with it: --from, another --out"
             )
+        if latest and isinstance(latest.manifest.run, ScriptFacts) is not script:
+            kinds = ("a recipe", "a script") if script else ("a script", "a recipe")
+            raise ContractError(f"{folder}: it holds a run of {kinds[0]}, so {kinds[1]} needs another --out")
         if origin is not None and latest and not begins_with(latest.manifest.run.origin, origin):
             raise ContractError(
                 f"{folder}: this run began with {latest.manifest.run.origin or 'a fresh adapter'}, not with "
@@ -370,7 +379,7 @@ def go_back(run: OpenRun) -> list[str]:
 def _still_broken(path: Path) -> bool:
     time.sleep(0.05)  # a network file system may show a folder before its files
     try:
-        store.open_checkpoint(path)
+        store.open_any_checkpoint(path)
     except CheckpointError:
         return True
     return False

@@ -166,7 +166,7 @@ def checkpoints(run: str | Path) -> list[dict[str, Any]]:
 def validity(path: Path) -> dict[str, Any]:
     """Verify every byte of a checkpoint; return its name with its step and bytes, or with the problem."""
     try:
-        checkpoint = store.open_checkpoint(path)
+        checkpoint = store.open_any_checkpoint(path)
     except CheckpointError as error:
         return {"path": path.name, "valid": False, "problem": str(error)}
     return {"path": path.name, "valid": True, "step": checkpoint.step, "bytes": checkpoint.size}
@@ -262,7 +262,7 @@ def _step_timeout(region: live.Region | None) -> float | None:
     """Return `train.step_timeout` of the recipe of the job that writes to a live region, if it is set."""
     with suppress(CheckpointError):
         job = live.read_job(region) if region else None
-        found = job.facts.recipe.get("train", {}).get("step_timeout") if job else None
+        found = job.facts.recipe.get("train", {}).get("step_timeout") if isinstance(job, live.JobFile) else None
         return found if isinstance(found, float) else None
     return None
 

@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from safetensors import SafetensorError, safe_open
@@ -33,13 +33,17 @@ from lora_kit.runs.figures import cost, figure_of
 from lora_kit.runs.layout import BYTES, Dtype, Layout, State, Tensors, trained_shapes, without_constants
 from lora_kit.runs.manifest import (
     MANIFEST,
+    AnyManifest,
+    Facts,
     FileEntry,
     Manifest,
     OtherFormatError,
     RunFacts,
+    ScriptFacts,
     StepFacts,
     manifest_bytes,
-    read_manifest,
+    of_recipe,
+    read_any_manifest,
 )
 from lora_kit.version import VERSION
 
@@ -48,6 +52,7 @@ ADAPTER, ADAPTER_CONFIG, OPTIMIZER = (
     "adapter_config.json",
     "optimizer.safetensors",
 )
+TRAINER = "trainer.json"  # of a script's run: the state beside weights and optimizer
 PUBLISHED = (ADAPTER, ADAPTER_CONFIG)  # what every checkpoint has; one on the Hub has no moments
 NAME = re.compile(r"step-([0-9]{8,20})")
 STAGING = re.compile(r"\.tmp-[0-9]+")  # the name of a folder in which a checkpoint is written
@@ -57,11 +62,11 @@ Entry = tuple[Dtype, Sequence[int]]  # the dtype and the shape of a tensor of a 
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Generic[Facts]):
     """A committed folder and its manifest."""
 
     path: Path
-    manifest: Manifest
+    manifest: Manifest[Facts]
 
     @property
     def step(self) -> int:
@@ -78,14 +83,15 @@ class Checkpoint:
         """The recipe of the run, read from this checkpoint's manifest.
 
         Raises:
-            CheckpointError: A field is unknown to this version of lora_kit, missing or of another type; the message
-                names each field.
+            CheckpointError: The run has no recipe, or a field is unknown to this version of lora_kit, missing or of
+                another type; the message names each field.
         """
+        run = of_recipe(self.manifest, self.path).run
         try:
-            return Recipe.model_validate(self.manifest.run.recipe)
+            return Recipe.model_validate(run.recipe)
         except ValidationError as error:
             problems = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
-            trained_with = self.manifest.run.versions.get("lora_kit", "another version")
+            trained_with = run.versions.get("lora_kit", "another version")
             raise CheckpointError(
                 f"{self.path}: its recipe is not one of lora_kit {VERSION}: {'; '.join(problems)}; use lora_kit "
                 f"{trained_with}, which trained it"
@@ -108,9 +114,15 @@ class Checkpoint:
         found, constants = _load(self.path / ADAPTER), Tensors()
         # sorted by their order in the file, which is that of the moments
         tensors = {name: found[name] for name in _tensors(self.path / ADAPTER)}
-        if Layout.of({}, self.manifest.run.recipe).constants:
+        if Layout.of({}, of_recipe(self.manifest, self.path).run.recipe).constants:
             tensors, constants = without_constants(tensors)
         return State(tensors, _load(self.path / OPTIMIZER), constants)
+
+
+if TYPE_CHECKING:
+    AnyCheckpoint = Checkpoint[Any]
+else:  # what pydantic reads
+    AnyCheckpoint = Checkpoint[RunFacts] | Checkpoint[ScriptFacts]
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -132,10 +144,11 @@ def headers_of(layout: Layout) -> dict[str, bytes]:
     """
     saved: dict[str, Entry] = {name: ("F32", shape) for name, shape in layout.saved_shapes.items()}
     moments: dict[str, Entry] = {name: (dtype, (count,)) for name, (dtype, count) in layout.moments.items()}
-    return {ADAPTER: _header(saved, {"__metadata__": {"format": "pt"}}), OPTIMIZER: _header(moments, {})}
+    return {ADAPTER: header(saved, {"__metadata__": {"format": "pt"}}), OPTIMIZER: header(moments, {})}
 
 
-def _header(tensors: "Mapping[str, Entry]", entries: dict[str, Any]) -> bytes:
+def header(tensors: "Mapping[str, Entry]", entries: dict[str, Any]) -> bytes:
+    """Return the header of a safetensors file with these tensors, whose values follow in this order."""
     offset = 0
     for name, (dtype, shape) in tensors.items():
         end = offset + BYTES[dtype] * math.prod(shape)
@@ -157,11 +170,11 @@ Pieces = Sequence[bytes | memoryview]
 def commit(
     run: Path,
     files: Mapping[str, Pieces],
-    facts: RunFacts,
+    facts: Facts,
     progress: StepFacts,
     *,
     require: Callable[[], None] = lambda: None,
-) -> Checkpoint:
+) -> Checkpoint[Facts]:
     """Write a checkpoint so that a crash at any moment leaves it complete or absent.
 
     Files are written and synced under `.tmp-<token>`, the manifest last. Then the folder is synced, renamed into place,
@@ -237,7 +250,7 @@ def _settle(run: Path, earlier: Path) -> None:
         return
     with contextlib.suppress(CheckpointError):
         # other weights, and not only other facts such as a held-out loss
-        if not _holds(final, read_manifest(earlier / MANIFEST).files):
+        if not _holds(final, read_any_manifest(earlier / MANIFEST).files):
             set_aside(run, earlier, "another commit of the same step", name=final.name)
     shutil.rmtree(earlier, ignore_errors=True)
 
@@ -267,7 +280,7 @@ def _move(source: Path, target: Path) -> None:
 
 def _holds(folder: Path, entries: Mapping[str, FileEntry]) -> bool:
     try:
-        return read_manifest(folder / MANIFEST).files == entries
+        return read_any_manifest(folder / MANIFEST).files == entries
     except CheckpointError:
         return False
 
@@ -314,7 +327,18 @@ def try_rename(run: Path) -> None:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Verify every byte of a checkpoint and return it.
+    """Verify every byte of a checkpoint of a recipe's run and return it.
+
+    Raises:
+        CheckpointError: As for `open_any_checkpoint`, or it is of a script's run.
+    """
+    checkpoint = open_any_checkpoint(path)
+    of_recipe(checkpoint.manifest, path)
+    return checkpoint
+
+
+def open_any_checkpoint(path: Path) -> AnyCheckpoint:
+    """Verify every byte of a checkpoint of a recipe's or a script's run and return it.
 
     A folder with the name of a run's checkpoint must have the moments too and be of the step in its name.
 
@@ -322,9 +346,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: A file is missing, cannot be read, is not a regular file or has other content than the manifest
             says, or the tensors are not those of an adapter; the message names it.
     """
-    manifest = read_manifest(path / MANIFEST)
-    of_run = NAME.fullmatch(path.name)
-    needed = (*PUBLISHED, OPTIMIZER) if of_run else PUBLISHED
+    manifest = read_any_manifest(path / MANIFEST)
+    of_run, of_script = NAME.fullmatch(path.name), isinstance(manifest.run, ScriptFacts)
+    needed = (TRAINER, OPTIMIZER) if of_script else (*PUBLISHED, OPTIMIZER) if of_run else PUBLISHED
     problems = [f"{path / name}: not listed in the manifest" for name in needed if name not in manifest.files]
     if of_run and step_of(path) != manifest.progress.step:
         problems.append(
@@ -334,6 +358,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
         problems += _differences(path / name, entry)
     if problems:
         raise CheckpointError("\n".join(problems))
+    if not of_script:
+        _require_adapter(path, of_recipe(manifest, path))
+    return Checkpoint(path, manifest)
+
+
+def _require_adapter(path: Path, manifest: Manifest) -> None:
+    """Raise a CheckpointError if the tensors of a checkpoint are not an adapter and its moments."""
     formats.read(_ADAPTER_CONFIG, path / ADAPTER_CONFIG)
     shapes = {name: shape for name, (_, shape) in _tensors(path / ADAPTER, only="F32").items()}
     if OPTIMIZER in manifest.files:
@@ -344,7 +375,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(
                 f"{path / OPTIMIZER}: it has {found}, expected the moments of {layout.size:,} weights"
             )
-    return Checkpoint(path, manifest)
 
 
 def _differences(path: Path, entry: FileEntry) -> list[str]:
@@ -416,7 +446,7 @@ class Found:
     If a manifest cannot be read, the step in the folder's name decides whether the checkpoint is newer.
     """
 
-    latest: Checkpoint | None
+    latest: AnyCheckpoint | None
     broken: dict[Path, str]
 
 
@@ -432,7 +462,7 @@ def find(run: Path) -> Found:
     latest, broken = None, dict[Path, str]()
     for path in readable:
         try:
-            latest = open_checkpoint(path)
+            latest = open_any_checkpoint(path)
             break
         except CheckpointError as error:
             broken[path] = str(error)
@@ -442,17 +472,17 @@ def find(run: Path) -> Found:
     return Found(latest, {path: reason for path, reason in broken.items() if os.path.lexists(path)})
 
 
-def newest_first(run: Path) -> tuple[dict[Path, Manifest], dict[Path, str]]:
+def newest_first(run: Path) -> tuple[dict[Path, AnyManifest], dict[Path, str]]:
     """Return the checkpoints of a run.
 
     Returns:
         The manifest of each checkpoint, newest first, by fencing token and step; and for the checkpoints whose manifest
         cannot be read, the reason. No other file is read.
     """
-    readable, unreadable = dict[Path, Manifest](), dict[Path, str]()
+    readable, unreadable = dict[Path, AnyManifest](), dict[Path, str]()
     for path in folders(run):
         try:
-            readable[path] = read_manifest(path / MANIFEST)
+            readable[path] = read_any_manifest(path / MANIFEST)
         except CheckpointError as error:
             unreadable[path] = str(error)
     ordered = sorted(readable.items(), key=lambda item: item[1].order, reverse=True)
@@ -462,7 +492,7 @@ def newest_first(run: Path) -> tuple[dict[Path, Manifest], dict[Path, str]]:
 def is_of_other_format(path: Path) -> bool:
     """Return whether a checkpoint is intact, but of another version of lora_kit."""
     try:
-        read_manifest(path / MANIFEST)
+        read_any_manifest(path / MANIFEST)
     except CheckpointError as error:
         return isinstance(error, OtherFormatError)
     return False
@@ -485,7 +515,7 @@ def set_aside(run: Path, path: Path, reason: str, *, name: str | None = None) ->
     return target
 
 
-def best_of(run: Path) -> Checkpoint | None:
+def best_of(run: Path) -> AnyCheckpoint | None:
     """Return the checkpoint with the best held-out figure, the newest on a tie; None if none was measured.
 
     The newest checkpoint's recipe names the figure (`evaluate.metric`). Only manifests are verified.
@@ -500,9 +530,10 @@ def best_of(run: Path) -> Checkpoint | None:
     return min(measured, key=lambda pair: pair[0])[1] if measured else None
 
 
-def metric_of(manifest: Manifest) -> str:
-    """Return the figure by which a run's checkpoints are compared: its recipe's `evaluate.metric`."""
-    found = manifest.run.recipe.get("evaluate", {}).get("metric")
+def metric_of(manifest: AnyManifest) -> str:
+    """Return the figure by which a run's checkpoints are compared: its recipe's `evaluate.metric`, else the loss."""
+    recipe = {} if isinstance(manifest.run, ScriptFacts) else manifest.run.recipe
+    found = recipe.get("evaluate", {}).get("metric")
     return found if isinstance(found, str) else LOSS
 
 
@@ -531,7 +562,7 @@ def prune(
     readable, unreadable = newest_first(run)
     ordered = list(readable)
     for path in [*ordered[:1], *(path for path in unreadable if not ordered or step_of(path) > step_of(ordered[0]))]:
-        open_checkpoint(path)
+        open_any_checkpoint(path)
     best_one = best_of(run) if best else None
     for folder in ordered[max(2, keep) :]:
         kept = (folder / PIN).exists() or (keep_every and step_of(folder) % keep_every == 0)

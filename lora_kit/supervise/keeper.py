@@ -24,6 +24,8 @@ from lora_kit.runs.identity import own_identity
 from lora_kit.runs.journal import Journal
 from lora_kit.runs.lease import Fence, Heart, Lease, lost
 from lora_kit.runs.live import JobFile, Phase, Region, Snapshot, Word
+from lora_kit.runs.manifest import RunFacts, ScriptFacts
+from lora_kit.runs.scripts import ScriptJob
 from lora_kit.supervise.stopping import signals_to_hear
 
 POLL_SECONDS = 0.01
@@ -44,7 +46,7 @@ class Keeper:
         self.run, self.lease, self.journal = lease.run, lease, Journal(lease.run, Fence(lease))
         self.region: Region | None = None
         self._heart = Heart(lease)
-        self._job: JobFile | None = None
+        self._job: JobFile | ScriptJob | None = None
         self._job_seen = 0
         self._removed = False
         self._look_at = 0.0
@@ -81,7 +83,7 @@ class Keeper:
     def _is_writing(self) -> bool:
         return self._writer is not None and self._writer.is_alive()
 
-    def _write_in_thread(self, region: Region, job: JobFile, snapshot: Snapshot) -> None:
+    def _write_in_thread(self, region: Region, job: JobFile | ScriptJob, snapshot: Snapshot) -> None:
         """Start to write. The thread does not keep this process alive: a start that lost its lease ends at once."""
         self._writer = Thread(target=self._write, args=(region, job, snapshot), name="checkpoint", daemon=True)
         self._writer.start()
@@ -139,7 +141,7 @@ class Keeper:
             return None
         return None if published[0].header.progress.skipped else published[0]
 
-    def _write(self, region: Region, job: JobFile, snapshot: Snapshot) -> None:
+    def _write(self, region: Region, job: JobFile | ScriptJob, snapshot: Snapshot) -> None:
         """Write a snapshot as a checkpoint and prune older checkpoints; report a failure to the trainer."""
         region.words[Word.READING] = snapshot.slot + 1
         began, sequence = time.monotonic(), snapshot.header.sequence
@@ -150,7 +152,7 @@ class Keeper:
                 raise CheckpointError(
                     f"{region.path}: the live snapshot of step {snapshot.step} is damaged, so it is not written"
                 )
-            facts = replace(job.facts, fencing_token=self.lease.token)
+            facts: RunFacts | ScriptFacts = replace(job.facts, fencing_token=self.lease.token)
             files = live.files_of(job, region.payload(snapshot.slot))
             require = self.lease.require_now
             made = store.commit(self.run, files, facts, snapshot.header.progress, require=require)
@@ -188,7 +190,7 @@ class Keeper:
         durable = store.find(self.run).latest
         return durable.step if durable else 0
 
-    def _unwritten(self) -> tuple[Region, JobFile, Snapshot] | None:
+    def _unwritten(self) -> tuple[Region, JobFile | ScriptJob, Snapshot] | None:
         """Return the newest valid live snapshot, also of an earlier start, if it is newer than all checkpoints."""
         self._look()
         region, job, durable = self.region, self._job, store.find(self.run).latest

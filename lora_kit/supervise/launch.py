@@ -1,4 +1,4 @@
-"""`lora-kit train`: the keeper as the parent of the training processes, which it restarts after a failure.
+"""`lora-kit train` and `launch`: the keeper as the parent of the training processes, which it restarts after a failure.
 
 A stop signal to this process or to any training process ends all training processes at once, and the keeper writes the
 newest finished step. If a training process is killed, crashes or hangs, the others are killed too, and all start again
@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +51,39 @@ def follow_launcher() -> None:
     for left in (STORE, KEEPER):
         os.environ.pop(left, None)
     end_with_parent(signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Program:
+    """What the training processes run.
+
+    Attributes:
+        worker: The function that each of them calls, as `module:name`.
+        request: Its argument, the same for every process and every restart.
+        preload: The modules that are imported before a process is forked.
+        absent: Packages that training does not need and that must not be imported, because that takes long.
+        ahead: The module that prepares the data of the request while torch is imported; None if there is none.
+        step_timeout: Seconds without a sign of life that count as a hang; None to derive them from the longest step.
+        least_timeout: The least that is derived.
+    """
+
+    worker: str
+    request: str
+    preload: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    ahead: str | None = None
+    step_timeout: float | None = None
+    least_timeout: float = LEAST_TIMEOUT_SECONDS
+
+    @classmethod
+    def of_recipe(cls, request: str, *, absent: tuple[str, ...], step_timeout: float | None) -> "Program":
+        """Return the program that trains a recipe; the request is a `TrainRequest` as JSON."""
+        return cls(WORKER, request, PRELOAD, absent, AHEAD, step_timeout)
+
+    def prepare(self, zygote: Zygote) -> None:
+        """Let the zygote import what a training process needs, unless that is a fresh interpreter."""
+        if not zygote.fresh:
+            zygote.prepare(self.preload, self.absent)
 
 
 @dataclass
@@ -97,24 +130,14 @@ def environments(processes: int) -> list[dict[str, str]]:
 class Launch:
     """One call of `lora-kit train`, from the first start to the last exit."""
 
-    def __init__(
-        self,
-        request: str,
-        zygote: Zygote,
-        processes: int,
-        run: Path,
-        lease: Lease,
-        *,
-        absent: Sequence[str],
-        step_timeout: float | None,
-    ) -> None:
-        self._request, self._processes, self._run = request, processes, run
-        self._absent, self._step_timeout = absent, step_timeout
+    def __init__(self, program: Program, zygote: Zygote, processes: int, run: Path, lease: Lease) -> None:
+        self._program, self._processes, self._run = program, processes, run
+        self._step_timeout = program.step_timeout
         self.keeper, self.console = Keeper(lease), Console(silent=False)
         self._signals: list[tuple[float, int]] = []
         self.zygote = zygote
-        self.zygote.prepare(PRELOAD, absent)
-        self._ahead = _start_ahead(request)
+        program.prepare(zygote)
+        self._ahead = _start_ahead(program)
         self.attempt = Attempt()
         self._beats = self._beat()  # the counter when the last start ended
         self._unreported: float | None = None  # time since which a training process has ended without a report
@@ -171,14 +194,14 @@ class Launch:
         """Start the processes of an attempt."""
         if self.zygote.process.poll() is not None:
             self.zygote.end()
-            self.zygote = Zygote()
-            self.zygote.prepare(PRELOAD, self._absent)
+            self.zygote = Zygote(fresh=self.zygote.fresh)
+            self._program.prepare(self.zygote)
         self.attempt, self._silent, self._longest, self._cpu_seconds = Attempt(), 0.0, 0.0, 0.0
         self._looked = time.monotonic()
         self.keeper.prepare_restart()
         keeper = {KEEPER: self.keeper.lease.to_json()}
         started = environments(self._processes)
-        self.zygote.start(WORKER, self._request, [each | keeper for each in started])
+        self.zygote.start(self._program.worker, self._program.request, [each | keeper for each in started])
 
     def _end_ahead(self) -> None:
         if self._ahead is not None:
@@ -304,7 +327,7 @@ class Launch:
         self._silent += passed
         limit = LOADING_TIMEOUT_SECONDS
         if life[0] == Phase.TRAINING and self._longest:
-            limit = self._step_timeout or max(LEAST_TIMEOUT_SECONDS, TIMEOUT_FACTOR * self._longest)
+            limit = self._step_timeout or max(self._program.least_timeout, TIMEOUT_FACTOR * self._longest)
         elif life[0] == Phase.LOADING and (self._step_timeout or LEAST_TIMEOUT_SECONDS) < self._silent <= limit:
             return any(map(_suspended, [self.zygote.process.pid, *self.attempt.running.values()]))
         elif life[0] == Phase.LOADING and self._silent > limit and self._works():
@@ -374,39 +397,34 @@ class Launch:
 
 
 def launch(
-    request: str,
+    program: Program,
     *,
     zygote: Zygote,
     processes: int,
     run: Path,
     lease: Lease,
     max_restarts: int,
-    absent: Sequence[str],
-    step_timeout: float | None,
 ) -> int:
     """Train in processes of their own under a keeper, and return the exit code.
 
     Args:
-        request: A `TrainRequest` as JSON, the same for every process and every restart.
+        program: What the processes run.
         zygote: The process that forks the training processes; it is ended at the end.
         processes: The number of training processes.
         run: The run's folder.
         lease: The lease that this process holds; it is released at the end.
         max_restarts: The most restarts after failures.
-        absent: Packages that training does not need and that must not be imported, because that takes long.
-        step_timeout: Seconds without a sign of life that count as a hang; None to derive them from the longest step.
     """
-    started = Launch(request, zygote, processes, run, lease, absent=absent, step_timeout=step_timeout)
-    return started.run(max_restarts)
+    return Launch(program, zygote, processes, run, lease).run(max_restarts)
 
 
-def _start_ahead(request: str) -> "subprocess.Popen[bytes] | None":
+def _start_ahead(program: Program) -> "subprocess.Popen[bytes] | None":
     """Start to prepare the data of a request; return None if there is no processor or process to spare for that."""
-    if len(os.sched_getaffinity(0)) < 2:
+    if program.ahead is None or len(os.sched_getaffinity(0)) < 2:
         return None
-    nothing = subprocess.DEVNULL
+    nothing, command = subprocess.DEVNULL, [sys.executable, "-m", program.ahead, program.request]
     with suppress(OSError):  # a limit of processes or memory, which the training processes may just fit into
-        return subprocess.Popen([sys.executable, "-m", AHEAD, request], stdin=nothing, stdout=nothing, stderr=nothing)
+        return subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing)
     return None
 
 

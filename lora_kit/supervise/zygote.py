@@ -40,17 +40,22 @@ RANKS = re.compile(  # variables by which torch, accelerate and MPI libraries fi
 
 
 class Zygote:
-    """The zygote as its keeper sees it: the process, and the socket to it. Making one starts the process."""
+    """The zygote as its keeper sees it: the process, and the socket to it. Making one starts the process.
 
-    def __init__(self) -> None:
+    Args:
+        fresh: Whether its children are fresh interpreters, so that nothing is imported before they run.
+    """
+
+    def __init__(self, *, fresh: bool = False) -> None:
+        self.fresh = fresh
         self._socket, zygote_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
         self._socket.setblocking(False)
         # variables that a shell or another launcher has left would make a training process wait for others
         environment = {name: value for name, value in os.environ.items() if not RANKS.fullmatch(name)}
         # with this check the import of torch does not initialise CUDA, so that a forked process can use it
-        environment |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-        command = [sys.executable, "-m", "lora_kit.supervise.zygote", str(zygote_socket.fileno())]
+        environment |= {} if fresh else {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+        command = [sys.executable, "-m", "lora_kit.supervise.zygote", str(zygote_socket.fileno()), *["fresh"] * fresh]
         try:
             self.process = subprocess.Popen(command, pass_fds=[zygote_socket.fileno()], env=environment)
         except OSError as error:
@@ -111,11 +116,12 @@ class Zygote:
         self._socket.close()
 
 
-def main(descriptor: int) -> None:
+def main(descriptor: int, *, fresh: bool = False) -> None:
     """Import torch and the modules of the first message, then fork a process for every further message.
 
     Args:
         descriptor: The file descriptor of the socket to the keeper.
+        fresh: Whether the processes are fresh interpreters; then nothing is imported.
     """
     end_with_parent(signal.SIGKILL)
     make_output_safe()
@@ -126,13 +132,7 @@ def main(descriptor: int) -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wakeup_writer.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the keeper, which ends the run
-    gc.disable()  # imports free next to nothing, and collections would take a third of their time
-    import torch
-
-    _import(_receive(keeper))
-    gc.freeze()  # otherwise garbage collections in a child write to all imported objects and so copy their pages
-    gc.enable()
-    cuda_initialized = torch.cuda.is_initialized()
+    fresh = fresh or _prepare(keeper)
     while True:
         ready, _, _ = select.select([keeper, wakeup], [], [])
         if wakeup in ready:
@@ -147,8 +147,19 @@ def main(descriptor: int) -> None:
                 sys.exit(LoraKitError.exit_code)
             if process == 0:
                 signal.set_wakeup_fd(-1)
-                _work(start["function"], start["argument"], start["environment"], keeper, fresh=cuda_initialized)
+                _work(start["function"], start["argument"], start["environment"], keeper, fresh=fresh)
             _send(keeper, {"started": process, "index": start["index"]})
+
+
+def _prepare(keeper: socket.socket) -> bool:
+    """Import torch and the modules of the first message; return whether that has initialised CUDA."""
+    gc.disable()  # imports free next to nothing, and collections would take a third of their time
+    import torch
+
+    _import(_receive(keeper))
+    gc.freeze()  # otherwise garbage collections in a child write to all imported objects and so copy their pages
+    gc.enable()
+    return bool(torch.cuda.is_initialized())
 
 
 def _cannot_start(error: OSError) -> str:
@@ -241,4 +252,4 @@ def work(descriptor: int, function: str, argument: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), fresh="fresh" in sys.argv)

@@ -27,7 +27,7 @@ from lora_kit import errors
 from lora_kit.errors import LaunchError, LoraKitError
 from lora_kit.kernels.cpu.allocator import PRODUCTS_KEPT, keep_freed_memory
 from lora_kit.kernels.cpu.buffers import pool
-from lora_kit.supervise.zygote import STORE
+from lora_kit.training.meeting import meet
 
 T = TypeVar("T")
 COPIED_BYTES = 1 << 24  # bytes of a file in one message
@@ -76,12 +76,14 @@ class Processes:
         count: How many processes train together.
         device: Where this process computes.
         undo: Restores the settings of this process from before the run.
+        group: The group over which messages go; None for the default group.
     """
 
     index: int
     count: int
     device: torch.device
     undo: ExitStack
+    group: dist.ProcessGroup | None = None
 
     @classmethod
     def start(cls, dtype: str) -> "Processes":
@@ -104,7 +106,7 @@ class Processes:
         undo.callback(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode())
         undo.callback(setattr, memory, "fill_uninitialized_memory", memory.fill_uninitialized_memory)
         undo.callback(pool.release)
-        _meet(os.environ)
+        meet(os.environ)
         # accelerate chooses a number of threads and says so; the run's setup then sets its own
         warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
         accelerator = Accelerator(cpu=not torch.cuda.is_available())
@@ -163,11 +165,11 @@ class Processes:
     def _broadcast(self, message: bytes) -> bytes:
         """Return the message of the main process, which is not empty."""
         size = torch.tensor([len(message)], device=self.device)
-        dist.broadcast(size, 0)
+        dist.broadcast(size, 0, group=self.group)
         content = torch.empty(int(size), dtype=torch.uint8, device=self.device)
         if self.is_main:
             content.copy_(torch.frombuffer(bytearray(message), dtype=torch.uint8))
-        dist.broadcast(content, 0)
+        dist.broadcast(content, 0, group=self.group)
         return content.cpu().numpy().tobytes()
 
     def copy_to_all(self, file: BinaryIO) -> None:
@@ -184,12 +186,12 @@ class Processes:
             return list(items)
         message = _as_json(list(items))
         sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.count)]
-        dist.all_gather(sizes, torch.tensor([len(message)], device=self.device))
+        dist.all_gather(sizes, torch.tensor([len(message)], device=self.device), group=self.group)
         longest = int(torch.cat(sizes).max())
         padded = torch.zeros(longest, dtype=torch.uint8, device=self.device)
         padded[: len(message)].copy_(torch.frombuffer(bytearray(message), dtype=torch.uint8))
         contents = [torch.empty_like(padded) for _ in range(self.count)]
-        dist.all_gather(contents, padded)
+        dist.all_gather(contents, padded, group=self.group)
         messages = (content[: int(size)].cpu().numpy().tobytes() for content, size in zip(contents, sizes, strict=True))
         return [item for message in messages for item in json.loads(message)]
 
@@ -253,20 +255,6 @@ class Processes:
     def barrier(self) -> None:
         """Wait for all processes."""
         wait_for_everyone()
-
-
-def _meet(environment: Mapping[str, str]) -> None:
-    """Form the process group of `lora-kit train` through a file that only this user can open.
-
-    Under another launcher accelerate forms the group, through the launcher's store.
-    """
-    if STORE not in environment:
-        return
-    rank, count = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(environment["LOCAL_RANK"]) % torch.cuda.device_count())
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.FileStore(environment[STORE], count), rank=rank, world_size=count)
 
 
 def _end_group() -> None:

@@ -11,28 +11,50 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lora_kit.errors import CheckpointError, LaunchError, LoraKitError
 from lora_kit.model.adapter import saved_config
-from lora_kit.model.state import FlatState
 from lora_kit.runs import live
 from lora_kit.runs.identity import process_state
 from lora_kit.runs.journal import Journal
 from lora_kit.runs.lease import Fence, Lease
 from lora_kit.runs.live import Header, JobFile, Live, Phase, Region, Word
 from lora_kit.runs.manifest import StepFacts
+from lora_kit.runs.resume import OpenRun
+from lora_kit.runs.scripts import ScriptJob
 from lora_kit.supervise import oom
 from lora_kit.supervise.keeper import start_keeper
 from lora_kit.supervise.stopping import StopRequest, name_of
 from lora_kit.training.job import Job
 
+FEW_BUFFERS = 8  # up to so many are copied and hashed together, while they are in the CPU's cache
 MOST_KEEPERS = 3  # after so many keepers in a row without a checkpoint, the run ends instead of starting another
+
+
+class Publishable(Protocol):
+    """A state that training changes."""
+
+    @property
+    def kept(self) -> Sequence[Tensor]:
+        """The flat buffers that a snapshot contains, in its order; their number and their sizes never change."""
+        ...
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether buffers are in the memory of a GPU."""
+        ...
+
+    def assert_views(self) -> None:
+        """Check that the buffers are still what the model trains."""
+        ...
 
 
 class Publisher:
@@ -45,9 +67,10 @@ class Publisher:
         keep: Whether the run resumes from a snapshot in the region; otherwise the region is cleared.
     """
 
-    def __init__(self, lease: Lease, state: FlatState, job_file: JobFile | None, *, keep: bool) -> None:
+    def __init__(self, lease: Lease, state: Publishable, job_file: JobFile | ScriptJob | None, *, keep: bool) -> None:
         self._lease, self._fence, self._state = lease, Fence(lease), state
         self._region: Region | None = None
+        self._left: Region | None = None  # what `grow` has replaced
         self._keeper: subprocess.Popen[bytes] | None = None
         self._keepers_ended, self._committed = 0, 0  # keepers that ended since this snapshot was committed
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="publish")
@@ -60,7 +83,7 @@ class Publisher:
             self._open(job_file, keep=keep)
         self._oom_score = oom.offer_to_the_oom_killer(os.getpid()) if self._starts_keeper else None
 
-    def _open(self, job_file: JobFile, *, keep: bool) -> None:
+    def _open(self, job_file: JobFile | ScriptJob, *, keep: bool) -> None:
         self._lease.require()
         region = live.create_region(self._lease, sum(buffer.nbytes for buffer in self._state.kept))
         words, self._token = region.words, self._lease.token
@@ -70,17 +93,38 @@ class Publisher:
         words[Word.TOKEN], words[Word.STOP], words[Word.FAULTS] = self._token, 0, 0
         words[Word.PHASE] = Phase.LOADING
         live.write_job(region, job_file)
-        self._region, self._job_file = region, job_file
-        self._slots = [region.payload(slot) for slot in range(live.SLOTS)]
-        if self._state.weights.is_cuda:
-            self._side_stream, self._registered = torch.cuda.Stream(), _register(region.memory)
+        self._use(region, job_file)
         if self._starts_keeper:
             self._keeper = start_keeper(self._lease)
+
+    def _use(self, region: Region, job_file: JobFile | ScriptJob) -> None:
+        self._region, self._job_file = region, job_file
+        self._slots = [region.payload(slot) for slot in range(live.SLOTS)]
+        if self._state.on_cuda:
+            self._side_stream, self._registered = torch.cuda.Stream(), _register(region.memory)
+
+    def grow(self, state: Publishable, job_file: JobFile | ScriptJob) -> None:
+        """Publish a state that is larger from now on. The region so far is deleted after the next publication."""
+        if self._region is None:
+            return
+        self.wait_published()
+        if self._registered:
+            _unregister(self._region.memory)
+        self._state, self._left = state, self._region
+        region = live.create_successor(self._lease, self._region, sum(buffer.nbytes for buffer in state.kept))
+        live.write_job(region, job_file)
+        self._use(region, job_file)
 
     @property
     def region(self) -> Region | None:
         """The live region; None outside the main process."""
         return self._region
+
+    def change_job(self, job_file: JobFile | ScriptJob) -> None:
+        """Give the keeper other facts for the next checkpoints; the layout of a snapshot stays the same."""
+        if self._region is not None:
+            live.write_job(self._region, job_file)
+            self._job_file = job_file
 
     @property
     def stop_requested(self) -> bool:
@@ -110,13 +154,13 @@ class Publisher:
         self.wait_published()
         self._state.assert_views()
         self._copy_queued.clear()
-        if self._state.weights.is_cuda:
+        if self._state.on_cuda:
             self._side_stream.wait_stream(torch.cuda.current_stream())
         self._sequence += 1
         self._pending = self._thread.submit(self._fill_slot, self._region, facts, self._sequence, due)
 
     def _fill_slot(self, region: Region, facts: Callable[[], StepFacts], sequence: int, due: bool) -> StepFacts:
-        on_cuda = self._state.weights.is_cuda
+        on_cuda = self._state.on_cuda
         try:
             self._check()
             slot = region.acquire(self._check)
@@ -129,11 +173,22 @@ class Publisher:
             checksum = live.checksum(self._slots[slot])
         self._fence()
         region.publish(slot, Header(self._token, sequence, checksum, due, found))
+        if self._left is not None:
+            live.discard(self._left)
+            self._left = None
         return found
 
     def _copy_on_cpu(self, slot: int) -> int:
-        """Copy the state from this process's memory into a slot, and return its checksum."""
-        sources = [buffer.numpy().view(np.uint8).data for buffer in self._state.kept]
+        """Copy the state from this process's memory into a slot, and return its checksum.
+
+        Many buffers are copied in one call of torch, which does not hold the GIL, as a loop over them would.
+        """
+        kept = self._state.kept
+        if len(kept) > FEW_BUFFERS:
+            target = torch.frombuffer(self._slots[slot], dtype=torch.uint8)
+            torch._foreach_copy_(target.split([buffer.nbytes for buffer in kept]), [*kept])
+            return live.checksum(self._slots[slot])
+        sources = [buffer.numpy().view(np.uint8).data for buffer in kept]
         return live.copy_hashed(self._slots[slot], sources)
 
     def _copy_on_cuda(self, slot: int) -> int:
@@ -156,7 +211,7 @@ class Publisher:
         if self._pending is None:
             return 0.0
         began = time.perf_counter()
-        if self._state.weights.is_cuda:
+        if self._state.on_cuda:
             self._copy_queued.wait()
             torch.cuda.current_stream().wait_stream(self._side_stream)
         else:
@@ -282,26 +337,37 @@ def _unregister(memory: memoryview) -> None:
 
 @contextmanager
 def publishing(job: Job, stop: StopRequest) -> Iterator[Publisher]:
-    """Open the publisher that writes a snapshot of each finished step to the live region; close it after the block.
-
-    During the block a thread also writes stop signals to the live region, so the keeper sees them even if the main
-    thread hangs.
-    """
+    """Open the publisher that writes a snapshot of each finished step to the live region; close it after the block."""
     job_file = job_file_of(job) if job.processes.is_main else None
     publisher = Publisher(job.run.lease, job.state, job_file, keep=isinstance(job.run.latest, Live))
+    with forwarding_signals(stop, job.run, lambda: publisher.region):
+        try:
+            yield publisher
+        finally:
+            publisher.end()
+
+
+@contextmanager
+def forwarding_signals(stop: StopRequest, run: OpenRun, region: Callable[[], Region | None]) -> Iterator[None]:
+    """Write stop signals to the live region from a thread, so the keeper sees them even if the main thread hangs.
+
+    Args:
+        stop: Gets the signals.
+        run: The run's folder.
+        region: Returns the region if this process has opened it.
+    """
 
     def forward_signals() -> None:
         for number in stop.signals():
-            region = publisher.region or live.open_region(job.run.folder, most=job.run.lease.token)
-            if region is not None:
-                region.words[Word.STOP] = number
+            found = region() or live.open_region(run.folder, most=run.lease.token)
+            if found is not None:
+                found.words[Word.STOP] = number
 
     listener = threading.Thread(target=forward_signals, daemon=True)
     listener.start()
     try:
-        yield publisher
+        yield
     finally:
-        publisher.end()
         stop.end()
         listener.join()
 

@@ -97,14 +97,15 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers")
 
 @contextmanager
 def open_folder(
-    processes: Processes, folder: Path, start_from: str | Path | None, console: Console
+    processes: Processes, folder: Path, start_from: str | Path | None, console: Console, *, script: bool = False
 ) -> Iterator[OpenRun]:
     """Hold the lease of a run's folder until the block ends, then restore the settings of the processes."""
-    run = processes.main_decides(
-        lambda: open_run(folder, checkpoint_at(start_from, plain=True) if start_from else None, tell=console.warn),
-        _OPEN_RUN.dump_json,
-        _OPEN_RUN.validate_json,
-    )
+
+    def decide() -> OpenRun:
+        origin = checkpoint_at(start_from, plain=True) if start_from else None
+        return open_run(folder, origin, script=script, tell=console.warn)
+
+    run = processes.main_decides(decide, _OPEN_RUN.dump_json, _OPEN_RUN.validate_json)
     try:
         for notice in run.notices:
             console.warn(notice)

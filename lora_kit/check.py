@@ -16,6 +16,7 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from lora_kit.artifacts.hub import push_notes
+from lora_kit.artifacts.remotes import require_remote
 from lora_kit.data.counts import TRAINING, VALIDATION
 from lora_kit.data.files import SUFFIXES, suffix_of
 from lora_kit.data.near_duplicates import LIKE, near_duplicates
@@ -36,6 +37,7 @@ from lora_kit.data.preflight import (
 from lora_kit.data.preview import make_preview
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.tokens import Prepared, Tell, check_context, silent
+from lora_kit.data.urls import is_url
 from lora_kit.data.vocabulary import check_tokenizer_fits, untrained_labels, untrained_notes
 from lora_kit.errors import BaseError, InputError, RecipeError
 from lora_kit.files import path_in
@@ -318,7 +320,11 @@ def check(
         tell: Called with the number of tokenised records and the number of all records.
     """
     report = Report(this_machine(processes), serving=serving(recipe.adapter))
-    for checked in (lambda: require(recipe.track.names), lambda: require_packages(recipe.evaluate)):
+    for checked in (
+        lambda: require(recipe.track.names),
+        lambda: require_packages(recipe.evaluate),
+        lambda: require_remote(recipe),
+    ):
         try:
             checked()
         except InputError as error:
@@ -350,8 +356,10 @@ def check(
     report.problems += _file_problems(source, recipe.base, is_local=not _is_hub_name(recipe, recipe.base.repo))
     try:
         renderer = load_renderer(source, recipe)
-        if offline and any(_is_hub_name(recipe, source.source) for source in recipe.data.sources):
-            report.unchecked.append("data: a Hub dataset, not read with --offline")
+        if offline and any(
+            is_url(source.source) or _is_hub_name(recipe, source.source) for source in recipe.data.sources
+        ):
+            report.unchecked.append("data: a Hub dataset or a URL, not read with --offline")
         else:
             data = prepare_data(recipe, renderer, tell)
             plan, where = _plan(recipe, data, micro_batches), places(recipe, data)

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from lora_kit.errors import CheckpointError, InputError, LaunchError, LoraKitError
+from lora_kit.errors import CheckpointError, InputError, LaunchError, LoraKitError, scrub
 from lora_kit.version import VERSION
 from lora_kit.views.console import Console, number, print_error, printable, rich_console
 from lora_kit.views.output import make_output_safe
@@ -95,13 +95,13 @@ def main(
 
 
 @contextmanager
-def imports(what: str, path: Path) -> Iterator[Path]:
-    """Print on stderr what is starting, then import as in `quickly`. Yields the folder of the checkpoint at `path`."""
-    print(f"lora_kit {VERSION}: {what} {path} ...", file=sys.stderr, flush=True)
+def imports(what: str, named: str) -> Iterator[Path]:
+    """Print on stderr what is starting, then import as in `quickly`. Yields the folder of the checkpoint `named`."""
+    print(f"lora_kit {VERSION}: {what} {scrub(named)} ...", file=sys.stderr, flush=True)
     from lora_kit.artifacts.locate import checkpoint_at
     from lora_kit.runs.manifest import MANIFEST, read_manifest
 
-    path = checkpoint_at(path)
+    path = checkpoint_at(named)
     base = read_manifest(path / MANIFEST).run.recipe.get("base", {})
     with quickly(bitsandbytes=base.get("quantization") != "none"):
         yield path
@@ -159,8 +159,8 @@ def train(
         typer.Option(
             "--from",
             metavar="PATH",
-            help="Another run or checkpoint, a PEFT adapter, or a Hub name: begin a new run with its adapter. One of "
-            "this run's own checkpoints: go back to it; newer checkpoints are set aside, not deleted.",
+            help="Another run or checkpoint, a PEFT adapter, a Hub name, a URL: begin a new run with its adapter. One "
+            "of this run's own checkpoints: go back to it; newer checkpoints are set aside, not deleted.",
         ),
     ] = None,
     profile: Annotated[
@@ -197,7 +197,7 @@ def train(
         stack.callback(zygote.end)
         from lora_kit.recipe.load import load_recipe, resolve_path, similar_path
         from lora_kit.runs.origin import open_origin
-        from lora_kit.runs.resume import take_over
+        from lora_kit.runs.resume import no_remote, take_over
         from lora_kit.supervise.launch import Program
         from lora_kit.supervise.launch import launch as start
         from lora_kit.training.request import TrainRequest
@@ -213,7 +213,13 @@ def train(
             from lora_kit.artifacts.locate import checkpoint_at  # slow to import, and most starts do not need it
 
             origin = open_origin(checkpoint_at(start_from, plain=True))
-        lease, notices = take_over(out, tell=lambda text: print(f"warning: {text}", file=sys.stderr))
+        restore = no_remote
+        if loaded.checkpoint.remote is not None:
+            from lora_kit.artifacts.remotes import require_remote, restorer  # as above
+
+            require_remote(loaded)
+            restore = restorer(loaded, out, tell=lambda text: print(text, flush=True))
+        lease, notices = take_over(out, restore=restore, tell=lambda text: print(f"warning: {text}", file=sys.stderr))
         for notice in notices:
             print(f"warning: {notice}", file=sys.stderr)
         request = TrainRequest(
@@ -608,8 +614,8 @@ def _three_digits(value: float) -> float:
 
 
 Weights = Annotated[
-    Path,
-    typer.Argument(metavar="PATH", help="A checkpoint, a run (its newest valid checkpoint), or a Hub name."),
+    str,  # a Path would take the second slash from a URL
+    typer.Argument(metavar="PATH", help="A checkpoint, a run (its newest valid checkpoint), a Hub name, or a URL."),
 ]
 
 
@@ -653,14 +659,14 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Answer prompts with a trained adapter."""
-    with imports("loading", path) as path:
+    with imports("loading", path) as folder:
         from lora_kit.artifacts import answering
         from lora_kit.artifacts.load import load
 
     questions: list[Any] = [*map(_as_utf_8, prompts or []), *(answering.read_questions(messages) if messages else [])]
     if not questions:
         raise InputError("no prompt: give a PROMPT, or --messages FILE")
-    model, tokenizer = load(path, base=base_path, trust_remote_code=trust_remote_code)
+    model, tokenizer = load(folder, base=base_path, trust_remote_code=trust_remote_code)
     if raw:
         tokenizer.chat_template = None
     elif tokenizer.chat_template is None:
@@ -688,7 +694,7 @@ def chat(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Chat with a trained adapter. `/adapter off` switches to the base model, `/help` lists the commands."""
-    with imports("loading", path) as path:
+    with imports("loading", path) as folder:
         from lora_kit.artifacts import chat as chatting
         from lora_kit.artifacts.answering import read_questions
         from lora_kit.artifacts.load import load
@@ -696,7 +702,7 @@ def chat(
     beginning = read_questions(messages) if messages else [None]
     if len(beginning) > 1:
         raise InputError(f"{messages}: {len(beginning)} conversations; chat begins with one")
-    model, tokenizer = load(path, base=base_path, trust_remote_code=trust_remote_code)
+    model, tokenizer = load(folder, base=base_path, trust_remote_code=trust_remote_code)
     if raw:
         tokenizer.chat_template = None
     elif tokenizer.chat_template is None:
@@ -761,10 +767,10 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Merge an adapter into its base model and report how much the merged model's logits differ."""
-    with imports("merging", path) as path:
+    with imports("merging", path) as folder:
         from lora_kit.artifacts import merging
 
-    merged = merging.merge(path, out, base=base_path, dtype=dtype, trust_remote_code=trust_remote_code)
+    merged = merging.merge(folder, out, base=base_path, dtype=dtype, trust_remote_code=trust_remote_code)
     if as_json:
         _print_json(merged.to_dict())
     else:
@@ -790,10 +796,10 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write an adapter in the layout that an engine reads: for a mixture of experts, an adapter for each expert."""
-    with imports("exporting", path) as path:
+    with imports("exporting", path) as folder:
         from lora_kit.artifacts import export as exporting
 
-    made = exporting.export(path, out, base=base_path, trust_remote_code=trust_remote_code)
+    made = exporting.export(folder, out, base=base_path, trust_remote_code=trust_remote_code)
     if as_json:
         _print_json(made.to_dict())
     else:
@@ -809,11 +815,11 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Evaluate the base and the adapter on the recipe's validation data: loss, preferences, answers, forgetting."""
-    with imports("evaluating", path) as path:
+    with imports("evaluating", path) as folder:
         from lora_kit.recipe.load import load_recipe
         from lora_kit.training import evaluation
 
-    scores = evaluation.evaluate(load_recipe(recipe, set_), path, tell=note)
+    scores = evaluation.evaluate(load_recipe(recipe, set_), folder, tell=note)
     if as_json:
         _print_json(evaluation.plain(scores))
         return
@@ -839,10 +845,16 @@ def evaluate(
 
 @command
 def push(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, or a run (its newest valid checkpoint).")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint, or a run (its newest valid checkpoint).")],
     to: Annotated[
-        str, typer.Option("--to", metavar="USER/NAME", help="The Hub repository; created if it does not exist.")
-    ],
+        str | None,
+        typer.Option(
+            "--to",
+            metavar="USER/NAME",
+            help="The Hub repository; created if it does not exist. Without it, the newest checkpoint of a run is "
+            "uploaded to its `checkpoint.remote`, complete, so that the run can go on from there.",
+        ),
+    ] = None,
     private: Annotated[
         bool, typer.Option("--private", help="Create a private repository; refused if it exists and is public.")
     ] = False,
@@ -853,7 +865,21 @@ def push(
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Publish an adapter on the Hub in one commit: weights, tokenizer, chat template, recipe and model card."""
+    """Publish an adapter on the Hub in one commit: weights, tokenizer, chat template, recipe and model card.
+
+    Without --to: upload what a run could not upload to its `checkpoint.remote` before it ended.
+    """
+    if to is None:
+        from lora_kit.artifacts.remotes import send
+
+        if private or revision or base_path or trust_remote_code:
+            raise InputError("push: --private, --revision, --base-path and --trust-remote-code need --to USER/NAME")
+        sent = send(Path(path), tell=note)
+        if as_json:
+            _print_json(asdict(sent))
+        else:
+            print(f"{'uploaded' if sent.made else 'already at'} {sent.url} (step {sent.step})")
+        return
     from lora_kit.artifacts import hub
 
     pushed = hub.push(path, to, private=private, revision=revision, base=base_path, trust_remote_code=trust_remote_code)

@@ -12,11 +12,17 @@
     ├── PoisonError          several steps in a row had to be skipped            (exit code 1)
     ├── DivergenceError      the processes no longer hold the same adapter       (exit code 1)
     ├── HubError             a download from the Hub or an upload to it failed   (exit code 1)
+    ├── RemoteError          checkpoints or data at a URL cannot be read or written (exit code 1)
     └── Stopped              a signal ended the run; the same command resumes it (exit code 75)
 
 A message reads `where: what is wrong, what was found; what to do`. A message about several problems has a line for
 each.
 """
+
+import re
+
+TOKEN = re.compile(r"hf_\w{20,}")  # of the Hub
+ACCESS_KEY = re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b")  # of S3
 
 
 class LoraKitError(Exception):
@@ -76,7 +82,24 @@ class HubError(LoraKitError):
     """A download from the Hub or an upload to it failed. It left nothing half done, so the call can be repeated."""
 
 
+class RemoteError(LoraKitError):
+    """Checkpoints or data at a URL cannot be read or written. The call can be repeated."""
+
+
 class Stopped(LoraKitError):
     """A signal ended the run after its last step became a checkpoint. The same command resumes it."""
 
     exit_code = 75
+
+
+def scrub(text: str, token: str | None = None) -> str:
+    """Return a text as a short line without tokens, passwords in URLs and query strings of URLs."""
+    line = " ".join(text.split()).replace(token or "\0", "***")
+    for pattern, replacement in (
+        (TOKEN, "***"),
+        (ACCESS_KEY, "***"),
+        (r"://[^\s/@]+@", "://"),
+        (r"(https?://[^\s?]+)\?\S+", r"\1"),
+    ):
+        line = re.sub(pattern, replacement, line)
+    return line[:200]

@@ -26,6 +26,7 @@ from urllib.parse import unquote, urlsplit
 from huggingface_hub import ModelCard
 
 TOKEN = "hf_" + "standinTOKENstandinTOKENstandin"
+DATE = "2026-01-01T00:00:00.000Z"
 LARGE = (".safetensors", "tokenizer.json")  # kept by LFS
 
 
@@ -219,6 +220,11 @@ class Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in tip.files]
         return {"id": name, "sha": tip.id, "private": self.repo(name).private, "siblings": siblings}
 
+    def log(self, body: bytes, name: str, revision: str) -> Any:
+        self.tip(name, revision)
+        commits = self.repo(name).branches[revision][::-1]
+        return [{"id": one.id, "title": one.message, "message": "", "authors": [], "date": DATE} for one in commits]
+
     def tree(self, body: bytes, name: str, revision: str) -> Any:
         entries = []
         for path, content in self.tip(name, revision).files.items():
@@ -258,6 +264,7 @@ CALLS = [
     ("POST", f"/api/models/{NAME}/commit/{REVISION}", Handler.commit),
     ("GET", f"/api/models/{NAME}", Handler.info),
     ("GET", f"/api/models/{NAME}/revision/{REVISION}", Handler.info),
+    ("GET", f"/api/models/{NAME}/commits/{REVISION}", Handler.log),
     ("GET", f"/api/models/{NAME}/tree/{REVISION}", Handler.tree),
     ("GET", f"/{NAME}/resolve/{REVISION}/(?P<path>.+)", Handler.resolve),
 ]

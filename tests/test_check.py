@@ -206,7 +206,7 @@ def test_a_missing_file_is_a_problem_and_no_hub_dataset(recipe_file, name, offli
 def test_offline_leaves_hub_data_unchecked(recipe_file):
     report = check(load_recipe(recipe_file, ["data.validation=owner/name:config@v1.0[test]"]), offline=True)
     assert not report.problems
-    assert report.unchecked == ["data: a Hub dataset, not read with --offline"]
+    assert report.unchecked == ["data: a Hub dataset or a URL, not read with --offline"]
 
 
 @pytest.mark.parametrize("offline", [False, True])

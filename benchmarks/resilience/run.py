@@ -23,6 +23,7 @@ import damage
 import elastic
 import kills
 import pairs
+import remote
 import restart
 import resume_time
 import stall
@@ -154,6 +155,22 @@ MEASURES = {
         trainer=lambda found: f"waits {found['trainer_stall_seconds'] / found['trainer_step_seconds']:.0%}",
         target="under 1%, at most x 1.03",
         reached=lambda found: found["ours_stall_share"] < 0.01 and found["ours_step_with_over_without"] <= 1.03,
+    ),
+    "remote_resume": Measure(
+        full=remote.resume,
+        quick=lambda folder: remote.resume(folder, trials=2),
+        ours=lambda found: f"{found['resume_seconds_above_local']} s more than from local disk",
+        trainer=lambda found: "-",
+        target="under 3 s",
+        reached=lambda found: found["resume_seconds_above_local"] < 3,
+    ),
+    "remote_steps": Measure(
+        full=remote.steps,
+        quick=lambda folder: remote.steps(folder, blocks=2),
+        ours=lambda found: f"step x {found['step_with_over_without']:.3f}, {found['uploads']} uploads",
+        trainer=lambda found: "-",
+        target="at most x 1.02",
+        reached=lambda found: found["step_with_over_without"] <= 1.02 and found["uploads"] > 0,
     ),
     "sigterm": Measure(
         full=restart.sigterm,

@@ -17,9 +17,9 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
 from lora_kit.artifacts.card import model_card
-from lora_kit.artifacts.hub_errors import FAILURES, TOKEN, reason_of, scrub
+from lora_kit.artifacts.hub_errors import FAILURES, reason_of
 from lora_kit.artifacts.locate import checkpoint_at, recipe_of
-from lora_kit.errors import BaseError, HubError, InputError, LoraKitError
+from lora_kit.errors import TOKEN, BaseError, HubError, InputError, LoraKitError, scrub
 from lora_kit.model.source import Source, base_folder, file_hash, pinned_base
 from lora_kit.model.tokenizer import load_renderer, set_up_tokenizer
 from lora_kit.recipe.load import as_yaml, change_paths
@@ -175,6 +175,7 @@ def without_paths(recipe: Recipe) -> dict[str, Any]:
         public,
         lambda text: PurePath(text).name if PurePath(text).is_absolute() or text.startswith("~") else text,
     )
+    public["checkpoint"]["remote"] = None  # else a stranger's run would look for its checkpoints there
     return public
 
 

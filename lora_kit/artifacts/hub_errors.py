@@ -1,7 +1,6 @@
 """Describe errors of the Hub, without tokens and other secrets."""
 
 import json
-import re
 
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -10,8 +9,9 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
+from lora_kit.errors import scrub
+
 TRANSIENT = {408, 409, 412, 425, 429}  # HTTP statuses, in addition to 5xx, after which a retry may succeed
-TOKEN = re.compile(r"hf_\w{20,}")
 FAILURES = (HTTPError, OSError, RuntimeError, ValueError, KeyError)  # errors that huggingface_hub raises
 
 
@@ -43,11 +43,3 @@ def reason_of(error: Exception, token: str | None) -> tuple[str, bool]:
     if isinstance(error, HTTPError):
         return f"the connection to the Hub failed ({type(error).__name__})", True
     return f"{type(error).__name__}: {scrub(str(error), token)}", isinstance(error, json.JSONDecodeError)
-
-
-def scrub(text: str, token: str | None) -> str:
-    """Return a text as a short line without tokens, passwords in URLs and query strings of URLs."""
-    line = " ".join(text.split()).replace(token or "\0", "***")
-    for pattern, replacement in ((TOKEN, "***"), (r"://[^\s/@]+@", "://"), (r"(https?://[^\s?]+)\?\S+", r"\1")):
-        line = re.sub(pattern, replacement, line)
-    return line[:200]

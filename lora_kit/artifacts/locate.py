@@ -1,11 +1,15 @@
-"""Find the checkpoint that a path names (a checkpoint's folder, a run, a Hub repository), and read its recipe."""
+"""Find the checkpoint that a path names (its folder, a run, a Hub repository, a URL), and read its recipe."""
 
+import warnings
 from pathlib import Path
 
 from huggingface_hub import get_token, hf_hub_download, snapshot_download
 from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
 from lora_kit.artifacts.hub_errors import FAILURES, reason_of
+from lora_kit.artifacts.hub_remote import PROTOCOL
+from lora_kit.artifacts.remotes import fetch_url
+from lora_kit.data.urls import is_url
 from lora_kit.errors import BaseError, CheckpointError, HubError
 from lora_kit.recipe.schema import HUB_NAME, Recipe
 from lora_kit.runs import store
@@ -17,15 +21,19 @@ def checkpoint_at(path: str | Path, *, plain: bool = False) -> Path:
     """Return the folder of a checkpoint.
 
     Args:
-        path: A checkpoint's folder; a run's folder, for its newest valid checkpoint; or a Hub name `user/name`
-            or `user/name@revision`, which is downloaded.
+        path: A checkpoint's folder; a run's folder, for its newest valid checkpoint; or a Hub name `user/name` or
+            `user/name@revision` or the URL of a `checkpoint.remote` or of a checkpoint in it, which are downloaded.
         plain: Whether the path may also name a PEFT adapter that lora_kit did not train.
 
     Raises:
         CheckpointError: The run has no valid checkpoint, or lora_kit did not train the adapter.
         HubError: The Hub name does not exist or cannot be downloaded.
+        RemoteError: There is no valid checkpoint at the URL.
     """
-    name, _, revision = str(path).partition("@")
+    text = str(path)
+    if is_url(text) and not text.startswith(PROTOCOL):
+        return fetch_url(text, tell=warnings.warn)
+    name, _, revision = text.removeprefix(PROTOCOL).partition("@")
     if not Path(path).exists() and HUB_NAME.fullmatch(name):
         return fetch(name, revision=revision or None, plain=plain)
     if (Path(path) / MANIFEST).exists():

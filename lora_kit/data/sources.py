@@ -20,6 +20,7 @@ from lora_kit.data.files import SUFFIXES, Part, Record, open_file, read_text, st
 from lora_kit.data.order import permute
 from lora_kit.data.strict_json import loads
 from lora_kit.data.tables import TablePart, hub_part
+from lora_kit.data.urls import download, is_url
 from lora_kit.errors import DataError
 from lora_kit.files import path_in
 from lora_kit.randomness import mix
@@ -110,7 +111,8 @@ def load(source: str, *, base_dir: Path, max_examples: int | None = None, docume
     """Open a source.
 
     Args:
-        source: A file, a folder, `folder[split]`, `builtin:NAME`, or a Hub dataset `name:config@revision[split]`.
+        source: A file, a folder, `folder[split]`, `builtin:NAME`, a Hub dataset `name:config@revision[split]`, or the
+            URL of a file or folder.
         base_dir: The folder where relative paths start.
         max_examples: Keep only the first N records; None keeps all.
         documents: Whether a .txt file is a single record; otherwise each of its lines is.
@@ -209,6 +211,8 @@ def _local(source: str, base_dir: Path) -> tuple[Path | None, str | None]:
     name, split_name = match.groups() if match else (source, None)
     if name.startswith("builtin:"):
         return _builtin(name.removeprefix("builtin:")), split_name
+    if is_url(name):
+        return download(name), split_name
     for text, chosen in ((source, None), (name, split_name)):
         path = path_of(text, base_dir, source)
         if path.exists():

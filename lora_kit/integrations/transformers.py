@@ -113,7 +113,7 @@ class LiveCheckpoint(TrainerCallback):
         try:
             with ExitStack() as stack:
                 stop = stack.enter_context(stop_signals())
-                run = stack.enter_context(open_folder(processes, self._folder, None, console, script=True))
+                run = stack.enter_context(open_folder(processes, self._folder, None, None, console))
                 self._begin(processes, run, stop, load_saved_here(run))
                 stack.enter_context(forwarding_signals(stop, run, self._region))
                 stack.callback(self._end)

@@ -30,7 +30,9 @@ ASSETS = Path(__file__).parents[1] / "assets"
 BUILTIN = "builtin:"
 # user/name of a model, or name:config@revision of a dataset
 HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*(:[^@]+)?(@.+)?")
-SECRET = re.compile(r"hf_\w{20,}|\w://[^\s/@]+@|[?&](token|key|password|signature|sig)=", re.IGNORECASE)
+SECRET = re.compile(
+    r"hf_\w{20,}|\w://[^\s/@]+@|[?&][\w-]*(token|key|password|secret|credential|signature|sig)[\w-]*=", re.IGNORECASE
+)
 PATHS = (
     ("base", "repo"),
     ("data", "train"),

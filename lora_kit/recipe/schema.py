@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, model_validator
 
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name
+REMOTE_URL = re.compile(r"[a-z][a-z0-9+.-]*://[^\s?#@]+", re.IGNORECASE)  # no credentials, no query
 FRACTION = Annotated[float, Field(gt=0, lt=1)]
 COUNT = Annotated[int, Field(gt=0, le=1_000_000_000)]
 SECONDS = Annotated[float, Field(gt=0, le=1e9)]
@@ -107,7 +108,8 @@ class TrainSource(Source):
 
 def name_of(source: str) -> str:
     """Return the name of a source that has none in the recipe, e.g. `code` for `data/code.jsonl`."""
-    plain = re.split(r"[:@\[]", source.removeprefix("builtin:"), maxsplit=1)[0].rstrip("/")
+    path = re.sub(r"^[a-z][a-z0-9+.-]*://", "", source.removeprefix("builtin:"), flags=re.IGNORECASE)
+    plain = re.split(r"[:@\[]", path, maxsplit=1)[0].rstrip("/")
     stem = re.sub(
         r"\.(jsonl?|ndjson|csv|tsv|parquet|arrow|txt)(\.\w+)?$", "", plain.rpartition("/")[2], flags=re.IGNORECASE
     )
@@ -146,8 +148,9 @@ class Data(Section):
 
     train: SOURCES
     """A file (JSON, JSON Lines, CSV, TSV, text, Parquet or Arrow, also compressed), a folder of such files, a folder of
-    `Dataset.save_to_disk`, a Hub dataset `name:config@revision[split]`, or `builtin:quickstart.train.jsonl`. A list is
-    a mixture of sources ([data.md](data.md#mixtures))."""
+    `Dataset.save_to_disk`, a Hub dataset `name:config@revision[split]`, a URL of a file or folder
+    (`s3://bucket/data`), or `builtin:quickstart.train.jsonl`. A list is a mixture of sources
+    ([data.md](data.md#mixtures))."""
     validation: HELD_OUT = None
     """A source as for `train`; or a fraction, between 0 and 1, of each source of `train` to hold out; or a mapping of
     names to sources. With a mapping, or a fraction of a list, the held-out loss is also measured for each of them."""
@@ -468,6 +471,26 @@ class Checkpoint(Section):
     """Also keep the checkpoints whose step is a multiple of N. Add a file named `pinned` to a checkpoint to keep it."""
     best: bool = False
     """Also keep the checkpoint with the best held-out figure (`evaluate.metric`). Needs `evaluate.every_steps`."""
+    remote: str | None = None
+    """A URL to which the newest checkpoint is copied in the background, so that the run survives the loss of the
+    machine: `s3://bucket/run` (needs `lora_kit[remote]`), `gs://...`, `file:///mnt/run` and whatever else fsspec
+    reaches, or `hf://user/name@branch` for a private repository on the Hub. Each run needs a URL of its own. If `--out`
+    has no checkpoint, the run goes on from the newest one there. Credentials come from the environment."""
+
+    @model_validator(mode="after")
+    def _check_remote(self) -> "Checkpoint":
+        url = self.remote
+        if url is None:
+            return self
+        if url.startswith("hf://"):
+            name, _, branch = url.removeprefix("hf://").partition("@")
+            if not HUB_NAME.fullmatch(name) or not re.fullmatch(r"[\w./-]*", branch):
+                raise ValueError(f"remote is {url!r}; expected hf://user/name or hf://user/name@branch")
+        elif not REMOTE_URL.fullmatch(url) or (url.startswith("file://") and not url.startswith("file:///")):
+            raise ValueError(
+                f"remote is {url!r}; expected a URL such as s3://bucket/run, file:///mnt/run or hf://user/name"
+            )
+        return self
 
 
 LOSS = "loss"
@@ -627,6 +650,12 @@ class Recipe(Section):
             raise ValueError(
                 f"data.overlap is {self.data.overlap}, and a piece has data.sequence_length "
                 f"({self.data.sequence_length}) tokens; lower the first"
+            )
+        published = f"hf://{self.hub.repo}" + (f"@{self.hub.revision}" if self.hub.revision else "")
+        if self.checkpoint.remote == published:
+            raise ValueError(
+                f"checkpoint.remote and hub.repo are the same branch of {self.hub.repo}; add a branch to the first, "
+                f"e.g. hf://{self.hub.repo}@checkpoints"
             )
         mixture = self.data.mixture
         if self.train.steps is None and any(entry.weight is not None for entry in mixture):

@@ -37,6 +37,7 @@ REQUIRED = {  # the fields that an event of a kind must have
     "restart": ("step", "cause"),
     "failed": ("step", "cause"),
     "stopped": ("step",),
+    "uploaded": ("step",),
 }
 
 MOST_CHARACTERS = 500  # limit for the cause of a failure
@@ -137,8 +138,8 @@ class Journal:
         """Append an event.
 
         Args:
-            kind: started, resumed, went back, checkpoint, sample, skipped, fault, restart, failed, stopped, finished or
-                pushed.
+            kind: started, resumed, went back, checkpoint, sample, skipped, fault, restart, failed, stopped, finished,
+                pushed or uploaded.
             facts: The event's other fields.
         """
         self._append(EVENTS, {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "kind": kind, **facts})

@@ -629,6 +629,7 @@ class JobFile:
         keep: How many of the newest checkpoints stay.
         keep_every: Checkpoints whose step is a multiple of this stay too.
         best: Whether the checkpoint with the best held-out figure stays too.
+        remote: The URL to which checkpoints are copied; None for none.
     """
 
     shapes: dict[str, tuple[Count, ...]]
@@ -638,6 +639,7 @@ class JobFile:
     keep: Count
     keep_every: Annotated[int, Field(ge=1, lt=2**63)] | None
     best: bool
+    remote: str | None = None
 
 
 @dataclass(frozen=True)

@@ -201,11 +201,22 @@ class OpenRun:
         return self.lease.record.run_id
 
 
-def take_over(folder: Path, *, tell: Callable[[str], None] = lambda text: None) -> tuple[Lease, list[str]]:
+def no_remote() -> None:
+    """Restore nothing: the run has no remote."""
+
+
+def take_over(
+    folder: Path,
+    *,
+    restore: Callable[[], None] = no_remote,
+    tell: Callable[[str], None] = lambda text: None,
+) -> tuple[Lease, list[str]]:
     """Acquire a run's lease; set aside damaged checkpoints.
 
     Args:
         folder: The run's folder.
+        restore: Called first if the folder can be a run's folder: downloads a checkpoint of the run from its remote if
+            the folder has none.
         tell: Called with messages for the user that must not wait, such as the reason for waiting.
 
     Returns:
@@ -215,6 +226,7 @@ def take_over(folder: Path, *, tell: Callable[[str], None] = lambda text: None) 
         InputError: The folder cannot be a run's folder or cannot be written, or its newest checkpoint is of another
             version of lora_kit.
         LeaseError: Another process is training there.
+        RemoteError: The remote cannot be read.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: a file, not a folder; choose another --out")
@@ -231,6 +243,7 @@ def take_over(folder: Path, *, tell: Callable[[str], None] = lambda text: None) 
     names.discard(certificate.FOLDER)  # `lora-kit drill` may have written it before the run
     if names and not names & known:
         raise InputError(f"{folder}: not empty and not a run's folder (it holds {min(names)}); choose another --out")
+    restore()
     try:
         run_id = live.run_id_of(folder) or secrets.token_hex(8)
         above = max(store.newest_token(folder), live.newest_token(run_id))
@@ -278,6 +291,7 @@ def open_run(
     start_from: Path | None = None,
     *,
     script: bool = False,
+    restore: Callable[[], None] = no_remote,
     tell: Callable[[str], None] = lambda text: None,
 ) -> OpenRun:
     """Acquire a run's lease, unless this process's keeper holds it already, and find the state to resume from.
@@ -289,6 +303,7 @@ def open_run(
         folder: The run's folder.
         start_from: A checkpoint of this run to go back to, or a checkpoint of another run, for a new run to begin with.
         script: Whether the run is one of a script, not of a recipe.
+        restore: As for `take_over`.
         tell: Called with messages for the user that must not wait.
 
     Raises:
@@ -303,7 +318,7 @@ def open_run(
         start_from = None  # this process is a restart: going back again would repeat what has been trained since
     origin, target = None if start_from is None else open_origin(start_from), None
     if lease is None:
-        lease, notices = take_over(folder, tell=tell)
+        lease, notices = take_over(folder, restore=restore, tell=tell)
     if isinstance(origin, Checkpoint) and is_own(folder, origin.path):
         origin, target = None, origin
     with ExitStack() as on_error:

@@ -21,6 +21,7 @@ from lora_kit.runs.figures import figure_of
 from lora_kit.runs.journal import EVENTS, Event, Journal, StepRecord
 from lora_kit.runs.lease import is_held
 from lora_kit.runs.live import LEAST_TIMEOUT_SECONDS, TIMEOUT_FACTOR, Phase, Word
+from lora_kit.runs.remote import read_outbox, waiting
 from lora_kit.views.console import number
 
 ENDS = {"finished": "finished", "stopped": "stopped, resumable", "failed": "failed, resumable"}
@@ -51,6 +52,8 @@ class Status:
             `path`; None if there is none, as after the end of a run.
         durable: The newest valid checkpoint: `step`, `behind`, `age_seconds` (training time of the newer
             steps); None if there is none.
+        remote: What is at `checkpoint.remote`: `url`, `step` (None before the first upload), `waiting` (a newer step
+            that is not uploaded yet) and `problem` (why the last upload failed; else empty); None without a remote.
         steps_lost: Finished steps that had to be repeated after an interruption.
         starts: How often training processes started or resumed the run.
         interruptions: What ended a start early: `cause`, `step`, and how many `times` in a row.
@@ -71,6 +74,7 @@ class Status:
     best: dict[str, Any] | None
     live: dict[str, Any] | None
     durable: dict[str, Any] | None
+    remote: dict[str, Any] | None
     steps_lost: int
     starts: int
     interruptions: list[dict[str, Any]]
@@ -106,6 +110,11 @@ class Status:
             yield "live snapshot", f"step {self.live['step']:,}, {self.live['behind']} behind, {validity}"
         durable = self.durable and f"step {self.durable['step']:,}, {self.durable['behind']} behind"
         yield "durable", f"{durable} ({self.durable['age_seconds']:.1f} s), valid" if self.durable else "nothing yet"
+        if self.remote:
+            uploaded = "nothing yet" if self.remote["step"] is None else f"step {self.remote['step']:,}"
+            left = self.remote["waiting"] and f"; step {self.remote['waiting']:,} waits"
+            problem = self.remote["problem"] and f" ({self.remote['problem']})"
+            yield "remote", f"{uploaded} at {self.remote['url']}{left or ''}{problem}"
         yield "steps lost", str(self.steps_lost)
         yield "starts", str(self.starts)
         for interruption in self.interruptions:
@@ -149,6 +158,7 @@ def status(run: str | Path) -> Status:
         best=_best(run),
         live=_live(run, metrics),
         durable=_durable(run, metrics),
+        remote=_remote(run),
         steps_lost=sum(max(0, event["reached"] - event["step"]) for event in starts if "reached" in event),
         starts=len(starts),
         interruptions=_counted(_interruptions(events, None if training else journal.last_step())),
@@ -237,6 +247,16 @@ def _durable(run: Path, metrics: Sequence[StepRecord]) -> dict[str, Any] | None:
     later = [record for record in metrics if record["step"] > latest.step]
     age = sum(map(_seconds, later))
     return {"step": latest.step, "behind": len(later), "age_seconds": round(age, 3)}
+
+
+def _remote(run: Path) -> dict[str, Any] | None:
+    with suppress(CheckpointError):
+        if outbox := read_outbox(run):
+            left = waiting(run, outbox.url)
+            step = outbox.uploaded.step if outbox.uploaded else None
+            newer = left.manifest.progress.step if left else None
+            return {"url": outbox.url, "step": step, "waiting": newer, "problem": outbox.problem}
+    return None
 
 
 def _activity(run: Path, metrics: Sequence[StepRecord], events: Sequence[Event]) -> str:

@@ -104,6 +104,7 @@ class Drill:
         recipe, every = self.recipe, self.save_every
         kept = {"checkpoint.every_steps": every, "checkpoint.keep_every": steps, "checkpoint.best": False}
         silent: dict[str, Any] = {"evaluate.every_steps": None, "evaluate.generate": 0, "hub.repo": None}
+        silent["checkpoint.remote"] = None
         if not isinstance(recipe.data.validation, float):  # a part of the training data, which must stay held out
             silent["data.validation"] = None
         if recipe.track.names:

@@ -15,8 +15,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from threading import Thread
+from typing import Any
 
 from lora_kit.errors import CheckpointError, LeaseError
 from lora_kit.runs import live, store
@@ -27,6 +29,7 @@ from lora_kit.runs.live import JobFile, Phase, Region, Snapshot, Word
 from lora_kit.runs.manifest import RunFacts, ScriptFacts
 from lora_kit.runs.scripts import ScriptJob
 from lora_kit.supervise.stopping import signals_to_hear
+from lora_kit.supervise.uploads import FINISHED_SECONDS, STOPPED_SECONDS, Uploads
 
 POLL_SECONDS = 0.01
 LOOK_SECONDS = 0.1  # time between two searches for a live region
@@ -55,6 +58,7 @@ class Keeper:
         self._written = (0, 0)
         self._late = False
         self._end: int | None = None
+        self._uploads: Uploads | None = None
         self._look()
 
     def poll(self) -> None:
@@ -71,6 +75,10 @@ class Keeper:
             live.read_job(self.region)
         if self.region is None or job is None or job.facts.fencing_token != self.lease.token or self._is_writing():
             return
+        if self._uploads is not None:
+            self._uploads.poll()
+        elif job.remote is not None:
+            self._uploads = Uploads(self.lease, job.remote, job.keep, on_upload=self._uploaded, on_fault=self.tell)
         snapshot = self._wanted(self.region, job.every_seconds)
         if snapshot is not None:
             self._write_in_thread(self.region, job, snapshot)
@@ -161,6 +169,8 @@ class Keeper:
             region.words[Word.COMMITTED] = sequence
             seconds = round(time.monotonic() - began, 4)
             self.journal.event("checkpoint", step=snapshot.step, bytes=made.size, seconds=seconds)
+            if self._uploads is not None:
+                self._uploads.notify()
         except LeaseError:
             self._heart.loss = self.lease.loss()
         except Exception as error:
@@ -171,6 +181,22 @@ class Keeper:
             region.words[Word.HANDLED] = max(region.words[Word.HANDLED], sequence)
             region.words[Word.READING] = 0
             self._written_at = time.monotonic()
+
+    def _uploaded(self, **facts: Any) -> None:
+        with contextlib.suppress(OSError, LeaseError):
+            self.journal.event("uploaded", **facts)
+
+    def finish_uploads(self, seconds: Callable[[], float], tick: Callable[[str], object] = lambda text: None) -> str:
+        """Wait for the last upload to `checkpoint.remote`, at most as many seconds as `seconds` returns.
+
+        Returns:
+            A message about what is not uploaded yet; it is also reported as a fault. Empty if nothing is missing.
+        """
+        left = "" if self._uploads is None else self._uploads.finish(seconds, tick)
+        self._uploads = None
+        if left:
+            self.tell(left)
+        return left
 
     def flush(self) -> int:
         """Write the newest live snapshot now; return the step of the newest checkpoint, 0 if there is none.
@@ -279,6 +305,8 @@ def _keep(keeper: Keeper, trainer: int, stop: list[int]) -> None:
             break
         time.sleep(POLL_SECONDS)
     died, step = os.getppid() != trainer, keeper.end()
+    stopped = bool(words[Word.STOP]) or died
+    keeper.finish_uploads(lambda: STOPPED_SECONDS if stopped or stop else FINISHED_SECONDS)
     if died and words[Word.STOP]:
         keeper.journal.event("stopped", step=step)
 

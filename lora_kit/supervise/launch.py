@@ -28,6 +28,7 @@ from lora_kit.runs.live import LEAST_TIMEOUT_SECONDS, TIMEOUT_FACTOR, Phase, Wor
 from lora_kit.supervise import oom
 from lora_kit.supervise.keeper import POLL_SECONDS, Keeper
 from lora_kit.supervise.stopping import FORWARDED_SECONDS, STOP_SIGNALS, name_of, signals_to_hear
+from lora_kit.supervise.uploads import FINISHED_SECONDS, STOPPED_SECONDS
 from lora_kit.supervise.zygote import STORE, Zygote
 from lora_kit.views.console import Console, print_error
 
@@ -187,8 +188,16 @@ class Launch:
             self._end_ahead()
             self.console.restore_terminal()
             self.keeper.end()
+            self._finish_uploads()
             with suppress(OSError):  # the disk is full; the next start sees that this process is dead
                 self.keeper.lease.release()
+
+    def _finish_uploads(self) -> None:
+        limit = FINISHED_SECONDS, STOPPED_SECONDS
+        left = self.keeper.finish_uploads(lambda: limit[bool(self._signals)], self.console.tick)
+        self.console.restore_terminal()
+        if left:
+            self.console.warn(left)
 
     def _begin(self) -> None:
         """Start the processes of an attempt."""

@@ -10,6 +10,7 @@ from contextlib import suppress
 
 from lora_kit.data import sources
 from lora_kit.data.plan import prepare_data
+from lora_kit.data.urls import is_url
 from lora_kit.host import end_with_parent
 from lora_kit.model.source import Source
 from lora_kit.model.tokenizer import load_renderer
@@ -25,6 +26,7 @@ def prepare(request: str) -> None:
     if (
         folder is None
         or recipe.base.trust_remote_code
+        or any(map(is_url, names))  # two processes would download the same
         or None in [sources.files(name, recipe.folder) for name in names]
     ):
         return

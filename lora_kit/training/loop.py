@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lora_kit.artifacts.hub import push_finished
+from lora_kit.artifacts.remotes import require_remote
 from lora_kit.data.order import micro_batch_seed
 from lora_kit.data.packing import MicroBatch, collate, reduction_schedule
 from lora_kit.errors import CheckpointError, DivergenceError, LeaseError, LoraKitError, Stopped
@@ -83,10 +84,11 @@ def train(
     console = Console(silent=not processes.is_main)
     objective = objective_of(recipe)
     processes.main_decides(lambda: require(recipe.track.names))
+    processes.main_decides(lambda: require_remote(recipe))
     processes.main_decides(lambda: require_packages(recipe.evaluate))
     with (
         stop_signals() as stop,
-        open_folder(processes, Path(out), start_from, console) as run,
+        open_folder(processes, Path(out), recipe, start_from, console) as run,
         following(run.folder, console) as trackers,
     ):
         # 1. the inputs: the files of the base, the tokenizer, the tokens
@@ -162,6 +164,8 @@ def train(
             if processes.is_main:
                 push_finished(recipe, run.folder, console, pause=stop.wait)
             console.end()
+        if fault := publisher.new_fault():  # what the keeper has told since: an upload that did not end in time
+            console.warn(fault)
     return Run(Path(out))
 
 

@@ -383,4 +383,5 @@ def job_file_of(job: Job) -> JobFile:
         keep=checkpoint.keep,
         keep_every=checkpoint.keep_every,
         best=checkpoint.best,
+        remote=checkpoint.remote,
     )

@@ -29,6 +29,7 @@ from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
 from lora_kit.artifacts.locate import checkpoint_at
+from lora_kit.artifacts.remotes import restorer
 from lora_kit.data import cache
 from lora_kit.data.arrays import spill_file
 from lora_kit.data.packing import IGNORE, collate
@@ -76,6 +77,7 @@ from lora_kit.runs.resume import (
     contract,
     enforce,
     go_back,
+    no_remote,
     open_run,
     refuse_fewer_steps,
     still_bitwise,
@@ -97,13 +99,17 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers")
 
 @contextmanager
 def open_folder(
-    processes: Processes, folder: Path, start_from: str | Path | None, console: Console, *, script: bool = False
+    processes: Processes, folder: Path, recipe: Recipe | None, start_from: str | Path | None, console: Console
 ) -> Iterator[OpenRun]:
-    """Hold the lease of a run's folder until the block ends, then restore the settings of the processes."""
+    """Hold the lease of a run's folder until the block ends, then restore the settings of the processes.
+
+    `recipe` is None for the run of a script.
+    """
+    restore = restorer(recipe, folder, tell=console.say) if recipe else no_remote
 
     def decide() -> OpenRun:
         origin = checkpoint_at(start_from, plain=True) if start_from else None
-        return open_run(folder, origin, script=script, tell=console.warn)
+        return open_run(folder, origin, script=recipe is None, restore=restore, tell=console.warn)
 
     run = processes.main_decides(decide, _OPEN_RUN.dump_json, _OPEN_RUN.validate_json)
     try:

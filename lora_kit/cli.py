@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict
@@ -38,6 +39,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+# environment variable: a file for the exit code, because launchers such as torchrun turn every code into 1
+EXIT_CODE = "LORA_KIT_EXIT_CODE"
 NO_THREAD = "can't start new thread"  # text of Python's RuntimeError where the kernel allows no more threads
 GPUS = Path("/proc/driver/nvidia/gpus")  # the driver's folder for each GPU
 
@@ -55,6 +58,9 @@ def error_messages() -> Iterator[None]:
     try:
         yield
     except LoraKitError as error:
+        if launched_by_another() and (path := os.environ.get(EXIT_CODE)):
+            with suppress(OSError):  # without the file the launcher's own exit code stays
+                Path(path).write_text(f"{error.exit_code}\n")
         # an error with exit code 1 may be that of one process; all processes raise the others, so process 0 prints them
         if not launched_by_another() or os.environ.get("RANK", "0") == "0" or error.exit_code == 1:
             print_error(str(error) or type(error).__name__, "stopped" if error.exit_code == 75 else "error")
@@ -89,6 +95,13 @@ def main(
             Path.cwd()
         except OSError as error:
             raise InputError(f"the current folder: {error.strerror}; change to another folder") from None
+        try:
+            tempfile.gettempdir()  # packages that lora_kit imports need it
+        except FileNotFoundError:
+            raise InputError(
+                "temporary folder: none can be written; mount one at /tmp (in Docker --tmpfs /tmp, in Kubernetes an "
+                "emptyDir), or set TMPDIR to a folder that can be written"
+            ) from None
     if version:
         print(f"lora_kit {VERSION}")
         raise typer.Exit
@@ -176,6 +189,7 @@ def train(
     ] = 10,
 ) -> None:
     """Train a recipe. The same command starts a run, resumes it and, when it is finished, shows the result."""
+    from lora_kit.supervise.stopping import stop_before_training
     from lora_kit.supervise.zygote import Zygote
 
     print(f"lora_kit {VERSION}: {recipe} is trained in {out}", flush=True)
@@ -192,6 +206,7 @@ def train(
 
         loop.train(loaded, out, accept=accept, start_from=start_from, profile=profile)
         return
+    stop_before_training()
     with ExitStack() as stack:
         zygote = Zygote()  # imports torch while this process does the rest
         stack.callback(zygote.end)

@@ -29,6 +29,7 @@ import json
 import random
 import shlex
 import shutil
+import signal
 import string
 import subprocess
 from contextlib import suppress
@@ -41,6 +42,7 @@ import runs
 from filelock import FileLock
 
 gc.disable()  # until all tests are collected: collections of garbage would take a third of the time of the imports
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 WORKER = "PYTEST_XDIST_WORKER" in os.environ  # one of several processes of this session
 
 # shapes and dtypes in the annotations are checked at every call while the tests run
@@ -157,6 +159,15 @@ def no_run_is_left():
     """Kill what a test that failed has started and not waited for."""
     yield
     runs.kill_all()
+
+
+@pytest.fixture(autouse=True)
+def handlers_are_put_back():
+    """Put back the handlers of signals that `lora-kit train` has set in this process."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -48,6 +48,12 @@ if place["user"]:  # Python may be in the home of the user who runs the tests, a
     mounts += [["mount", "--bind", sys.base_prefix, kept]] if below else []
     mounts += [["mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", home]]
     mounts += [["mkdir", "-p", sys.base_prefix], ["mount", "--move", kept, sys.base_prefix]] if below else []
+if place["sealed"]:
+    mounts += [["mount", "--bind", place["sealed"], place["sealed"]]]
+    mounts += [["mount", "-t", "tmpfs", "-o", "size=64m,mode=1777", "tmpfs", "/dev/shm"]]
+    mounts += [["mount", "-o", "remount,ro,bind", "/"]]
+    os.environ["TMPDIR"] = place["sealed"]
+    os.environ.pop("HOME", None)
 for command in mounts:
     if subprocess.run(command).returncode:
         sys.exit(77)
@@ -81,6 +87,8 @@ class Place:
         hidden: Whether /proc hides the processes of other users.
         memory: The folder of a cgroup.
         covered: A folder on another disk, which is not mounted there.
+        sealed: The only folder that can be written, with 64 MB of shared memory and without HOME, as in a container
+            with `docker run --read-only`.
     """
 
     container: bool = False
@@ -91,6 +99,7 @@ class Place:
     hidden: bool = False
     memory: str = ""
     covered: str = ""
+    sealed: str = ""
 
 
 @cache

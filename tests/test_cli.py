@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 from typer.main import get_command
@@ -66,6 +67,16 @@ def test_a_name_that_is_no_folder_is_told_before_the_hub_is_asked(recipe_file, t
     ]
     refused = CliRunner().invoke(app, [*arguments, "base.repo=./mybas"])
     assert refused.exit_code == 2 and "does not exist; did you mean mybase?" in refused.stderr
+
+
+def test_where_no_temporary_folder_can_be_written_it_says_what_to_set(monkeypatch):
+    def nowhere():
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+    result = CliRunner().invoke(app, ["check", "recipe.yaml"])
+    assert result.exit_code == 2 and "mount one at /tmp (in Docker --tmpfs /tmp" in result.stderr
+    assert "or set TMPDIR" in result.stderr
 
 
 def test_status_shows_how_far_a_run_is(run):

@@ -22,6 +22,7 @@ from lora_kit import cli
 from lora_kit.cli import app, train_worker
 from lora_kit.errors import LaunchError, LoraKitError
 from lora_kit.recipe.load import load_recipe
+from lora_kit.runs import resume
 from lora_kit.runs.status import status
 from lora_kit.supervise import launch as launching
 from lora_kit.supervise import stopping, zygote
@@ -147,6 +148,19 @@ def test_sigterm_to_accelerate_launch_of_one_process_still_saves(recipe_file, tm
     assert "stopped, resumable" in CliRunner().invoke(app, ["status", str(out)]).output
     train(recipe_file, out, *rarely)
     assert state_hash(out, 8) == undisturbed
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_training_ends_the_start_with_75(recipe_file, tmp_path, monkeypatch, number):
+    def interrupted(*arguments, **options):  # such as a start that waits for the heartbeat of another machine
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(zygote.Zygote, "__init__", lambda self: None)
+    monkeypatch.setattr(zygote.Zygote, "end", lambda self: None)
+    monkeypatch.setattr(resume, "take_over", interrupted)
+    result = CliRunner().invoke(app, ["train", str(recipe_file), "--out", str(tmp_path / "run")])
+    assert result.exit_code == 75 and f"stopped by {number.name} before training began" in result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_second_signal_does_not_wait_unless_it_was_only_forwarded(monkeypatch):

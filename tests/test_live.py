@@ -199,6 +199,18 @@ def test_where_memory_has_no_room_local_disk_takes_the_region(run, tmp_path, mon
         CheckpointError, match=r"0\.00 GB are needed in shared memory .*, and neither has them \(/proc: .*\); free that"
     ):
         live.create_region(Held(tmp_path / "other"), 400)
+    with pytest.raises(
+        CheckpointError, match=r"enlarge /dev/shm \(in Docker --shm-size=2g, in Kubernetes an emptyDir with"
+    ):
+        live.create_region(Held(tmp_path / "other"), 500_000_000)
+
+
+def test_a_region_on_disk_says_what_that_costs_and_how_to_give_it_memory(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(live, "_parent_folders", lambda: [tmp_path])
+    region = live.create_region(Held(run), 4 * FLOATS)
+    told = live.disk_notice(region)
+    assert f"so it is in {tmp_path}; if that is a disk" in told
+    assert "(in Docker --shm-size=1g, in Kubernetes an emptyDir with medium: Memory)" in told
 
 
 def test_a_region_that_was_never_completed_goes_at_the_next_start(run, memory):
@@ -428,6 +440,7 @@ def test_shared_memory_is_enough_where_no_temporary_folder_can_be_written(run, m
     assert PARENT_FOLDERS() == [Path("/dev/shm")]
     monkeypatch.setattr(live, "_parent_folders", list)
     with pytest.raises(
-        CheckpointError, match=r"neither has them \(neither can be used\); free that much, or set TMPDIR"
+        CheckpointError,
+        match=r"neither has them \(neither can be used\); free that much, enlarge /dev/shm .* or set TMPDIR",
     ):
         live.create_region(Held(run), 4 * FLOATS)

@@ -46,6 +46,7 @@ from lora_kit.runs.store import ADAPTER, ADAPTER_CONFIG, OPTIMIZER, headers_of
 MAGIC = int.from_bytes(b"lorakit3", "little")
 PAGE, HEADER_BYTES, SLOTS = 16384, 65536, 3
 KEEPER_AT, FAULT_AT, OWNER_AT = 512, 1024, 4096  # offsets in the first page of the cells after the counters
+SHARED_MEMORY = Path("/dev/shm")
 CHUNK = 1 << 20  # bytes that are copied and then hashed, while they are in the CPU's cache
 PATIENCE_SECONDS = 0.5  # wait for another process to release its exclusive lock, held for microseconds
 TIMEOUT_FACTOR = 10.0  # without train.step_timeout a step hangs after this many longest steps
@@ -391,7 +392,7 @@ def copy_hashed(target: memoryview, sources: Sequence[memoryview]) -> int:
 
 def _parent_folders() -> list[Path]:
     """Return the folders in which a region may be, best first."""
-    folders = [Path("/dev/shm")]
+    folders = [SHARED_MEMORY]
     with suppress(FileNotFoundError):  # no temporary folder can be written
         folders.append(Path(tempfile.gettempdir()))
     return [folder for folder in folders if folder.is_dir()]
@@ -563,10 +564,27 @@ def _create(owner: Owner, payload_bytes: int) -> Region:
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
             problems.append(f"{parent}: {error.strerror}")
-    needed = SLOTS * payload_bytes / 1e9
+    needed = SLOTS * payload_bytes
     raise CheckpointError(
-        f"live region: {needed:.2f} GB are needed in shared memory or in the temporary folder, and neither has them "
-        f"({'; '.join(problems) or 'neither can be used'}); free that much, or set TMPDIR to a folder on a larger disk"
+        f"live region: {needed / 1e9:.2f} GB are needed in shared memory or in the temporary folder, and neither has "
+        f"them ({'; '.join(problems) or 'neither can be used'}); free that much, enlarge {SHARED_MEMORY} "
+        f"({enlarging(needed)}), or set TMPDIR to a folder on a larger disk"
+    )
+
+
+def enlarging(needed: int) -> str:
+    """Return how /dev/shm of a container, which by default has 64 MB, gets space for so many bytes more."""
+    return f"in Docker --shm-size={needed // (1 << 30) + 1}g, in Kubernetes an emptyDir with medium: Memory"
+
+
+def disk_notice(region: Region) -> str | None:
+    """Return what a region in the temporary folder costs and how to avoid that; None if it is in shared memory."""
+    if region.path.is_relative_to(SHARED_MEMORY) or not SHARED_MEMORY.is_dir():
+        return None
+    needed, folder = len(region.memory), region.path.parents[1]
+    return (
+        f"live region: {SHARED_MEMORY} has no space for {needed / 1e9:.2f} GB, so it is in {folder}; if that is a "
+        f"disk, every step is written to it. Enlarge {SHARED_MEMORY} ({enlarging(needed)})"
     )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from lora_kit.errors import Stopped
 from lora_kit.runs.lease import borrowed_lease
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
@@ -31,6 +32,19 @@ def name_of(number: int) -> str:
     with suppress(ValueError):
         return signal.Signals(number).name
     return f"signal {number}"
+
+
+def stop_before_training() -> None:
+    """Raise `Stopped` at a stop signal until something else handles it: nothing is trained that could be lost.
+
+    Without a handler the first process of a container, PID 1, would ignore the signal and begin to train.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(f"stopped by {name_of(number)} before training began; the same command begins it")
+
+    for number in signals_to_hear():
+        signal.signal(number, stop)
 
 
 class StopRequest(threading.Event):

@@ -34,6 +34,7 @@ from lora_kit.supervise import oom
 from lora_kit.supervise.keeper import start_keeper
 from lora_kit.supervise.stopping import StopRequest, name_of
 from lora_kit.training.job import Job
+from lora_kit.views.console import Console
 
 FEW_BUFFERS = 8  # up to so many are copied and hashed together, while they are in the CPU's cache
 MOST_KEEPERS = 3  # after so many keepers in a row without a checkpoint, the run ends instead of starting another
@@ -340,6 +341,8 @@ def publishing(job: Job, stop: StopRequest) -> Iterator[Publisher]:
     """Open the publisher that writes a snapshot of each finished step to the live region; close it after the block."""
     job_file = job_file_of(job) if job.processes.is_main else None
     publisher = Publisher(job.run.lease, job.state, job_file, keep=isinstance(job.run.latest, Live))
+    if publisher.region is not None and (notice := live.disk_notice(publisher.region)):
+        Console(silent=False).warn(notice)
     with forwarding_signals(stop, job.run, lambda: publisher.region):
         try:
             yield publisher

@@ -153,6 +153,23 @@ def test_another_users_job_on_a_living_run_is_refused_though_proc_hides_it(undis
     nothing_was_lost(out, undisturbed)
 
 
+def test_a_container_with_a_root_that_cannot_be_written_and_an_unknown_user_is_stopped_and_goes_on(
+    undisturbed, so, open_to_all
+):
+    recipe, out, shim = open_to_all / "recipe.yaml", open_to_all / "run", Shim(open_to_all / "shim", "/run/")
+    faults = Faults(open_to_all / "faults")
+    faults.folder.chmod(0o777)
+    place = Place(container=True, host="box", user=20001, sealed=str(open_to_all))
+    process = start_at(place, recipe, out, shim=shim, so=so, faults=faults(hold(5)), dead=LIVING_SECONDS)
+    reaches(process, out, 2)
+    family(process)[0].terminate()  # PID 1 of the container
+    code, printed = ended(process)
+    assert code == 75 and "is durable; the same command resumes it" in printed, printed
+    code, printed = ended(start_at(place, recipe, out, shim=shim, so=so, dead=LIVING_SECONDS))
+    assert code == 0, printed
+    nothing_was_lost(out, undisturbed)
+
+
 FAILING = {"sync": errno.EIO, "folder_sync": errno.EIO, "rename": errno.ENOSPC}
 
 

@@ -1,6 +1,7 @@
 """The keeper writes what is due exactly and the newest in between, whatever becomes of the trainer or the disk."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from lora_kit.runs.journal import Journal
 from lora_kit.runs.lease import take
 from lora_kit.runs.live import Header, JobFile, Phase, Word
 from lora_kit.supervise import keeper as keeping
-from lora_kit.supervise.keeper import Keeper
+from lora_kit.supervise.keeper import Keeper, run_standby
 from lora_kit.supervise.stopping import STOP_SIGNALS
 from lora_kit.training import loop, publisher
 
@@ -329,3 +330,58 @@ def test_a_keeper_that_is_stopped_keeps_nobody_waiting(recipe_file, tmp_path, mo
     monkeypatch.setattr(publisher, "start_keeper", start_and_stop)
     run = loop.train(load_recipe(recipe_file, ["checkpoint.every_steps=1"]), tmp_path / "run")
     assert len(keepers) == 2 and "killed by SIGKILL" in next(e["what"] for e in run.events if e["kind"] == "fault")
+
+
+@pytest.fixture
+def standby(trainer, monkeypatch):
+    """A function that runs the standby keeper of a trainer that has ended, which holds the lease on another machine."""
+    monkeypatch.setattr(keeping, "signals_to_hear", list)
+    monkeypatch.setattr(keeping, "STANDBY_SECONDS", 0.0)
+    monkeypatch.setattr(keeping, "STANDBY_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(lease, "DEAD_SECONDS", 0.5)
+    content = json.loads((trainer.run / "lease.json").read_text())
+    content["holder"] |= {"host": "another"}
+    (trainer.run / "lease.json").write_text(json.dumps(content))
+    wait_until(lambda: trainer.keeper._heart.loss)
+    return lambda: run_standby(trainer.lease, trainer=0)
+
+
+def test_a_standby_keeper_saves_what_nobody_else_has_saved(trainer, standby):
+    trainer.publish(3)
+    standby()
+    assert trainer.steps() == [3]
+    record = lease.read(trainer.run / "lease.json")
+    assert record.holder is None and record.token == trainer.lease.token + 1
+    assert [json.loads(line)["step"] for line in (trainer.run / "metrics.jsonl").read_text().splitlines()] == [3]
+
+
+def test_a_standby_keeper_leaves_a_snapshot_to_a_start_that_has_been_announced(trainer, standby, monkeypatch):
+    trainer.publish(3)
+    live.announce_start(trainer.run)
+    looks, unsaved = iter([True, True, False]), keeping._has_unsaved
+    monkeypatch.setattr(keeping, "_has_unsaved", lambda held: unsaved(held) and next(looks))
+    standby()
+    assert trainer.steps() == [] and lease.read(trainer.run / "lease.json").token == trainer.lease.token
+    announced = trainer.region.path.with_name(live.START)
+    announced.write_text(announced.read_text().replace(f'"pid":{os.getpid()}', '"pid":2147483647'))
+    monkeypatch.setattr(keeping, "_has_unsaved", unsaved)
+    standby()
+    assert trainer.steps() == [3], "the process that announced it is dead"
+
+
+def test_a_standby_keeper_ends_when_another_start_has_the_lease_or_all_is_written(trainer, standby, monkeypatch):
+    monkeypatch.setattr(keeping, "take", lambda *_, **__: pytest.fail("it competes for the lease"))
+    trainer.publish(3)
+    facts = run_facts(fencing_token=trainer.lease.token)
+    files = live.files_of(live.read_job(trainer.region), trainer.region.payload(0))
+    store.commit(trainer.run, files, facts, step_facts(3))
+    standby()
+    assert not trainer.region.path.exists(), "nothing in it is needed"
+    made = Trainer(trainer.run.with_name("other"))
+    made.publish(3)
+    made.lease.release()
+    take(made.run, run_id="r")
+    run_standby(made.lease, trainer=0)
+    assert made.region.path.exists() and made.steps() == [], "the start finds it there"
+    live.discard(made.region)

@@ -244,8 +244,8 @@ from lora_kit.cli import app
 from lora_kit.errors import DataError
 from lora_kit.training import processes
 start = processes.Processes.start.__func__
-def fail(cls, dtype):
-    made = start(cls, dtype)
+def fail(cls, *arguments):
+    made = start(cls, *arguments)
     if made.index == 1:
         raise DataError("data.jsonl:7: only process 1 sees this")
     return made

@@ -2,6 +2,8 @@
 
 import json
 import platform
+import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from runs import run_code, started
 from lora_kit.data.packing import reduction_schedule
 from lora_kit.errors import LaunchError
 from lora_kit.supervise import launch
+from lora_kit.training import processes
 from lora_kit.training.processes import refuse_contradictions
 
 WORKER = """
@@ -79,6 +82,44 @@ def test_many_processes_sum_like_one(tmp_path, processes):
             np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
         else:
             assert np.array_equal(ours, expected)
+
+
+LATE = """
+import sys
+from pathlib import Path
+from runs import wait_until
+from lora_kit.recipe.schema import Launch
+from lora_kit.training.processes import Processes
+processes, given_up = Processes.start("float32", Launch(collective_timeout=0.5)), Path(sys.argv[1])
+assert processes.gather([1]) == [1, 1] and processes.machines == 1 and processes.publisher == 0
+processes.expect_steps()
+if processes.is_main:
+    try:
+        processes.gather([1])
+    except RuntimeError as error:
+        assert "500ms" in str(error), error
+        given_up.touch()
+else:
+    wait_until(given_up.exists)
+"""
+
+
+def test_a_process_does_not_wait_longer_than_the_recipe_says(tmp_path):
+    environments = [{"PYTHONPATH": str(Path(__file__).parent)} | each for each in launch.environments(2)]
+    workers = [started([tmp_path / "given up"], each, code=LATE) for each in environments]
+    for worker in workers:
+        printed, _ = worker.communicate()
+        assert worker.returncode == 0, printed
+    assert (tmp_path / "given up").exists()
+
+
+def test_processes_that_do_not_meet_are_told(monkeypatch):
+    monkeypatch.setattr(processes.dist, "is_initialized", lambda: False)
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        alone = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        alone["MASTER_PORT"] = str(nobody.getsockname()[1])
+        with pytest.raises(LaunchError, match=r"have not met at 127\.0\.0\.1:.*launch\.rendezvous_timeout"):
+            processes._meet(alone, 0.2)
 
 
 MANY_SHAPES = """

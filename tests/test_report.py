@@ -73,6 +73,7 @@ def test_it_counts_what_was_lost_and_what_it_cost(tmp_path, clock):
         ("stopped by SIGTERM", 6, 1),
     ]
     assert now.faults == [{"what": "disk full", "times": 1}]
+    assert now.exit_code == 1, "step 6 is not durable"
     assert now.stall_share == pytest.approx(0.5 / 12, abs=1e-4)
     assert now.goodput == pytest.approx(11.5 / 20, abs=1e-4)
 
@@ -84,9 +85,12 @@ def test_it_counts_what_was_lost_and_what_it_cost(tmp_path, clock):
     assert now.interruptions[-1] == {"cause": SILENT_END, "step": 7, "times": 1}
     clock(5005)
     journal.event("failed", step=7, cause="ValueError: x")
-    assert status(tmp_path).state == "failed, resumable"
+    assert (status(tmp_path).state, status(tmp_path).exit_code) == ("failed, resumable", 1)
+    store.commit(tmp_path, files_of(), run_facts(), step_facts(7))
+    journal.event("stopped", step=7, signal="SIGTERM")
+    assert (status(tmp_path).state, status(tmp_path).exit_code) == ("stopped, resumable", 75)
     journal.event("finished", step=10)
-    assert status(tmp_path).to_dict()["state"] == "finished"
+    assert (status(tmp_path).to_dict()["state"], status(tmp_path).exit_code) == ("finished", 0)
 
 
 def test_it_shows_the_held_out_loss_the_best_checkpoint_and_the_time_that_is_left(tmp_path, monkeypatch):

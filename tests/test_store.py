@@ -29,8 +29,9 @@ from lora_kit.runs import store
 from lora_kit.runs.journal import Journal
 from lora_kit.runs.layout import Layout
 from lora_kit.runs.lease import is_held
-from lora_kit.runs.manifest import FORMAT, manifest_bytes
-from lora_kit.runs.resume import go_back, open_run, take_over
+from lora_kit.runs.live import Live
+from lora_kit.runs.manifest import FORMAT, Manifest, manifest_bytes
+from lora_kit.runs.resume import Candidate, choose_state, go_back, hold_run, open_run, take_over
 from lora_kit.runs.status import checkpoints
 from lora_kit.runs.store import find, folders, open_checkpoint, prune, set_aside, sweep
 
@@ -340,6 +341,32 @@ def test_a_checkpoint_of_another_run_is_not_resumed(tmp_path):
     assert copied.is_dir() and not is_held(one)
     with pytest.raises(ContractError, match="a checkpoint of another run"):
         open_run(one, copied)
+
+
+@pytest.mark.parametrize(
+    ("memories", "expected"),  # (fencing token, step) of the snapshot of each machine; a checkpoint has (1, 4)
+    [
+        ([None, (1, 5)], (5, 1)),
+        ([(1, 6), (1, 5)], (6, 0)),
+        ([(1, 5), (1, 6)], (6, 1)),
+        ([(2, 3), (1, 9)], (3, 0)),
+        ([None, (1, 3)], (4, 0)),
+        ([None, None], (4, 0)),
+    ],
+)
+def test_of_all_machines_the_newest_state_by_token_and_step_is_used(tmp_path, memories, expected):
+    commit(tmp_path, FILES, 4)
+    held = hold_run(tmp_path)
+    candidates = []
+    for process, order in enumerate(memories):
+        found = None
+        if order:
+            manifest = Manifest(run_facts(fencing_token=order[0]), step_facts(order[1]), {})
+            found = Live(tmp_path / "region", 0, {}, manifest)
+        candidates.append(Candidate(process, found, ()))
+    run = choose_state(held, candidates)
+    run.lease.release()
+    assert (run.latest.step, run.loaded_by) == expected
 
 
 def test_a_recipe_of_another_version_is_refused_by_its_fields(tmp_path):

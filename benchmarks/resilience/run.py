@@ -21,6 +21,7 @@ from typing import Any
 
 import damage
 import elastic
+import hosts
 import kills
 import pairs
 import remote
@@ -112,6 +113,26 @@ def _all_equal(found: Found) -> bool:
     return all(
         one["ours"]["final_bytes_equal"] and one["ours"]["examples_after_each_step_as_planned"]
         for one in found.values()
+    )
+
+
+def _hosts(found: Found) -> str:
+    if "skipped" in found:
+        return str(found["skipped"])
+    return ", ".join(
+        f"{one['went_on_by_themselves']} of {one['asked']} {name}, {one['finished_steps_lost']} steps lost"
+        for name, one in found.items()
+        if name in ("kills", "cuts")
+    )
+
+
+def _hosts_reached(found: Found) -> bool:
+    return "skipped" not in found and all(
+        one["went_on_by_themselves"] == one["asked"]
+        and one["each_step_once"]
+        and one["final_bytes_equal"]
+        and not one["finished_steps_lost"]
+        for one in (found["kills"], found["cuts"])
     )
 
 
@@ -228,6 +249,14 @@ MEASURES = {
         reached=lambda found: (
             found["ours"]["goodput"] >= 0.7 and abs(found["ours"]["goodput"] - found["ours"]["model"]) <= 0.05
         ),
+    ),
+    "hosts": Measure(
+        full=hosts.measure,
+        quick=lambda folder: hosts.measure(folder, kills=3, cuts=1),
+        ours=_hosts,
+        trainer=lambda found: "-",
+        target="all go on, 0 steps lost, same bytes",
+        reached=_hosts_reached,
     ),
     "pairs": Measure(
         full=pairs.measure,

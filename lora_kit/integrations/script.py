@@ -79,9 +79,10 @@ def run_script(text: str) -> None:
 
 def meet_others() -> None:
     """Form the process group of several processes, once the script has imported accelerate, and so torch."""
+    from lora_kit.recipe.schema import Launch
     from lora_kit.training.meeting import meet
 
-    meet(os.environ)
+    meet(os.environ, Launch().rendezvous_timeout)
 
 
 def attach(trainer_class: Any, request: ScriptRequest, attached: list[str]) -> None:

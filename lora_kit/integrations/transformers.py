@@ -427,7 +427,8 @@ class LiveCheckpoint(TrainerCallback):
             every_seconds=self._every_seconds,
             keep=self._keep,
         )
-        self._publisher = Publisher(self._run.lease, self._buffers, self._job, keep=isinstance(self._run.latest, Live))
+        resumes_live, is_main = isinstance(self._run.latest, Live), self._processes.is_main
+        self._publisher = Publisher(self._run.lease, self._buffers, self._job, keep=resumes_live, is_main=is_main)
         self._publisher.heartbeat()
 
     def _grow(self, text: bytes, tensors: list[Tensor]) -> None:
@@ -532,4 +533,4 @@ def _processes(trainer: Trainer) -> Processes:
     """Return the processes of a trainer; they exchange their small states over gloo."""
     count = trainer.args.world_size
     group = dist.new_group(backend="gloo") if count > 1 and dist.get_backend() != "gloo" else None
-    return Processes(trainer.args.process_index, count, torch.device("cpu"), ExitStack(), group)
+    return Processes(trainer.args.process_index, count, torch.device("cpu"), ExitStack(), group=group)

@@ -458,6 +458,20 @@ class Train(Section):
         return self
 
 
+class Launch(Section):
+    """How long training processes wait for each other before they end with an error. On several machines this decides
+    how soon the loss of a machine or of the network is noticed ([launching.md](launching.md#several-machines))."""
+
+    rendezvous_timeout: SECONDS = 300.0
+    """Seconds until all processes that a launcher has started must have met."""
+    start_timeout: SECONDS = 1800.0
+    """Seconds that a process waits for another one outside of steps, e.g. while process 0 downloads the base, tokenises
+    the data or generates answers."""
+    collective_timeout: SECONDS = 300.0
+    """Seconds that a process waits for another one in a step. It must be longer than the longest step, and than a
+    checkpoint takes to be written."""
+
+
 class Checkpoint(Section):
     """When to write checkpoints, and which of them to keep."""
 
@@ -618,6 +632,7 @@ class Recipe(Section):
     objective: OBJECTIVE = SftObjective()
     optim: Optim = Optim()
     train: Train
+    launch: Launch = Launch()
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate = Evaluate()
     preflight: Preflight = Preflight()

@@ -99,6 +99,7 @@ class Event(TypedDict):
     steps: NotRequired[Count]
     run_id: NotRequired[RunId]
     reached: NotRequired[Count]
+    from_live: NotRequired[bool]
     launched: NotRequired[Finite]
     token: NotRequired[Token]
     signal: NotRequired[str]

@@ -36,7 +36,7 @@ from lora_kit.errors import CheckpointError, LeaseError
 from lora_kit.files import write_atomically
 from lora_kit.runs import formats, lease, store
 from lora_kit.runs.formats import Amount, Token
-from lora_kit.runs.identity import IDENTITY, Identity, Life, life_of
+from lora_kit.runs.identity import IDENTITY, Identity, Life, life_of, own_identity
 from lora_kit.runs.journal import Journal
 from lora_kit.runs.layout import CONSTANTS, WEIGHTS, Layout, State, cut
 from lora_kit.runs.manifest import AnyManifest, Manifest, RunFacts, ScriptFacts, StepFacts
@@ -51,7 +51,7 @@ CHUNK = 1 << 20  # bytes that are copied and then hashed, while they are in the 
 PATIENCE_SECONDS = 0.5  # wait for another process to release its exclusive lock, held for microseconds
 TIMEOUT_FACTOR = 10.0  # without train.step_timeout a step hangs after this many longest steps
 LEAST_TIMEOUT_SECONDS = 60.0  # least limit of a step, however short the steps are
-REGION, JOB, PARTIAL = "region", "job.json", "region.partial"
+REGION, JOB, PARTIAL, START = "region", "job.json", "region.partial", "start.json"
 
 
 T = TypeVar("T")
@@ -398,6 +398,14 @@ def _parent_folders() -> list[Path]:
     return [folder for folder in folders if folder.is_dir()]
 
 
+def memory_id() -> str:
+    """Return a text that is equal for two processes exactly if they see the same shared memory.
+
+    The boot id tells machines apart, and the device number of /dev/shm tells containers of a machine apart.
+    """
+    return " ".join([own_identity().boot, *(str(folder.stat().st_dev) for folder in _parent_folders()[:1])])
+
+
 def _since_boot() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
 
@@ -488,6 +496,24 @@ def _order(region: Region) -> tuple[int, tuple[int, int]]:
     """Return the region's token, and the order of its newest snapshot: a region that replaces another begins empty."""
     newest = region.snapshots()[:1]
     return region.words[Word.TOKEN], newest[0].order if newest else (0, 0)
+
+
+def announce_start(run: Path) -> None:
+    """Note beside the regions of a run on this machine that this process will go on from them if it gets the lease."""
+    if run_id := run_id_of(run):
+        for region, _ in _regions(run_id):
+            with suppress(OSError):
+                write_atomically(region.path.with_name(START), IDENTITY.dump_json(own_identity()))
+
+
+def is_starting(run: Path, run_id: str) -> bool:
+    """Return whether a living process of this machine has announced a start of a run."""
+    for region, owner in _regions(run_id):
+        with suppress(CheckpointError):
+            starter = formats.read(IDENTITY, region.path.with_name(START))
+            if starter is not None and life_of(starter) is not Life.DEAD and owner.path == str(run.resolve()):
+                return True
+    return False
 
 
 def adopt(held: lease.Lease) -> None:
@@ -626,9 +652,13 @@ def delete_orphans() -> None:
 
 def _is_finished(region: Region, owner: Owner) -> bool:
     """Return whether a region's run has a result, and a checkpoint no older than the newest snapshot in the region."""
-    run, newest = Path(owner.path), region.snapshots()[:1]
-    if not owner.is_there() or not (run / "result.json").is_file():
-        return False
+    run = Path(owner.path)
+    return bool(owner.is_there()) and (run / "result.json").is_file() and is_written(region, run)
+
+
+def is_written(region: Region, run: Path) -> bool:
+    """Return whether a run has a checkpoint that is no older than the newest snapshot in a region."""
+    newest = region.snapshots()[:1]
     with suppress(CheckpointError):
         written = max((manifest.order for manifest in store.newest_first(run)[0].values()), default=(0, 0))
         return not newest or written >= (newest[0].header.token, newest[0].step)

@@ -46,6 +46,8 @@ VERDICTS: dict[str, Verdict] = {  # the first pattern that matches a key decides
     "train.activation_checkpointing": "accept",
     "train.kernels": "accept",
     "train.share_prompts": "accept",
+    "train.step_timeout": "harmless",
+    "launch.*": "harmless",
     "checkpoint.*": "harmless",
     "evaluate.*": "harmless",
     "preflight.*": "harmless",
@@ -181,6 +183,7 @@ class OpenRun:
         folder: The run's folder.
         lease: The right to write to it, with the fencing token.
         latest: The checkpoint or live snapshot to resume from; None for a new run.
+        loaded_by: The index of the process that can read `latest`: a live snapshot is in the memory of one machine.
         goes_back: Whether `latest` is an older checkpoint that `--from` names; `go_back` then sets aside newer ones.
         origin: The checkpoint or PEFT adapter that a new run begins with; None for a fresh adapter.
         reached: The newest step in metrics.jsonl at the time of opening.
@@ -190,6 +193,7 @@ class OpenRun:
     folder: Path
     lease: Lease
     latest: AnyCheckpoint | Live | None
+    loaded_by: int
     goes_back: bool
     origin: Checkpoint[RunFacts] | PlainAdapter | None
     reached: int
@@ -286,6 +290,46 @@ def is_own(folder: Path, checkpoint: Path) -> bool:
     return checkpoint.resolve().parent == (folder / "checkpoints").resolve()
 
 
+@dataclass(frozen=True)
+class HeldRun:
+    """A run's folder whose lease is held, before the state to resume from is known.
+
+    Attributes:
+        folder: The run's folder.
+        lease: The right to write to it, with the fencing token.
+        target: The checkpoint of this run that `--from` names, to go back to.
+        origin: The checkpoint or PEFT adapter that `--from` names, for a new run to begin with.
+        notices: Messages for the user.
+    """
+
+    folder: Path
+    lease: Lease
+    target: Checkpoint | None
+    origin: Checkpoint | PlainAdapter | None
+    notices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What the shared memory of a machine has of a run.
+
+    Attributes:
+        process: The index of a process on that machine.
+        snapshot: The newest valid live snapshot; None if there is none.
+        problems: Messages about snapshots that cannot be used.
+    """
+
+    process: int
+    snapshot: Live | None
+    problems: tuple[str, ...]
+
+    @classmethod
+    def of(cls, lease: Lease, process: int = 0) -> "Candidate":
+        """Look at the shared memory of this machine."""
+        snapshot, problems = live.newest(lease)
+        return cls(process, snapshot, tuple(problems))
+
+
 def open_run(
     folder: Path,
     start_from: Path | None = None,
@@ -294,15 +338,23 @@ def open_run(
     restore: Callable[[], None] = no_remote,
     tell: Callable[[str], None] = lambda text: None,
 ) -> OpenRun:
-    """Acquire a run's lease, unless this process's keeper holds it already, and find the state to resume from.
+    """Open a run whose processes are all on this machine: see `hold_run` and `choose_state`."""
+    held = hold_run(folder, start_from, restore=restore, tell=tell)
+    return choose_state(held, [Candidate.of(held.lease)], script=script)
 
-    Of the newest checkpoint and the newest live snapshot, the state with the higher (fencing token, step) is used. So a
-    region that this machine kept while another machine trained on is never used.
+
+def hold_run(
+    folder: Path,
+    start_from: Path | None = None,
+    *,
+    restore: Callable[[], None] = no_remote,
+    tell: Callable[[str], None] = lambda text: None,
+) -> HeldRun:
+    """Acquire a run's lease, unless this process's keeper holds it already.
 
     Args:
         folder: The run's folder.
         start_from: A checkpoint of this run to go back to, or a checkpoint of another run, for a new run to begin with.
-        script: Whether the run is one of a script, not of a recipe.
         restore: As for `take_over`.
         tell: Called with messages for the user that must not wait.
 
@@ -310,8 +362,6 @@ def open_run(
         InputError: The folder cannot be a run's folder.
         LeaseError: Another process is training there.
         CheckpointError: `start_from` is damaged.
-        ContractError: The run in the folder has begun with another adapter, its newest checkpoint is of another run, or
-            a recipe would resume a script's run or the other way round.
     """
     lease, notices = inherited(folder), list[str]()
     if lease and start_from and is_own(folder, start_from) and Journal(folder).went_back(lease.token):
@@ -321,12 +371,34 @@ def open_run(
         lease, notices = take_over(folder, restore=restore, tell=tell)
     if isinstance(origin, Checkpoint) and is_own(folder, origin.path):
         origin, target = None, origin
+    return HeldRun(folder, lease, target, origin, tuple(notices))
+
+
+def choose_state(held: HeldRun, candidates: Sequence[Candidate], *, script: bool = False) -> OpenRun:
+    """Find the state to resume from.
+
+    Of the newest checkpoint and the newest live snapshot of every machine, the state with the highest (fencing token,
+    step) is used. So a region that a machine kept while another machine trained on is never used.
+
+    Args:
+        held: The run, whose lease is released if this raises.
+        candidates: What the shared memory of each machine has.
+        script: Whether the run is one of a script, not of a recipe.
+
+    Raises:
+        ContractError: The run in the folder has begun with another adapter, its newest checkpoint is of another run, or
+            a recipe would resume a script's run or the other way round.
+    """
+    folder, lease, target, origin, notices = held.folder, held.lease, held.target, held.origin, [*held.notices]
+    problems = [problem for candidate in candidates for problem in candidate.problems]
     with ExitStack() as on_error:
         on_error.callback(lease.release)
-        durable = store.find(folder).latest
-        snapshot, problems = live.newest(lease)
-        states = [state for state in (durable, snapshot) if state]
-        latest = target or max(states, key=lambda state: state.manifest.order, default=None)
+        found = [(candidate.snapshot, candidate.process) for candidate in candidates if candidate.snapshot]
+        states: list[tuple[AnyCheckpoint | Live, int]] = [*found]
+        if durable := store.find(folder).latest:
+            states.insert(0, (durable, 0))
+        newest = max(states, key=lambda state: state[0].manifest.order, default=(None, 0))
+        latest, loaded_by = (target, 0) if target else newest
         if latest and latest.manifest.run.run_id != lease.record.run_id:
             raise ContractError(
                 f"{latest.path}: a checkpoint of another run ({latest.manifest.run.run_id}; this folder has the run "
@@ -345,7 +417,7 @@ def open_run(
         if target is None:
             notices += _steps_lost(folder, latest.step if latest else 0, problems)
         on_error.pop_all()
-    return OpenRun(folder, lease, latest, target is not None, origin, reached, tuple(notices))
+    return OpenRun(folder, lease, latest, loaded_by, target is not None, origin, reached, tuple(notices))
 
 
 def _steps_lost(folder: Path, start: int, problems: Sequence[str]) -> Iterator[str]:

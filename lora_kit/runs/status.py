@@ -14,7 +14,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-from lora_kit.errors import CheckpointError, InputError
+from lora_kit.errors import CheckpointError, InputError, LoraKitError, Stopped
 from lora_kit.recipe.schema import LOSS
 from lora_kit.runs import live, store
 from lora_kit.runs.figures import figure_of
@@ -38,6 +38,9 @@ class Status:
         state: `training`; `starting or ending` while no step is expected; `not responding` with the seconds since the
             last sign of life, if they are more than a step may take; `finished`; `stopped, resumable`; `failed,
             resumable`; or `interrupted, resumable` if the last start ended without an event.
+        exit_code: The exit code of `lora-kit train` for such an end, which other launchers turn into 1: 0 if the run
+            has finished, 75 if it was stopped and its newest finished step is durable, otherwise 1; None while it
+            trains.
         step: The newest finished step.
         steps: The number of steps of the run.
         loss: The loss of the newest step; None if it was not finite.
@@ -64,6 +67,7 @@ class Status:
     """
 
     state: str
+    exit_code: int | None
     step: int
     steps: int | None
     loss: float | None
@@ -146,9 +150,12 @@ def status(run: str | Path) -> Status:
     starts = [event for event in events if event["kind"] in ("started", "resumed")]
     seconds, stall = sum(map(_seconds, metrics)), sum(record["stall_seconds"] for record in metrics)
     spent = _spent(metrics, events, training=training)
+    state = _activity(run, metrics, events) if training else _ended(events)
+    step, durable = metrics[-1]["step"] if metrics else 0, _durable(run, metrics)
     return Status(
-        state=_activity(run, metrics, events) if training else _ended(events),
-        step=metrics[-1]["step"] if metrics else 0,
+        state=state,
+        exit_code=None if training else _exit_code(state, step, durable),
+        step=step,
         steps=starts[-1]["steps"] if starts else None,
         loss=metrics[-1]["loss"] if metrics else None,
         tokens_per_second=statistics.median(record["tokens_per_second"] for record in metrics) if metrics else None,
@@ -157,7 +164,7 @@ def status(run: str | Path) -> Status:
         sources=source_losses(metrics),
         best=_best(run),
         live=_live(run, metrics),
-        durable=_durable(run, metrics),
+        durable=durable,
         remote=_remote(run),
         steps_lost=sum(max(0, event["reached"] - event["step"]) for event in starts if "reached" in event),
         starts=len(starts),
@@ -291,6 +298,14 @@ def _ended(events: Sequence[Event]) -> str:
     """Return how the last start ended, for a run that is not training."""
     kinds = [event["kind"] for event in events if event["kind"] in (*ENDS, "started", "resumed", "restart")]
     return ENDS.get(kinds[-1] if kinds else "", "interrupted, resumable")
+
+
+def _exit_code(state: str, step: int, durable: dict[str, Any] | None) -> int:
+    """Return the exit code of `lora-kit train` for a run that has ended in this state."""
+    if state == ENDS["finished"]:
+        return 0
+    saved = durable is not None and durable["step"] >= step
+    return Stopped.exit_code if state == ENDS["stopped"] and saved else LoraKitError.exit_code
 
 
 def _interruptions(events: Sequence[Event], ended_at: int | None) -> Iterator[dict[str, Any]]:

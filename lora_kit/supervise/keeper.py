@@ -6,6 +6,9 @@ checkpoint; also, at least every `checkpoint.every_seconds`, the newest step doe
 the parent of the training processes. Under other launchers the training process starts the keeper as its child; if the
 training process dies, the keeper writes the newest snapshot and exits. A keeper that has lost the lease raises a
 LeaseError, whatever it is doing.
+
+Of several machines only one has the process that holds the lease. On each of the others a standby keeper waits. It
+writes only after its training process has ended, if nobody else has saved what is in the memory of its machine.
 """
 
 import contextlib
@@ -24,7 +27,7 @@ from lora_kit.errors import CheckpointError, LeaseError
 from lora_kit.runs import live, store
 from lora_kit.runs.identity import own_identity
 from lora_kit.runs.journal import Journal
-from lora_kit.runs.lease import Fence, Heart, Lease, lost
+from lora_kit.runs.lease import FILE, Fence, Heart, Lease, lost, read, take
 from lora_kit.runs.live import JobFile, Phase, Region, Snapshot, Word
 from lora_kit.runs.manifest import RunFacts, ScriptFacts
 from lora_kit.runs.scripts import ScriptJob
@@ -34,6 +37,7 @@ from lora_kit.supervise.uploads import FINISHED_SECONDS, STOPPED_SECONDS, Upload
 POLL_SECONDS = 0.01
 LOOK_SECONDS = 0.1  # time between two searches for a live region
 RETRY_SECONDS = 5.0  # after a failed write
+STANDBY, STANDBY_SECONDS, STANDBY_LOOK_SECONDS = "standby", 60.0, 0.5
 LAST_TRIES = 3  # attempts at the write that ends a run
 
 
@@ -257,8 +261,17 @@ def start_keeper(lease: Lease) -> "subprocess.Popen[bytes]":
 
     The keeper gets its own session, so that Ctrl-C in the terminal does not reach it.
     """
+    return _start(lease)
+
+
+def start_standby(lease: Lease) -> "subprocess.Popen[bytes]":
+    """Start a standby keeper as the child of this training process, which does not hold the lease."""
+    return _start(lease, STANDBY)
+
+
+def _start(lease: Lease, *more: str) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
-        [sys.executable, "-m", "lora_kit.supervise.keeper", lease.to_json(), str(os.getpid())],
+        [sys.executable, "-m", "lora_kit.supervise.keeper", lease.to_json(), str(os.getpid()), *more],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         start_new_session=True,
@@ -291,6 +304,60 @@ def run_keeper(lease: Lease, trainer: int) -> None:
         raise
 
 
+def run_standby(lease: Lease, trainer: int) -> None:
+    """Be the standby keeper of a training process until nothing in its live region is left to be saved.
+
+    Once the training process has ended, a new start has `STANDBY_SECONDS` to come and to find the snapshot. After that
+    this process acquires the lease, as soon as its holder has released it or counts as dead, and writes the snapshot.
+
+    Args:
+        lease: The lease, which a process on another machine holds.
+        trainer: The process id of the training process.
+    """
+    for number in signals_to_hear():
+        signal.signal(number, signal.SIG_IGN)
+    region = live.open_region(lease.run, run_id=lease.record.run_id, most=lease.token)
+    while region is not None and os.getppid() == trainer and region.words[Word.PHASE] != Phase.ENDED:
+        time.sleep(LOOK_SECONDS)
+    del region  # a start copies a region that another process uses, and takes over the others
+    patience = time.monotonic() + STANDBY_SECONDS
+    while _has_unsaved(lease):
+        if time.monotonic() > patience:
+            with contextlib.suppress(LeaseError, OSError):  # the holder is alive, or the disk cannot be reached
+                _save(lease)
+        time.sleep(STANDBY_LOOK_SECONDS)
+
+
+def _has_unsaved(lease: Lease) -> bool:
+    """Return whether the region of the start with this lease has a snapshot that nobody has saved or taken over."""
+    with contextlib.suppress(CheckpointError, OSError):
+        record = read(lease.run / FILE)
+        if record is None or record.token != lease.token:
+            return False
+    region = live.open_region(lease.run, run_id=lease.record.run_id, most=lease.token)
+    if region is None or region.words[Word.TOKEN] != lease.token:
+        return False
+    if live.is_written(region, lease.run):
+        live.discard(region)
+        return False
+    return True
+
+
+def _save(lease: Lease) -> None:
+    """Acquire the lease after its holder, and write the newest snapshot, unless a start has begun on this machine.
+
+    Raises:
+        LeaseError: The holder is alive.
+    """
+    if live.is_starting(lease.run, lease.record.run_id):
+        return
+    held = take(lease.run, run_id=lease.record.run_id, above=lease.token)
+    if not live.is_starting(lease.run, lease.record.run_id):
+        live.adopt(held)
+        Keeper(held).end()
+    held.release()
+
+
 def _keep(keeper: Keeper, trainer: int, stop: list[int]) -> None:
     flushed = False
     while keeper.region is not None:
@@ -313,6 +380,7 @@ def _keep(keeper: Keeper, trainer: int, stop: list[int]) -> None:
 
 if __name__ == "__main__":
     try:
-        run_keeper(Lease.borrowed_from(sys.argv[1]), int(sys.argv[2]))
+        run = run_standby if STANDBY in sys.argv[3:] else run_keeper
+        run(Lease.borrowed_from(sys.argv[1]), int(sys.argv[2]))
     except LeaseError as error:
         sys.exit(error.exit_code)

@@ -14,6 +14,7 @@ from lora_kit.kernels import fusing
 from lora_kit.kernels.nf4 import Nf4Linear
 from lora_kit.recipe.load import dump
 from lora_kit.runs.lease import START_REQUESTED, borrowed_lease
+from lora_kit.runs.live import Live
 from lora_kit.runs.origin import PlainAdapter
 from lora_kit.runs.resume import Row, table
 from lora_kit.runs.trackers import STATE, Curves, tracker_id
@@ -77,7 +78,7 @@ def log_start(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Con
         "reached": run.reached,
     }
     if run.latest is not None:
-        job.journal.event("resumed", **facts, run_id=run.run_id)
+        job.journal.event("resumed", **facts, run_id=run.run_id, from_live=isinstance(run.latest, Live))
         console.say(
             f"resuming {run.folder} after step {job.start} of {job.plan.steps}; "
             "comparison with the checkpoint of that step:"

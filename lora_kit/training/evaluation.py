@@ -296,7 +296,7 @@ def evaluate(
         DataError: The recipe has no validation data, or an example is longer than the base's context.
     """
     require_packages(recipe.evaluate)
-    processes = Processes.start(recipe.base.dtype)
+    processes = Processes.start(recipe.base.dtype, recipe.launch)
     try:
         loaded = open_adapter(
             checkpoint,

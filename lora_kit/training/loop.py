@@ -26,6 +26,7 @@ from lora_kit.model.state import LOSS, METRICS, STOP, refuse_unused
 from lora_kit.recipe.schema import EXACT_MATCH, Recipe
 from lora_kit.runs import store
 from lora_kit.runs.journal import short_cause
+from lora_kit.runs.live import Live
 from lora_kit.runs.run import Run, show, write_result
 from lora_kit.runs.trackers import following, require
 from lora_kit.supervise.stopping import StopRequest, stop_signals
@@ -80,7 +81,7 @@ def train(
         Stopped: A stop signal came; the last finished step is durable and the same call resumes.
         CheckpointError: The final checkpoint could not be written.
     """
-    processes = Processes.start(recipe.base.dtype)
+    processes = Processes.start(recipe.base.dtype, recipe.launch)
     console = Console(silent=not processes.is_main)
     objective = objective_of(recipe)
     processes.main_decides(lambda: require(recipe.track.names))
@@ -109,6 +110,7 @@ def train(
             # 4. do what an interruption left undone after the last finished step
             ended = catch_up(job, log, publisher, console)
             end = job.start if ended else plan.steps
+            processes.expect_steps()
             for step in profiled(range(job.start, end), job, console, wanted=profile):
                 began, done = time.perf_counter(), step + 1
                 partial_sums: list[Tensor] = []
@@ -145,9 +147,11 @@ def train(
                 state.reduced.zero_()
                 if evaluating:
                     publisher.wait_published()
+                    processes.expect_no_steps()
                     queued = replace(queued, held_out=held_out_loss(job, done, publisher, console))
                     ended = log.count(log.facts(queued))
                     publisher.publish(partial(log.facts, queued), due=True)
+                    processes.expect_steps()
                 compare_estimate(job, done, publisher.heartbeat, console)
                 if last or ended:
                     stopping, queued = log.settle(queued) or stopping, None
@@ -159,6 +163,7 @@ def train(
                     end = done
                     break
             # 10. the end: the final evaluation, result.json, the Hub
+            processes.expect_no_steps()
             finish(job, end, publisher, console, stop)
             publisher.expect_no_steps()
             if processes.is_main:
@@ -310,6 +315,9 @@ def catch_up(job: Job, log: StepLog, publisher: Publisher, console: Console) -> 
     facts = job.resumed
     if facts is None:
         return False
+    restored = facts
+    if isinstance(job.run.latest, Live) and not publisher.has(job.run.latest):  # it is that of another machine
+        publisher.publish(lambda: restored, due=False)
     if due(job.start, job.recipe.evaluate.every_steps) and not facts.measured:
         facts = with_held_out(facts, held_out_loss(job, job.start, publisher, console), log.patience)
         publisher.publish(lambda: facts, due=True)

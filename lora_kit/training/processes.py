@@ -11,7 +11,8 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any, BinaryIO, TypeVar
 
 import torch
@@ -22,15 +23,19 @@ from accelerate.utils import wait_for_everyone
 from jaxtyping import Float32
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from lora_kit import errors
 from lora_kit.errors import LaunchError, LoraKitError
 from lora_kit.kernels.cpu.allocator import PRODUCTS_KEPT, keep_freed_memory
 from lora_kit.kernels.cpu.buffers import pool
+from lora_kit.recipe.schema import Launch
+from lora_kit.runs import live
 from lora_kit.training.meeting import meet
 
 T = TypeVar("T")
 COPIED_BYTES = 1 << 24  # bytes of a file in one message
+LIMITS = Launch()
 RESULT, ERROR = b"=", b"!"  # the first byte of a message tells what follows
 
 CONTRADICTIONS = {  # settings of `accelerate launch`: the value that a recipe allows, and why
@@ -76,6 +81,9 @@ class Processes:
         count: How many processes train together.
         device: Where this process computes.
         undo: Restores the settings of this process from before the run.
+        publisher: The index of the process that publishes snapshots to the shared memory of this machine: its first.
+        machines: On how many machines the processes are.
+        launch: How long a process waits for the others.
         group: The group over which messages go; None for the default group.
     """
 
@@ -83,14 +91,21 @@ class Processes:
     count: int
     device: torch.device
     undo: ExitStack
+    publisher: int = 0
+    machines: int = 1
+    launch: Launch = LIMITS
     group: dist.ProcessGroup | None = None
 
     @classmethod
-    def start(cls, dtype: str) -> "Processes":
+    def start(cls, dtype: str, launch: Launch = LIMITS) -> "Processes":
         """Join the other processes of this launch, or start as the only process.
 
+        Args:
+            dtype: The recipe's `base.dtype`.
+            launch: The recipe's section `launch`.
+
         Raises:
-            LaunchError: A setting of the launcher contradicts the recipe.
+            LaunchError: A setting of the launcher contradicts the recipe, or the processes do not meet.
         """
         refuse_contradictions(dict(os.environ), dtype)
         if torch.cuda.is_available():
@@ -106,7 +121,7 @@ class Processes:
         undo.callback(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode())
         undo.callback(setattr, memory, "fill_uninitialized_memory", memory.fill_uninitialized_memory)
         undo.callback(pool.release)
-        meet(os.environ)
+        meet(os.environ, launch.rendezvous_timeout)
         # accelerate chooses a number of threads and says so; the run's setup then sets its own
         warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
         accelerator = Accelerator(cpu=not torch.cuda.is_available())
@@ -118,7 +133,10 @@ class Processes:
             undo.callback(AcceleratorState._reset_state, reset_partial_state=True)
         atexit.unregister(_end_group)  # an earlier call may have registered it
         atexit.register(_end_group)
-        return cls(accelerator.process_index, accelerator.num_processes, accelerator.device, undo)
+        joined = cls(accelerator.process_index, accelerator.num_processes, accelerator.device, undo, launch=launch)
+        joined.expect_no_steps()
+        memories = joined.gather([live.memory_id()])
+        return replace(joined, publisher=memories.index(memories[joined.index]), machines=len(set(memories)))
 
     def leave(self) -> None:
         """Restore the settings of this process, so that a notebook can train again with any number of processes."""
@@ -129,11 +147,32 @@ class Processes:
         """Whether this process writes the run's files."""
         return self.index == 0
 
+    @property
+    def publishes(self) -> bool:
+        """Whether this process publishes snapshots to the shared memory of its machine."""
+        return self.index == self.publisher
+
+    def expect_steps(self) -> None:
+        """From now on a process waits at most `launch.collective_timeout` for another one."""
+        self._limit_waiting(self.launch.collective_timeout)
+
+    def expect_no_steps(self) -> None:
+        """From now on a process waits at most `launch.start_timeout` for another one."""
+        self._limit_waiting(self.launch.start_timeout)
+
+    def _limit_waiting(self, seconds: float) -> None:
+        """Change the limit of the process group. Its processes meet before, so the last is waited for under the old."""
+        if self.count > 1:
+            self.barrier()
+            _set_pg_timeout(timedelta(seconds=seconds))
+
     def main_decides(
         self,
         decide: Callable[[], T],
         dump: Callable[[T], bytes] = _as_json,
         load: Callable[[bytes], T] = json.loads,
+        *,
+        main: int = 0,
     ) -> T:
         """Run `decide` on the main process, and return its result on all processes.
 
@@ -144,33 +183,39 @@ class Processes:
             dump: Serialises its result. Nothing is pickled, since unpickling would run the code of whoever can write
                 to a connection between processes.
             load: Returns the result from what `dump` returned.
+            main: The index of the process that decides.
         """
         if self.count == 1:
             return decide()
         result, error, message = list[T](), None, b""
-        if self.is_main:
+        if self.index == main:
             try:
                 result.append(decide())
                 message = RESULT + dump(result[0])
             except LoraKitError as raised:
                 error, message = raised, ERROR + _as_json([type(raised).__name__, str(raised)])
-        message = self._broadcast(message)
+        message = self._broadcast(message, main)
         if error is not None:
             raise error
         if message.startswith(ERROR):
             name, text = json.loads(message.removeprefix(ERROR))
             raise getattr(errors, name)(text)
-        return result[0] if self.is_main else load(message.removeprefix(RESULT))
+        return result[0] if self.index == main else load(message.removeprefix(RESULT))
 
-    def _broadcast(self, message: bytes) -> bytes:
-        """Return the message of the main process, which is not empty."""
+    def _broadcast(self, message: bytes, source: int) -> bytes:
+        """Return the message of a process, which is not empty."""
         size = torch.tensor([len(message)], device=self.device)
-        dist.broadcast(size, 0, group=self.group)
+        dist.broadcast(size, source, group=self.group)
         content = torch.empty(int(size), dtype=torch.uint8, device=self.device)
-        if self.is_main:
+        if self.index == source:
             content.copy_(torch.frombuffer(bytearray(message), dtype=torch.uint8))
-        dist.broadcast(content, 0, group=self.group)
+        dist.broadcast(content, source, group=self.group)
         return content.cpu().numpy().tobytes()
+
+    def broadcast(self, buffers: Sequence[Tensor], source: int = 0) -> None:
+        """Copy a process's buffers to the other processes, which have buffers of the same sizes."""
+        for buffer in buffers if self.count > 1 else ():
+            dist.broadcast(buffer, source)
 
     def copy_to_all(self, file: BinaryIO) -> None:
         """Copy the main process' file in pieces to the empty files of the other processes."""

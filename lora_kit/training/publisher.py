@@ -31,7 +31,7 @@ from lora_kit.runs.manifest import StepFacts
 from lora_kit.runs.resume import OpenRun
 from lora_kit.runs.scripts import ScriptJob
 from lora_kit.supervise import oom
-from lora_kit.supervise.keeper import start_keeper
+from lora_kit.supervise.keeper import start_keeper, start_standby
 from lora_kit.supervise.stopping import StopRequest, name_of
 from lora_kit.training.job import Job
 from lora_kit.views.console import Console
@@ -59,16 +59,24 @@ class Publishable(Protocol):
 
 
 class Publisher:
-    """Writes the live region of a run on the main process; on other processes, which have no job file, it does nothing.
+    """Writes the live region of a run, on one process of each machine. On other processes, which have no job file, it
+    does nothing.
+
+    Only the snapshots of the main process become checkpoints. A region on another machine is for a start after the loss
+    of the main process's machine.
 
     Args:
         lease: The run's lease.
         state: The state to publish.
-        job_file: The facts that the keeper needs to turn a snapshot into a checkpoint; None outside the main process.
-        keep: Whether the run resumes from a snapshot in the region; otherwise the region is cleared.
+        job_file: The facts that are needed to turn a snapshot into a checkpoint; None on a process that publishes
+            nothing.
+        keep: Whether the run resumes from a live snapshot; otherwise the region is cleared.
+        is_main: Whether this is the main process.
     """
 
-    def __init__(self, lease: Lease, state: Publishable, job_file: JobFile | ScriptJob | None, *, keep: bool) -> None:
+    def __init__(
+        self, lease: Lease, state: Publishable, job_file: JobFile | ScriptJob | None, *, keep: bool, is_main: bool
+    ) -> None:
         self._lease, self._fence, self._state = lease, Fence(lease), state
         self._region: Region | None = None
         self._left: Region | None = None  # what `grow` has replaced
@@ -79,6 +87,7 @@ class Publisher:
         self._copy_queued = threading.Event()
         self._registered = False
         self._faults, self._replaced = 0, ""
+        self._is_main = is_main
         self._starts_keeper = not lease.borrowed  # the parent of this process is not the keeper
         if job_file is not None:
             self._open(job_file, keep=keep)
@@ -96,7 +105,7 @@ class Publisher:
         live.write_job(region, job_file)
         self._use(region, job_file)
         if self._starts_keeper:
-            self._keeper = start_keeper(self._lease)
+            self._keeper = start_keeper(self._lease) if self._is_main else start_standby(self._lease)
 
     def _use(self, region: Region, job_file: JobFile | ScriptJob) -> None:
         self._region, self._job_file = region, job_file
@@ -118,7 +127,7 @@ class Publisher:
 
     @property
     def region(self) -> Region | None:
-        """The live region; None outside the main process."""
+        """The live region; None on a process that publishes nothing."""
         return self._region
 
     def change_job(self, job_file: JobFile | ScriptJob) -> None:
@@ -129,8 +138,14 @@ class Publisher:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether a stop signal has reached the keeper or a training process; always False outside the main process."""
+        """Whether a stop signal is noted in the live region; always False on a process that publishes nothing."""
         return self._region is not None and self._region.words[Word.STOP] != 0
+
+    def has(self, state: Live) -> bool:
+        """Return whether this process publishes nothing, or this snapshot is in the shared memory of its machine."""
+        published = self._region.snapshots() if self._region else []
+        orders = [(snapshot.header.token, snapshot.step) for snapshot in published]
+        return self._region is None or state.manifest.order in orders
 
     def heartbeat(self) -> None:
         """Show the keeper that this process is training and has not stopped."""
@@ -148,7 +163,7 @@ class Publisher:
 
         Args:
             facts: Returns the step's part of the manifest; called in another thread, may wait for the device.
-            due: Whether a checkpoint of exactly this step must be written.
+            due: Whether a checkpoint of exactly this step must be written, if this is the main process.
         """
         if self._region is None:
             return
@@ -158,7 +173,7 @@ class Publisher:
         if self._state.on_cuda:
             self._side_stream.wait_stream(torch.cuda.current_stream())
         self._sequence += 1
-        self._pending = self._thread.submit(self._fill_slot, self._region, facts, self._sequence, due)
+        self._pending = self._thread.submit(self._fill_slot, self._region, facts, self._sequence, due and self._is_main)
 
     def _fill_slot(self, region: Region, facts: Callable[[], StepFacts], sequence: int, due: bool) -> StepFacts:
         on_cuda = self._state.on_cuda
@@ -234,6 +249,8 @@ class Publisher:
         if self._region is None:
             return
         self.wait_published()
+        if not self._is_main:
+            return
         words = self._region.words
         while words[Word.HANDLED] < self._sequence:
             self._check()
@@ -264,7 +281,7 @@ class Publisher:
             CheckpointError: `MOST_KEEPERS` keepers have ended without a checkpoint.
         """
         self._fence()
-        if self._keeper is None or self._region is None:
+        if self._keeper is None or self._region is None or not self._is_main:
             return
         state = process_state(self._keeper.pid)
         if state is not None and state[0] == "T":  # SIGSTOP: this process would wait for the keeper for ever
@@ -310,7 +327,7 @@ class Publisher:
         if self._registered:
             _unregister(self._region.memory)
         self._region.words[Word.PHASE] = Phase.ENDED
-        if self._keeper is not None:
+        if self._keeper is not None and self._is_main:
             with suppress(LoraKitError):  # then only the live region, if it still exists, has the newest step
                 self._check()
                 self._keeper.wait()
@@ -339,8 +356,9 @@ def _unregister(memory: memoryview) -> None:
 @contextmanager
 def publishing(job: Job, stop: StopRequest) -> Iterator[Publisher]:
     """Open the publisher that writes a snapshot of each finished step to the live region; close it after the block."""
-    job_file = job_file_of(job) if job.processes.is_main else None
-    publisher = Publisher(job.run.lease, job.state, job_file, keep=isinstance(job.run.latest, Live))
+    is_main, resumes_live = job.processes.is_main, isinstance(job.run.latest, Live)
+    job_file = job_file_of(job) if job.processes.publishes else None
+    publisher = Publisher(job.run.lease, job.state, job_file, keep=resumes_live, is_main=is_main)
     if publisher.region is not None and (notice := live.disk_notice(publisher.region)):
         Console(silent=False).warn(notice)
     with forwarding_signals(stop, job.run, lambda: publisher.region):

@@ -15,6 +15,8 @@ Threads, packed or padded rows, micro-batches and kernels are chosen once for a 
 
 import hashlib
 import platform
+import socket
+import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
@@ -39,7 +41,7 @@ from lora_kit.data.preflight import preflight
 from lora_kit.data.rendering import Renderer
 from lora_kit.data.tokens import Prepared, check_context
 from lora_kit.data.vocabulary import check_tokenizer_fits, untrained_labels, untrained_notes
-from lora_kit.errors import CheckpointError, ContractError
+from lora_kit.errors import CheckpointError, ContractError, LaunchError, LeaseError
 from lora_kit.kernels import fusing
 from lora_kit.kernels.attention import use_attention
 from lora_kit.kernels.gathered import gathered
@@ -57,9 +59,10 @@ from lora_kit.model.variants import Call, attach_constants, start_from_inputs, s
 from lora_kit.model.weights import published_quantization, read_json
 from lora_kit.recipe.load import resolve_path
 from lora_kit.recipe.schema import Recipe
+from lora_kit.runs import live
 from lora_kit.runs.journal import METRICS, Journal, StepRecord
 from lora_kit.runs.layout import WITH_CONSTANTS
-from lora_kit.runs.lease import Fence
+from lora_kit.runs.lease import Fence, Lease
 from lora_kit.runs.manifest import (
     Claim,
     Environment,
@@ -72,13 +75,16 @@ from lora_kit.runs.manifest import (
 )
 from lora_kit.runs.origin import describe, enforce_origin
 from lora_kit.runs.resume import (
+    Candidate,
+    HeldRun,
     OpenRun,
     Row,
+    choose_state,
     contract,
     enforce,
     go_back,
+    hold_run,
     no_remote,
-    open_run,
     refuse_fewer_steps,
     still_bitwise,
 )
@@ -93,7 +99,9 @@ from lora_kit.training.reference import Reference, as_reference, facts_of
 from lora_kit.version import VERSION
 from lora_kit.views.console import Console
 
-_OPEN_RUN, _SOURCE = TypeAdapter(OpenRun), TypeAdapter(Source)
+_OPEN_RUN, _SOURCE, _HELD_RUN = TypeAdapter(OpenRun), TypeAdapter(Source), TypeAdapter(HeldRun)
+_CANDIDATES = TypeAdapter(list[Candidate])
+VISIBLE_SECONDS = 10.0  # for a file that process 0 has written to a network file system
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers")
 
 
@@ -103,24 +111,95 @@ def open_folder(
 ) -> Iterator[OpenRun]:
     """Hold the lease of a run's folder until the block ends, then restore the settings of the processes.
 
-    `recipe` is None for the run of a script.
+    Process 0 holds the lease. One process of every machine publishes snapshots, so any machine may have the newest.
+
+    Args:
+        processes: The processes of the run.
+        folder: The run's folder.
+        recipe: None for the run of a script.
+        start_from: A checkpoint to go back to or to begin with.
+        console: Where messages go.
+
+    Raises:
+        LaunchError: A machine does not see the run's folder.
     """
     restore = restorer(recipe, folder, tell=console.say) if recipe else no_remote
+    if processes.publishes:
+        live.announce_start(folder)
 
-    def decide() -> OpenRun:
+    def hold() -> HeldRun:
         origin = checkpoint_at(start_from, plain=True) if start_from else None
-        return open_run(folder, origin, script=recipe is None, restore=restore, tell=console.warn)
+        return hold_when_free(folder, origin, processes, console, restore)
 
-    run = processes.main_decides(decide, _OPEN_RUN.dump_json, _OPEN_RUN.validate_json)
+    held = processes.main_decides(hold, _HELD_RUN.dump_json, _HELD_RUN.validate_json)
     try:
+        require_shared(held.lease, processes)
+        mine = list[Candidate]()
+        if processes.publishes:
+            if not processes.is_main:
+                live.adopt(held.lease)
+                live.delete_orphans()
+            mine = [Candidate.of(held.lease, processes.index)]
+        candidates = _CANDIDATES.validate_python(processes.gather(_CANDIDATES.dump_python(mine, mode="json")))
+        run = processes.main_decides(
+            lambda: choose_state(held, candidates, script=recipe is None), _OPEN_RUN.dump_json, _OPEN_RUN.validate_json
+        )
         for notice in run.notices:
             console.warn(notice)
         yield run
     finally:
         console.end()
         if processes.is_main:
-            run.lease.release()
+            held.lease.release()
         processes.leave()
+
+
+def hold_when_free(
+    folder: Path, start_from: Path | None, processes: Processes, console: Console, restore: Callable[[], None]
+) -> HeldRun:
+    """Acquire a run's lease. On several machines, wait for an earlier start that is only about to notice its end.
+
+    Its processes that were cut off from the others end after `launch.collective_timeout`.
+
+    Raises:
+        LeaseError: Another process is training there.
+    """
+    patience = time.monotonic() + (processes.launch.collective_timeout if processes.machines > 1 else 0.0)
+    while True:
+        try:
+            return hold_run(folder, start_from, restore=restore, tell=console.warn)
+        except LeaseError as error:
+            if time.monotonic() > patience:
+                raise
+            console.tick(f"waiting: {error}")
+            time.sleep(1.0)
+
+
+def require_shared(lease: Lease, processes: Processes) -> None:
+    """Check that every process sees the run's folder of process 0.
+
+    Raises:
+        LaunchError: A process sees another folder or none; all processes raise it.
+    """
+    if processes.machines == 1:
+        return
+    patience = time.monotonic() + VISIBLE_SECONDS
+    while (unseen := _unseen(lease)) and time.monotonic() < patience:
+        time.sleep(0.1)
+    told = processes.gather([unseen and f"process {processes.index} on {socket.gethostname()}: {unseen}"])
+    if problems := [problem for problem in told if problem]:
+        raise LaunchError(
+            "\n".join([f"{lease.run}: not the same folder on all machines:", *problems])
+            + "\nLet --out name a folder on storage that all machines share"
+        )
+
+
+def _unseen(lease: Lease) -> str:
+    """Return why this process does not see the folder of a lease that is held; empty if it does."""
+    try:
+        return lease.loss()
+    except OSError as error:
+        return f"{lease.path}: {error.strerror}"
 
 
 def read_inputs(recipe: Recipe, processes: Processes, console: Console) -> Inputs:
@@ -132,15 +211,34 @@ def read_inputs(recipe: Recipe, processes: Processes, console: Console) -> Input
     """
     require_quantization(recipe.base)
     console.tick("base: fingerprint")
-    source = processes.main_decides(
-        lambda: locate(recipe.base, resolve_path(recipe, recipe.base.repo)), _SOURCE.dump_json, _SOURCE.validate_json
-    )
+    source = find_base(recipe, processes)
     published_quantization(source.folder, recipe.base)  # raises before the data is read
     renderer = load_renderer(source, recipe)
     data = read_data(recipe, renderer, processes, console)
     found = environment(recipe, source, renderer, data, processes)
     processes.require_same(found.versions | found.computed_by)
     return Inputs(source, renderer, data, found)
+
+
+def find_base(recipe: Recipe, processes: Processes) -> Source:
+    """Return the base's files on this machine. Machines may have them in different folders, or must download them.
+
+    Raises:
+        InputError: The base cannot be used, or machines have different files.
+    """
+    folder = resolve_path(recipe, recipe.base.repo)
+    source = processes.main_decides(lambda: locate(recipe.base, folder), _SOURCE.dump_json, _SOURCE.validate_json)
+    if processes.machines == 1:
+        return source
+    own = locate(recipe.base, folder) if processes.publishes and not processes.is_main else source
+    found = [_SOURCE.validate_python(one) for one in processes.gather([_SOURCE.dump_python(own, mode="json")])]
+    here = found[processes.publisher]
+    if others := [process for process, one in enumerate(found) if one.files != source.files]:
+        raise LaunchError(
+            f"base.repo: process {others[0]} has other files of {source.name} than process 0; give all machines the "
+            "same files, for a base on the Hub by base.revision"
+        )
+    return here
 
 
 def read_data(recipe: Recipe, renderer: Renderer, processes: Processes, console: Console) -> Prepared:
@@ -297,10 +395,13 @@ def build_model(
         console.tick("adapter: start from the inputs of the first step")
         plan = plan_of(recipe, inputs, objective, micro_batches.micro_batch_tokens, layout)
         start_from_inputs(model, first_calls(plan, model, inputs, processes))
-        copy_to_all([state.weights], processes)
+        processes.broadcast([state.weights])  # the other processes may have rounded otherwise
     kernels = choices.kernels(model, recipe, before, changed, processes)
     if run.latest is not None:
-        state.load(run.latest.state())
+        console.tick("state: load")
+        latest = run.latest
+        processes.main_decides(lambda: state.load(latest.state()), main=run.loaded_by)
+        processes.broadcast(state.kept, run.loaded_by)
     elif run.origin is not None:
         try:
             state.load_adapter(saved_weights(run.origin.path))
@@ -309,7 +410,7 @@ def build_model(
     elif state.constants is not None:
         console.tick(f"adapter: start from the base's weights ({recipe.adapter.init})")
         start_from_weights(model, recipe.adapter, computes=processes.is_main)
-        copy_to_all([state.weights, state.constants], processes)
+        processes.broadcast([state.weights, state.constants])
     resolved = Resolved(
         threads=threads,
         attention=attention,
@@ -334,17 +435,6 @@ def first_calls(plan: Plan, model: PeftModel, inputs: Inputs, processes: Process
         batch = collate(inputs.data.train, members, padded=plan.padded)
         trained = torch.from_numpy(batch.labels != IGNORE).to(processes.device)
         yield model_inputs(model, batch, processes.device), trained
-
-
-def copy_to_all(buffers: Sequence[torch.Tensor], processes: Processes) -> None:
-    """Copy the main process' values of a start to the other processes, which may have rounded otherwise."""
-    for buffer in buffers if processes.count > 1 else ():
-        content = processes.main_decides(partial(_content, buffer), bytes, bytes)
-        buffer.copy_(torch.frombuffer(bytearray(content), dtype=buffer.dtype))
-
-
-def _content(buffer: torch.Tensor) -> bytes:
-    return buffer.cpu().numpy().tobytes()
 
 
 def add_reference(
@@ -450,6 +540,8 @@ def make_job(
     latest, data, resolved = run.latest, inputs.data, adapted.resolved
     journal = Journal(run.folder, Fence(run.lease))
     assert resolved.micro_batch_tokens is not None
+    finished = latest.step if latest else 0
+    skipped = processes.main_decides(lambda: sorted(journal.skipped_after(finished)) if latest else [])
     facts = RunFacts(
         run_id=run.run_id,
         fencing_token=run.lease.token,
@@ -476,7 +568,7 @@ def make_job(
         plan=plan_of(recipe, inputs, objective, resolved.micro_batch_tokens, resolved.layout),
         facts=facts,
         resumed=latest.manifest.progress if latest else None,
-        replayed=journal.skipped_after(latest.step) if latest else frozenset(),
+        replayed=frozenset(skipped),
         journal=journal,
         trackers=trackers,
     )

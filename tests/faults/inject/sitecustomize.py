@@ -4,8 +4,9 @@ FAULTS is a JSON list of {rank, step, phase, kind}; each fires once (in all atte
 in the process of that rank, when it reaches that phase of that step or, if that was missed, of a later one.
 FAULTS_DONE is a folder that remembers what fired; `reference` in it has a line for each chunk of a reference's
 log-probabilities that process 0 began to compute. FAULTS_SLEEP makes every step take so many seconds longer.
-FAULTS_FORGET names a part of the state that every resume loses. A process that holds waits until `NUMBER.released` is
-in that folder, or until something ends it.
+FAULTS_FORGET names a part of the state that every resume loses. FAULTS_DEAD is the time in seconds without a heartbeat
+after which a holder elsewhere counts as dead, instead of 60. A process that holds waits until `NUMBER.released` is in
+that folder, or until something ends it.
 """
 
 import importlib.abc
@@ -22,6 +23,7 @@ from typing import ClassVar
 PLAN = json.loads(os.environ.get("FAULTS", "[]"))
 SLEEP = float(os.environ.get("FAULTS_SLEEP", "0"))
 FORGET = os.environ.get("FAULTS_FORGET", "")
+DEAD = float(os.environ.get("FAULTS_DEAD", "0"))
 DONE = Path(os.environ.get("FAULTS_DONE", "/nowhere"))
 HOLD_SECONDS = 600  # the longest a process holds
 here = {"step": -1}
@@ -169,10 +171,19 @@ def into_store(store):
     store._write_synced = written
 
 
+def into_lease(lease):
+    if DEAD:
+        lease.DEAD_SECONDS, lease.BEAT_SECONDS = DEAD, DEAD / 6
+
+
 class Patcher(importlib.abc.MetaPathFinder):
     """Lets a module be imported as always, then changes it."""
 
-    targets: ClassVar = {"lora_kit.training.loop": into_trainer, "lora_kit.runs.store": into_store}
+    targets: ClassVar = {
+        "lora_kit.training.loop": into_trainer,
+        "lora_kit.runs.store": into_store,
+        "lora_kit.runs.lease": into_lease,
+    }
 
     def find_spec(self, name, path, target=None):
         if name not in self.targets:
@@ -194,5 +205,5 @@ class After(importlib.abc.Loader):
         self.patch(module)
 
 
-if PLAN or SLEEP or FORGET:
+if PLAN or SLEEP or FORGET or DEAD:
     sys.meta_path.insert(0, Patcher())

@@ -81,7 +81,7 @@ class Keeper:
             return
         if self._uploads is not None:
             self._uploads.poll()
-        elif job.remote is not None:
+        elif isinstance(job, JobFile) and job.remote is not None:
             self._uploads = Uploads(self.lease, job.remote, job.keep, on_upload=self._uploaded, on_fault=self.tell)
         snapshot = self._wanted(self.region, job.every_seconds)
         if snapshot is not None:

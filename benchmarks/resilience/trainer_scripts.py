@@ -123,13 +123,13 @@ def summary(done: list[dict]) -> dict:
     }
 
 
-def overhead(results: Path, *, rounds: int, steps: int, shape: str) -> bool:
-    """Train with and without a LiveCheckpoint, in turn in one process; write the ratios of the median steps."""
+def overhead(results: Path, *, steps: int, shape: str) -> bool:
+    """Train with and without a LiveCheckpoint, in turn in one training; write the ratios of the median steps."""
     from overhead import measure
 
     with tempfile.TemporaryDirectory() as name:
-        seconds = measure(Path(name), make_base(Path(name), shape), rounds=rounds, steps=steps)
-    row = {"base": shape, "steps_of_each_side": len(seconds["plain"])}
+        seconds = measure(Path(name), make_base(Path(name), shape), steps=steps)
+    row = {"base": shape, "steps_of_each_side": min(map(len, seconds.values()))}
     for place, name in enumerate(("", "cpu_")):
         plain, attached = (statistics.median(step[place] for step in seconds[side]) for side in ("plain", "attached"))
         row |= {f"{name}plain_ms": round(1000 * plain, 2), f"{name}attached_ms": round(1000 * attached, 2)}
@@ -145,13 +145,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--overhead", action="store_true")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--shape", default="30M")
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.overhead:
-        right = overhead(options.json, rounds=options.rounds, steps=options.steps, shape=options.shape)
+        right = overhead(options.json, steps=options.steps, shape=options.shape)
     else:
         right = storm(options.runs, options.json)
     sys.exit(not right)

@@ -136,16 +136,16 @@ def test_bitsandbytes_is_imported_only_for_a_checkpoint_that_needs_it(
     monkeypatch.delitem(sys.modules, "peft", raising=False)
     monkeypatch.setitem(sys.modules, "bitsandbytes", "here")
     monkeypatch.delitem(sys.modules, "bitsandbytes")
-    with cli.imports("loading", checkpoint) as path:
+    with cli.imports("loading", str(checkpoint)) as path:
         assert path == checkpoint and ("bitsandbytes" not in sys.modules) == kept
-    with cli.imports("loading", trained_run):
+    with cli.imports("loading", str(trained_run)):
         assert "bitsandbytes" in sys.modules
 
 
 def test_a_process_that_has_imported_peft_is_left_as_it_is(trained_run, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", sys)
     monkeypatch.setitem(sys.modules, "bitsandbytes", sys)
-    with cli.imports("loading", trained_run):
+    with cli.imports("loading", str(trained_run)):
         assert sys.modules["bitsandbytes"] is sys
 
 

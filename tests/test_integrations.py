@@ -95,10 +95,11 @@ def test_every_place_of_a_stop_is_as_good(step, base_folder, expected, tmp_path)
     assert outcome(trained(base_folder, tmp_path, tmp_path / "run")) == expected
 
 
-def test_a_finished_run_is_not_trained_again(base_folder, tmp_path):
-    first = outcome(trained(base_folder, tmp_path, tmp_path / "run", max_steps=5))
-    assert outcome(trained(base_folder, tmp_path, tmp_path / "run", max_steps=5)) == first
-    assert [event["step"] for event in events(tmp_path / "run", "started", "resumed")] == [0, 5]
+@pytest.mark.parametrize(("length", "steps"), [({"max_steps": 5}, 5), ({"num_train_epochs": 1}, 4)])
+def test_a_finished_run_is_not_trained_again(length, steps, base_folder, tmp_path):
+    first = outcome(trained(base_folder, tmp_path, tmp_path / "run", **length))
+    assert outcome(trained(base_folder, tmp_path, tmp_path / "run", **length)) == first
+    assert [event["step"] for event in events(tmp_path / "run", "started", "resumed")] == [0, steps]
 
 
 @pytest.mark.slow

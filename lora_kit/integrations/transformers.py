@@ -328,6 +328,8 @@ class LiveCheckpoint(TrainerCallback):
 
     def _finalize_training(self, *arguments: Any, **named: Any) -> Any:
         """Make the last step durable, then end training as the trainer does."""
+        if self._resuming:  # no epoch was left, so nothing has set the generators
+            plain.set_random_states(self._own_document["random"])
         if self._published or isinstance(self._run.latest, Live):
             self._publish(due=True)
         if self._publisher is not None:

@@ -108,9 +108,9 @@ def main(
 
 
 @contextmanager
-def imports(what: str, named: str) -> Iterator[Path]:
+def imports(what: str, named: str | Path) -> Iterator[Path]:
     """Print on stderr what is starting, then import as in `quickly`. Yields the folder of the checkpoint `named`."""
-    print(f"lora_kit {VERSION}: {what} {scrub(named)} ...", file=sys.stderr, flush=True)
+    print(f"lora_kit {VERSION}: {what} {scrub(str(named))} ...", file=sys.stderr, flush=True)
     from lora_kit.artifacts.locate import checkpoint_at
     from lora_kit.runs.manifest import MANIFEST, read_manifest
 

@@ -282,6 +282,7 @@ def test_the_page_on_reliability_quotes_what_was_measured():
     kills, stall, sizes = found["kills"], found["stall"], [found["resume_time"][size] for size in ("30M", "160M")]
     own, restart = kills["ours"], found["restart"]
     resumed = own["kills"] - own["resumes_that_failed"]
+    waits = [wait["median"] for wait in found["hosts"]["kills"]["seconds"].values()]
     quoted = [
         f"{resumed} of {own['kills']} resumes, {own['finished_steps_lost']} finished steps lost",
         f"{kills['trainer']['resumes_that_failed']} of {kills['trainer']['kills']} resumes fail",
@@ -301,6 +302,9 @@ def test_the_page_on_reliability_quotes_what_was_measured():
         f"{found['remote_resume']['resume_seconds_above_local']} s more than from local disk "
         f"({found['remote_resume']['bytes'] / 1e6:.1f} MB)",
         f"the step x {found['remote_steps']['step_with_over_without']:.3f}, {found['remote_steps']['uploads']} uploads",
+        f"{found['hosts']['kills']['went_on_by_themselves']} of {found['hosts']['kills']['asked']} kills of a host",
+        " to ".join(f"{seconds} s" for seconds in (min(waits), max(waits))),
+        f"{found['hosts']['cuts']['went_on_by_themselves']} of {found['hosts']['cuts']['asked']} cuts",
     ]
     page = RELIABILITY.read_text()
     assert all(measure["reached"] for measure in found.values()) and not [text for text in quoted if text not in page]

@@ -76,7 +76,7 @@ def test_a_missing_package_names_the_extra(monkeypatch, recipe_file, tmp_path):
     ("changes", "told"),
     [
         (["evaluate.metrics=[json]"], r"metrics \(json\) are of generated answers; set generate"),
-        (["evaluate.regex=a"], "regex and the metric regex need each other; set both or none"),
+        (["evaluate.regex=a"], "regex and the metric regex need each other; set both or neither"),
         (
             ["evaluate.regex='('", "evaluate.metrics=[regex]", "evaluate.generate=1"],
             "not a regular expression: missing",

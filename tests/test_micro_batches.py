@@ -183,7 +183,10 @@ def test_auto_shards_a_base_that_does_not_fit_whole(name, model, changes, machin
     assert placed.placement == ("sharded" if expected > 1 else "replicated")
 
 
-@pytest.mark.parametrize(("quantization", "advice"), [("int8", "use nf4 or none"), ("fp8", "choose .* in bfloat16")])
+@pytest.mark.parametrize(
+    ("quantization", "advice"),
+    [("int8", "set base.quantization: nf4 or none"), ("fp8", "choose .* in bfloat16")],
+)
 def test_some_quantisations_are_not_sharded(quantization, advice):
     recipe = large("sft-int8-8b", "base.placement=sharded", f"base.quantization={quantization}")
     with pytest.raises(BaseError, match=rf"^base.placement: sharded with .*{quantization}: .*; {advice}$"):

@@ -242,5 +242,5 @@ def test_a_mixture_measures_the_loss_of_each_of_its_sources(kind, recipe, tmp_pa
 def test_a_source_without_preferences_is_refused_with_its_format(recipe, data_file, tmp_path):
     first = load_recipe(recipe).data.train
     changes = [f"data.train=[{first}, {data_file}]"]
-    with pytest.raises(DataError, match=r"train\.jsonl.*the columns are messages, as in the format messages, which is"):
+    with pytest.raises(DataError, match=r"train\.jsonl.*the columns messages fit the format messages, which needs"):
         loop.train(load_recipe(recipe, changes), tmp_path / "run")

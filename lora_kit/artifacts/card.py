@@ -67,7 +67,7 @@ def model_card(
 
 
 def _further(scores: Mapping[str, Any]) -> dict[str, str]:
-    """Return the format of each figure that every score has and that is not in the first table, by its name."""
+    """Return name and format of the figures of the card's second table: those that both base and adapter have."""
     known = dict.fromkeys(get_args(ANSWER_METRIC), ".1%") | {"text_loss": ".4f", "forgetting": "+.4f"}
     metrics = [score.get("metrics", {}) for score in scores.values()]
     return {name: spec for name, spec in known.items() if metrics and all(name in each for each in metrics)}

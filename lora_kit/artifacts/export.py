@@ -35,7 +35,7 @@ class Exported:
 
     Attributes:
         folder: Its folder.
-        experts: The number of experts of a layer; 0 if none are adapted, so that the files are those of the checkpoint.
+        experts: The number of experts of a layer; 0 without adapted experts: the tensors are those of the checkpoint.
         tensors: The number of tensors.
     """
 
@@ -90,7 +90,7 @@ def export(
 
 
 def family_of(model_type: str) -> str | None:
-    """Return the family by whose names the files of a mixture of experts name them; None if peft converts none."""
+    """Return the key of `NAMES` for the experts of a model type; None if peft does not convert their names."""
     from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN
 
     family = model_type if model_type in NAMES else _MODEL_TO_CONVERSION_PATTERN.get(model_type)

@@ -178,7 +178,7 @@ def name_entry(prepared: Prepared | None) -> bytes:
 
 
 def open_entry(name: bytes) -> Prepared | None:
-    """Return the data that another process has named; None if this process cannot open the same entry."""
+    """Return the data that `name_entry` named in another process; None if this process cannot open the same entry."""
     entry = json.loads(name)
     return read(Path(entry[0]), entry[1]) if entry else None
 

@@ -117,8 +117,8 @@ def detect(columns: Collection[str], renames: Mapping[str, str], *, named: str |
     found = ", ".join(columns)
     if named and kind not in FORMATS[named].kinds:
         raise DataError(
-            f"the format {named} is for objective.kind {', '.join(FORMATS[named].kinds)}, and the kind is {kind}; "
-            "change one of them"
+            f"the format {named} needs objective.kind {' or '.join(FORMATS[named].kinds)}, not {kind}; "
+            "change data.format or objective.kind"
         )
     candidates = [named] if named else [name for name, format in FORMATS.items() if kind in format.kinds]
     _check_renames(columns, renames, candidates)
@@ -136,9 +136,8 @@ def detect(columns: Collection[str], renames: Mapping[str, str], *, named: str |
     for name, format in FORMATS.items():
         if kind not in format.kinds and fits(name):
             raise DataError(
-                f"the columns are {found}, as in the format {name}, which is for objective.kind "
-                f"{', '.join(format.kinds)}, and the kind is {kind}; change objective.kind, or map other columns in "
-                "data.columns"
+                f"the columns {found} fit the format {name}, which needs objective.kind "
+                f"{' or '.join(format.kinds)}, not {kind}; change objective.kind, or map other columns in data.columns"
             )
     required = FORMATS[named or ("prompt-completion" if kind == "sft" else "preference")].required
     theirs = [*(name for name in columns if not NUMBERING.search(name)), *["..."] * len(required)]

@@ -30,7 +30,7 @@ class Layout:
         marker: The conversation with marks.
         marked_text: The rendering of the conversation with marks.
         places: The places of the marked parts, in the order of the text.
-        changed: The parts without a mark, each with the characters [begin, end) of the text that depend on it, or None.
+        changed: The parts without a mark, each with the characters [begin, end) of the text that it changes, or None.
         prompted: Whether the marked text ends with the generation prompt.
     """
 
@@ -183,7 +183,7 @@ def _triggers(part: Part, renderer: Renderer) -> bool:
 
 
 def changed_span(part: Part, layout: Layout) -> tuple[int, int] | None:
-    """Return the characters of the text that differ if a part is changed; None if there are none."""
+    """Return the characters [begin, end) of the text that change with a part; None if the text does not change."""
     text = layout.text
     if part.kind == "name":  # a template may compare names, so a changed name tells nothing
         return (0, 0) if part.value in text and not _call_is_left_out(part, layout) else None
@@ -342,10 +342,10 @@ def _tool_remarks(layout: Layout) -> list[Remark]:
 
 
 def _trimmed(layout: Layout) -> list[Remark]:
-    """Return remarks on messages whose blanks at the edges are not in the text.
+    """Return remarks on messages whose leading or trailing blanks the template removes.
 
-    The conversation is rendered again with marks but without these blanks. Where the template keeps blanks, this makes
-    the text between two marks shorter by their number.
+    The conversation is rendered once more, with marks but without these blanks. If the template keeps blanks, each text
+    between two marks becomes shorter by the number of its blanks.
     """
     if not any(part.kind == "content" and any(part.edges) for part in layout.marker.parts):
         return []

@@ -42,7 +42,7 @@ class Part:
     """A text of the record that the rendered text should have.
 
     Attributes:
-        label: Its name in errors, e.g. `messages[1].content`; parts with the same label are all marked, or none is.
+        label: The part's name in errors, e.g. `messages[1].content`. Of parts with one label all or none are marked.
         kind: "content", "reasoning", "name", "arguments", "tool" or "key".
         message: The index of its message; -1 for a tool.
         value: The text without blanks at its edges, a number, or the arguments of a call.

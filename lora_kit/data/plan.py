@@ -46,9 +46,9 @@ class SourceShare:
     """What a run takes from a source of a mixture.
 
     Attributes:
-        counts: The statistics of its examples.
-        seen: How many examples the run takes from it; repeated examples count.
-        share: The share of the run's examples.
+        counts: The statistics of the source's examples.
+        seen: How many examples the run takes from the source; repeated examples count.
+        share: `seen` as a share of all examples of the run.
     """
 
     counts: Counts

@@ -71,7 +71,7 @@ KINDS = {  # for each kind of finding a description of the examples, and the rem
 
 
 class Signs(NamedTuple):
-    """The tokens and settings that the inspection looks for in the examples of a source.
+    """What the inspection needs to judge the examples of a source: special tokens, and how examples are made.
 
     Attributes:
         stop: The stop token.
@@ -159,7 +159,7 @@ class Finding:
 
 
 def signs_of(renderer: Renderer, *, raw: bool, pieces: bool = False) -> Signs:
-    """Return the token ids and token sequences that `inspect` looks for in the examples of a source.
+    """Return the `Signs` of a source, which `inspect` needs to judge its examples.
 
     Args:
         renderer: The tokenizer, the template and the stop token for this source.
@@ -253,11 +253,11 @@ def roles(tokens: Tokens, headers: Sequence[Sequence[Header]], sizes: Sequence[i
 
 
 class Sources(NamedTuple):
-    """The sources of the training data, or of the validation data.
+    """The sources of the training data or of the validation data, in order.
 
     Attributes:
         renderers: The tokenizer, template and stop token of each source.
-        signs: The tokens and settings that `inspect` looks for in the examples of each source.
+        signs: The `Signs` of each source, which `inspect` needs to judge its examples.
         sizes: The number of examples of each source.
     """
 
@@ -267,11 +267,11 @@ class Sources(NamedTuple):
 
 
 def sources_of(recipe: "Recipe", data: Prepared, renderer: Renderer) -> dict[str, Sources]:
-    """Return the sources of the training data and of the validation data, by the name of the part.
+    """Return the sources of the training data and of the validation data, by the names TRAINING and VALIDATION.
 
     Args:
         recipe: The recipe.
-        data: Its prepared data.
+        data: The prepared data of the recipe.
         renderer: Tokenizer, template and stop token of the run.
     """
     settings = {TRAINING: recipe.data.train_sources.values(), VALIDATION: recipe.data.held_out_sources}
@@ -290,7 +290,7 @@ def inspect(tokens: Tokens, signs: Sequence[Signs], sizes: Sequence[int]) -> Ins
 
     Args:
         tokens: The examples.
-        signs: The tokens and settings to look for in the examples of each source.
+        signs: The `Signs` of each source.
         sizes: The number of examples of each source.
     """
     weights, hashes = np.zeros(len(tokens), np.int64), np.zeros(len(tokens), np.uint64)

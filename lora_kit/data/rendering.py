@@ -182,7 +182,7 @@ class Renderer:
             return None
 
     def messages(self, conversation: Conversation) -> list[dict[str, Any]]:
-        """Return the messages with reasoning and arguments under the keys and in the form that the template reads."""
+        """Return the messages with reasoning under the key, and call arguments in the form, that the template reads."""
         messages = list(conversation.messages)
         for index, message in enumerate(messages):
             if (key := reasoning_key(message)) and self.reasoning_key not in (None, key):

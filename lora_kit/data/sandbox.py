@@ -77,7 +77,10 @@ class LostError(Exception):
         self.excess, self.place, self.killed, self.request = excess, place, killed, b""
 
     def error(self, where: str = "template") -> DataError:
-        """Return the error for the user; `where` is the file and line of the example, or of the request's first."""
+        """Return the error for the user.
+
+        `where` is the file and line of the example `place`; of the request's first example if `place` is None.
+        """
         if self.place is None:
             return DataError(f"{where}: the process that tokenises the records from here on {self.excess}")
         return DataError(f"{where}: the chat template {self.excess}; set data.template to another template")

@@ -164,7 +164,7 @@ class Tokens:
 
     @property
     def longest(self) -> int:
-        """The number of tokens of the longest side of an example."""
+        """The number of tokens of the longest example; in preference data, of the longest side."""
         return int(self.side_lengths().max(initial=0))
 
     def weight(self, index: int) -> int:
@@ -269,7 +269,7 @@ def check_context(data: Prepared, context: int | None) -> None:
 
 
 Problem = tuple[Records, int, str]
-"""The records, the index of one of them, and what is wrong with it. Its file and line are looked up only if shown."""
+"""The records, the index of a bad record, and the reason. File and line are looked up only for the error message."""
 
 Tell = Callable[[int, int], None]
 """A function that is called while data is prepared, with the number of records that are done and of all records."""
@@ -433,7 +433,7 @@ class OpenedSource:
     Attributes:
         records: All its records; if validation data is split off, only those of the training or the validation part.
         settings: The source in the recipe.
-        name: Its name; None if the recipe gives its part a single source without a name.
+        name: Its name; None if `data.train` or `data.validation` is one source, not a list or a mapping.
     """
 
     records: Records

@@ -28,7 +28,7 @@ SAMPLED = 64  # values of a frozen tensor that decide whether it is the same
 
 
 def facts_of(trainer: Any, run: OpenRun) -> ScriptFacts:
-    """Return what the checkpoints of a run record of it."""
+    """Return what the checkpoints of a run record about the run."""
     device = trainer.args.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     kind = type(trainer)

@@ -239,7 +239,7 @@ class LiveCheckpoint(TrainerCallback):
                 self._warn(warning)
             missing = self._attributes.restore(self._own_document["attributes"])
             if missing:
-                self._warn(f"{', '.join(missing)}: not there any more, so what the run knew of them is lost")
+                self._warn(f"{', '.join(missing)}: no longer in the trainer, so the saved attributes are lost")
             if saved.facts.uncaptured:
                 self._warn(f"this resume is not exact: {'; '.join(saved.facts.uncaptured)}")
             self._saved = replace(saved, weights={}, optimizer={})  # they are loaded

@@ -131,7 +131,8 @@ def load_shards(
     if model.can_generate() and (source.folder / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.folder)
     if not (found.missing_keys or found.mismatched_keys):
-        # the whole model is the root, though the fast path calls its body. A forward would decide it too, but gathers
+        # make the whole model FSDP's root, though the fast path calls only its body; a forward pass would do so too,
+        # but gathers weights
         cast(Any, model)._get_fsdp_state()._lazy_init()
     return LoadReport(found.missing_keys, found.mismatched_keys)
 
@@ -150,7 +151,8 @@ def _use_nf4(model: PreTrainedModel, settings: BitsAndBytesConfig) -> None:
         if layer.source_cls is not nn.Linear:
             raise BaseError(
                 f"base.placement: sharded with base.quantization: nf4: {name} of {type(model).__name__} is a "
-                f"{layer.source_cls.__name__}, whose weight is transposed; set base.quantization: none, or replicated"
+                f"{layer.source_cls.__name__}, whose weight is transposed; set base.quantization: none, or "
+                "base.placement: replicated"
             )
         model.set_submodule(name, Nf4Linear(layer.in_features, layer.out_features, layer.bias, model.dtype))
 
@@ -158,7 +160,7 @@ def _use_nf4(model: PreTrainedModel, settings: BitsAndBytesConfig) -> None:
 def _renamed(
     tensors: Mapping[str, Any], model: PreTrainedModel, conversions: Sequence[Any]
 ) -> Iterator[tuple[str, str, str | None]]:
-    """Yield each tensor's name in the files, its name in the model, and the pattern by which others join it or None."""
+    """Yield for each tensor its name in the files, its name in the model, and the pattern of its converter or None."""
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     names = model.state_dict()
@@ -172,7 +174,7 @@ def _with_nf4(
     """Yield the tensors of the files, with the parameters of the nf4 layers in place of their weights.
 
     Raises:
-        BaseError: The family makes such a weight from other tensors.
+        BaseError: transformers makes the weight of an nf4 layer from other tensors of the files.
     """
     names, layers = model.state_dict(), dict(model.named_modules())
     for key, name, pattern in list(_renamed(tensors, model, conversions)):
@@ -183,7 +185,7 @@ def _with_nf4(
         if pattern is not None:
             raise BaseError(
                 f"base.placement: sharded with base.quantization: nf4: {type(model).__name__} makes {name} from other "
-                "tensors, which is not supported; set base.quantization: none, or replicated"
+                "tensors, which is not supported; set base.quantization: none, or base.placement: replicated"
             )
         quantized = _Quantized(tensor, device, model.dtype)
         for part in PARTS:
@@ -192,14 +194,14 @@ def _with_nf4(
 
 
 class _Quantized:
-    """A matrix of a file that is quantised when the first of its parts is read, and forgotten with the last."""
+    """A matrix of a file. It is quantised when the first of its `PARTS` is read, and freed when the last is read."""
 
     def __init__(self, tensor: Any, device: torch.device, dtype: torch.dtype) -> None:
         self._tensor, self._device, self._dtype = tensor, device, dtype
         self._parts: dict[str, Tensor] = {}
 
     def take(self, part: str) -> Tensor:
-        """Return a part; each is taken once."""
+        """Return one of the `PARTS`; each is taken once."""
         with _ONE_AT_A_TIME:
             if not self._parts:
                 self._parts = quantize(self._tensor[...].to(self._device, self._dtype))

@@ -272,7 +272,7 @@ def _hint(keys: Sequence[int | str]) -> str:
     ]
     if isinstance(keys[0], Kind) and f"objective.{name}" in elsewhere:
         kinds = [kind for kind, section in OBJECTIVES.items() if name in section.model_fields]
-        return f"only {' and '.join(kinds)} has it, and the kind is {keys[0].kind}"
+        return f"only objective.kind {' or '.join(kinds)} has {name}, not {keys[0].kind}"
     if meant := OTHER_NAMES.get(name.lower()) or " or ".join(elsewhere):
         return f"did you mean {meant}?"
     return f"expected one of {', '.join(known)}"

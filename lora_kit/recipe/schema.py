@@ -219,7 +219,7 @@ class Data(Section):
                 raise ValueError(f"train has {names.count(name)} sources named {name}; give each a `name` of its own")
         without = [name for name, entry in zip(names, mixture, strict=True) if entry.weight is None]
         if without and len(without) < len(names):
-            raise ValueError(f"train: {', '.join(without)} without a weight; give every source a weight, or none")
+            raise ValueError(f"train: {', '.join(without)} without a weight; give every source a weight, or no source")
         if mixture and not without and any(entry.epochs is not None for entry in mixture):
             raise ValueError("train: weight and epochs both decide how often a source is seen; use only one of them")
         return self
@@ -322,7 +322,7 @@ class DpoObjective(Section):
     @model_validator(mode="after")
     def _check_smoothing(self) -> Self:
         if self.label_smoothing and self.loss != "sigmoid":
-            raise ValueError(f"label_smoothing is for the loss sigmoid, and loss is {self.loss}; leave one of them out")
+            raise ValueError(f"label_smoothing needs the loss sigmoid, not {self.loss}; leave out one of the two")
         return self
 
 
@@ -545,7 +545,7 @@ class Evaluate(Section):
         if self.metrics and not self.generate:
             raise ValueError(f"metrics ({', '.join(self.metrics)}) are of generated answers; set generate")
         if ("regex" in self.metrics) != (self.regex is not None):
-            raise ValueError("regex and the metric regex need each other; set both or none")
+            raise ValueError("regex and the metric regex need each other; set both or neither")
         try:
             re.compile(self.regex or "")
         except re.error as error:

@@ -35,8 +35,8 @@ class Resumption:
         resumed: The step after which the run went on.
         lost: The finished steps that were computed again.
         seconds: The time from the fault to the next finished step.
-        parts: Its parts in order: the time until the run started again (`found`), the parts of the start from the run's
-            event `resumed`, and the step.
+        parts: These seconds by name, in order: until the run started again (`found`), the parts of the start that the
+            event `resumed` lists, and the step.
     """
 
     fault: str

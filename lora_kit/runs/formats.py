@@ -158,6 +158,6 @@ def require_seal(data: bytes, where: Path | str) -> None:
     """
     end = SEAL.search(data, max(0, len(data) - 100))
     if end is None:
-        raise CheckpointError(f"{where}: not valid: it does not end with its own checksum")
+        raise CheckpointError(f"{where}: not valid: there is no checksum at its end")
     if hashlib.sha256(data[: end.start()] + b"\n}\n").hexdigest().encode() != end[1]:
         raise CheckpointError(f"{where}: changed since it was written; its own checksum does not match")

@@ -211,7 +211,7 @@ class Watch:
 
     Attributes:
         metric: The figure that is watched.
-        best: Its best value so far; None if none was finite.
+        best: The best value of the figure so far; None if no value was finite.
         step: The step after which it had this value; 0 if there is none.
         waited: How many evaluations since then have brought no gain.
     """

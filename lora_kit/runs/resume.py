@@ -181,7 +181,7 @@ class OpenRun:
 
     Attributes:
         folder: The run's folder.
-        lease: The right to write to it, with the fencing token.
+        lease: The right to write to the folder, with the fencing token.
         latest: The checkpoint or live snapshot to resume from; None for a new run.
         loaded_by: The index of the process that can read `latest`: a live snapshot is in the memory of one machine.
         goes_back: Whether `latest` is an older checkpoint that `--from` names; `go_back` then sets aside newer ones.
@@ -296,7 +296,7 @@ class HeldRun:
 
     Attributes:
         folder: The run's folder.
-        lease: The right to write to it, with the fencing token.
+        lease: The right to write to the folder, with the fencing token.
         target: The checkpoint of this run that `--from` names, to go back to.
         origin: The checkpoint or PEFT adapter that `--from` names, for a new run to begin with.
         notices: Messages for the user.

@@ -531,7 +531,7 @@ def best_of(run: Path) -> AnyCheckpoint | None:
 
 
 def metric_of(manifest: AnyManifest) -> str:
-    """Return the figure by which a run's checkpoints are compared: its recipe's `evaluate.metric`, else the loss."""
+    """Return the name of the figure that compares the checkpoints of a run: `evaluate.metric`, or the loss."""
     recipe = {} if isinstance(manifest.run, ScriptFacts) else manifest.run.recipe
     found = recipe.get("evaluate", {}).get("metric")
     return found if isinstance(found, str) else LOSS

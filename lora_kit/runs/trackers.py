@@ -278,7 +278,10 @@ class Trackers:
         self._threads: list[tuple[threading.Thread, SimpleQueue[dict[str, Any] | None]]] = []
 
     def begin(self, names: Sequence[str], curves: Curves, journal: Journal) -> None:
-        """Start a thread for each tracker that sends the journal, which was cut back to the step to resume from."""
+        """Start a thread for each tracker, which sends it the journal.
+
+        The caller has cut the journal to the step to resume from.
+        """
         samples = [event for event in journal.read_events() if event["kind"] == "sample"]
         logged = sorted([*samples, *journal.read_metrics()], key=lambda record: int(record["step"]))
         for name in names:

@@ -120,7 +120,7 @@ class Drill:
         return self.changes(undisturbed.last) + timeout
 
     def prepared(self, name: str, steps: int, changes: Sequence[str], **options: Any) -> DrillRun:
-        """Return a run of the drill that has not started."""
+        """Return a run of the drill, not started. Each change is a `--set`; `options` are those of `DrillRun`."""
         settings = [part for change in (*self.overrides, *changes) for part in ("--set", change)]
         command = ["train", str(self.file), *settings]
         rng = random.Random(f"{self.seed} {name}")
@@ -212,7 +212,7 @@ def moments(names: Sequence[str], steps: int, rng: random.Random) -> list[tuple[
 
 
 def facts_of(run: DrillRun) -> RunFacts:
-    """Return what the last checkpoint of a drill's run records of it."""
+    """Return what the last checkpoint of a run of the drill records about the run."""
     return store.open_checkpoint(store.checkpoint_folder(run.run, run.last)).manifest.run
 
 

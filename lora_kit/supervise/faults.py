@@ -27,9 +27,9 @@ class Fault:
 
     Attributes:
         about: A description for the help text and the console.
-        steps: The number of training steps that a drill reserves for it before the next fault.
+        steps: The number of training steps that a drill reserves for this fault before the next one.
         disturb: Causes the fault in a training run, and returns when the run trains again.
-        refusal: Returns why it cannot be done to a run of a recipe on its machine, given the number of visible GPUs;
+        refusal: Returns why a run of a recipe on a machine with this number of visible GPUs cannot have the fault;
             empty if it can.
     """
 

@@ -59,13 +59,13 @@ class Program:
     """What the training processes run.
 
     Attributes:
-        worker: The function that each of them calls, as `module:name`.
-        request: Its argument, the same for every process and every restart.
+        worker: The function that each training process calls, as `module:name`.
+        request: The argument of this function, the same for every process and every restart.
         preload: The modules that are imported before a process is forked.
         absent: Packages that training does not need and that must not be imported, because that takes long.
         ahead: The module that prepares the data of the request while torch is imported; None if there is none.
         step_timeout: Seconds without a sign of life that count as a hang; None to derive them from the longest step.
-        least_timeout: The least that is derived.
+        least_timeout: The lower limit of a derived `step_timeout`, in seconds.
     """
 
     worker: str

@@ -20,7 +20,7 @@ def offer_to_the_oom_killer(process: int) -> int | None:
 
 
 def set_score(process: int, score: int) -> None:
-    """Set a process's oom_score_adj. A score lower than it ever had needs a privilege."""
+    """Set a process's oom_score_adj if the system allows it; a lower score may need CAP_SYS_RESOURCE."""
     with suppress(OSError):
         _score(process).write_text(str(score))
 

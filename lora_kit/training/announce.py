@@ -91,7 +91,7 @@ def log_start(job: Job, rows: Sequence[Row], accept: Sequence[str], console: Con
     if isinstance(run.origin, PlainAdapter):
         console.warn(
             f"{run.origin.path}: another program trained this adapter, so nothing verifies that its base was "
-            f"{job.recipe.base.repo}; it names {run.origin.base or 'none'}"
+            f"{job.recipe.base.repo}; its adapter_config.json names {run.origin.base or 'no base'}"
         )
 
 

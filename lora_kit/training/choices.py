@@ -1,6 +1,6 @@
 """What a run chooses by looking at the machine and the model.
 
-Each choice can change bits, so it is made once for a run, kept in the manifest, and used again at every resume.
+Each choice except `placement` can change bits, so it is made once, kept in the manifest, and used at every resume.
 """
 
 from collections.abc import Set

@@ -80,8 +80,8 @@ class Fit:
 
     Attributes:
         gpu_gigabytes: The memory of the GPU.
-        micro_batch_tokens: The micro-batch that `auto` takes there; None if none fits.
-        activation_checkpointing: Whether activations are then recomputed; None if nothing fits.
+        micro_batch_tokens: The value that `auto` gives `train.micro_batch_tokens` on this GPU; None if no value fits.
+        activation_checkpointing: Whether activations are recomputed with that value; None if no value fits.
         change: What to change in the recipe so that it fits; None if it fits, or if nothing proposed is enough.
     """
 
@@ -106,7 +106,7 @@ class RunEstimate:
         memory: The memory of a device, by category.
         process_bytes: The peak memory of a process on its device, with libraries and, on a CPU, the live region.
         disk: Disk and shared memory.
-        duration: The time; None if it was not asked for, or if the data is not known.
+        duration: How long the run takes; None if this was not asked for, or if the data is not known.
         gpus: Which usual GPUs the recipe fits on.
     """
 

@@ -47,7 +47,7 @@ class Score:
         exact_match: Share of answers equal to the expected text; None if no answers were generated.
         examples: How many examples the loss covers.
         answered: How many prompts were answered.
-        too_long: How many of them leave no position of the base for an answer; each counts as no match.
+        too_long: How many of these prompts leave no position of the base for an answer; each counts as no match.
         sets: The loss of each named validation set; empty if they have no names.
         metrics: Other figures: those of a preference objective, such as `rewards/accuracies` and `rewards/margins`, of
             the answers (`evaluate.metrics`), and `text_loss` and `forgetting` of `evaluate.forgetting`.
@@ -68,7 +68,7 @@ class HeldOutLoss(NamedTuple):
 
     Attributes:
         mean: The mean over the trained tokens (or the pairs or answers) of all validation examples.
-        sets: The mean over those of each named set; empty if they have no names.
+        sets: The same mean for each named validation set; empty if the sets have no names.
         metrics: Other figures, as in `Score.metrics`.
     """
 
@@ -82,8 +82,8 @@ class BaseText:
     """The text of `evaluate.forgetting`.
 
     Attributes:
-        tokens: Its pieces.
-        loss: The base's mean loss on its tokens.
+        tokens: The text, cut into pieces of at most `data.sequence_length` tokens.
+        loss: The base's mean loss over the tokens of the text.
     """
 
     tokens: Tokens

@@ -169,7 +169,7 @@ def train(
             if processes.is_main:
                 push_finished(recipe, run.folder, console, pause=stop.wait)
             console.end()
-        if fault := publisher.new_fault():  # what the keeper has told since: an upload that did not end in time
+        if fault := publisher.new_fault():  # after the last step, e.g. an upload that did not end in time
             console.warn(fault)
     return Run(Path(out))
 
@@ -316,7 +316,7 @@ def catch_up(job: Job, log: StepLog, publisher: Publisher, console: Console) -> 
     if facts is None:
         return False
     restored = facts
-    if isinstance(job.run.latest, Live) and not publisher.has(job.run.latest):  # it is that of another machine
+    if isinstance(job.run.latest, Live) and not publisher.has(job.run.latest):  # the snapshot is another machine's
         publisher.publish(lambda: restored, due=False)
     if due(job.start, job.recipe.evaluate.every_steps) and not facts.measured:
         facts = with_held_out(facts, held_out_loss(job, job.start, publisher, console), log.patience)

@@ -31,7 +31,7 @@ MEMORY_SHARE = {  # the share of the memory to plan for; the rest is for librari
     "cuda": 0.85,
 }
 UNSHARDED = {  # the quantisations that cannot be sharded, and why
-    "int8": "bitsandbytes keeps the codes of int8 layers outside of their parameters; use nf4 or none",
+    "int8": "bitsandbytes keeps the codes of int8 layers outside of parameters; set base.quantization: nf4 or none",
     "fp8": "only a base with plain weights is divided while it is loaded; choose the base in bfloat16",
 }
 

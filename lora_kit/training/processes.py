@@ -161,7 +161,7 @@ class Processes:
         self._limit_waiting(self.launch.start_timeout)
 
     def _limit_waiting(self, seconds: float) -> None:
-        """Change the limit of the process group. Its processes meet before, so the last is waited for under the old."""
+        """Change the timeout of the process group, after a barrier, which still waits with the old timeout."""
         if self.count > 1:
             self.barrier()
             _set_pg_timeout(timedelta(seconds=seconds))

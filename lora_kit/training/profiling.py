@@ -41,7 +41,7 @@ def part(name: str, function: Call) -> Call:
 
 
 def profiled(steps: range, job: Job, console: Console, *, wanted: bool) -> Iterator[int]:
-    """Yield the steps; if wanted, profile a few of them on the main process and write a table and a trace."""
+    """Yield the steps. If `wanted`, profile a few steps on the main process and write a table and a trace."""
     first = min(WARM_UP, max(0, len(steps) - PROFILED))
     chosen = steps[first : first + PROFILED]
     if not wanted or not job.processes.is_main or not chosen:

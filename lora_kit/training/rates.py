@@ -180,7 +180,7 @@ def _adapted(weight: Tensor, rank: int) -> AdaptedLinear:
 
 
 def _from_weights(shape: Shape, recipe: Recipe, layer: Linear, bench: _Bench) -> BothWays:
-    """Time dequantising a weight, and computing DoRA's norms of it; seconds for a pass of a micro-batch."""
+    """Measure the seconds of dequantising a weight and of its norms for DoRA, for each pass of a micro-batch."""
     how = recipe.base.quantization
     dora = recipe.adapter.variant == "dora" and layer in shape.adapted(recipe.adapter)
     if how == "none" and not dora:

@@ -153,7 +153,7 @@ class Speed:
 
     @property
     def _from_memory(self) -> float:
-        """The seconds in which the weights of a micro-batch come from memory."""
+        """The seconds in which a forward and a backward pass read the weights from main memory; 0 on a GPU."""
         shape = self.shape
         linear = shape.layers * sum(layer.inputs * layer.outputs for layer in shape.linears)
         return (linear + shape.vocabulary * shape.width) * WEIGHT_SECONDS[self.device]

@@ -674,8 +674,8 @@ static void linear_chunk(const struct linear *all, const bf16 *packed, long chun
     }
 }
 
-/* Set the factors of 32 rows from `row` on; return their number. Where a depth is no multiple of STEP, its end is copied
-   to `ends` [pieces][32][32] and padded with zeros. */
+/* Set `factors` for 32 rows from `row` on; return the number of factors. If a piece's depth is no multiple of STEP, its
+   last columns are copied to `ends` [pieces][32][32] and padded with zeros. */
 static int factors_of(const struct linear *all, const struct piece *pieces, int count, long row, bf16 *ends,
                       struct factor *factors) {
     int found = 0;

@@ -13,7 +13,7 @@ from runs import run_code, started
 from lora_kit.data.packing import reduction_schedule
 from lora_kit.errors import LaunchError
 from lora_kit.supervise import launch
-from lora_kit.training import processes
+from lora_kit.training import meeting, processes
 from lora_kit.training.processes import refuse_contradictions
 
 WORKER = """
@@ -114,12 +114,12 @@ def test_a_process_does_not_wait_longer_than_the_recipe_says(tmp_path):
 
 
 def test_processes_that_do_not_meet_are_told(monkeypatch):
-    monkeypatch.setattr(processes.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(meeting.dist, "is_initialized", lambda: False)
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         alone = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         alone["MASTER_PORT"] = str(nobody.getsockname()[1])
         with pytest.raises(LaunchError, match=r"have not met at 127\.0\.0\.1:.*launch\.rendezvous_timeout"):
-            processes._meet(alone, 0.2)
+            meeting.meet(alone, 0.2)
 
 
 MANY_SHAPES = """

@@ -13,7 +13,7 @@ from runs import run_code, started
 from lora_kit.data.packing import reduction_schedule
 from lora_kit.errors import LaunchError
 from lora_kit.supervise import launch
-from lora_kit.training import meeting, processes
+from lora_kit.training import meeting
 from lora_kit.training.processes import refuse_contradictions
 
 WORKER = """

@@ -179,10 +179,10 @@ def documented(beginning):
     return shlex.split(next(line for line in text.splitlines() if line.startswith(beginning)))
 
 
-def torchrun(recipe, out, *more, hosts, identity):
+def torchrun(recipe, out, *more, hosts, identity, last_call=5):
     """Return the arguments of `python` for training under torchrun on one of several hosts, as documented."""
     changes = {"2": str(hosts), "8": "1", "first": identity, "recipes/quickstart.yaml": recipe, "runs/first": out}
-    conf = "keep_alive_interval=1,keep_alive_max_attempt=4,last_call_timeout=5,join_timeout=300"
+    conf = f"keep_alive_interval=1,keep_alive_max_attempt=4,last_call_timeout={last_call},join_timeout=300"
     options = [changes.get(part, part) for part in documented("torchrun --")[1:]]
     return ["-m", "torch.distributed.run", "--rdzv-conf", conf, *options, *more]
 

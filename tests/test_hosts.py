@@ -85,11 +85,13 @@ def test_of_two_sides_of_a_cut_network_one_goes_on_and_the_other_is_refused(
 ):
     """The side without the store is that of process 0, so the lease has to change hands."""
     out, hosts = tmp_path / "run", [network.host(), network.host()]
-    command = torchrun(recipe, out, *NEVER, *SOON, hosts="1:2", identity="cut")
+    # on a busy machine the launcher of the second host is late
+    command = torchrun(recipe, out, *NEVER, *SOON, hosts="1:2", identity="cut", last_call=30)
     environment = faults(hold(4), hold(7)) | {"FAULTS_DEAD": "6"}
     jobs = [host.start(*command, log=tmp_path / host.name, environment=environment) for host in hosts]
     wait_until(lambda: faults.happened() == 1 or any(job.poll() is not None for job in jobs))
     assert faults.happened() == 1, told(hosts, tmp_path)
+    assert [event["processes"] for event in events(out, "started")] == [2]
     lonely, (other,) = holder(out, hosts)
     lonely.cut_off()
     faults.release(0)

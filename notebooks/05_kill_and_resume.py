@@ -54,6 +54,13 @@ def finished():
     return len(run.metrics)
 
 
+def training_process():
+    """Return the training process: the keeper's only grandchild."""
+    (helper,) = psutil.Process(keeper.pid).children()
+    (worker,) = helper.children()
+    return worker
+
+
 def wait_for(steps):
     """Wait until so many steps are finished."""
     while finished() < steps and keeper.poll() is None:
@@ -72,15 +79,6 @@ print(f"{finished()} steps are finished")
 # again, from the newest finished step in shared memory.
 
 # %%
-
-
-def training_process():
-    """Return the training process: the keeper's only grandchild."""
-    (helper,) = psutil.Process(keeper.pid).children()
-    (worker,) = helper.children()
-    return worker
-
-
 before = finished()
 training_process().kill()
 wait_for(before + 2)

@@ -299,9 +299,6 @@ def test_the_page_on_reliability_quotes_what_was_measured():
         f"{found['pairs']['ran']} pairs: {found['pairs']['two_writers']} with two writers, "
         f"{found['pairs']['finished_steps_lost']} finished steps lost, "
         f"{found['pairs']['finished_steps_repeated']} repeated",
-        f"{found['remote_resume']['resume_seconds_above_local']} s more than from local disk "
-        f"({found['remote_resume']['bytes'] / 1e6:.1f} MB)",
-        f"the step x {found['remote_steps']['step_with_over_without']:.3f}, {found['remote_steps']['uploads']} uploads",
         f"{found['hosts']['kills']['went_on_by_themselves']} of {found['hosts']['kills']['asked']} kills of a host",
         " to ".join(f"{seconds} s" for seconds in (min(waits), max(waits))),
         f"{found['hosts']['cuts']['went_on_by_themselves']} of {found['hosts']['cuts']['asked']} cuts",

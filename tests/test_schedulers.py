@@ -196,8 +196,7 @@ def test_under_another_launcher_the_exit_code_is_written_to_the_file_that_is_nam
 def test_the_script_of_a_pod_saves_at_sigterm_and_ends_with_75(recipe, undisturbed, faults, tmp_path):
     out, shell = tmp_path / "run", SCRIPTS["kubeflow-trainjob.yaml"]
     shell = shell.replace("/recipe/chats.yaml", str(recipe)).replace("/runs/chats", str(out))
-    torchrun = f"{sys.executable} -m torch.distributed.run --nproc-per-node 1 "
-    shell = re.sub(r"(?<!\$)\btorchrun ", torchrun, shell)  # not the variable of this name
+    shell = shell.replace("torchrun -m", f"{sys.executable} -m torch.distributed.run --nproc-per-node 1 -m")
     code = "import os, sys; os.execvp('bash', ['bash', '-c', sys.argv[1]])"
     process = started([shell], faults(hold(5)), code=code)
     wait_for_lines(out / "metrics.jsonl", 2, process)

@@ -31,7 +31,7 @@ from lora_kit.recipe.load import load_recipe
 from lora_kit.training import loop, publisher
 
 recipe, out, seconds, blocks = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
-publish, times, marks = publisher.Publisher.publish, [], []
+publish, times, marks, busy = publisher.Publisher.publish, [], [], []
 
 def stamped(self, facts, *, due):
     times.append(time.perf_counter())
@@ -46,12 +46,14 @@ def alternate():
     while uploader() is None:
         time.sleep(0.1)
     time.sleep(seconds)
+    busy.append(sum(uploader().cpu_times()[:2]))
     for block in range(blocks):
         sending = block % 2 == 0
         uploader().send_signal(signal.SIGCONT if sending else signal.SIGSTOP)
         marks.append((time.perf_counter(), sending))
         time.sleep(seconds)
     marks.append((time.perf_counter(), None))
+    busy.append(sum(uploader().cpu_times()[:2]))
     uploader().send_signal(signal.SIGCONT)
     signal.raise_signal(signal.SIGTERM)
 
@@ -61,7 +63,7 @@ try:
     loop.train(load_recipe(recipe), out)
 except BaseException as error:
     print(type(error).__name__)
-print(json.dumps([times, marks]))
+print(json.dumps([times, marks, busy]))
 """
 
 
@@ -124,16 +126,16 @@ def steps(folder: Path, *, blocks: int = BLOCKS) -> dict:
             stderr=subprocess.DEVNULL,
             text=True,
         ).stdout
-    times, marks = json.loads(printed.splitlines()[-1])
+    times, marks, busy = json.loads(printed.splitlines()[-1])
     found: dict[bool, list[float]] = {True: [], False: []}
     blocks_seconds: dict[bool, list[float]] = {True: [], False: []}
     for (begin, sending), (end, _) in itertools.pairwise(marks):
         inside = [moment for moment in times if begin <= moment < end]
         seconds = [later - sooner for sooner, later in itertools.pairwise(inside)]
         found[sending] += seconds
-        blocks_seconds[sending].append(sum(seconds) / len(seconds))
+        blocks_seconds[sending].append(sum(seconds) / len(seconds) if seconds else 0.0)
     events = lines(folder / "slow" / "events.jsonl")
-    ratios = [sending / pausing for sending, pausing in zip(*blocks_seconds.values(), strict=True)]
+    ratios = [one / other for one, other in zip(*blocks_seconds.values(), strict=True) if one and other]
     sent = [event for event in events if event["kind"] == "uploaded"]
     return {
         "latency_seconds": LATENCY,
@@ -142,6 +144,8 @@ def steps(folder: Path, *, blocks: int = BLOCKS) -> dict:
         "step_seconds": round(median(found[True]), 4),
         "step_with_over_without": round(median(ratios), 4),  # of neighbouring blocks
         "median_step_with_over_without": round(median(found[True]) / median(found[False]), 4),
+        # of the time in which it was not suspended: what uploads can cost at most on a core that computes too
+        "cpu_share_of_uploads": round((busy[1] - busy[0]) / ((marks[-1][0] - marks[0][0]) / 2), 4),
         "uploads": len(sent),
         "checkpoints": sum(event["kind"] == "checkpoint" for event in events),
         "upload_seconds": [event["seconds"] for event in sent],

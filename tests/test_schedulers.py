@@ -320,7 +320,8 @@ def test_ray_starts_its_workers_again_after_a_kill_and_the_run_goes_on(recipe, u
             [python, "ray_train.py"], cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True
         )
     STARTED.append(process)
-    wait_until(lambda: (out / "metrics.jsonl").exists() or process.poll() is not None)
+    metrics = out / "metrics.jsonl"
+    wait_until(lambda: process.poll() is not None or (metrics.exists() and metrics.read_bytes().count(b"\n") >= 2))
     assert process.poll() is None, (tmp_path / "log").read_text()
     os.kill(json.loads((out / "lease.json").read_text())["holder"]["pid"], signal.SIGKILL)  # the worker of process 0
     faults.release()
